@@ -1,0 +1,383 @@
+"""Every setting a user can write, and the loading of a config file.
+
+A config is a Ray Serve config file that `serve run`, `serve deploy` and RayService's
+`serveConfigV2` take as it is. Each model is one application whose ``args`` are a
+:class:`ModelConfig`; the gateway is one more, with :class:`GatewayConfig`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from serve_app import engine_args
+from serve_app.errors import ConfigError, did_you_mean
+
+MODEL_IMPORT_PATH = "serve_app.model:app"
+GATEWAY_IMPORT_PATH = "serve_app.gateway:app"
+
+# Serve keeps an application's name in a log file's path, and refuses a blank one.
+ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Resources(_Settings):
+    """What one replica needs beyond the GPUs that its parallelism implies."""
+
+    device: Literal["gpu", "cpu"] = "gpu"
+    """``cpu`` runs vLLM's CPU engine; then no GPU is asked for."""
+
+    accelerator_type: str | None = None
+    """A GPU type as Ray names it (``H100``, ``A100-80G``, ``L40S`` …); None takes any."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPU cores reserved on the replica's node, for the engine's front end."""
+
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Host memory reserved for the replica, in GiB."""
+
+
+class Autoscaling(_Settings):
+    """Replicas follow the load that the engine reports."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    """0 lets the model go cold; the next request wakes it."""
+
+    max_replicas: int = Field(default=1, ge=1)
+
+    initial_replicas: int | None = Field(default=None, ge=0)
+    """Replicas at first; None starts with ``min_replicas``."""
+
+    target_load: float = Field(default=0.7, gt=0, le=1)
+    """Load to aim for, as a share of what one engine runs at once (``max_num_seqs``)."""
+
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    """Seconds that the load must stay high before a replica is added."""
+
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    """Seconds that the load must stay low before a replica is removed."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Autoscaling:
+        if self.max_replicas < max(1, self.min_replicas):
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}, below min_replicas ({self.min_replicas})"
+            )
+        if self.initial_replicas is not None and not (
+            self.min_replicas <= self.initial_replicas <= self.max_replicas
+        ):
+            raise ValueError("initial_replicas must lie between min_replicas and max_replicas")
+        return self
+
+
+class Adapter(_Settings):
+    """A LoRA adapter, served under a model id of its own."""
+
+    name: ModelId
+    """The model id that clients send."""
+
+    path: str = Field(min_length=1)
+    """A local folder, a hub id or an ``s3://`` address."""
+
+
+class ModelConfig(_Settings):
+    """The ``args`` of a model's application; the application's name is the model id."""
+
+    model: str = Field(min_length=1)
+    """Hub id or local folder of the weights."""
+
+    served_as: list[ModelId] = []
+    """Further ids for the same model; ids with ``/`` belong here."""
+
+    engine: dict[str, Any] = {}
+    """vLLM's engine arguments by vLLM's own names."""
+
+    replicas: int | None = Field(default=None, ge=1)
+    """A fixed number of replicas (1 where neither this nor ``autoscaling`` is set)."""
+
+    autoscaling: Autoscaling | None = None
+    """Replicas between two bounds; excludes ``replicas``."""
+
+    resources: Resources = Resources()
+    adapters: list[Adapter] = []
+
+    env: dict[str, str] = {}
+    """Environment variables of the replica and its engine."""
+
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    """Seconds that running generations get to finish when a replica is stopped."""
+
+    start_timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that an engine may take to load and compile before its replica is given up."""
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        engine_args.check(engine)
+        return engine
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _env(cls, env: Any) -> Any:
+        """YAML reads ``1`` and ``true`` as a number and a boolean; the environment has text."""
+        if isinstance(env, dict):
+            return {
+                str(k): str(v).lower() if isinstance(v, bool) else str(v) for k, v in env.items()
+            }
+        return env
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> ModelConfig:
+        if self.replicas is not None and self.autoscaling is not None:
+            raise ValueError("replicas and autoscaling exclude each other; keep one")
+        if self.adapters and self.engine.get("enable_lora") is False:
+            raise ValueError("adapters need engine.enable_lora; remove 'enable_lora: false'")
+        if self.resources.device == "cpu" and self.resources.accelerator_type:
+            raise ValueError("resources.accelerator_type needs device: gpu")
+        return self
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return int(self.engine.get("tensor_parallel_size") or 1)
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        return int(self.engine.get("pipeline_parallel_size") or 1)
+
+
+class GatewayConfig(_Settings):
+    """The ``args`` of the gateway's application."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Gateway processes; one relays a few thousand tokens per second and core."""
+
+    max_body_mib: float = Field(default=64.0, gt=0, le=1024)
+    """Largest request body, in MiB; a larger one is answered with 413."""
+
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Seconds to connect to a replica before another is tried."""
+
+    cold_start_timeout_s: float = Field(default=600.0, ge=0)
+    """Seconds that a request waits for a model that is starting; then 503."""
+
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds that a replica may stay silent within one request; None waits for ever."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A config file that has been read and checked.
+
+    ``models`` holds each model's settings by its application's name, in the file's order;
+    ``document`` is the file's content, as Serve takes it.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    models: dict[str, ModelConfig]
+    gateway: GatewayConfig | None
+
+    @property
+    def port(self) -> int:
+        """The port of the OpenAI endpoint (Serve's default is 8000)."""
+        return int((self.document.get("http_options") or {}).get("port") or 8000)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def parse(settings: type[_Model], value: Any, where: str) -> _Model:
+    """Validate ``value``, or say in one sentence what is wrong with it.
+
+    Raises:
+        ConfigError: prefixed with ``where``, naming the key and what is allowed.
+    """
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: args must be a mapping, not {type(value).__name__}")
+    try:
+        return settings.model_validate(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(settings, error)}") from None
+
+
+def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        known = _keys_at(settings, problem["loc"][:-1])
+        return (
+            f"'{key}' is not a setting{did_you_mean(str(problem['loc'][-1]), known)}"
+            f" (known: {', '.join(known)})"
+        )
+    if kind == "missing":
+        return f"'{key}' is missing"
+    if kind == "value_error":
+        text = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {text}" if key else text
+    if key.split(".")[-1].isdigit() or kind == "string_pattern_mismatch":
+        return f"{key} is {value!r}: {problem['msg'].lower()} (no spaces)"
+    return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _keys_at(settings: type[BaseModel], loc: Iterable[Any]) -> list[str]:
+    """The setting names of the (possibly nested) model that an error's location points to."""
+    for part in loc:
+        field = settings.model_fields.get(str(part))
+        nested = (
+            [t for t in _types_in(field.annotation) if issubclass(t, BaseModel)] if field else []
+        )
+        if nested:
+            settings = nested[0]
+    return list(settings.model_fields)
+
+
+def _types_in(annotation: Any) -> list[type]:
+    inner = getattr(annotation, "__args__", ())
+    if inner:
+        return [t for arg in inner for t in _types_in(arg)]
+    return [annotation] if isinstance(annotation, type) else []
+
+
+def load(path: str | Path) -> Fleet:
+    """Read a config file and check all that can be checked without a GPU or a cluster.
+
+    Raises:
+        ConfigError: the file, the application and the key, and what to change, in one line.
+    """
+    path = Path(path)
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise ConfigError(f"{path}:{line} {problem}") from None
+    return parse_document(document, path)
+
+
+_APPLICATION_KEYS = (
+    "name", "route_prefix", "import_path", "args", "deployments", "runtime_env",
+    "logging_config", "autoscaling_policy", "external_scaler_enabled", "host", "port",
+)  # fmt: skip
+_DOCUMENT_KEYS = (
+    "applications", "http_options", "grpc_options", "proxy_location", "logging_config",
+    "target_capacity", "controller_options",
+)  # fmt: skip
+
+
+def parse_document(document: Any, path: Path) -> Fleet:
+    """Check a config that has been read already; ``path`` only names it in errors."""
+    if not isinstance(document, dict) or "applications" not in document:
+        raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
+    for key in document:
+        if key not in _DOCUMENT_KEYS:
+            hint = did_you_mean(str(key), _DOCUMENT_KEYS)
+            raise ConfigError(f"{path}: '{key}' is not a key of a Serve config{hint}")
+    applications = document["applications"]
+    if not isinstance(applications, list) or not applications:
+        raise ConfigError(f"{path}: 'applications' must be a list with at least one model")
+    models: dict[str, ModelConfig] = {}
+    gateway: GatewayConfig | None = None
+    seen: set[str] = set()
+    for position, application in enumerate(applications, 1):
+        where, name = _check_application(path, position, application)
+        if name in seen:
+            raise ConfigError(f"{where}: two applications have this name; rename one")
+        seen.add(name)
+        if application["import_path"] == MODEL_IMPORT_PATH:
+            models[name] = parse(ModelConfig, application.get("args"), where)
+            _check_model_application(where, application)
+        elif application["import_path"] == GATEWAY_IMPORT_PATH:
+            if gateway is not None:
+                raise ConfigError(f"{where}: a second gateway; one serves all models")
+            gateway = parse(GatewayConfig, application.get("args"), where)
+    refuse_shared_ids(models, where=str(path))
+    return Fleet(path, document, models, gateway)
+
+
+def _check_application(path: Path, position: int, application: Any) -> tuple[str, str]:
+    if not isinstance(application, dict):
+        raise ConfigError(f"{path}: application {position} must be a mapping")
+    name = application.get("name")
+    if not isinstance(name, str) or not name:
+        raise ConfigError(f"{path}: application {position} has no name; for a model it is its id")
+    where = f"{path}: application '{name}'"
+    for key in application:
+        if key not in _APPLICATION_KEYS:
+            hint = did_you_mean(str(key), _APPLICATION_KEYS)
+            raise ConfigError(f"{where}: '{key}' is not a key of a Serve application{hint}")
+    if not isinstance(application.get("import_path"), str):
+        raise ConfigError(
+            f"{where}: import_path is missing; a model has {MODEL_IMPORT_PATH}, "
+            f"the gateway {GATEWAY_IMPORT_PATH}"
+        )
+    known = (MODEL_IMPORT_PATH, GATEWAY_IMPORT_PATH)
+    import_path = application["import_path"]
+    if import_path.startswith("serve_app.") and import_path not in known:
+        raise ConfigError(
+            f"{where}: import_path is '{import_path}'{did_you_mean(import_path, known)}"
+        )
+    check_name(where, name)
+    return where, name
+
+
+def check_name(where: str, name: str) -> None:
+    """Refuse what Serve 2.60 cannot deploy: it makes a log file's path from the name."""
+    if "/" in name:
+        short = name.rsplit("/", 1)[-1]
+        raise ConfigError(
+            f"{where}: an application's name cannot hold '/' (Serve makes a file name of it); "
+            f"name it '{short}' and list '{name}' in args.served_as"
+        )
+    if any(c.isspace() for c in name):
+        raise ConfigError(f"{where}: an application's name cannot hold spaces")
+
+
+def _check_model_application(where: str, application: dict[str, Any]) -> None:
+    if "route_prefix" not in application or application["route_prefix"] is not None:
+        raise ConfigError(
+            f"{where}: a model needs 'route_prefix: null'; clients reach it through the gateway"
+        )
+
+
+def ids_of(name: str, model: ModelConfig) -> list[str]:
+    """All ids that clients can send for a model, the application's name first."""
+    return [name, *model.served_as, *(adapter.name for adapter in model.adapters)]
+
+
+def refuse_shared_ids(models: dict[str, ModelConfig], where: str) -> None:
+    """Refuse two models that answer to one id, naming both.
+
+    Raises:
+        ConfigError: the id and the two applications.
+    """
+    owner: dict[str, str] = {}
+    for name, model in models.items():
+        for id in ids_of(name, model):
+            other = owner.setdefault(id, name)
+            if other != name:
+                raise ConfigError(
+                    f"{where}: the model id '{id}' belongs to both '{other}' and '{name}'; "
+                    "change it in one of them"
+                )

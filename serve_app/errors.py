@@ -1,0 +1,32 @@
+"""The one kind of error that a user is meant to read, and the shape it has over HTTP."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+
+class UserError(Exception):
+    """Something the user can change, said in one sentence.
+
+    The CLI prints it on one line and exits with 2; the gateway puts it into the OpenAI
+    error envelope. The text therefore never holds internals, secrets or a traceback.
+    """
+
+
+class ConfigError(UserError):
+    """A config that cannot work, with what to change."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def envelope(
+    message: str, type: str, *, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    """An error body as OpenAI has it: ``{"error": {"message", "type", "param", "code"}}``."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
