@@ -1,0 +1,126 @@
+"""The documents around the RayService: do they mean the same pods, names and times?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from serve_app.config import parse_document
+from serve_app.errors import UserError
+from serve_app.kuberay.instances import by_name
+from serve_app.kuberay.reading import (
+    GPU,
+    INSTANCE_TYPE,
+    KARPENTER_LABELS,
+    Bundle,
+    Document,
+    Found,
+    get,
+)
+
+PLACEHOLDER = "REPLACE_ME"
+"""What secrets.template.yaml has in place of each value."""
+
+
+def secret(document: Document) -> Found:
+    for field in ("data", "stringData"):
+        for key, value in (document.get(field) or {}).items():
+            if value not in ("", None, PLACEHOLDER):
+                yield f"{field}.{key}", "puts a secret into a manifest; create it outside of git"
+
+
+def ingress(document: Document, bundle: Bundle) -> Found:
+    annotations = get(document, "metadata.annotations") or {}
+    prefix = "alb.ingress.kubernetes.io"
+    serving = {
+        f"{get(s, 'metadata.name')}-serve-svc": s
+        for s in bundle.services
+        if get(s, "spec.upgradeStrategy.type") != "NewClusterWithIncrementalUpgrade"
+    }
+    for i, rule in enumerate(get(document, "spec.rules") or []):
+        for j, entry in enumerate(get(rule, "http.paths") or []):
+            name = str(get(entry, "backend.service.name"))
+            port = get(entry, "backend.service.port") or {}
+            where = f"spec.rules[{i}].http.paths[{j}].backend.service"
+            if name.endswith("-head-svc") or 8265 in port.values() or "dashboard" in port.values():
+                yield where, "opens Ray's dashboard: whoever reaches it can run code on the cluster"
+            elif bundle.services and name not in serving:
+                known = ", ".join(serving) or "none: incremental upgrades go through a Gateway"
+                yield f"{where}.name", f"is '{name}'; KubeRay's Service is {known}"
+    health = annotations.get(f"{prefix}/healthcheck-path")
+    if health != "/-/healthz":
+        yield (
+            f"metadata.annotations.{prefix}/healthcheck-path",
+            f"is {health or 'the default /'}; Serve's proxy tells its health at /-/healthz",
+        )
+    attributes = dict(
+        item.split("=", 1)
+        for item in str(annotations.get(f"{prefix}/load-balancer-attributes") or "").split(",")
+        if "=" in item
+    )
+    idle = int(attributes.get("idle_timeout.timeout_seconds") or 60)
+    where = f"metadata.annotations.{prefix}/load-balancer-attributes"
+    for service in serving.values():
+        text = get(service, "spec.serveConfigV2")
+        try:
+            fleet = parse_document(yaml.safe_load(text or ""), Path("serveConfigV2"))
+        except (UserError, yaml.YAMLError):
+            continue
+        silent = fleet.gateway.request_timeout_s if fleet.gateway else None
+        if silent is not None and silent > idle:
+            yield (
+                where,
+                f"closes a silent connection after {idle} s, but the gateway waits {silent:.0f} s "
+                "for a replica; raise idle_timeout.timeout_seconds",
+            )
+    if idle > 4000:
+        yield where, f"idle_timeout.timeout_seconds is {idle}; AWS takes 4000 at most"
+    elif idle <= 60:
+        yield (
+            where,
+            "leaves the idle timeout at 60 s, which cuts every answer that is silent for a "
+            "minute; set idle_timeout.timeout_seconds",
+        )
+    if annotations.get(f"{prefix}/target-type") != "ip":
+        yield (
+            f"metadata.annotations.{prefix}/target-type",
+            "must be ip: the Service has no NodePort",
+        )
+
+
+def budget(document: Document, bundle: Bundle) -> Found:
+    if "ray.io/cluster" in (get(document, "spec.selector.matchLabels") or {}):
+        yield (
+            "spec.selector.matchLabels.ray.io/cluster",
+            "changes with every upgrade; select by app.kubernetes.io/instance",
+        )
+        return
+    yield from selector(document, bundle)
+
+
+def selector(document: Document, bundle: Bundle) -> Found:
+    """Does the selector match any pod of the bundle?"""
+    if not bundle.services:
+        return
+    field = "spec.podSelector" if document.get("kind") == "NetworkPolicy" else "spec.selector"
+    wanted = get(document, f"{field}.matchLabels") or {}
+    if not any(wanted.items() <= labels.items() for labels in bundle.pod_labels):
+        shown = ", ".join(f"{k}={v}" for k, v in wanted.items())
+        yield f"{field}.matchLabels", f"matches no pod of the RayService ({shown})"
+
+
+def node_pool(document: Document) -> Found:
+    for index, requirement in enumerate(get(document, "spec.template.spec.requirements") or []):
+        where = f"spec.template.spec.requirements[{index}]"
+        prefix, _, name = str(requirement.get("key")).partition("/")
+        if prefix == "karpenter.sh" and name not in KARPENTER_LABELS:
+            yield f"{where}.key", f"is karpenter.sh/{name}, which is no label of Karpenter's"
+        if requirement.get("key") == INSTANCE_TYPE:
+            for value in requirement.get("values") or []:
+                # Families of GPU machines start so; the table does not have the others.
+                if value[:1] in "gp" and value not in by_name():
+                    yield f"{where}.values", f"names '{value}', which is no EC2 type with a GPU"
+    limits = get(document, "spec.limits") or {}
+    if get(document, "spec.template.spec.taints") and GPU not in limits:
+        yield f"spec.limits.{GPU}", "is missing: nothing bounds the bill"
