@@ -166,6 +166,7 @@ def capacity(document: Document, fleet: Fleet, bundle: Bundle) -> Found:
 def drain(document: Document, fleet: Fleet, bundle: Bundle) -> Found:
     """Grace periods that contain each other: generation, replica, pod, node."""
     longest = max((m.graceful_shutdown_timeout_s for m in fleet.models.values()), default=0.0)
+    slowest = (0, "")
     for where, group in groups_of(document):
         if "groupName" not in group:
             continue
@@ -178,17 +179,18 @@ def drain(document: Document, fleet: Fleet, bundle: Bundle) -> Found:
                 f"take {longest:.0f} s to finish its answers and its proxy 30 s more",
             )
             continue
-        for pool in bundle.node_pools:
-            text = get(pool, "spec.template.spec.terminationGracePeriod")
-            seconds = seconds_of(text)
-            if seconds is not None and seconds < grace:
-                yield (
-                    path,
-                    f"is {grace} s, but NodePool '{get(pool, 'metadata.name')}' ends its pods "
-                    f"after {text} (terminationGracePeriod)",
-                )
         if not get(container_of(group), "lifecycle.preStop"):
             yield (
                 f"{where}.template.spec.containers[0].lifecycle.preStop",
                 Warn("is missing: an eviction cuts every stream at once"),
+            )
+        slowest = max(slowest, (grace, path))
+    for pool in bundle.node_pools:
+        text = get(pool, "spec.template.spec.terminationGracePeriod")
+        patience = seconds_of(text)
+        if patience is not None and patience < slowest[0]:
+            yield (
+                slowest[1],
+                f"is {slowest[0]} s, but NodePool '{get(pool, 'metadata.name')}' ends its pods "
+                f"after {text} (terminationGracePeriod)",
             )

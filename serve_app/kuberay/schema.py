@@ -8,8 +8,10 @@ built-in kinds come with the optional package kubernetes-validate.
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -98,16 +100,23 @@ def builtin_findings(document: dict[str, Any]) -> Iterator[Finding]:
 
     Nothing is found for kinds of other parties, nor where kubernetes-validate is not installed.
     """
+    yield from _builtin(json.dumps(document, default=str))
+
+
+@cache
+def _builtin(text: str) -> tuple[Finding, ...]:
+    """Of one document as JSON. Kept, because the package reads its 2 MB of schemas every time."""
     if find_spec("kubernetes_validate") is None:
-        return
+        return ()
     import kubernetes_validate
 
     try:
-        kubernetes_validate.validate(document, KUBERNETES_VERSION, strict=True)
+        kubernetes_validate.validate(json.loads(text), KUBERNETES_VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
-        yield from _explain(error)
+        return tuple(_explain(error))
     except (kubernetes_validate.SchemaNotFoundError, FileNotFoundError):
-        return
+        pass
+    return ()
 
 
 def pod_findings(where: str, template: Any) -> Iterator[Finding]:

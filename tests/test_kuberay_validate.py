@@ -1,0 +1,130 @@
+"""The corpus: each real mistake gives one line that names the field; what is right gives none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kuberay_fixtures import CRD, NAMES, bundle, edit
+
+from serve_app.errors import ConfigError, UserError
+from serve_app.kuberay import schema
+from serve_app.kuberay.validate import Problem, load_documents, refuse_errors, validate
+
+CORPUS: list[dict[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "data/wrong_manifests.yaml").read_text()
+)
+
+
+@pytest.fixture(scope="module")
+def crd() -> dict[str, Any]:
+    if not CRD.exists():
+        pytest.skip("the CRD is not beside the checkout")
+    return schema.load_crd(CRD)
+
+
+@pytest.fixture(scope="module")
+def right() -> list[dict[str, Any]]:
+    return bundle("fleet")
+
+
+@pytest.mark.parametrize("case", CORPUS, ids=[c["mistake"] for c in CORPUS])
+def test_a_mistake_gives_one_line_that_names_the_field(
+    case: dict[str, Any], right: list[dict[str, Any]], crd: dict[str, Any]
+) -> None:
+    problems = [p for p in validate(edit(right, case["edit"]), crd) if p.level == "error"]
+    lines = [str(p) for p in problems]
+    assert any(case["says"] in line for line in lines), "\n".join(lines) or "nothing was found"
+    assert all("\n" not in line for line in lines)
+    # A mistake in a NodePool is seen from each group that it should have made machines for.
+    assert len(lines) <= 4, "\n".join(lines)
+
+
+def test_the_corpus_is_large_enough() -> None:
+    assert len(CORPUS) >= 25
+    assert len({c["mistake"] for c in CORPUS}) == len(CORPUS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"upgrade": {"strategy": "NewClusterWithIncrementalUpgrade"}},
+        {"karpenter": "auto-mode", "cache": {"kind": "none"}, "hf_token": None},
+        {"redis": {"address": "rediss://a.b:6379", "password": {"name": "redis", "key": "p"}}},
+    ],
+    ids=["default", "incremental", "auto-mode", "redis"],
+)
+def test_what_is_rendered_has_no_problem(
+    name: str, settings: dict[str, Any], crd: dict[str, Any]
+) -> None:
+    if name == "llama70b-2node":
+        settings = {**settings, "instance_types": ["g6e.12xlarge"]}
+    assert validate(bundle(name, **settings), crd) == []
+
+
+def test_without_the_crd_fields_and_pods_are_still_checked(right: list[dict[str, Any]]) -> None:
+    wrong = edit(
+        right,
+        {
+            "RayService": {
+                "spec.rayClusterConfig.headGroupSpec.template.spec.containers.0.imagePolicy": "x",
+                "spec.rayClusterConfig.rayversion": "2.60.0",
+            }
+        },
+    )
+    lines = "\n".join(map(str, validate(wrong)))
+    assert "containers[0].imagePolicy is not a field; did you mean 'imagePullPolicy'?" in lines
+    assert "rayversion is not a field of ray.io/v1; did you mean 'rayVersion'?" in lines
+
+
+def test_idle_gpus_are_a_warning_and_no_error(right: list[dict[str, Any]]) -> None:
+    one = edit(
+        right,
+        {
+            "RayService": {
+                "spec.rayClusterConfig.workerGroupSpecs.1.maxReplicas": 1,
+                "spec.serveConfigV2~": [
+                    "autoscaling: {min_replicas: 1, max_replicas: 2}\n    resources: "
+                    "{accelerator_type: H100",
+                    "replicas: 1\n    resources: {accelerator_type: H100",
+                ],
+            }
+        },
+    )
+    problems = validate(one)
+    assert [p.level for p in problems] == ["warning"]
+    assert "leaves 4 of the 8 GPUs of the last p5.48xlarge idle" in problems[0].text
+    refuse_errors(problems)
+
+
+def test_errors_are_refused_with_the_first_and_the_number_of_others() -> None:
+    problems = [Problem("error", "Pod/a: spec", "is x"), Problem("error", "Pod/b: spec", "is y")]
+    with pytest.raises(UserError, match=r"^Pod/a: spec is x \(and 1 more\)$"):
+        refuse_errors(problems)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a: [", r"wrong.yaml: line 1, column 5"),
+        ("just text", "no Kubernetes manifest there"),
+        ("", "no Kubernetes manifest there"),
+    ],
+)
+def test_a_file_that_is_no_manifest(tmp_path: Path, content: str, says: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        load_documents([path])
+
+
+def test_a_missing_file_and_a_wrong_crd_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file"):
+        load_documents([tmp_path / "nowhere.yaml"])
+    (tmp_path / "crd.yaml").write_text("kind: CustomResourceDefinition\nspec: {versions: []}\n")
+    with pytest.raises(ConfigError, match=r"crd.yaml: not the CRD of ray.io/v1 RayService"):
+        schema.load_crd(tmp_path / "crd.yaml")
