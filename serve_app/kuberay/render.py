@@ -46,7 +46,7 @@ def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
         ConfigError: the config cannot become a RayService, with what to change.
     """
     groups = _groups(fleet, profile)
-    source = f"Rendered by `serve-app render {_shown(fleet.path)}`; change that and render again."
+    source = f"Rendered by `serve-app render {fleet.path.name}`; change that and render again."
     base = _base(fleet, profile, groups)
     files = {f"base/{name}": dump(*documents, header=source) for name, documents in base.items()}
     files["base/kustomization.yaml"] = dump(
@@ -175,7 +175,10 @@ def _overlays(
                         {
                             "apiVersion": f"{group}/{version}",
                             "kind": kind,
-                            "metadata": {"name": document["metadata"]["name"]},
+                            "metadata": {
+                                "name": document["metadata"]["name"],
+                                "namespace": profile.namespace,
+                            },
                             "$patch": "delete",
                         }
                     )
@@ -231,14 +234,6 @@ def _nodes(profile: ClusterProfile, groups: list[WorkerGroup], source: str) -> d
 
 def _instance_types(groups: list[WorkerGroup]) -> list[str]:
     return sorted({t for group in groups if group.shape for t in group.shape.instance_types})
-
-
-def _shown(path: Path) -> str:
-    """The path as a reader of the repo would type it, wherever it was rendered."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return path.name
 
 
 def write(files: dict[str, str], into: Path) -> list[Path]:

@@ -97,9 +97,7 @@ def _entry(start: str, item: Any, indent: int, lines: list[str]) -> None:
 
 def _fits_literal(text: str) -> bool:
     """Whether a ``|`` block gives back exactly this text (YAML strips or refuses the others)."""
-    return (
-        text.isprintable() if "\n" not in text else all(c.isprintable() or c == "\n" for c in text)
-    ) and not (
+    return all(c.isprintable() or c == "\n" for c in text) and not (
         text.startswith((" ", "\n"))
         or text.endswith("\n\n")
         or any(line != line.rstrip() for line in text.split("\n"))
@@ -111,8 +109,11 @@ def _scalar(value: Any) -> str:
         return "{}"
     if value == [] and isinstance(value, list):
         return "[]"
-    text: str = yaml.safe_dump(value, width=10**9, allow_unicode=True, default_style=None)
-    return text.removesuffix("...\n").removesuffix("\n")
+    text: str = yaml.safe_dump(value, width=10**9, allow_unicode=True)
+    text = text.removesuffix("...\n").removesuffix("\n")
+    if len(text.splitlines()) > 1:  # PyYAML folds a line break; in quotes it stays on one line
+        text = yaml.safe_dump(value, width=10**9, default_style='"').removesuffix("\n")
+    return text
 
 
 def _comment(why: str, indent: int, lines: list[str]) -> None:
