@@ -359,8 +359,10 @@ def test_a_wrong_profile_is_one_line(tmp_path: Path, text: str, says: str) -> No
 
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(min_size=1, max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(min_size=1, max_size=8), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -417,9 +419,7 @@ def test_render_needs_a_config_or_cluster_wide() -> None:
 
 def test_validate_prints_every_problem_and_ends_with_the_first(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
-    path.write_text(
-        "apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {a: x, b: y}\n"
-    )
+    path.write_text("apiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {a: x, b: y}\n")
     runner = CliRunner()
     with pytest.raises(UserError, match=r"stringData.a puts a secret .* \(and 1 more\)"):
         runner.invoke(cli.validate, [str(path)], catch_exceptions=False)

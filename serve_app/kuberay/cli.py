@@ -1,4 +1,4 @@
-"""``serve-app render | validate | deploy | status | diff | rollback | logs``: thin, one module each.
+"""``serve-app render | validate | deploy | status | diff | rollback | logs``, each of them thin.
 
 :func:`register` adds the commands to the program's group.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from serve_app.errors import ConfigError, UserError
+from serve_app.errors import UserError
 
 _PATH = click.Path(path_type=Path)
 
@@ -98,13 +98,218 @@ def _report(documents: list[dict[str, Any]], crd: Path | None) -> None:
     refuse_errors(problems)
 
 
+_context_option = click.option("--context", help="Context of the kubeconfig (default: its own).")
+_kubeconfig_option = click.option(
+    "--kubeconfig", type=_PATH, help="Kubeconfig (default: $KUBECONFIG, ~/.kube/config)."
+)
+_namespace_option = click.option(
+    "-n", "--namespace", default="serve-app", show_default=True, help="Namespace of the RayService."
+)
+
+
 @click.command()
-def deploy() -> None: ...
+@click.argument("config", type=_PATH)
+@_cluster_option
+@_crd_option
+@_kubeconfig_option
+@_context_option
+@click.option("--dry-run", is_flag=True, help="Only say what it would do.")
+@click.option("--force", is_flag=True, help="Take over fields of others; go on without the GPUs.")
+@click.option("--wait/--no-wait", default=True, help="Watch until every model answers.")
+@click.option("--timeout", default=3600.0, show_default=True, help="Seconds to wait.")
+def deploy(
+    config: Path,
+    profile_path: Path | None,
+    crd: Path | None,
+    kubeconfig: Path | None,
+    context: str | None,
+    dry_run: bool,
+    force: bool,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Apply CONFIG to the cluster and wait until every model answers.
+
+    Ctrl-C stops the waiting, not the deployment.
+    """
+    from serve_app.config import load
+    from serve_app.kuberay import deploy as deploying
+    from serve_app.kuberay import render as rendering
+    from serve_app.kuberay.client import Cluster
+    from serve_app.kuberay.profile import load_profile
+
+    fleet, profile = load(config), load_profile(profile_path)
+    documents = rendering.documents(fleet, profile)
+    _report(documents, crd)
+    cluster = Cluster.connect(kubeconfig, context)
+    name = next(d["metadata"]["name"] for d in documents if d["kind"] == "RayService")
+    change, _, _ = deploying.preview(cluster, documents, force=force)
+    click.echo(f"{name} in {profile.namespace} on {cluster.host}: this {change}")
+    deploying.check_capacity(cluster, change, force=force, tell=click.echo)
+    if change.kind == "ignored" and not force:
+        raise UserError(
+            "KubeRay would ignore the change of the cluster (upgradeStrategy None); delete the "
+            "RayService and deploy again, or --force to apply the rest"
+        )
+    if dry_run:
+        return
+    number = deploying.apply(cluster, documents, force=force, tell=click.echo)
+    click.echo(f"revision {number}; back with: serve-app rollback {name}")
+    if wait:
+        _wait(cluster, name, profile.namespace, timeout)
+
+
+def _wait(cluster: Any, name: str, namespace: str, timeout_s: float) -> None:
+    import time
+
+    from serve_app.kuberay import deploy as deploying
+
+    def tell(line: str) -> None:
+        click.echo(f"{time.strftime('%H:%M:%S')} {line}")
+
+    target = deploying.Target(cluster, name, namespace)
+    try:
+        deploying.follow(target, timeout_s=timeout_s, tell=tell, now=time.monotonic)
+        _ask_models(target)
+    except KeyboardInterrupt:
+        click.echo(f"\nno longer watching; the deployment goes on: serve-app status {name}")
+        return
+
+
+def _ask_models(target: Any) -> None:
+    """Send each model a request; say what answers.
+
+    Raises:
+        UserError: a model that runs but does not answer.
+    """
+    from serve_app.kuberay import deploy as deploying
+    from serve_app.kuberay.client import Forbidden
+
+    try:
+        silent = deploying.unanswered(target, target.require())
+    except Forbidden as forbidden:
+        click.echo(f"every model is RUNNING ({forbidden}: none was asked)")
+        return
+    if silent:
+        raise UserError("; ".join(silent))
+    click.echo("ready: every model answers")
+
+
 @click.command()
-def status() -> None: ...
+@click.argument("name")
+@_namespace_option
+@_kubeconfig_option
+@_context_option
+def status(name: str, namespace: str, kubeconfig: Path | None, context: str | None) -> None:
+    """Applications, pods and troubles of the RayService NAME; exit status 1 until it is ready."""
+    from serve_app.kuberay import deploy as deploying
+    from serve_app.kuberay import reasons, revisions, state
+    from serve_app.kuberay.client import Cluster
+
+    cluster = Cluster.connect(kubeconfig, context)
+    target = deploying.Target(cluster, name, namespace)
+    document = target.require()
+    seen = state.of(document)
+    clusters = f"cluster {seen.active or '(none yet)'}"
+    click.echo(f"{name}: {clusters}{f', next {seen.pending}' if seen.pending else ''}")
+    for line in [*seen.lines(), *reasons.pod_lines(cluster, name, namespace)]:
+        click.echo(f"  {line}")
+    for kind, (holds, reason, message) in seen.conditions.items():
+        if kind == "Ready" or holds:
+            click.echo(f"  {kind}: {'yes' if holds else 'no'} ({reason}) {message}".rstrip())
+    past = [str(revision["revision"]) for revision in revisions.history(cluster, name, namespace)]
+    click.echo(f"  revisions: {', '.join(past) or 'none'}")
+    if not seen.running:
+        for line in reasons.explain(cluster, name, namespace):
+            click.echo(f"  ! {line}")
+        sys.exit(1)
+    _ask_models(target)
+
+
 @click.command()
-def diff() -> None: ...
+@click.argument("config", type=_PATH)
+@_cluster_option
+@_kubeconfig_option
+@_context_option
+def diff(
+    config: Path, profile_path: Path | None, kubeconfig: Path | None, context: str | None
+) -> None:
+    """What `deploy` would change, and how KubeRay would go about it. Exit status 1 if anything."""
+    from serve_app.config import load
+    from serve_app.kuberay import deploy as deploying
+    from serve_app.kuberay import render as rendering
+    from serve_app.kuberay.client import Cluster
+    from serve_app.kuberay.profile import load_profile
+
+    documents = rendering.documents(load(config), load_profile(profile_path))
+    cluster = Cluster.connect(kubeconfig, context)
+    change, live, future = deploying.preview(cluster, documents, force=True)
+    click.echo(deploying.difference(live, future), nl=False)
+    click.echo(f"this {change}")
+    sys.exit(0 if change.kind == "none" else 1)
+
+
 @click.command()
-def rollback() -> None: ...
+@click.argument("name")
+@click.option("--to", "number", type=int, help="Revision (default: the one before the last).")
+@_namespace_option
+@_kubeconfig_option
+@_context_option
+@click.option("--wait/--no-wait", default=True, help="Watch until every model answers.")
+@click.option("--timeout", default=3600.0, show_default=True, help="Seconds to wait.")
+def rollback(
+    name: str,
+    number: int | None,
+    namespace: str,
+    kubeconfig: Path | None,
+    context: str | None,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Apply an earlier revision of the RayService NAME again."""
+    from serve_app.kuberay import deploy as deploying
+    from serve_app.kuberay import revisions
+    from serve_app.kuberay.client import Cluster
+
+    cluster = Cluster.connect(kubeconfig, context)
+    service = revisions.find(cluster, name, namespace, number)
+    change, _, _ = deploying.preview(cluster, [service], force=True)
+    click.echo(f"{name} in {namespace} on {cluster.host}: this {change}")
+    deploying.check_capacity(cluster, change, force=True, tell=click.echo)
+    new = deploying.apply(cluster, [service], force=True, tell=click.echo)
+    click.echo(f"revision {new}")
+    if wait:
+        _wait(cluster, name, namespace, timeout)
+
+
 @click.command()
-def logs() -> None: ...
+@click.argument("name")
+@click.argument("model", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
+@click.option("--previous", is_flag=True, help="What Ray said before its container ended.")
+@click.option("--tail", default=200, show_default=True, help="Lines of each pod.")
+@_namespace_option
+@_kubeconfig_option
+@_context_option
+def logs(
+    name: str,
+    model: str | None,
+    follow: bool,
+    previous: bool,
+    tail: int,
+    namespace: str,
+    kubeconfig: Path | None,
+    context: str | None,
+) -> None:
+    """Logs of the RayService NAME, or of one MODEL of it."""
+    from serve_app.kuberay import podlogs
+    from serve_app.kuberay.client import Cluster
+
+    cluster = Cluster.connect(kubeconfig, context)
+    try:
+        for line in podlogs.stream(
+            cluster, name, namespace, model=model, follow=follow, previous=previous, tail=tail
+        ):
+            click.echo(line)
+    except KeyboardInterrupt:
+        pass

@@ -53,7 +53,10 @@ _RELABELINGS = [
         "Ray's inner life: two thirds of the series, and no question that an operator asks.",
     ),
     note(
-        {"action": "labeldrop", "regex": "WorkerId|SessionName|JobId|Version"},
+        {
+            "action": "labeldrop",
+            "regex": "WorkerId|SessionName|JobId|Version|Component|otel_scope_.+",
+        },
         "Change with every restart and tell nothing.",
     ),
 ]
@@ -132,7 +135,9 @@ def cold_models(fleet: Fleet) -> list[str]:
 def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
     """Recording rules and alerts of one fleet, as plain Prometheus has them too."""
     own = f'fleet="{name}"'
-    not_cold = f',application!~"{"|".join(cold)}"' if cold else ""
+    servers = f'{own},deployment="ModelServer"'
+    if cold:
+        servers += f',application!~"{"|".join(cold)}"'
     fast = (
         "sum by (model_name) (rate(vllm:time_to_first_token_seconds_bucket"
         f'{{{own},le="{TTFT_TARGET_S}"}}[%s]))'
@@ -169,8 +174,11 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
     alerts = [
         _alert(
             "ServeAppModelHasNoReplica",
-            f"sum by (application) (ray_serve_deployment_replica_healthy{{{own},"
-            f'deployment="ModelServer"{not_cold}}}) == 0',
+            # Not `sum(...) == 0`: a replica that is gone has no series to sum. Status 3 is
+            # UPDATING, a first start, which may take its minutes.
+            f"min by (application) (ray_serve_deployment_status{{{servers}}} != 3) "
+            "unless on (application) sum by (application) "
+            f"(ray_serve_deployment_replica_healthy{{{servers}}}) > 0",
             "2m",
             "page",
             "{{ $labels.application }} has no healthy replica.",
