@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path as FilePath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -29,6 +29,8 @@ import yaml
 from serve_app.kuberay import schema
 
 Document = dict[str, Any]
+Path = tuple[str, ...]
+"""Of a field: its keys from the top."""
 
 # group/version -> plural -> (kind, namespaced)
 RESOURCES: dict[str, dict[str, tuple[str, bool]]] = {
@@ -56,18 +58,18 @@ RESOURCES: dict[str, dict[str, tuple[str, bool]]] = {
 class KubeAPI:
     """The server's state, and what tests may do to it."""
 
-    def __init__(self, crd: Path | None = None) -> None:
+    def __init__(self, crd: Document | None = None) -> None:
         self.resources = copy.deepcopy(RESOURCES)
         self.objects: dict[tuple[str, str, str], Document] = {}
-        self.owners: dict[tuple[str, str, str], dict[str, str]] = {}
+        self.owners: dict[tuple[str, str, str], dict[Path, str]] = {}
         self.forbidden: set[tuple[str, str]] = set()  # (verb, plural)
-        self.token = "let-me-in"
+        self.token: str | None = "let-me-in"  # None lets anyone in
         self.logs: dict[tuple[str, str], list[str]] = {}  # (pod, container) -> lines
         self.proxy: Callable[[str, str, str, Any], tuple[int, str]] | None = None
         self.requests: list[tuple[str, str]] = []
         self.delay_s = 0.0
         self.expired_below = 0
-        self.crd = schema.load_crd(crd) if crd else None
+        self.crd = crd
         self._version = 100
         self._history: list[tuple[int, str, Document]] = []
         self._changed = threading.Condition()
@@ -79,15 +81,15 @@ class KubeAPI:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
 
     def kubeconfig(
-        self, path: Path, *, server: str | None = None, token: str | None = None
-    ) -> Path:
+        self, path: FilePath, *, server: str | None = None, token: str | None = None
+    ) -> FilePath:
         """Write a kubeconfig for this server."""
         config = {
             "apiVersion": "v1",
@@ -123,7 +125,7 @@ class KubeAPI:
             self.objects[key] = document
             if old is None:
                 self.owners[key] = dict.fromkeys(
-                    _leaves(document.get("spec") or {}, ".spec"), manager
+                    _leaves({"spec": document.get("spec") or {}}), manager
                 )
             kind = "MODIFIED" if old else "ADDED"
             self._history.append((self._version, kind, copy.deepcopy(document)))
@@ -153,14 +155,18 @@ class KubeAPI:
         key = (plural, wanted["metadata"].get("namespace", ""), wanted["metadata"]["name"])
         old = self.objects.get(key)
         owners = dict(self.owners.get(key, {}))
-        mine = _leaves({k: v for k, v in wanted.items() if k == "spec"}, "")
+        mine = _leaves({"spec": wanted["spec"]} if "spec" in wanted else {})
+        crd = self.crd if plural == "rayservices" else None
+        complete = schema.with_defaults(crd, wanted) if crd else wanted
         conflicts = [
             (path, owners[path])
-            for path, value in mine.items()
-            if owners.get(path, manager) != manager and _at(old or {}, path) != value
+            for path in mine
+            if owners.get(path, manager) != manager and _at(old, path) != _at(complete, path)
         ]
         if conflicts and not force:
-            by = ", ".join(f'"{owner}" using {wanted["apiVersion"]}: {p}' for p, owner in conflicts)
+            by = ", ".join(
+                f'"{owner}" using {wanted["apiVersion"]}: .{".".join(p)}' for p, owner in conflicts
+            )
             count = f"{len(conflicts)} conflict{'s' if len(conflicts) > 1 else ''}"
             return _status(409, "Conflict", f"Apply failed with {count}: conflicts with {by}")
         merged = copy.deepcopy(old) if old else {}
@@ -169,8 +175,8 @@ class KubeAPI:
                 _unset(merged, path)
                 del owners[path]
         _merge(merged, wanted)
-        if plural == "rayservices" and self.crd is not None:
-            merged = schema.with_defaults(self.crd, merged)
+        if crd:
+            merged = schema.with_defaults(crd, merged)
         if dry_run:
             return (200 if old else 201), merged
         if old is not None and {**old, "metadata": None} == {**merged, "metadata": None}:
@@ -192,6 +198,7 @@ class KubeAPI:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: 40 ms for each answer
     kube: KubeAPI
 
     def log_message(self, *_: Any) -> None:
@@ -217,7 +224,8 @@ class _Handler(BaseHTTPRequestHandler):
         query = {k: v[-1] for k, v in parse_qs(parts.query).items()}
         kube.requests.append((method, self.path))
         time.sleep(kube.delay_s)
-        if self.headers.get("Authorization") != f"Bearer {kube.token}":
+        given = self.headers.get("Authorization")
+        if kube.token is not None and given != f"Bearer {kube.token}":
             self._send(*_status(401, "Unauthorized", "Unauthorized"))
             return
         if self._discovery(parts.path):
@@ -457,28 +465,26 @@ def _missing(plural: str, group: str, name: str | None) -> tuple[int, Document]:
     return _status(404, "NotFound", f'{resource} "{name}" not found')
 
 
-def _leaves(value: Any, path: str) -> dict[str, Any]:
+def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
     """Paths of what has no fields below it; lists are whole, as in this CRD."""
     if isinstance(value, dict) and value:
-        found: dict[str, Any] = {}
+        found: dict[Path, Any] = {}
         for key, item in value.items():
-            found |= _leaves(item, f"{path}.{key}")
+            found |= _leaves(item, (*path, key))
         return found
-    return {path: value}
+    return {path: value} if path else {}
 
 
-def _at(document: Any, path: str) -> Any:
-    for key in path.split(".")[1:]:
+def _at(document: Any, path: Path) -> Any:
+    for key in path:
         document = document.get(key) if isinstance(document, dict) else None
     return document
 
 
-def _unset(document: Any, path: str) -> None:
-    *parents, last = path.split(".")[1:]
-    for key in parents:
-        document = document.get(key) if isinstance(document, dict) else None
-    if isinstance(document, dict):
-        document.pop(last, None)
+def _unset(document: Any, path: Path) -> None:
+    parent = _at(document, path[:-1])
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
 
 
 def _merge(into: Document, wanted: Document) -> None:
