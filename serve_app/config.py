@@ -159,6 +159,9 @@ class GatewayConfig(_Settings):
     replicas: int = Field(default=1, ge=1)
     """Gateway processes; one relays a few thousand tokens per second and core."""
 
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPU cores reserved for each gateway process."""
+
     max_body_mib: float = Field(default=64.0, gt=0, le=1024)
     """Largest request body, in MiB; a larger one is answered with 413."""
 
@@ -170,6 +173,9 @@ class GatewayConfig(_Settings):
 
     request_timeout_s: float | None = Field(default=None, gt=0)
     """Seconds that a replica may stay silent within one request; None waits for ever."""
+
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    """Seconds that running requests get to finish when a gateway is stopped."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,183 @@
+"""Which models there are: found in what Serve's controller reports, nowhere else.
+
+The controller's details (what ``serve status`` reads) hold every application's status and
+its deployed config, ``args`` included, also while a model is starting or scaled to zero. So
+a model that is deployed, changed or removed shows up here without a restart of the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app import cluster
+from serve_app.config import MODEL_IMPORT_PATH
+from serve_app.gateway.replicas import board
+
+logger = logging.getLogger("ray.serve")
+
+REFRESH_S = 1.0
+"""Seconds between two looks at the controller; a new model is listed within about that."""
+
+_DEPLOYMENT = "ModelServer"
+_GONE = ("DELETING", "NOT_STARTED")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A deployed model, as Serve reports it."""
+
+    name: str
+    """The application's name, which is its first id."""
+
+    status: str
+    """Serve's ApplicationStatus."""
+
+    message: str
+    """Why it is not running, in one line; empty while all is well."""
+
+    ids: tuple[str, ...]
+    adapters: tuple[str, ...]
+    root: str
+    created: int
+    replicas: int
+    """Replicas that run."""
+
+    must_be_up: bool
+    """False for a model that may be scaled to zero."""
+
+    @property
+    def up(self) -> bool:
+        return self.status == "RUNNING" and (self.replicas > 0 or not self.must_be_up)
+
+    @property
+    def broken(self) -> bool:
+        return self.status == "DEPLOY_FAILED"
+
+
+class Directory:
+    """The models by id, kept fresh by :meth:`run`."""
+
+    def __init__(self) -> None:
+        self._models: dict[str, Model] = {}
+        self._by_id: dict[str, Model] = {}
+        self._handles: dict[str, DeploymentHandle] = {}
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """Refresh for ever; a controller that cannot answer leaves what is known."""
+        while True:
+            try:
+                await self.refresh()
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                logger.warning(f"cannot read the applications from Serve: {error!r}")
+            await asyncio.sleep(REFRESH_S)
+
+    async def refresh(self) -> None:
+        controller = cluster.controller()
+        if controller is None:
+            return
+        details = await controller.get_serve_instance_details.remote()
+        self._replace(read_details(details))
+
+    def _replace(self, models: dict[str, Model]) -> None:
+        for name in self._models.keys() - models.keys():
+            logger.info(f"model '{name}' is gone")
+            self._handles.pop(name, None)
+            board.forget(name)
+        for name, model in models.items():
+            before = self._models.get(name)
+            if model.up and not (before and before.up):
+                logger.info(f"model '{name}' is ready ({model.replicas} replicas)")
+            elif model.message and (before is None or before.message != model.message):
+                logger.warning(f"model '{name}' is {model.status}: {model.message}")
+            if name not in self._handles and not model.broken:
+                self._watch(name)
+        self._models = models
+        self._by_id = _by_id(models)
+
+    def _watch(self, name: str) -> None:
+        handle = serve.get_deployment_handle(_DEPLOYMENT, name, _check_exists=False)
+        if not handle.is_initialized:
+            # Starts the handle's router, and with it the reports to ReplicaWatcher.
+            handle._init()
+        self._handles[name] = handle
+
+    def handle(self, model: Model) -> DeploymentHandle:
+        return self._handles[model.name]
+
+    def find(self, id: str) -> Model | None:
+        """The model that answers to ``id``."""
+        return self._by_id.get(id)
+
+    def models(self) -> list[Model]:
+        """All models, in the order in which Serve lists them."""
+        return list(self._models.values())
+
+    def ids(self) -> list[str]:
+        """Every id that a client can send, except those of models that failed to deploy."""
+        return [id for id, model in self._by_id.items() if not model.broken]
+
+
+def _by_id(models: dict[str, Model]) -> dict[str, Model]:
+    # A name beats an alias, a working model beats a broken one; two that claim the same
+    # alias are refused when they are deployed, so this only decides what goes on meanwhile.
+    ordered = sorted(models.values(), key=lambda m: m.broken)
+    by_id: dict[str, Model] = {m.name: m for m in models.values()}
+    for model in ordered:
+        for id in model.ids:
+            by_id.setdefault(id, model)
+    return by_id
+
+
+def read_details(details: dict[str, Any]) -> dict[str, Model]:
+    """The models among the applications of ``get_serve_instance_details``."""
+    found: dict[str, Model] = {}
+    for name, application in details["applications"].items():
+        config = application.get("deployed_app_config") or {}
+        status = _text(application["status"])
+        if config.get("import_path") != MODEL_IMPORT_PATH or status in _GONE:
+            continue
+        args = config.get("args") or {}
+        deployment = (application.get("deployments") or {}).get(_DEPLOYMENT) or {}
+        running = [
+            r for r in deployment.get("replicas") or () if _text(r.get("state")) == "RUNNING"
+        ]
+        scaling = args.get("autoscaling") or {}
+        adapters = tuple(
+            a["name"] for a in args.get("adapters") or () if isinstance(a, dict) and "name" in a
+        )
+        found[name] = Model(
+            name=name,
+            status=status,
+            message=_one_line(deployment.get("message") or application.get("message") or ""),
+            ids=(name, *(args.get("served_as") or ()), *adapters),
+            adapters=adapters,
+            root=str(args.get("model", "")),
+            created=int(application.get("last_deployed_time_s") or 0),
+            replicas=len(running),
+            must_be_up=scaling.get("min_replicas", 1) > 0,
+        )
+    return found
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _one_line(message: str) -> str:
+    """The last line of a status message: where there is a traceback, that is its sentence."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    if not lines:
+        return ""
+    last = lines[-1]
+    for prefix in ("serve_app.errors.ConfigError: ", "serve_app.errors.UserError: "):
+        last = last.removeprefix(prefix)
+    return last
