@@ -20,6 +20,8 @@ from serve_app.errors import ConfigError, did_you_mean
 
 MODEL_IMPORT_PATH = "serve_app.model:app"
 GATEWAY_IMPORT_PATH = "serve_app.gateway:app"
+DEPLOYMENT = "ModelServer"
+"""The one deployment of a model's application."""
 
 # Serve keeps an application's name in a log file's path, and refuses a blank one.
 ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]

@@ -10,15 +10,12 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
 
 from serve_app import cluster
-from serve_app.config import MODEL_IMPORT_PATH, ModelConfig, ids_of, parse
+from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 
 logger = logging.getLogger("ray.serve")
-
-DEPLOYMENT = "ModelServer"
 
 # Serve never sees the requests, so its own cap must not be what bounds them.
 _UNBOUNDED = 1_000_000
@@ -89,9 +86,6 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
         "max_ongoing_requests": _UNBOUNDED,
         # Serve kills the replica when this has passed; the replica drains within it.
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
-        "request_router_config": RequestRouterConfig(
-            request_router_class="serve_app.gateway.watcher:ReplicaWatcher"
-        ),
     }
     options["num_replicas"] = config.replicas or 1
     return options

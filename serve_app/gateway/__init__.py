@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.config import GatewayConfig, parse
+from serve_app.config import DEPLOYMENT, GatewayConfig, parse
 from serve_app.errors import ConfigError
 
 # A request costs Serve one slot for as long as it streams; vLLM is what bounds the load.
@@ -54,14 +54,17 @@ class GatewayServer:
         from serve_app import cluster
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.relay import Relay
+        from serve_app.gateway.replicas import Board
         from serve_app.gateway.server import Gateway
+        from serve_app.gateway.watcher import Watcher
 
         config = GatewayConfig.model_validate(args)
-        self._directory = Directory()
+        board = Board()
+        self._directory = Directory(Watcher(board, DEPLOYMENT))
         self._relay = Relay(
             cluster.internal_credential(), config.connect_timeout_s, config.request_timeout_s
         )
-        self._gateway = Gateway(config, self._directory, self._relay)
+        self._gateway = Gateway(config, self._directory, board, self._relay)
         await self._directory.refresh()
         self._refreshing = asyncio.create_task(self._directory.run())
 

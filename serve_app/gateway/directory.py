@@ -16,15 +16,14 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import cluster
-from serve_app.config import MODEL_IMPORT_PATH
-from serve_app.gateway.replicas import board
+from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH
+from serve_app.gateway.watcher import Watcher
 
 logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
 """Seconds between two looks at the controller; a new model is listed within about that."""
 
-_DEPLOYMENT = "ModelServer"
 _GONE = ("DELETING", "NOT_STARTED")
 
 
@@ -63,54 +62,43 @@ class Model:
 class Directory:
     """The models by id, kept fresh by :meth:`run`."""
 
-    def __init__(self) -> None:
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
         self._models: dict[str, Model] = {}
         self._by_id: dict[str, Model] = {}
         self._handles: dict[str, DeploymentHandle] = {}
-        self._changed = asyncio.Event()
 
     async def run(self) -> None:
-        """Refresh for ever; a controller that cannot answer leaves what is known."""
+        """Refresh for ever; while the controller cannot answer, what is known stays."""
         while True:
+            await asyncio.sleep(REFRESH_S)
             try:
                 await self.refresh()
-            except asyncio.CancelledError:
-                raise
             except Exception as error:
                 logger.warning(f"cannot read the applications from Serve: {error!r}")
-            await asyncio.sleep(REFRESH_S)
 
     async def refresh(self) -> None:
+        """Look at the controller once."""
         controller = cluster.controller()
         if controller is None:
             return
-        details = await controller.get_serve_instance_details.remote()
-        self._replace(read_details(details))
-
-    def _replace(self, models: dict[str, Model]) -> None:
+        models = read_details(await controller.get_serve_instance_details.remote())
         for name in self._models.keys() - models.keys():
             logger.info(f"model '{name}' is gone")
             self._handles.pop(name, None)
-            board.forget(name)
+            self._watcher.forget(name)
         for name, model in models.items():
-            before = self._models.get(name)
-            if model.up and not (before and before.up):
-                logger.info(f"model '{name}' is ready ({model.replicas} replicas)")
-            elif model.message and (before is None or before.message != model.message):
-                logger.warning(f"model '{name}' is {model.status}: {model.message}")
-            if name not in self._handles and not model.broken:
-                self._watch(name)
+            self._watcher.watch(name, controller)
+            _report(self._models.get(name), model)
         self._models = models
         self._by_id = _by_id(models)
 
-    def _watch(self, name: str) -> None:
-        handle = serve.get_deployment_handle(_DEPLOYMENT, name, _check_exists=False)
-        if not handle.is_initialized:
-            # Starts the handle's router, and with it the reports to ReplicaWatcher.
-            handle._init()
-        self._handles[name] = handle
-
     def handle(self, model: Model) -> DeploymentHandle:
+        """A Serve handle: the way to wait for a model without replicas, and to wake it."""
+        if model.name not in self._handles:
+            self._handles[model.name] = serve.get_deployment_handle(
+                DEPLOYMENT, model.name, _check_exists=False
+            )
         return self._handles[model.name]
 
     def find(self, id: str) -> Model | None:
@@ -124,6 +112,14 @@ class Directory:
     def ids(self) -> list[str]:
         """Every id that a client can send, except those of models that failed to deploy."""
         return [id for id, model in self._by_id.items() if not model.broken]
+
+
+def _report(before: Model | None, now: Model) -> None:
+    """Log what changed, for whoever watches a start."""
+    if now.up and not (before and before.up):
+        logger.info(f"model '{now.name}' is ready ({now.replicas} replicas)")
+    elif now.message and (before is None or before.message != now.message):
+        logger.warning(f"model '{now.name}' is {now.status}: {now.message}")
 
 
 def _by_id(models: dict[str, Model]) -> dict[str, Model]:
@@ -146,7 +142,7 @@ def read_details(details: dict[str, Any]) -> dict[str, Model]:
         if config.get("import_path") != MODEL_IMPORT_PATH or status in _GONE:
             continue
         args = config.get("args") or {}
-        deployment = (application.get("deployments") or {}).get(_DEPLOYMENT) or {}
+        deployment = (application.get("deployments") or {}).get(DEPLOYMENT) or {}
         running = [
             r for r in deployment.get("replicas") or () if _text(r.get("state")) == "RUNNING"
         ]

@@ -1,15 +1,9 @@
-"""The live replicas of every model, as Serve reports them, and the choice among them.
-
-:mod:`serve_app.gateway.watcher` writes on :data:`board` what Serve tells it, as soon as it
-changes. So a choice costs no call to Ray at all.
-"""
+"""The live replicas of every model, and the choice among them: no call to Ray."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 
 
 @dataclass(eq=False)
@@ -27,54 +21,44 @@ class Replica:
         return f"http://{self.host}:{self.port}"
 
 
-@dataclass
 class Board:
-    """Replicas by application. Written by Serve's router thread, read by the event loop."""
+    """Replicas by application, as Serve last reported them, less those found dead since."""
 
-    _replicas: dict[str, tuple[Replica, ...]] = field(default_factory=dict)
-    _lock: Lock = field(default_factory=Lock)
-    _listeners: list[Callable[[str], None]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._replicas: dict[str, dict[str, Replica]] = {}
+        self._dead: set[str] = set()
 
     def publish(self, application: str, running: dict[str, tuple[str, int]]) -> None:
         """Replace an application's replicas by ``{replica id: (host, port)}``."""
-        with self._lock:
-            known = {r.id: r for r in self._replicas.get(application, ())}
-            self._replicas[application] = tuple(
-                known.get(id) or Replica(id, host, port) for id, (host, port) in running.items()
-            )
-        for listener in self._listeners:
-            listener(application)
-
-    def listen(self, listener: Callable[[str], None]) -> None:
-        """Call ``listener(application)`` after each change, in the thread that made it."""
-        self._listeners.append(listener)
-
-    def drop(self, application: str, replica: Replica) -> None:
-        """Forget a replica that was found dead, until Serve next reports its replicas."""
-        with self._lock:
-            kept = tuple(r for r in self._replicas.get(application, ()) if r is not replica)
-            self._replicas[application] = kept
+        before = self._replicas.get(application, {})
+        self._dead -= before.keys() - running.keys()
+        self._replicas[application] = {
+            id: before.get(id) or Replica(id, host, port) for id, (host, port) in running.items()
+        }
 
     def forget(self, application: str) -> None:
         """Forget an application that was removed."""
-        with self._lock:
-            self._replicas.pop(application, None)
+        self.publish(application, {})
+        del self._replicas[application]
 
-    def replicas(self, application: str) -> tuple[Replica, ...]:
-        """The replicas that can be sent requests now."""
-        return self._replicas.get(application, ())
+    def mark_dead(self, replica: Replica) -> None:
+        """Choose it no more; Serve takes longer to notice than a refused connection."""
+        self._dead.add(replica.id)
 
-    def choose(self, application: str, avoid: Replica | None = None) -> Replica | None:
-        """The replica with the fewest requests from this gateway; None where there is none.
+    def add(self, application: str, id: str, host: str, port: int) -> Replica | None:
+        """A replica that Serve named elsewhere; None where it was found dead."""
+        if id in self._dead:
+            return None
+        replicas = self._replicas.setdefault(application, {})
+        return replicas.setdefault(id, Replica(id, host, port))
+
+    def choose(self, application: str) -> Replica | None:
+        """The live replica with the fewest requests from this gateway; None without any.
 
         Ties are broken at random, so that several gateways do not all pick the same one.
         """
-        candidates = [r for r in self.replicas(application) if r is not avoid]
-        if len(candidates) < 2:
-            return candidates[0] if candidates else None
-        least = min(r.inflight for r in candidates)
-        return random.choice([r for r in candidates if r.inflight == least])
-
-
-board = Board()
-"""This process's board."""
+        live = [r for r in self._replicas.get(application, {}).values() if r.id not in self._dead]
+        if len(live) < 2:
+            return live[0] if live else None
+        least = min(r.inflight for r in live)
+        return random.choice([r for r in live if r.inflight == least])

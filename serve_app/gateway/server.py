@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ from serve_app.gateway import body as request_body
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.relay import Headers, NotStarted, Relay
-from serve_app.gateway.replicas import Replica, board
+from serve_app.gateway.replicas import Board, Replica
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,8 +38,11 @@ _CLOSED = re.compile(
 class Gateway:
     """Routes each request to the model it names."""
 
-    def __init__(self, config: GatewayConfig, directory: Directory, relay: Relay) -> None:
+    def __init__(
+        self, config: GatewayConfig, directory: Directory, board: Board, relay: Relay
+    ) -> None:
         self._config = config
+        self._board = board
         self._directory = directory
         self._relay = relay
         self._max_body = int(config.max_body_mib * 2**20)
@@ -166,50 +169,46 @@ class Gateway:
         request_id: str,
         send: Send,
     ) -> None:
-        failed: Replica | None = None
-        for _ in range(2):
-            replica = board.choose(model.name, avoid=failed)
-            if replica is None:
-                if failed is not None:
-                    break
-                replica = await self._wait_for_replica(model)
+        retried = False
+        while True:
+            replica = self._board.choose(model.name) or await self._wait_for_replica(model)
             try:
                 await self._relay.send(replica, method, target, headers, body, request_id, send)
                 return
             except NotStarted as error:
-                logger.warning(
-                    f"request {request_id}: replica {replica.id} of {model.name}: {error}"
+                logger.warning(f"request {request_id}: {model.name}, replica {replica.id}: {error}")
+                self._board.mark_dead(replica)
+            if retried:
+                raise unavailable(
+                    f"The model '{model.name}' lost two replicas that had this request; "
+                    "please send it again."
                 )
-                board.drop(model.name, replica)
-                failed = replica
-        raise unavailable(
-            f"The model '{model.name}' lost the replica that had this request and has no "
-            "other one ready; please send it again."
-        )
+            retried = True
 
     async def _wait_for_replica(self, model: Model) -> Replica:
-        """Wait for a model that has no replica; if it is scaled to zero, this wakes it."""
+        """Wait for a model that has no live replica; if it is scaled to zero, this wakes it."""
         if model.broken:
             raise unavailable(
                 f"The model '{model.name}' failed to start: {model.message}", retry_after_s=60
             )
-        deadline = time.monotonic() + self._config.cold_start_timeout_s
-        try:
-            while (left := deadline - time.monotonic()) > 0:
-                async with asyncio.timeout(left):
-                    async with self._directory.handle(model).choose_replica() as chosen:
-                        pass
-                for replica in board.replicas(model.name):
-                    if replica.id == chosen.replica_id:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.cold_start_timeout_s):
+                while True:
+                    try:
+                        async with self._directory.handle(model).choose_replica() as chosen:
+                            found = chosen.replica_metadata
+                    except DeploymentUnavailableError:
+                        raise unavailable(
+                            f"The model '{model.name}' cannot start; GET /ready says why.",
+                            retry_after_s=30,
+                        ) from None
+                    replica = self._board.add(
+                        model.name, chosen.replica_id, found["host"], found["port"]
+                    )
+                    if replica is not None:
                         return replica
-                # It was dropped as dead and Serve has not noticed yet.
-                await asyncio.sleep(0.1)
-        except TimeoutError:
-            pass
-        except DeploymentUnavailableError:
-            raise unavailable(
-                f"The model '{model.name}' cannot start; GET /ready says why.", retry_after_s=30
-            ) from None
+                    # Serve has not noticed yet that it is dead.
+                    await asyncio.sleep(0.1)
         raise unavailable(
             f"The model '{model.name}' did not start within "
             f"{self._config.cold_start_timeout_s:g} seconds; it may still be loading.",
