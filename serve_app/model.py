@@ -98,6 +98,9 @@ def environment(config: ModelConfig) -> dict[str, str]:
         # vLLM's default takes most of the machine's memory for each engine, and pins each
         # engine's threads to the same cores.
         env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if config.tensor_parallel_size * config.pipeline_parallel_size == 1:
+            # The worker runs inside EngineCore: one process and one import of torch less.
+            env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # Ray would set it to num_cpus, which is what is reserved, not what may be used.
         env["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     return env | config.env

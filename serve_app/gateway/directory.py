@@ -171,8 +171,8 @@ def _text(value: Any) -> str:
 def _one_line(message: str) -> str:
     """The last line of a status message: where there is a traceback, that is its sentence."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    if not lines:
-        return ""
+    if not lines or "have taken more than" in message:
+        return ""  # Serve says so of every engine: loading a model takes a while
     last = lines[-1]
     for prefix in ("serve_app.errors.ConfigError: ", "serve_app.errors.UserError: "):
         last = last.removeprefix(prefix)
