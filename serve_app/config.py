@@ -90,6 +90,12 @@ class Adapter(_Settings):
     """A local folder, a hub id or an ``s3://`` address."""
 
 
+class LiveConfig(_Settings):
+    """The ``user_config`` of a model's deployment: what can change without a restart."""
+
+    adapters: list[Adapter] = []
+
+
 class ModelConfig(_Settings):
     """The ``args`` of a model's application; the application's name is the model id."""
 
@@ -119,6 +125,9 @@ class ModelConfig(_Settings):
 
     start_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that an engine may take to load and compile before its replica is given up."""
+
+    hang_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds without a step of a busy engine after which its replica is replaced."""
 
     @field_validator("engine")
     @classmethod

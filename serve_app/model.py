@@ -6,13 +6,14 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import ray
 from ray import serve
 
 from serve_app import cluster
-from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, ModelConfig, ids_of, parse
+from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 
 logger = logging.getLogger("ray.serve")
@@ -84,16 +85,24 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "ray_actor_options": actor,
         "max_ongoing_requests": _UNBOUNDED,
+        # Serve's default of 20 would load a 70B for hours before it says why it cannot.
+        "max_constructor_retry_count": 3,
         # Serve kills the replica when this has passed; the replica drains within it.
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
     options["num_replicas"] = config.replicas or 1
+    if config.adapters:
+        # A user_config in the config's own `deployments` takes this one's place.
+        options["user_config"] = {"adapters": [a.model_dump() for a in config.adapters]}
     return options
 
 
 def environment(config: ModelConfig) -> dict[str, str]:
     """Environment variables of a replica: the config's, over what vLLM needs here."""
     env = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s))}
+    if config.adapters or config.engine.get("enable_lora"):
+        # Lets vLLM load an adapter when it is first asked for (serve_app.adapters).
+        env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if config.resources.device == "cpu":
         # vLLM's default takes most of the machine's memory for each engine, and pins each
         # engine's threads to the same cores.
@@ -132,17 +141,36 @@ class ModelServer:
         """Where the gateway reaches this replica."""
         return {"host": self._engine.host, "port": self._engine.port}
 
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Called by Serve at the start and when only ``user_config`` changed: no restart."""
+        live = parse(LiveConfig, user_config, "user_config")
+        await self._engine.adapters.apply(live.adapters)
+
     async def check_health(self) -> None:
         """Raise when the engine is dead."""
         await self._engine.llm.check_health()
 
     async def _exit_with_engine(self) -> None:
-        # Serve replaces a replica whose process is gone at once, but only after three failed
-        # health checks when it is still there.
-        while not self._engine.llm.errored:  # noqa: ASYNC110 - vLLM has no event for it
+        """End this process as soon as the engine is dead, or hangs.
+
+        Serve replaces a replica whose process is gone at once, but only after three failed
+        health checks when it is still there.
+        """
+        while True:
             await asyncio.sleep(0.2)
-        logger.error("the engine died; this replica exits so that Serve replaces it")
-        os._exit(1)
+            if self._engine.llm.errored:
+                logger.error("the engine died; this replica exits so that Serve replaces it")
+                os._exit(1)
+            now = time.monotonic()
+            if not self._engine.busy:
+                self._engine.load.last_step = now  # an idle engine owes no steps
+            silent = now - self._engine.load.last_step
+            if silent > self._config.hang_timeout_s:
+                logger.error(
+                    f"the engine made no step for {silent:.0f} s with requests running; this "
+                    "replica exits so that Serve replaces it"
+                )
+                os._exit(1)
 
     async def __del__(self) -> None:
         """Called once by Serve when it stops the replica: drain, then end the engine."""

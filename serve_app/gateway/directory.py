@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("ray.serve")
 REFRESH_S = 1.0
 """Seconds between two looks at the controller; a new model is listed within about that."""
 
+_OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
 _GONE = ("DELETING", "NOT_STARTED")
 
 
@@ -147,9 +149,7 @@ def read_details(details: dict[str, Any]) -> dict[str, Model]:
             r for r in deployment.get("replicas") or () if _text(r.get("state")) == "RUNNING"
         ]
         scaling = args.get("autoscaling") or {}
-        adapters = tuple(
-            a["name"] for a in args.get("adapters") or () if isinstance(a, dict) and "name" in a
-        )
+        adapters = _adapters(config)
         found[name] = Model(
             name=name,
             status=status,
@@ -164,16 +164,23 @@ def read_details(details: dict[str, Any]) -> dict[str, Model]:
     return found
 
 
+def _adapters(config: dict[str, Any]) -> tuple[str, ...]:
+    """Adapters of a model: those of ``user_config`` take the place of those in ``args``."""
+    listed = (config.get("args") or {}).get("adapters")
+    for deployment in config.get("deployments") or ():
+        if deployment.get("name") == DEPLOYMENT and deployment.get("user_config"):
+            listed = deployment["user_config"].get("adapters")
+    return tuple(a["name"] for a in listed or () if isinstance(a, dict) and "name" in a)
+
+
 def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
 def _one_line(message: str) -> str:
-    """The last line of a status message: where there is a traceback, that is its sentence."""
+    """Our own sentence in a status message, else its last line: there a traceback says why."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     if not lines or "have taken more than" in message:
         return ""  # Serve says so of every engine: loading a model takes a while
-    last = lines[-1]
-    for prefix in ("serve_app.errors.ConfigError: ", "serve_app.errors.UserError: "):
-        last = last.removeprefix(prefix)
-    return last
+    ours = _OUR_ERROR.split(message)
+    return " ".join((ours if len(ours) > 1 else lines)[-1].split())
