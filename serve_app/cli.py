@@ -58,6 +58,19 @@ def fetch(what: str, into: Path) -> None:
     fetch_demo(into, console=_console)
 
 
+@cli.command()
+@click.argument("model")
+@click.argument("action", type=click.Choice(["sleep", "wake", "reset-prefix-cache"]))
+@click.option("--level", type=click.IntRange(0, 2), default=1, show_default=True, help="Of sleep.")
+@click.option("--address", help="Of the Ray cluster; the local one where it is left out.")
+def admin(model: str, action: str, level: int, address: str | None) -> None:
+    """Run ACTION on every replica of MODEL; one line each."""
+    from serve_app.admin import broadcast
+
+    for replica, said in broadcast(model, action, level=level, address=address):
+        click.echo(f"{replica}: {said}")
+
+
 @cli.command("clean-processes")
 def clean_processes() -> None:
     """End what a killed `serve run` of this environment left behind."""

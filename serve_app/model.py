@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from serve_app import cluster
+from serve_app import admin, cluster
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 
@@ -145,6 +145,14 @@ class ModelServer:
         """Called by Serve at the start and when only ``user_config`` changed: no restart."""
         live = parse(LiveConfig, user_config, "user_config")
         await self._engine.adapters.apply(live.adapters)
+
+    async def admin(self, action: str, level: int) -> tuple[str, str]:
+        """One replica's part of ``serve-app admin``: its id, and what it did."""
+        try:
+            said = await admin.act(self._engine.llm, action, level)
+        except Exception as error:
+            said = f"failed: {error}"
+        return serve.get_replica_context().replica_id.unique_id, said
 
     async def check_health(self) -> None:
         """Raise when the engine is dead."""

@@ -96,6 +96,8 @@ def _start(fleet: Fleet, log: Path | None) -> subprocess.Popen[bytes]:
     if not env.get("RAY_ADDRESS"):
         # A Ray of its own stays on the loopback interface.
         env.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Ray runs its workers at nice 15, behind whatever else the machine does.
+        env.setdefault("RAY_worker_niceness", "0")
     output = log.open("wb") if log else None
     try:
         return subprocess.Popen(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -32,6 +34,38 @@ _NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CREDENTI
                                  b"authorization", b"x-request-id"}  # fmt: skip
 # Serve puts these on every answer itself.
 _NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A client's request, whole, as it will be sent to a replica."""
+
+    id: str
+    method: str
+    target: str
+    """Path and query, still percent-encoded."""
+
+    headers: Headers
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+
+class Answer:
+    """The client's side of a request, and when its first byte was sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started_at: float | None = None
+        """``time.perf_counter`` at the first byte; None while nothing was sent."""
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        """Hand one ASGI message to the server; returns when the client can take more."""
+        if self.started_at is None:
+            self.started_at = time.perf_counter()
+        await self._send(message)
 
 
 class NotStarted(Exception):
@@ -60,17 +94,8 @@ class Relay:
     async def close(self) -> None:
         await self._session.close()
 
-    async def send(
-        self,
-        replica: Replica,
-        method: str,
-        target: str,
-        headers: Headers,
-        body: bytes,
-        request_id: str,
-        send: Send,
-    ) -> int:
-        """Send the request to ``replica`` and its answer to ``send``; the status returned.
+    async def send(self, replica: Replica, request: Request, answer: Answer) -> int:
+        """Send the request to ``replica`` and what comes back to ``answer``; the status.
 
         The answer's head is held back until its first byte of body is there, so that up to
         then the request can still go to another replica.
@@ -78,17 +103,15 @@ class Relay:
         Raises:
             NotStarted: no byte of an answer came.
         """
-        started = False
-        path = target.partition("?")[0]
         streamed = False
         tail = b""
         replica.inflight += 1
         try:
             async with self._session.request(
-                method,
-                URL(replica.base_url + target, encoded=True),
-                headers=_to_replica(headers, self._credential, request_id),
-                data=body or None,
+                request.method,
+                URL(replica.base_url + request.target, encoded=True),
+                headers=_to_replica(request, self._credential),
+                data=request.body or None,
                 allow_redirects=False,
             ) as response:
                 streamed = response.content_type == "text/event-stream"
@@ -98,36 +121,41 @@ class Relay:
                     "headers": _to_client(response.raw_headers),
                 }
                 async for chunk in response.content.iter_any():
-                    if not started:
-                        await send(head)
-                        started = True
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    if answer.started_at is None:
+                        await answer.send(head)
+                    await answer.send(_body(chunk, more=True))
                     tail = chunk
-                if not started:
-                    await send(head)
-                    started = True
-                await send({"type": "http.response.body", "body": b""})
+                if answer.started_at is None:
+                    await answer.send(head)
+                await answer.send(_body(b"", more=False))
                 return response.status
-        except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            if not started:
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if answer.started_at is None:
                 raise NotStarted(_why(error)) from error
+            logger.warning(f"request {request.id}: replica {replica.id} lost: {error!r}")
             if not streamed:
                 # The client was promised a length or a whole document: only a closed
                 # connection tells it that this is not it.
                 raise
-            lost = GatewayError(
-                502,
-                "The replica that was answering failed in the middle; please send the "
-                "request again.",
-                "server_error",
-                code="replica_lost",
-            )
             gap = b"" if tail.endswith(b"\n\n") else b"\n\n"
-            await send({"type": "http.response.body", "body": gap + lost.sse_event(path)})
-            logger.warning(f"request {request_id}: replica {replica.id} lost mid-answer: {error!r}")
+            lost = _lost()
+            await answer.send(_body(gap + lost.sse_event(request.path), more=False))
             return lost.status
         finally:
             replica.inflight -= 1
+
+
+def _body(chunk: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": chunk, "more_body": more}
+
+
+def _lost() -> GatewayError:
+    return GatewayError(
+        502,
+        "The replica that was answering failed in the middle; please send the request again.",
+        "server_error",
+        code="replica_lost",
+    )
 
 
 def _why(error: BaseException) -> str:
@@ -138,11 +166,11 @@ def _why(error: BaseException) -> str:
     return "it closed the connection"
 
 
-def _to_replica(headers: Headers, credential: str, request_id: str) -> list[tuple[str, str]]:
-    drop = _NOT_TO_REPLICA | _named_by_connection(headers)
-    kept = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in headers if k not in drop]
+def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
+    drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
+    kept = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.headers if k not in drop]
     kept.append((CREDENTIAL_HEADER.decode(), credential))
-    kept.append(("x-request-id", request_id))
+    kept.append(("x-request-id", request.id))
     return kept
 
 

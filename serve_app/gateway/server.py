@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -18,13 +18,13 @@ from serve_app.errors import did_you_mean
 from serve_app.gateway import body as request_body
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.errors import GatewayError, unavailable
-from serve_app.gateway.relay import Headers, NotStarted, Relay
+from serve_app.gateway.metrics import Measured
+from serve_app.gateway.relay import Answer, Headers, NotStarted, Relay, Request, Send
 from serve_app.gateway.replicas import Board, Replica
 
 logger = logging.getLogger("ray.serve")
 
 Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Mapping[str, Any]], Awaitable[None]]
 
 # Routes of vLLM that act on the engine or show its inside: for operators, never for clients.
 _CLOSED = re.compile(
@@ -54,55 +54,53 @@ class Gateway:
             return
         if scope["type"] != "http":
             return
-        headers: Headers = scope["headers"]
-        named = dict(headers)
+        named = dict(scope["headers"])
         # Serve makes one where the client sent none, and puts it on the answer.
         request_id = named.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
-        started = False
-
-        async def tracked(message: Mapping[str, Any]) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
+        answer = Answer(send)
         try:
-            await self._answer(scope, receive, tracked, named, request_id)
+            await self._answer(scope, receive, named, request_id, answer)
         except GatewayError as error:
-            if not started:
-                await _send_error(send, error, scope["path"])
-        except asyncio.CancelledError:
-            raise  # the client went away; leaving the relay closes the replica's side
+            if answer.started_at is None:
+                await _send_error(answer, error, scope["path"])
         except Exception:
+            if answer.started_at is not None:
+                raise  # the server then closes the connection: all that is left to say
             logger.exception(f"request {request_id}: unexpected error in the gateway")
-            if started:
-                raise
             failure = GatewayError(500, "The gateway failed on this request.", "server_error")
-            await _send_error(send, failure, scope["path"])
+            await _send_error(answer, failure, scope["path"])
 
     async def _answer(
         self,
         scope: Any,
         receive: Receive,
-        send: Send,
         headers: dict[bytes, bytes],
         request_id: str,
+        answer: Answer,
     ) -> None:
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD"):
             own = self._own_route(path)
             if own is not None:
-                await _send_json(send, own[0], own[1])
+                await _send_json(answer, *own)
                 return
         if _CLOSED.match(path):
             raise _no_route(method, path)
-        content = await request_body.read(receive, headers.get(b"content-length"), self._max_body)
+        body = await request_body.read(receive, headers.get(b"content-length"), self._max_body)
         query = scope.get("query_string", b"")
-        if not content and method in ("GET", "HEAD") and b"model=" not in query:
+        if not body and method in ("GET", "HEAD") and b"model=" not in query:
             raise _no_route(method, path)
-        model = self._find(request_body.model_in(headers.get(b"content-type", b""), query, content))
-        raw_path = (scope.get("raw_path") or path.encode()).decode("latin-1")
-        target = f"{raw_path}?{query.decode('latin-1')}" if query else raw_path
-        await self._relay_to(model, method, target, scope["headers"], content, request_id, send)
+        model = self._find(request_body.model_in(headers.get(b"content-type", b""), query, body))
+        target = (scope.get("raw_path") or path.encode()).decode("latin-1")
+        if query:
+            target += "?" + query.decode("latin-1")
+        request = Request(request_id, method, target, scope["headers"], body)
+        with Measured(model.name, answer) as measured:
+            try:
+                measured.code = await self._relay_to(model, request, answer, measured)
+            except GatewayError as error:
+                measured.code = error.status
+                raise
 
     def _own_route(self, path: str) -> tuple[int, dict[str, Any]] | None:
         """Status and body of a route that the gateway answers by itself."""
@@ -160,30 +158,22 @@ class Gateway:
         )
 
     async def _relay_to(
-        self,
-        model: Model,
-        method: str,
-        target: str,
-        headers: Headers,
-        body: bytes,
-        request_id: str,
-        send: Send,
-    ) -> None:
-        retried = False
-        while True:
+        self, model: Model, request: Request, answer: Answer, measured: Measured
+    ) -> int:
+        """Relay to one replica; where it fails before its first byte, once to another."""
+        for last in (False, True):
             replica = self._board.choose(model.name) or await self._wait_for_replica(model)
             try:
-                await self._relay.send(replica, method, target, headers, body, request_id, send)
-                return
+                return await self._relay.send(replica, request, answer)
             except NotStarted as error:
-                logger.warning(f"request {request_id}: {model.name}, replica {replica.id}: {error}")
+                logger.warning(f"request {request.id}: {model.name}, replica {replica.id}: {error}")
                 self._board.mark_dead(replica)
-            if retried:
-                raise unavailable(
-                    f"The model '{model.name}' lost two replicas that had this request; "
-                    "please send it again."
-                )
-            retried = True
+                if not last:
+                    measured.retried(str(error))
+        raise unavailable(
+            f"The model '{model.name}' lost two replicas that had this request; "
+            "please send it again."
+        )
 
     async def _wait_for_replica(self, model: Model) -> Replica:
         """Wait for a model that has no live replica; if it is scaled to zero, this wakes it."""
@@ -226,22 +216,22 @@ def _no_route(method: str, path: str) -> GatewayError:
     )
 
 
-async def _send_json(send: Send, status: int, body: dict[str, Any]) -> None:
-    await _send_bytes(send, status, json.dumps(body).encode(), [])
+async def _send_json(answer: Answer, status: int, body: dict[str, Any]) -> None:
+    await _send_bytes(answer, status, json.dumps(body).encode(), [])
 
 
-async def _send_error(send: Send, error: GatewayError, path: str) -> None:
+async def _send_error(answer: Answer, error: GatewayError, path: str) -> None:
     extra: Headers = []
     if error.retry_after_s is not None:
         extra.append((b"retry-after", b"%d" % error.retry_after_s))
-    await _send_bytes(send, error.status, error.body(path), extra)
+    await _send_bytes(answer, error.status, error.body(path), extra)
 
 
-async def _send_bytes(send: Send, status: int, body: bytes, extra: Headers) -> None:
+async def _send_bytes(answer: Answer, status: int, body: bytes, extra: Headers) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         *extra,
     ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await answer.send({"type": "http.response.start", "status": status, "headers": headers})
+    await answer.send({"type": "http.response.body", "body": body})
