@@ -6,7 +6,6 @@ gets, chunk by chunk, as fast as the client takes it.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -131,7 +130,7 @@ class Relay:
                 return response.status
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             if answer.started_at is None:
-                raise NotStarted(_why(error)) from error
+                raise _before_first_byte(error) from error
             logger.warning(f"request {request.id}: replica {replica.id} lost: {error!r}")
             if not streamed:
                 # The client was promised a length or a whole document: only a closed
@@ -158,12 +157,21 @@ def _lost() -> GatewayError:
     )
 
 
-def _why(error: BaseException) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return "it refused the connection"
-    if isinstance(error, asyncio.TimeoutError):
-        return "it did not answer in time"
-    return "it closed the connection"
+def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
+    """What a failure means as long as the client has seen nothing."""
+    if isinstance(error, aiohttp.ServerTimeoutError) and not isinstance(
+        error, aiohttp.ConnectionTimeoutError
+    ):
+        # It took the request and works on it; another replica would only do so again.
+        return GatewayError(
+            504,
+            "The model took longer than the gateway's request_timeout_s to answer.",
+            "server_error",
+            code="timeout",
+        )
+    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
+        return NotStarted("no connection")
+    return NotStarted("connection closed")
 
 
 def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:

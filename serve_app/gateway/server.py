@@ -167,7 +167,7 @@ class Gateway:
                 return await self._relay.send(replica, request, answer)
             except NotStarted as error:
                 logger.warning(f"request {request.id}: {model.name}, replica {replica.id}: {error}")
-                self._board.mark_dead(replica)
+                self._board.avoid(replica)
                 if not last:
                     measured.retried(str(error))
         raise unavailable(
@@ -197,7 +197,7 @@ class Gateway:
                     )
                     if replica is not None:
                         return replica
-                    # Serve has not noticed yet that it is dead.
+                    # Either Serve has not noticed yet that it is dead, or it is not.
                     await asyncio.sleep(0.1)
         raise unavailable(
             f"The model '{model.name}' did not start within "
