@@ -9,20 +9,19 @@ import logging
 import os
 import socket
 import tempfile
-import time
 import types
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from serve_app import engine_args, start_errors
+from serve_app import engine_args, gang, placement, start_errors
 from serve_app.adapters import Adapters
 from serve_app.cluster import CREDENTIAL_HEADER
 from serve_app.config import ModelConfig
+from serve_app.engine_load import EngineLoad
 from serve_app.engine_process import START_ERRORS
 from serve_app.errors import UserError, envelope
 
@@ -37,7 +36,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-def parse_args(config: ModelConfig, ids: list[str]) -> Namespace:
+def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Namespace:
     """The namespace that `vllm serve` would have, read by vLLM's own parser.
 
     Raises:
@@ -47,7 +46,7 @@ def parse_args(config: ModelConfig, ids: list[str]) -> Namespace:
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    engine = dict(config.engine)
+    engine = {**placement.of(config).engine_defaults, **config.engine, **rank}
     if config.adapters:
         engine.setdefault("enable_lora", True)
     argv = ["--model", config.model, "--served-model-name", *ids]
@@ -70,7 +69,7 @@ class Engine:
     def __init__(
         self,
         llm: AsyncLLM,
-        load: Load,
+        load: EngineLoad,
         adapters: Adapters,
         server: uvicorn.Server,
         guard: Guard,
@@ -97,12 +96,13 @@ class Engine:
         Raises:
             UserError: why the engine did not start, in one sentence.
         """
-        args = parse_args(config, ids)
+        rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
+        args = parse_args(config, ids, rank)
         with tempfile.TemporaryDirectory(prefix="serve-app-") as folder:
             reason = Path(folder) / "reason"
             os.environ[START_ERRORS] = str(reason)
             try:
-                load = Load()
+                load = EngineLoad(ids[0])
                 llm = _build_llm(args, load)
                 app = await _build_app(llm, args)
                 adapters = Adapters(llm, app.state.openai_serving_models)
@@ -166,73 +166,23 @@ class Engine:
         await asyncio.to_thread(self.llm.shutdown, 0)
 
 
-@dataclass
-class Load:
-    """What the engine last reported of itself; vLLM writes it after every step."""
-
-    running: int = 0
-    """Requests in the batch."""
-
-    waiting: int = 0
-    """Requests that wait for a place in the batch."""
-
-    kv_cache_usage: float = 0.0
-    """Share of the KV cache in use, 0 to 1."""
-
-    preemptions: int = 0
-    """Requests that lost their place for lack of KV cache, since the start."""
-
-    generated_tokens: int = 0
-    """Tokens since the start."""
-
-    last_step: float = field(default_factory=time.monotonic)
-    """When the engine last made progress, in seconds of ``time.monotonic``."""
-
-
-def _load_logger(load: Load) -> Any:
-    """A stat logger for vLLM that keeps ``load`` up to date."""
-    from vllm.v1.metrics.loggers import StatLoggerBase
-
-    class LoadLogger(StatLoggerBase):  # type: ignore[misc]
-        def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-            pass
-
-        def record(
-            self,
-            scheduler_stats: Any,
-            iteration_stats: Any,
-            mm_cache_stats: Any = None,
-            engine_idx: int = 0,
-        ) -> None:
-            load.last_step = time.monotonic()
-            if scheduler_stats is not None:
-                load.running = scheduler_stats.num_running_reqs
-                load.waiting = scheduler_stats.num_waiting_reqs
-                load.kv_cache_usage = scheduler_stats.kv_cache_usage
-            if iteration_stats is not None:
-                load.preemptions += iteration_stats.num_preempted_reqs
-                load.generated_tokens += iteration_stats.num_generation_tokens
-
-        def log_engine_initialized(self) -> None:
-            load.last_step = time.monotonic()
-
-    return LoadLogger
-
-
-def _build_llm(args: Namespace, load: Load) -> AsyncLLM:
+def _build_llm(args: Namespace, load: EngineLoad) -> AsyncLLM:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from serve_app.ray_executor import executor_class
+
     engine_args = AsyncEngineArgs.from_cli_args(args)
     vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    return AsyncLLM.from_vllm_config(
+    return AsyncLLM(
         vllm_config,
+        executor_class=executor_class(vllm_config, gang.member()),
         usage_context=UsageContext.OPENAI_API_SERVER,
-        stat_loggers=[_load_logger(load)],
-        enable_log_requests=engine_args.enable_log_requests,
+        stat_loggers=[load.attach],
+        log_requests=engine_args.enable_log_requests,
+        log_stats=not engine_args.disable_log_stats,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,
-        disable_log_stats=engine_args.disable_log_stats,
     )
 
 

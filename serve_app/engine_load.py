@@ -68,6 +68,8 @@ class EngineLoad:
         self._preemptions = 0
         self._tokens = 0
         self._asked = (clock(), 0)
+        self.last_step = clock()
+        """When the engine last made a step, in the clock's seconds."""
         self._watch = PreemptionWatch()
 
     def attach(self, vllm_config: Any, engine_index: int = 0) -> EngineLoad:
@@ -102,6 +104,7 @@ class EngineLoad:
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
+        self.last_step = self._clock()
         if scheduler_stats is not None:
             self._running = scheduler_stats.num_running_reqs
             # Those skipped wait as well: for a grammar, an adapter or remote KV blocks.

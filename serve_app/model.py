@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from serve_app import admin, cluster
+from serve_app import admin, autoscaling, cluster, placement
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 
@@ -75,22 +75,16 @@ def _claims(args: dict[str, Any]) -> list[str]:
 
 
 def _deployment_options(config: ModelConfig) -> dict[str, Any]:
-    resources = config.resources
-    actor: dict[str, Any] = {
-        "num_cpus": resources.num_cpus,
-        "runtime_env": {"env_vars": environment(config)},
-    }
-    if resources.memory_gib:
-        actor["memory"] = int(resources.memory_gib * 2**30)
     options: dict[str, Any] = {
-        "ray_actor_options": actor,
+        **placement.of(config).options(),
+        **autoscaling.deployment_options(config),
         "max_ongoing_requests": _UNBOUNDED,
         # Serve's default of 20 would load a 70B for hours before it says why it cannot.
         "max_constructor_retry_count": 3,
         # Serve kills the replica when this has passed; the replica drains within it.
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
-    options["num_replicas"] = config.replicas or 1
+    options["ray_actor_options"]["runtime_env"] = {"env_vars": environment(config)}
     if config.adapters:
         # A user_config in the config's own `deployments` takes this one's place.
         options["user_config"] = {"adapters": [a.model_dump() for a in config.adapters]}
@@ -153,6 +147,10 @@ class ModelServer:
         except Exception as error:
             said = f"failed: {error}"
         return serve.get_replica_context().replica_id.unique_id, said
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :class:`serve_app.autoscaling.LoadPolicy` decides on."""
+        return self._engine.load.stats()
 
     async def check_health(self) -> None:
         """Raise when the engine is dead."""
