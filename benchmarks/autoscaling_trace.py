@@ -204,7 +204,12 @@ def _average(series: list[TimeStampedValue], now: float) -> float:
 
 
 TRACES: dict[str, tuple[Trace, float, Autoscaling, dict[str, Any]]] = {
-    "steady, noisy": (lambda t: 4.0, 1800, Autoscaling(max_replicas=8), {"noise": 0.3}),
+    "steady, noisy": (
+        lambda t: 4.0,
+        1800,
+        Autoscaling(max_replicas=8, initial_replicas=2),
+        {"noise": 0.3},
+    ),
     "step": (lambda t: 2.0 if t < 300 else 11.0, 1500, Autoscaling(max_replicas=8), {}),
     "ramp up and down": (
         lambda t: 12.0 * max(0.0, 1 - abs(t - 1500) / 1500),
@@ -252,7 +257,7 @@ def svg(panels: dict[str, list[Moment]]) -> str:
             most: float = most,
             end: float = end,
         ) -> Iterator[str]:
-            for m in moments[::10]:
+            for m in moments[:: len(moments) // 150 + 1]:
                 x = left + (width - left - 10) * m.time / end
                 yield f"{x:.0f},{y0 + height * (1 - value(m) / most):.0f}"
 

@@ -14,9 +14,8 @@ Alternatives and measurements: docs/decisions.md, "Placement".
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app.config import ModelConfig
@@ -62,15 +61,15 @@ class Placement:
 
     def options(self) -> dict[str, Any]:
         """Options for ``serve.deployment(...).options(**)``."""
-        own = {k: v for k, v in self.head.items() if not (self.uses_group and k == "GPU")}
         actor: dict[str, Any] = {
-            "num_cpus": own.pop("CPU", 0),
-            "num_gpus": own.pop("GPU", 0),
+            "num_cpus": self.head.get("CPU", 0),
+            "num_gpus": 0 if self.uses_group else self.head.get("GPU", 0),
         }
-        if "memory" in own:
-            actor["memory"] = own.pop("memory")
-        if own and not self.uses_group:
-            actor["resources"] = own
+        if "memory" in self.head:
+            actor["memory"] = self.head["memory"]
+        types = {name: amount for name, amount in self.head.items() if name.startswith(TYPE)}
+        if types and not self.uses_group:
+            actor["resources"] = types
         options: dict[str, Any] = {"ray_actor_options": actor}
         if self.uses_group:
             options["placement_group_bundles"] = self.bundles
@@ -88,7 +87,7 @@ class Placement:
         """What is needed, for a sentence."""
         gpus = int(self.head.get("GPU", 0))
         groups = self.ranks * self.stages
-        text = f"{gpus}{_type_of(self.head)} GPU{'' if gpus == 1 else 's'}"
+        text = f"{gpus}{type_of(self.head)} GPU{'' if gpus == 1 else 's'}"
         if not gpus:
             text = "a node"
         elif groups == 1:
@@ -101,12 +100,13 @@ class Placement:
         return f"{text} with {' and '.join(rest)}" if rest else text
 
 
-_TYPE = "accelerator_type:"  # Ray adds this resource to a node for the type of GPU it finds
+TYPE = "accelerator_type:"
+"""Prefix of the resource that Ray adds to a node for the type of GPU it finds there."""
 
 
-def _type_of(resources: Mapping[str, float]) -> str:
+def type_of(resources: Mapping[str, float]) -> str:
     """The type of GPU with a space before it, or nothing."""
-    return next((f" {name[len(_TYPE) :]}" for name in resources if name.startswith(_TYPE)), "")
+    return next((f" {name[len(TYPE) :]}" for name in resources if name.startswith(TYPE)), "")
 
 
 def of(config: ModelConfig) -> Placement:
@@ -127,14 +127,18 @@ def of(config: ModelConfig) -> Placement:
     if resources.memory_gib:
         own["memory"] = int(resources.memory_gib * 2**30)
     if resources.device == "cpu":
-        # vLLM's Ray executor does not run on CPUs.
+        if engine.get("distributed_executor_backend") == "ray":
+            raise ConfigError(
+                "engine.distributed_executor_backend is 'ray', which vLLM cannot do on CPUs; "
+                "remove it"
+            )
         backend = {"distributed_executor_backend": "mp"} if stages * per_stage > 1 else {}
         return Placement(own, {}, ranks=ranks, in_process=True, engine_defaults=backend)
     type_of_node: dict[str, float] = {}
     if resources.accelerator_type:
         # The resource, and not the node label ray.io/accelerator-type: a cluster autoscaler
         # that scales a worker group up from zero reads the group's resources.
-        type_of_node[_TYPE + resources.accelerator_type] = _EPSILON
+        type_of_node[TYPE + resources.accelerator_type] = _EPSILON
     if engine.get("distributed_executor_backend") in _IN_PROCESS:
         world = {"GPU": float(stages * per_stage), **type_of_node}
         return Placement(own | world, world, ranks=ranks, in_process=True)
@@ -170,137 +174,6 @@ def _refuse_other_launchers(engine: Mapping[str, Any]) -> None:
             "engine.data_parallel_backend is not yours to set: Serve places the data-parallel "
             "ranks as one gang; remove it"
         )
-
-
-# What the cluster has, and whether the placement fits.
-
-
-@dataclass(frozen=True)
-class Node:
-    """A node of the cluster: what it has in all, and what is free now (Ray's names)."""
-
-    name: str
-    total: Mapping[str, float]
-    free: Mapping[str, float]
-
-    def __str__(self) -> str:
-        total, free = self.total.get("GPU", 0), self.free.get("GPU", 0)
-        return f"{self.name} has {free:g} of {total:g}{_type_of(self.total)} GPUs free"
-
-
-def nodes() -> list[Node]:
-    """The living nodes of the cluster that this process is connected to, largest first."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = available_resources_per_node()
-    found = [
-        Node(node["NodeManagerAddress"], node["Resources"], free.get(node["NodeID"], {}))
-        for node in ray.nodes()
-        if node["Alive"]
-    ]
-    return sorted(found, key=lambda node: (-node.total.get("GPU", 0), node.name))
-
-
-def may_grow() -> bool:
-    """Whether something outside Ray may add nodes to this cluster (KubeRay, ``ray up``).
-
-    Such nodes carry the name of their worker group. Which groups could still come, and how
-    large they are, is not known inside Ray.
-    """
-    import ray
-
-    return "RAY_CLUSTER_NAME" in os.environ or any(
-        "ray.io/node-group" in (node.get("Labels") or {}) for node in ray.nodes()
-    )
-
-
-def fits(placement: Placement, available: Sequence[Mapping[str, float]]) -> bool:
-    """Whether all bundles fit, given each node's available resources.
-
-    Counting is exact here: the first bundle of each rank asks for all that the others ask for
-    and more, and takes no more of a node's GPUs than they do.
-    """
-    heads = sum(_times(placement.head, node) for node in available)
-    every = sum(_times(placement.stage or placement.head, node) for node in available)
-    return heads >= placement.ranks and every >= placement.ranks * placement.stages
-
-
-def _times(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
-    """How many such bundles a node can hold at once."""
-    # Ray counts resources in units of 1/10000, so the sum of several 0.001 is exact there.
-    units = [
-        (round(node.get(name, 0) * 10_000), round(amount * 10_000))
-        for name, amount in bundle.items()
-        if amount
-    ]
-    return min((have // need for have, need in units), default=1_000_000)
-
-
-def refuse_unplaceable(placement: Placement, cluster: Sequence[Node]) -> None:
-    """Refuse what the cluster's nodes could not hold if they were all free.
-
-    Call it where the cluster does not grow by itself (:func:`may_grow`); elsewhere a placement
-    group that waits is what makes it grow.
-
-    Raises:
-        ConfigError: what is needed, what each node has, and what would fit.
-    """
-    if fits(placement, [node.total for node in cluster]):
-        return
-    whose = "a gang" if placement.ranks > 1 else "a replica"
-    raise ConfigError(
-        f"this cluster has no room for the model: {whose} needs {placement}; "
-        f"{_listing(cluster)}{_remedy(placement, cluster)}"
-    )
-
-
-def waiting_for(placement: Placement, cluster: Sequence[Node]) -> str | None:
-    """Why a replica that has not been placed waits, or None where it would fit now."""
-    if fits(placement, [node.free for node in cluster]):
-        return None
-    return f"waiting for {placement}; {_listing(cluster)}"
-
-
-def _listing(cluster: Sequence[Node], most: int = 8) -> str:
-    shown = [node for node in cluster if node.total.get("GPU")]
-    if not shown:
-        return "no node of the cluster has a GPU"
-    rest = len(shown) - most
-    return ", ".join(map(str, shown[:most])) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _remedy(placement: Placement, cluster: Sequence[Node]) -> str:
-    """What to change in the config, where one change would do."""
-    totals = [node.total for node in cluster]
-    if _type_of(placement.head):
-        any_type = replace(
-            placement, head=_without_type(placement.head), stage=_without_type(placement.stage)
-        )
-        if fits(any_type, totals):
-            return "; change resources.accelerator_type"
-    gpus = int(placement.head.get("GPU", 0))
-    if placement.in_process or not gpus:
-        return ""
-    for group in range(gpus - 1, 0, -1):
-        if gpus * placement.stages % group == 0:
-            size = {"GPU": float(group)}
-            other = replace(
-                placement,
-                head={**placement.head, **size},
-                stage={**placement.stage, **size},
-                stages=gpus * placement.stages // group,
-            )
-            if fits(other, totals):
-                return (
-                    f"; tensor_parallel_size {group} with pipeline_parallel_size {other.stages} "
-                    "would fit"
-                )
-    return ""
-
-
-def _without_type(bundle: Mapping[str, float]) -> dict[str, float]:
-    return {name: amount for name, amount in bundle.items() if not name.startswith(_TYPE)}
 
 
 # Inside a replica: which bundle is which rank's.

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import serve
 
-from serve_app import placement
+from serve_app import capacity, placement
+from serve_app.capacity import Node
 from serve_app.config import ModelConfig, Resources
 from serve_app.errors import ConfigError
-from serve_app.placement import Node, Placement
+from serve_app.placement import Placement
 
 
 def place(**engine: Any) -> Placement:
@@ -144,6 +145,11 @@ def test_other_launchers_are_refused(engine: dict[str, Any], part: str) -> None:
         place(**engine)
 
 
+def test_rays_executor_is_refused_on_cpus() -> None:
+    with pytest.raises(ConfigError, match="cannot do on CPUs"):
+        place(distributed_executor_backend="ray", resources=Resources(device="cpu"))
+
+
 def test_the_order_of_ranks_is_not_the_users() -> None:
     config = ModelConfig(model="m", env={"VLLM_RAY_BUNDLE_INDICES": "0"})
     with pytest.raises(ConfigError, match="not yours to set"):
@@ -177,25 +183,25 @@ def test_groups_are_counted_node_by_node(
     tp: int, pp: int, nodes: tuple[int, ...], fits: bool
 ) -> None:
     found = place(tensor_parallel_size=tp, pipeline_parallel_size=pp)
-    assert placement.fits(found, free(gpus(*nodes))) is fits
+    assert capacity.fits(found, free(gpus(*nodes))) is fits
 
 
 def test_the_replica_needs_cores_on_one_of_the_nodes() -> None:
     found = place(tensor_parallel_size=4, pipeline_parallel_size=2, resources=Resources(num_cpus=8))
-    assert not placement.fits(found, free(gpus(4, 4, cpus=7)))
-    assert placement.fits(found, free([*gpus(4, cpus=0), *gpus(4, cpus=8)]))
+    assert not capacity.fits(found, free(gpus(4, 4, cpus=7)))
+    assert capacity.fits(found, free([*gpus(4, cpus=0), *gpus(4, cpus=8)]))
 
 
 def test_a_gang_fits_as_a_whole_or_not() -> None:
     found = place(data_parallel_size=4, tensor_parallel_size=2, pipeline_parallel_size=2)
-    assert placement.fits(found, free(gpus(8, 8)))
-    assert not placement.fits(found, free(gpus(8, 7)))
+    assert capacity.fits(found, free(gpus(8, 8)))
+    assert not capacity.fits(found, free(gpus(8, 7)))
 
 
 def test_the_type_of_gpu_is_honoured() -> None:
     found = place(tensor_parallel_size=4, resources=Resources(accelerator_type="H100"))
-    assert not placement.fits(found, free(gpus(8, kind="L40S")))
-    assert placement.fits(found, free(gpus(8, kind="H100")))
+    assert not capacity.fits(found, free(gpus(8, kind="L40S")))
+    assert capacity.fits(found, free(gpus(8, kind="H100")))
 
 
 cluster_of = st.lists(
@@ -228,7 +234,7 @@ def test_it_fits_exactly_where_some_assignment_exists(
         _holds(nodes, bundles, chosen)
         for chosen in itertools.product(range(len(nodes)), repeat=len(bundles))
     )
-    assert placement.fits(found, nodes) is exists
+    assert capacity.fits(found, nodes) is exists
 
 
 @settings(max_examples=500, deadline=None)
@@ -238,7 +244,7 @@ def test_rays_packing_places_whatever_fits_and_splits_no_group(
 ) -> None:
     bundles = found.bundles * found.ranks
     chosen = _ray_pack(nodes, bundles)
-    assert (chosen is not None) is placement.fits(found, nodes)
+    assert (chosen is not None) is capacity.fits(found, nodes)
     if chosen is not None:
         assert _holds(nodes, bundles, chosen)
 
@@ -295,7 +301,7 @@ def _ray_pack(nodes: list[dict[str, float]], bundles: list[dict[str, float]]) ->
 
 def refusal(found: Placement, cluster: list[Node]) -> str:
     with pytest.raises(ConfigError) as refused:
-        placement.refuse_unplaceable(found, cluster)
+        capacity.refuse_unplaceable(found, cluster)
     return str(refused.value)
 
 
@@ -320,15 +326,30 @@ def test_a_refusal_for_the_type_names_the_types_there_are() -> None:
     assert text.endswith("change resources.accelerator_type")
 
 
+def test_a_refusal_names_what_else_is_short() -> None:
+    found = place(tensor_parallel_size=4, resources=Resources(num_cpus=96, memory_gib=0.5))
+    cluster = [Node("10.0.0.1", {"GPU": 4, "CPU": 64, "memory": 2**30}, {"GPU": 4, "CPU": 7})]
+    text = refusal(found, cluster)
+    assert "4 GPUs on one node with 96 CPU and 0.5 GiB of memory" in text
+    assert "has 4 of 4 GPUs and 7 of 64 CPUs and 0 of 1 GiB of memory free" in text
+    assert text.endswith("lower resources.num_cpus")
+
+
+def test_a_cpu_model_is_told_about_cores() -> None:
+    found = place(resources=Resources(device="cpu", num_cpus=16))
+    text = refusal(found, [Node("laptop", {"CPU": 8.0}, {"CPU": 6.0})])
+    assert "needs a node with 16 CPU; laptop has 6 of 8 CPUs free" in text
+
+
 def test_busy_gpus_are_waited_for_and_not_refused() -> None:
     found = place(tensor_parallel_size=4, pipeline_parallel_size=2)
     busy = gpus(6, 2, of=8)
-    placement.refuse_unplaceable(found, busy)
-    waiting = placement.waiting_for(found, busy)
+    capacity.refuse_unplaceable(found, busy)
+    waiting = capacity.waiting_for(found, busy)
     assert waiting is not None
     assert "2 groups of 4 GPUs, each group on one node" in waiting
     assert "10.0.0.1 has 6 of 8 GPUs free, 10.0.0.2 has 2 of 8 GPUs free" in waiting
-    assert placement.waiting_for(found, gpus(6, 4, of=8)) is None
+    assert capacity.waiting_for(found, gpus(6, 4, of=8)) is None
 
 
 def test_a_large_cluster_is_not_listed_in_full() -> None:
