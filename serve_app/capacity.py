@@ -79,11 +79,14 @@ def refuse_impossible(placement: Placement) -> None:
     """Refuse what this cluster could never place; to be called before anything is deployed.
 
     Not where the cluster may grow: there a placement group that waits is what makes it grow.
+    Nor where there is no cluster (``serve build``).
 
     Raises:
         ConfigError: what is needed, what each node has, and what would fit.
     """
-    if not may_grow():
+    import ray
+
+    if ray.is_initialized() and not may_grow():
         refuse_unplaceable(placement, nodes())
 
 

@@ -126,6 +126,9 @@ class Engine:
                 timeout_keep_alive=3600,
                 backlog=4096,
                 server_header=False,
+                date_header=False,
+                # There is no proxy to believe: the gateway is the only client.
+                proxy_headers=False,
             )
         )
         engine = cls(llm, load, adapters, server, guard, host, sock.getsockname()[1])

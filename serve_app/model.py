@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from serve_app import admin, autoscaling, cluster, placement
+from serve_app import admin, autoscaling, capacity, cluster, placement
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 
@@ -30,6 +30,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     """
     try:
         config = parse(ModelConfig, args, "args")
+        capacity.refuse_impossible(placement.of(config))
         _refuse_ids_of_others(args, config)
     except ConfigError:
         # Serve shows `traceback.format_exc()` as the application's status. The frames say
