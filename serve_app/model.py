@@ -85,7 +85,8 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
         # Serve kills the replica when this has passed; the replica drains within it.
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
-    options["ray_actor_options"]["runtime_env"] = {"env_vars": environment(config)}
+    if config.env:
+        options["ray_actor_options"]["runtime_env"] = {"env_vars": config.env}
     if config.adapters:
         # A user_config in the config's own `deployments` takes this one's place.
         options["user_config"] = {"adapters": [a.model_dump() for a in config.adapters]}
@@ -93,7 +94,7 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
 
 
 def environment(config: ModelConfig) -> dict[str, str]:
-    """Environment variables of a replica: the config's, over what vLLM needs here."""
+    """Environment variables of a replica on this node: the config's, over what vLLM needs."""
     env = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s))}
     if config.adapters or config.engine.get("enable_lora"):
         # Lets vLLM load an adapter when it is first asked for (serve_app.adapters).
@@ -105,8 +106,11 @@ def environment(config: ModelConfig) -> dict[str, str]:
         if config.tensor_parallel_size * config.pipeline_parallel_size == 1:
             # The worker runs inside EngineCore: one process and one import of torch less.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        # Ray would set it to num_cpus, which is what is reserved, not what may be used.
-        env["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
+        # Ray would set it to num_cpus, which is what is reserved, not what may be used. One core
+        # is left to the front end, as vLLM's own binding does: threads of a batch that share
+        # their cores with it wait for each other.
+        cores = len(os.sched_getaffinity(0))
+        env["OMP_NUM_THREADS"] = str(max(1, cores - 1))
     return env | config.env
 
 
@@ -115,9 +119,11 @@ class ModelServer:
     """One replica: one AsyncLLM in process, on an HTTP port that only the gateway may use."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        self._config = ModelConfig.model_validate(args)
+        # Before vLLM is imported, and here: what it needs depends on this node's cores.
+        os.environ.update(environment(self._config))
         from serve_app.engine import Engine
 
-        self._config = ModelConfig.model_validate(args)
         name = serve.get_replica_context().app_name
         ids = [name, *self._config.served_as]
         try:
