@@ -6,7 +6,6 @@ pipeline stages across machines, as vLLM advises (TP = GPUs per node, PP = nodes
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,10 +15,10 @@ from typing import Any
 import yaml
 
 from serve_app.config import ModelConfig
-from serve_app.errors import ConfigError, UserError
+from serve_app.errors import UserError
 from serve_app.planner import engine as engine_module
 from serve_app.planner import hardware, memory, parallelism, quantization
-from serve_app.planner.hardware import GIB, GPU, Instance
+from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.memory import Model, Plan
 from serve_app.planner.quantization import FP8_HARDWARE_CAPABILITY, Quantization
 from serve_app.planner.sharding import Parallelism
@@ -254,7 +253,7 @@ def read_prices(path: Path) -> dict[str, float]:
     """
     try:
         value = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as prices ({type(error).__name__})") from None
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path}: must be a mapping of instance type to USD per hour")
@@ -278,14 +277,3 @@ def default_choice(
         return min((m.price for m in good if m.price is not None), default=math.inf)
 
     return min(fitting, key=cheapest, default=None)
-
-
-def gib(bytes_: float) -> str:
-    return f"{bytes_ / GIB:.1f} GiB"
-
-
-__all__ = [
-    "Choice", "ConfigError", "Lighter", "Machines", "RefusedInstance", "arguments_of",
-    "default_choice", "lighter", "machines", "per_gpu_type", "plan_on", "read_prices", "refusal",
-    "smallest",
-]  # fmt: skip

@@ -72,6 +72,9 @@ def _one(name: str, *dims: int) -> _Spec:
 
 def _decoder(shape: ModelShape) -> Iterator[_Spec]:
     hidden = shape.hidden_size
+    if "draft_vocab_size" in shape.config:
+        yield from _eagle3(shape)
+        return
     yield _one("model.embed_tokens.weight", shape.vocab_size, hidden)
     for i in range(shape.num_hidden_layers):
         yield from _decoder_layer(shape, i)
@@ -136,9 +139,7 @@ def _mla(shape: ModelShape, at: str) -> Iterator[_Spec]:
         yield _one(f"{at}.q_b_proj.weight", q, mla.q_lora_rank)
     else:
         yield _one(f"{at}.q_proj.weight", q, hidden)
-    yield _one(
-        f"{at}.kv_a_proj_with_mqa.weight", mla.kv_lora_rank + mla.qk_rope_head_dim, hidden
-    )
+    yield _one(f"{at}.kv_a_proj_with_mqa.weight", mla.kv_lora_rank + mla.qk_rope_head_dim, hidden)
     yield _one(f"{at}.kv_a_layernorm.weight", mla.kv_lora_rank)
     yield _one(
         f"{at}.kv_b_proj.weight",
@@ -205,6 +206,29 @@ def _draft_layer(shape: ModelShape, i: int) -> Iterator[_Spec]:
     yield _one(f"{at}.eh_proj.weight", hidden, 2 * hidden)
     yield _one(f"{at}.shared_head.norm.weight", hidden)
     yield _one(f"{at}.shared_head.head.weight", shape.vocab_size, hidden)
+
+
+def _eagle3(shape: ModelShape) -> Iterator[_Spec]:
+    """An EAGLE-3 draft: hidden states of three target layers in, a reduced vocabulary out.
+
+    Its embedding is the target's, unless their widths differ (vllm/models/llama_eagle3.py).
+    """
+    hidden, at = shape.hidden_size, "model.layers.0"
+    target = int(shape.config.get("target_hidden_size") or hidden)
+    draft_vocab = int(shape.config["draft_vocab_size"])
+    if target != hidden:
+        yield _one("model.embed_tokens.weight", shape.vocab_size, hidden)
+    yield _one("model.fc.weight", hidden, 3 * target)
+    yield _one("d2t", draft_vocab)
+    # The first layer sees the token's embedding beside the hidden state.
+    for name, dims, _ in _gqa(shape, f"{at}.self_attn"):
+        yield _one(name, *((dims[0], 2 * hidden) if not name.endswith("o_proj.weight") else dims))
+    yield from _mlp(f"{at}.mlp", hidden, shape.intermediate_size)
+    yield _one(f"{at}.hidden_norm.weight", hidden)
+    yield _one(f"{at}.input_layernorm.weight", hidden)
+    yield _one(f"{at}.post_attention_layernorm.weight", hidden)
+    yield _one("model.norm.weight", hidden)
+    yield _one("lm_head.weight", draft_vocab, hidden)
 
 
 def _vision_tower(shape: ModelShape) -> Iterator[_Spec]:

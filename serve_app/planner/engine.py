@@ -6,7 +6,7 @@ default with the place it comes from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from serve_app.errors import ConfigError
@@ -106,7 +106,7 @@ def resolve(
     pooling = shape.pooling or get("runner") == "pooling" or bool(get("convert"))
     tokens, seqs = _batch_limits(arguments, shape, gpu, max_len, pooling=pooling)
     dtype = _dtype(get("dtype"), shape, gpu, pooling=pooling)
-    draft = _draft(arguments)
+    draft = draft_of(arguments)
     eager = bool(get("enforce_eager")) or get("optimization_level") in (0, "0")
     query_len = 1 + (draft.num_speculative_tokens if draft else 0)
     graphs = () if eager else cudagraph_sizes(arguments, gpu, seqs, tokens, query_len)
@@ -230,7 +230,9 @@ def _dtype(asked: Any, shape: ModelShape, gpu: GPU, *, pooling: bool) -> str:
     if name in ("auto", "half", "float16", "bfloat16", "float", "float32"):
         name = {"half": "float16", "float": "float32"}.get(name, name)
     else:
-        raise ConfigError(f"engine.dtype is {name!r}, but must be auto, bfloat16, float16 or float32")
+        raise ConfigError(
+            f"engine.dtype is {name!r}, but must be auto, bfloat16, float16 or float32"
+        )
     if name != "auto":
         return name
     no_fp16 = shape.model_type in ("gemma2", "gemma3", "gemma3_text", "glm4")
@@ -327,7 +329,8 @@ def _lora(arguments: dict[str, Any]) -> LoRA | None:
     )
 
 
-def _draft(arguments: dict[str, Any]) -> Draft | None:
+def draft_of(arguments: dict[str, Any]) -> Draft | None:
+    """The speculation that a config asks for, if any."""
     config = arguments.get("speculative_config")
     config = dict(config) if isinstance(config, dict) else {}
     for short, name in (("spec_method", "method"), ("spec_model", "model"),
@@ -342,10 +345,3 @@ def _draft(arguments: dict[str, Any]) -> Draft | None:
     if method in ("ngram", "ngram_gpu", "suffix"):
         model = None
     return Draft(method, tokens, str(model) if model else None)
-
-
-def with_adapters(engine: Engine, adapters: int) -> Engine:
-    """LoRA is switched on by a config's ``adapters`` as well."""
-    if adapters and engine.lora is None:
-        return replace(engine, lora=LoRA(max_loras=1))
-    return engine

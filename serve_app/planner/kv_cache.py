@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from serve_app.planner.model_shape import SSM, LayerKind, ModelShape
-from serve_app.planner.sharding import Parallelism, local_kv_heads
+from serve_app.planner.sharding import local_kv_heads
 from serve_app.planner.tensors import DTYPE_BITS, TORCH_DTYPES
 
 MambaMode = Literal["none", "align", "all"]
@@ -200,10 +200,10 @@ def groups_of(specs: list[tuple[int, LayerSpec]], *, hybrid_manager: bool = True
     sizes = [len(layers) for layers in buckets.values()]
     size = max(sizes) if max(sizes) < min(sizes) * 1.5 else min(sizes)
     groups = []
-    for spec, layers in buckets.items():
-        count = math.ceil(len(layers) / size)
+    for spec, members in buckets.items():
+        count = math.ceil(len(members) / size)
         for i in range(count):
-            part = tuple(layers[i::count])
+            part = tuple(members[i::count])
             groups.append(Group(spec, part, (spec.page_bytes,) * len(part)))
     return groups
 

@@ -4,7 +4,7 @@ vLLM asks for ``ceil(total × gpu_memory_utilization)``, loads the weights, runs
 captures (a sample of) its CUDA graphs, and gives the KV cache what is left
 (``vllm/v1/worker/gpu_worker.py:513-673``)::
 
-    KV cache = requested − weights − non-torch − buffers − activation peak − CUDA graphs
+    KV cache = requested - weights - non-torch - buffers - activation peak - CUDA graphs
 
 Weights, buffers and the KV cache follow from shapes exactly. The activation peak follows from
 the tensors that are alive at once in the widest place of a layer. Non-torch memory and CUDA
@@ -477,3 +477,68 @@ def shm_bytes(workers: int) -> int:
     (10 × 24 MiB: shm_broadcast.py:472). NCCL's own segments come on top.
     """
     return 0 if workers == 1 else (160 + 240 * workers) * MIB
+
+
+# --- the CPU engine ----------------------------------------------------------------------------
+
+CPU_BLOCK_SIZE = 128  # vllm/platforms/cpu.py
+DEFAULT_CPU_KV_GIB = 1
+"""VLLM_CPU_KVCACHE_SPACE that serve_app sets where a config does not (serve_app/model.py)."""
+
+
+def plan_on_cpu(model: Model, engine: Engine, kv_gib: float, memory_gib: float | None) -> Plan:
+    """The CPU engine: its KV cache is what it is given, in host memory.
+
+    ``memory_gib`` is the host memory reserved for the replica; None leaves ``fits`` to the host.
+    """
+    engine = replace(engine, block_size=CPU_BLOCK_SIZE, cudagraph_sizes=())
+    specs = kv_cache.layer_specs(
+        model.shape,
+        tensor=engine.parallel.tensor,
+        kv_dtype=engine.kv_dtype,
+        block_size=engine.block_size,
+        mamba_mode=engine.mamba_mode,
+        max_model_len=engine.max_model_len,
+    )
+    groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
+    space = int(kv_gib * GIB) if groups else 0
+    part = [range(model.shape.num_hidden_layers)]
+    longest = kv_cache.longest_model_len(
+        groups, part, [space], most=engine.max_model_len, in_flight=engine.in_flight_tokens
+    )
+    stage = GPUMemory(
+        total=int((memory_gib or 0) * GIB),
+        requested=0,
+        weights=sum(weight_bytes(model, engine)),
+        non_torch=0,
+        buffers=0,
+        activation=activation_bytes(model.shape, engine, last=True),
+        cudagraph=0,
+        kv_cache=space,
+    )
+    stage = replace(stage, requested=stage.without_kv + space)
+    reasons = []
+    if groups and longest < engine.max_model_len:
+        reasons.append(
+            f"VLLM_CPU_KVCACHE_SPACE is {kv_gib:g} GiB, which holds {longest} tokens of one "
+            f"request, but max_model_len is {engine.max_model_len}"
+        )
+    if memory_gib and stage.requested > stage.total:
+        reasons.append(
+            f"the engine needs about {stage.requested / GIB:.1f} GiB of host memory, but "
+            f"resources.memory_gib is {memory_gib:g}"
+        )
+    cache = kv_cache.allocate(
+        groups, part, [space], max_model_len=engine.max_model_len,
+        in_flight=engine.in_flight_tokens,
+    )  # fmt: skip
+    per_token = sum(
+        page // group.spec.block_size
+        for group in groups
+        for page in group.pages
+        if group.spec.kind == "full"
+    )
+    cpu = GPU("CPU", None, 0, stage.total, 0, None)
+    return Plan(
+        model, engine, cpu, (stage,), cache, tuple(groups), per_token, not reasons, tuple(reasons)
+    )

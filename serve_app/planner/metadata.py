@@ -16,7 +16,6 @@ from typing import Any
 from serve_app.errors import UserError, did_you_mean
 from serve_app.planner import derive, model_shape, tensors
 from serve_app.planner.memory import Model
-from serve_app.planner.model_shape import ModelShape
 from serve_app.planner.tensors import DTYPE_BITS, Tensor
 
 _INDEX = "model.safetensors.index.json"
@@ -24,11 +23,12 @@ _SINGLE = "model.safetensors"
 _MAX_HEADER = 100 << 20  # safetensors' own limit on a header, in bytes
 
 
-def load(name: str, *, also_known_as: Sequence[str] = ()) -> Model:
+def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False) -> Model:
     """The model called ``name``: a folder or a hub id.
 
     ``also_known_as`` are hub ids of the same model, tried among the configs kept here when
     ``name`` is a folder that is not there (the demo's models before they are fetched).
+    ``offline`` never asks the hub.
 
     Raises:
         UserError: not found, not allowed, no network, or unreadable metadata; one sentence.
@@ -42,6 +42,8 @@ def load(name: str, *, also_known_as: Sequence[str] = ()) -> Model:
             return _model(candidate, config, None, "config kept in serve_app")
     if _is_path(name):
         raise UserError(f"{name}: no such folder (a hub id has the form organisation/name)")
+    if offline:
+        raise UserError(f"{name}: its metadata is not at hand")
     return _from_hub(name)
 
 
@@ -64,9 +66,7 @@ def _kept(name: str) -> dict[str, Any] | None:
     return _object(file.read_text(), f"{name}/config.json") if file.is_file() else None
 
 
-def _model(
-    name: str, config: dict[str, Any], listed: list[Tensor] | None, source: str
-) -> Model:
+def _model(name: str, config: dict[str, Any], listed: list[Tensor] | None, source: str) -> Model:
     try:
         shape = model_shape.from_config(config)
         exact = listed is not None
@@ -206,14 +206,4 @@ def _hub_error(name: str, error: Exception) -> UserError:
     return UserError(
         f"{name}: the hub cannot be reached ({kind}); give a local folder, or one of the models "
         f"whose metadata is kept here{hint} (`serve-app plan --list`)"
-    )
-
-
-def unknown_architecture_note(shape: ModelShape) -> str | None:
-    """What to say where only the sum of the tensors is known."""
-    if shape.known:
-        return None
-    return (
-        f"architecture '{shape.architecture}' is not known: weights are summed from the "
-        "safetensors headers and split evenly, attention is taken from config.json"
     )

@@ -155,7 +155,11 @@ def from_config(config: dict[str, Any]) -> ModelShape:
     if heads == 0 and model_type not in ("mamba", "falcon_mamba", "mamba2"):
         raise ConfigError("config.json: 'num_attention_heads' is missing")
     head_dim = _size(
-        text, "head_dim", "hidden_size_per_head", default=hidden // heads if heads else 0, most=65536
+        text,
+        "head_dim",
+        "hidden_size_per_head",
+        default=hidden // heads if heads else 0,
+        most=65536,
     )
     kinds = _layer_kinds(text, model_type, layers)
     window = text.get("sliding_window") if "sliding" in kinds else None
@@ -169,10 +173,13 @@ def from_config(config: dict[str, Any]) -> ModelShape:
         num_attention_heads=heads,
         num_key_value_heads=_size(
             text,
-            "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num",
+            "num_key_value_heads",
+            "num_kv_heads",
+            "n_head_kv",
+            "multi_query_group_num",
             default=1 if text.get("multi_query") else heads,
             most=10**5,
-        ),  # fmt: skip
+        ),
         head_dim=head_dim,
         vocab_size=_size(text, "vocab_size", most=10**8),
         max_position_embeddings=max_model_len(text),
@@ -208,9 +215,7 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _size(
-    config: dict[str, Any], *names: str, default: int | None = None, most: int
-) -> int:
+def _size(config: dict[str, Any], *names: str, default: int | None = None, most: int) -> int:
     """The first of ``names`` that is set, checked to be a whole number within reason."""
     for name in names:
         value = config.get(name)
@@ -281,19 +286,22 @@ def _layer_kinds(text: dict[str, Any], model_type: str, layers: int) -> tuple[La
     if isinstance(pattern, str):
         listed = list(pattern)
     if isinstance(listed, list) and len(listed) >= layers:
-        return tuple(_KINDS.get(str(kind), "full") for kind in listed[:layers])
+        known: list[LayerKind] = [_KINDS.get(str(kind), "full") for kind in listed[:layers]]
+        return tuple(known)
     is_attention = _attention_period(text)
     if is_attention is not None:
-        return tuple("full" if is_attention(i) else "ssm" for i in range(layers))
-    if model_type in ("mamba", "mamba2", "falcon_mamba"):
-        return ("ssm",) * layers
+        kinds: list[LayerKind] = ["full" if is_attention(i) else "ssm" for i in range(layers)]
+        return tuple(kinds)
+    whole: LayerKind = "ssm" if model_type in ("mamba", "mamba2", "falcon_mamba") else "full"
     every = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern")
     if text.get("sliding_window") and text.get("use_sliding_window", True):
         if isinstance(every, int) and every > 1:
-            return tuple("full" if (i + 1) % every == 0 else "sliding" for i in range(layers))
+            windows: list[LayerKind] = ["sliding"] * layers
+            windows[every - 1 :: every] = ["full"] * len(windows[every - 1 :: every])
+            return tuple(windows)
         if model_type in _ALL_SLIDING:
-            return ("sliding",) * layers
-    return ("full",) * layers
+            whole = "sliding"
+    return (whole,) * layers
 
 
 def _attention_period(text: dict[str, Any]) -> Callable[[int], bool] | None:
@@ -372,10 +380,9 @@ def _ssm(text: dict[str, Any], model_type: str, hidden: int) -> SSM | None:
             state_dtype=text.get("mamba_ssm_dtype"),
         )
     if model_type in ("mamba", "falcon_mamba", "jamba"):
-        inner = int(
-            text.get("intermediate_size") if model_type != "jamba" and text.get("intermediate_size")
-            else hidden * int(text.get("mamba_expand") or text.get("expand") or 2)
-        )  # fmt: skip
+        inner = hidden * int(text.get("mamba_expand") or text.get("expand") or 2)
+        if model_type != "jamba":
+            inner = int(text.get("intermediate_size") or inner)
         return SSM(
             "mamba1",
             inner_size=inner,

@@ -37,7 +37,8 @@ def _problems(
         yield f"tensor_parallel_size {tp} does not divide the padded vocabulary ({padded})"
     dense = not all(shape.is_moe(i) for i in range(shape.num_hidden_layers))
     if dense and shape.intermediate_size % tp:  # linear.py: divide()
-        yield f"tensor_parallel_size {tp} does not divide intermediate_size {shape.intermediate_size}"
+        inner = shape.intermediate_size
+        yield f"tensor_parallel_size {tp} does not divide intermediate_size {inner}"
     if shape.ssm and shape.ssm.heads and shape.ssm.heads % tp:  # mamba_utils.py: divide()
         yield f"tensor_parallel_size {tp} does not divide the {shape.ssm.heads} state-space heads"
     yield from _experts(shape, parallel)
@@ -64,9 +65,7 @@ def _experts(shape: ModelShape, parallel: Parallelism) -> Iterator[str]:
         )
 
 
-def _quantized(
-    shape: ModelShape, parallel: Parallelism, scheme: Quantization
-) -> Iterator[str]:
+def _quantized(shape: ModelShape, parallel: Parallelism, scheme: Quantization) -> Iterator[str]:
     """Shards must hold whole quantization groups and blocks.
 
     distributed/utils.py:67 for groups, quantization/utils/fp8_utils.py:1197 for blocks. Block
@@ -80,19 +79,17 @@ def _quantized(
         split.append(("the attention's width", shape.num_attention_heads * shape.head_dim))
     if shape.moe and not parallel.expert_parallel and scheme.block is None:
         split.append(("the experts' intermediate size", shape.moe.intermediate_size))
-    unit = scheme.block[0] if scheme.block else scheme.group_size
+    unit, kind = (scheme.block[0], "block") if scheme.block else (scheme.group_size, "group")
     if unit <= 1:
         return
     for name, size in split:
         if size % tp == 0 and (size // tp) % unit:
             yield (
                 f"tensor_parallel_size {tp} cuts {name} {size} into shards of {size // tp}, "
-                f"no multiple of the {scheme.label} {'block' if scheme.block else 'group'} of {unit}"
+                f"no multiple of the {scheme.label} {kind} of {unit}"
             )
 
 
-def tensor_sizes(
-    shape: ModelShape, limit: int, scheme: Quantization | None = None
-) -> list[int]:
+def tensor_sizes(shape: ModelShape, limit: int, scheme: Quantization | None = None) -> list[int]:
     """The tensor-parallel sizes up to ``limit`` that vLLM accepts, smallest first."""
     return [tp for tp in range(1, limit + 1) if not problems(shape, Parallelism(tp), scheme)]

@@ -67,9 +67,7 @@ class Quantization:
         stem = weight.name.removesuffix(".weight")
 
         def tensor(suffix: str, dtype: str, *shape: int) -> Tensor:
-            return replace(
-                weight, name=f"{stem}.{suffix}", dtype=dtype, shape=(*lead, *shape)
-            )
+            return replace(weight, name=f"{stem}.{suffix}", dtype=dtype, shape=(*lead, *shape))
 
         groups = 1 if self.group_size <= 0 else math.ceil(inputs / self.group_size)
         if self.method in ("awq", "gptq"):
@@ -159,7 +157,9 @@ def from_config(config: dict[str, Any]) -> Quantization | None:
             group_size=int(raw.get("group_size") or raw.get("q_group_size") or -1),
             # A symmetric GPTQ checkpoint stores zero points, but Marlin drops them
             # (vllm/model_executor/kernels/linear/mixed_precision/marlin.py:214).
-            zero_points=bool(raw.get("zero_point")) if method == "awq" else not raw.get("sym", True),
+            zero_points=bool(raw.get("zero_point"))
+            if method == "awq"
+            else not raw.get("sym", True),
             desc_act=bool(raw.get("desc_act")),
             lm_head=bool(raw.get("lm_head")),
             ignored=ignored,
@@ -174,7 +174,7 @@ def from_config(config: dict[str, Any]) -> Quantization | None:
             kv_cache_dtype=kv_cache_dtype,
         )
     if method == "compressed-tensors":
-        group = next(iter((raw.get("config_groups") or {}).values()), {})
+        group: dict[str, Any] = next(iter((raw.get("config_groups") or {}).values()), {})
         weights = group.get("weights") or {}
         block = weights.get("block_structure")
         integer = weights.get("type") == "int"
