@@ -31,6 +31,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 
+SETTLE_S = 1.0
+"""Between two engines, for the driver to take the first one's memory back."""
+
 # Kernels that would be compiled at the first batch, for minutes; memory does not depend on them.
 ENVIRONMENT = {
     "VLLM_USE_DEEP_GEMM": "0",
@@ -225,6 +228,7 @@ def run(names: list[str], out: Path, budget_s: float, case_s: float, *, spawn: b
         records.append(record)
         target.write_text(json.dumps({"records": records}, indent=1) + "\n")
         print(_summary(record), flush=True)
+        time.sleep(SETTLE_S)
 
 
 def _in_own_process(case: Case, timeout_s: float, *, spawn: bool) -> dict[str, Any]:

@@ -7,10 +7,14 @@ Ray cluster, ``kubectl`` for Kubernetes.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from serve_app.errors import UserError
@@ -53,6 +57,7 @@ class RayCluster:
     @classmethod
     def connect(cls) -> RayCluster:
         """Raises UserError where no Ray cluster answers."""
+        _refuse_silent_gcs()
         import ray
 
         try:
@@ -141,6 +146,21 @@ class KubernetesCluster:
         }
 
 
+def _refuse_silent_gcs() -> None:
+    """Ray waits minutes for the address of a cluster that is gone; a connection tells at once."""
+    address = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://")
+    record = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    if not address and record.is_file():
+        address = record.read_text().strip()
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        raise UserError("no Ray cluster runs here (RAY_ADDRESS is not set)")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster answers at {address} ({_first_line(error)})") from None
+
+
 def at_hand() -> Cluster:
     """The cluster to ask: Ray's if one answers, else Kubernetes'.
 
@@ -168,10 +188,15 @@ def _kubectl(resource: str) -> list[dict[str, Any]]:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"kubectl get {resource}: {_first_line(error)}") from None
     if done.returncode:
-        raise UserError(f"kubectl get {resource}: {_first_line(done.stderr)}")
+        raise UserError(f"kubectl get {resource}: {_last_line(done.stderr)}")
     items: list[dict[str, Any]] = json.loads(done.stdout).get("items") or []
     return items
 
 
 def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+
+
+def _last_line(text: str) -> str:
+    """kubectl logs its retries first and says what was wrong last."""
+    return (text.strip().splitlines() or ["no reason given"])[-1][:200]

@@ -7,6 +7,7 @@ only the config and the headers of the safetensors files are fetched. No weights
 from __future__ import annotations
 
 import json
+import logging
 import struct
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -20,6 +21,7 @@ from serve_app.planner.tensors import DTYPE_BITS, Tensor
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_HUB_TIMEOUT_S = 10
 _MAX_HEADER = 100 << 20  # safetensors' own limit on a header, in bytes
 
 
@@ -161,23 +163,30 @@ def _tensors(header: dict[str, Any], where: str) -> Iterable[Tensor]:
 
 def _from_hub(name: str) -> Model:
     """Config and headers only; ``HF_TOKEN`` and ``HF_ENDPOINT`` are honoured by the library."""
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     try:
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str) and list(Path(cached).parent.glob("*.safetensors")):
+            return _from_folder(name, Path(cached).parent)
+    except (UserError, ValueError):
+        pass  # fetched in part, or no valid name: the hub knows better
+    api = HfApi()
+    try:
+        api.model_info(name, timeout=_HUB_TIMEOUT_S)  # asked once; a download would retry
         config = _object(
             Path(hf_hub_download(name, "config.json")).read_text(), f"{name}/config.json"
         )
+        try:
+            metadata = api.get_safetensors_metadata(name)
+        except NotASafetensorsRepoError:
+            return _model(name, config, None, f"config.json of {name} on the hub")
     except UserError:
         raise
-    except (Exception, HFValidationError) as error:
-        raise _hub_error(name, error) from None
-    try:
-        metadata = HfApi().get_safetensors_metadata(name)
     except Exception as error:
-        if type(error).__name__ != "NotASafetensorsRepoError":
-            raise _hub_error(name, error) from None
-        return _model(name, config, None, f"config.json of {name} on the hub")
+        raise _hub_error(name, error) from None
     found = [
         Tensor(tensor, info.dtype, tuple(info.shape))
         for file in metadata.files_metadata.values()

@@ -34,7 +34,7 @@ def save(reports: list[Report], path: Path) -> None:
         label = report.name if len(plan.stages) == 1 else f"{report.name}, stage {index}"
         draw.text((10, top + 4), _short(label), fill="black", font=small)
         draw.text(
-            (10, top + 22), f"{plan.parallel.gpus} × {plan.gpu.name}", fill="#555", font=small
+            (10, top + 22), f"{plan.parallel.gpus} x {plan.gpu.name}", fill="#555", font=small
         )
         sizes = [max(0, getattr(stage, part)) for part, *_ in PARTS]
         full = max(stage.total, sum(sizes), 1)
