@@ -10,6 +10,7 @@ from rich.console import Console
 
 from serve_app import __version__
 from serve_app.errors import UserError, did_you_mean
+from serve_app.planner.cli import check, plan
 
 _console = Console()
 
@@ -82,6 +83,10 @@ def clean_processes() -> None:
         click.echo(f"ended {orphan.name} (pid {orphan.pid})")
     if not found:
         click.echo("nothing left behind")
+
+
+cli.add_command(plan)
+cli.add_command(check)
 
 
 def main() -> None:
