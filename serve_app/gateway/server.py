@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import posixpath
 import re
 import uuid
 from collections.abc import Awaitable, Callable
@@ -84,7 +85,7 @@ class Gateway:
             if own is not None:
                 await _send_json(answer, *own)
                 return
-        if _CLOSED.match(path):
+        if _CLOSED.match(posixpath.normpath("/" + path.lstrip("/"))):
             raise _no_route(method, path)
         body = await request_body.read(receive, headers.get(b"content-length"), self._max_body)
         query = scope.get("query_string", b"")
