@@ -20,6 +20,8 @@ from serve_app.errors import ConfigError, did_you_mean
 
 MODEL_IMPORT_PATH = "serve_app.model:app"
 GATEWAY_IMPORT_PATH = "serve_app.gateway:app"
+DEPLOYMENT = "ModelServer"
+"""The one deployment of a model's application."""
 
 # Serve keeps an application's name in a log file's path, and refuses a blank one.
 ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
@@ -88,6 +90,12 @@ class Adapter(_Settings):
     """A local folder, a hub id or an ``s3://`` address."""
 
 
+class LiveConfig(_Settings):
+    """The ``user_config`` of a model's deployment: what can change without a restart."""
+
+    adapters: list[Adapter] = []
+
+
 class ModelConfig(_Settings):
     """The ``args`` of a model's application; the application's name is the model id."""
 
@@ -117,6 +125,9 @@ class ModelConfig(_Settings):
 
     start_timeout_s: float = Field(default=3600.0, gt=0)
     """Seconds that an engine may take to load and compile before its replica is given up."""
+
+    hang_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds without a step of a busy engine after which its replica is replaced."""
 
     @field_validator("engine")
     @classmethod
@@ -159,6 +170,9 @@ class GatewayConfig(_Settings):
     replicas: int = Field(default=1, ge=1)
     """Gateway processes; one relays a few thousand tokens per second and core."""
 
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPU cores reserved for each gateway process."""
+
     max_body_mib: float = Field(default=64.0, gt=0, le=1024)
     """Largest request body, in MiB; a larger one is answered with 413."""
 
@@ -170,6 +184,9 @@ class GatewayConfig(_Settings):
 
     request_timeout_s: float | None = Field(default=None, gt=0)
     """Seconds that a replica may stay silent within one request; None waits for ever."""
+
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    """Seconds that running requests get to finish when a gateway is stopped."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""LoRA adapters of one engine: loaded, replaced and unloaded while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_app.config import Adapter
+from serve_app.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger("ray.serve")
+
+
+class Adapters:
+    """Keeps the engine's adapters equal to what the config lists.
+
+    vLLM asks :meth:`resolve_lora` (its ``LoRAResolver`` interface) for an adapter that it does
+    not have, and lets the request wait for it; so a request that comes before the adapter is
+    loaded loads it.
+    """
+
+    def __init__(self, llm: AsyncLLM, serving_models: Any) -> None:
+        self._llm = llm
+        self._serving_models = serving_models
+        self._wanted: dict[str, str] = {}
+        serving_models.lora_resolvers.append(self)
+
+    async def apply(self, adapters: list[Adapter]) -> None:
+        """Unload what is gone or moved, load what is new; one that fails leaves the others.
+
+        Raises:
+            UserError: the engine was started without LoRA.
+        """
+        wanted = {adapter.name: adapter.path for adapter in adapters}
+        if wanted and self._llm.vllm_config.lora_config is None:
+            raise UserError("adapters need engine.enable_lora: true from the start")
+        before, self._wanted = self._wanted, wanted
+        for name, path in before.items():
+            if wanted.get(name) != path:
+                await self._unload(name)
+        for name in wanted:
+            await self._load(name)
+
+    async def _load(self, name: str) -> None:
+        if name in self._serving_models.lora_requests:
+            return
+        try:
+            answer = await self._serving_models.resolve_lora(name)
+        except Exception as error:
+            logger.error(f"adapter '{name}' cannot be loaded: {error}")
+            return
+        problem = getattr(answer, "error", None)
+        if problem is not None:
+            logger.error(f"adapter '{name}' cannot be loaded: {problem.message}")
+        else:
+            logger.info(f"adapter '{name}' is loaded from {self._wanted[name]}")
+
+    async def _unload(self, name: str) -> None:
+        request = self._serving_models.lora_requests.pop(name, None)
+        if request is not None:
+            await self._llm.remove_lora(request.lora_int_id)
+            logger.info(f"adapter '{name}' is unloaded")
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any | None:
+        """vLLM's question for an adapter by name; None for one that is not listed."""
+        from vllm.lora.request import LoRARequest
+
+        path = self._wanted.get(lora_name)
+        if path is None:
+            return None
+        local = await asyncio.to_thread(fetch, path)
+        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(local))
+
+
+def fetch(path: str) -> str:
+    """A local folder or hub id as it is; anything with a scheme (``s3://``) downloaded.
+
+    Raises:
+        UserError: the address cannot be read.
+    """
+    if "://" not in path:
+        return path
+    import fsspec
+
+    target = _cache() / hashlib.sha256(path.encode()).hexdigest()[:16]
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}")
+        try:
+            system, remote = fsspec.core.url_to_fs(path)
+            system.get(remote.rstrip("/") + "/", str(partial) + "/", recursive=True)
+        except Exception as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        partial.replace(target)
+    return str(target)
+
+
+def _cache() -> Path:
+    root = os.environ.get("VLLM_CACHE_ROOT") or Path.home() / ".cache" / "vllm"
+    folder = Path(root) / "serve_app" / "adapters"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

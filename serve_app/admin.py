@@ -1,0 +1,58 @@
+"""Calls to every replica of a model, over Ray: sleep, wake, prefix cache reset."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.config import DEPLOYMENT
+from serve_app.errors import UserError, did_you_mean
+
+ACTIONS = ("sleep", "wake", "reset-prefix-cache")
+
+
+async def act(llm: Any, action: str, level: int) -> str:
+    """Do ``action`` on one engine; what to say about it.
+
+    ``level`` of sleep: 1 moves the weights to host memory and drops the KV cache, 2 drops both.
+    """
+    if action == "sleep":
+        if not llm.vllm_config.model_config.enable_sleep_mode:
+            return "refused: sleep needs engine.enable_sleep_mode: true"
+        await llm.sleep(level)
+        return f"asleep (level {level})"
+    if action == "wake":
+        await llm.wake_up()
+        return "awake"
+    if action == "reset-prefix-cache":
+        done = await llm.reset_prefix_cache()
+        return "prefix cache reset" if done else "not reset: requests still hold blocks of it"
+    raise UserError(f"there is no action '{action}'{did_you_mean(action, ACTIONS)}")
+
+
+def broadcast(model: str, action: str, *, level: int, address: str | None) -> list[tuple[str, str]]:
+    """Run ``action`` on all replicas of the application ``model``: (replica id, result) each.
+
+    Raises:
+        UserError: no cluster, no such model, or the model has no replica.
+    """
+    import ray
+    from ray import serve
+
+    try:
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError:
+        raise UserError("no Ray cluster is running here; give its address with --address") from None
+    try:
+        names = list(serve.status().applications)
+        if model not in names:
+            raise UserError(
+                f"there is no application '{model}'{did_you_mean(model, names)} "
+                f"(applications: {', '.join(names) or 'none'})"
+            )
+        handle = serve.get_deployment_handle(DEPLOYMENT, model)
+        results = handle.broadcast("admin", action, level).results()
+    finally:
+        ray.shutdown()
+    if not results:
+        raise UserError(f"'{model}' has no running replica")
+    return sorted(results)

@@ -1,0 +1,39 @@
+"""What every process of one cluster shares: the internal credential, and Serve's own report."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import ray
+from ray.experimental import internal_kv
+
+CREDENTIAL_HEADER = b"x-serve-app-credential"
+"""Request header that carries the credential from the gateway to a model server."""
+
+_CREDENTIAL_KEY = b"serve_app/internal_credential"
+
+
+def internal_credential() -> bytes:
+    """The cluster's shared secret: made by whoever asks first, kept in the GCS.
+
+    It keeps anything but the gateway out of the model servers' ports. Whoever can read the
+    GCS can run code on the cluster anyway, so it is no weaker than Ray itself.
+    """
+    internal_kv._internal_kv_put(
+        _CREDENTIAL_KEY, secrets.token_urlsafe(32).encode(), overwrite=False
+    )
+    found: bytes = internal_kv._internal_kv_get(_CREDENTIAL_KEY)
+    return found
+
+
+def controller() -> Any | None:
+    """Serve's controller actor, or None where Serve does not run (``serve build``)."""
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    if not ray.is_initialized():
+        return None
+    try:
+        return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return None

@@ -1,0 +1,259 @@
+"""One vLLM engine in this process, behind vLLM's own ASGI app on a port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import os
+import socket
+import tempfile
+import types
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from serve_app import engine_args, gang, placement, start_errors
+from serve_app.adapters import Adapters
+from serve_app.cluster import CREDENTIAL_HEADER
+from serve_app.config import ModelConfig
+from serve_app.engine_load import EngineLoad
+from serve_app.engine_process import START_ERRORS
+from serve_app.errors import UserError, envelope
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger("ray.serve")
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Namespace:
+    """The namespace that `vllm serve` would have, read by vLLM's own parser.
+
+    Raises:
+        UserError: vLLM refuses the arguments; its own sentence.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    engine = {**placement.of(config).engine_defaults, **config.engine, **rank}
+    if config.adapters:
+        engine.setdefault("enable_lora", True)
+    argv = ["--model", config.model, "--served-model-name", *ids]
+    parser = make_arg_parser(FlexibleArgumentParser())
+    try:
+        args: Namespace = parser.parse_args(argv + engine_args.to_argv(engine))
+        validate_parsed_serve_args(args)
+        validate_api_server_args(args)
+    except (SystemExit, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"vLLM refuses the engine arguments: {error}") from None
+    return args
+
+
+class Engine:
+    """An AsyncLLM and the HTTP server in front of it.
+
+    Created by :meth:`start` inside the event loop that will serve it; ended by :meth:`stop`.
+    """
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        load: EngineLoad,
+        adapters: Adapters,
+        server: uvicorn.Server,
+        guard: Guard,
+        host: str,
+        port: int,
+    ) -> None:
+        self.llm = llm
+        self.load = load
+        self.adapters = adapters
+        self.host = host
+        self.port = port
+        self._server = server
+        self._guard = guard
+        self._serving: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, config: ModelConfig, ids: list[str], *, host: str, credential: bytes
+    ) -> Engine:
+        """Load the model and serve it on a free port of ``host``.
+
+        Blocks the event loop while the weights load: vLLM's constructor is synchronous.
+
+        Raises:
+            UserError: why the engine did not start, in one sentence.
+        """
+        rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
+        args = parse_args(config, ids, rank)
+        with tempfile.TemporaryDirectory(prefix="serve-app-") as folder:
+            reason = Path(folder) / "reason"
+            os.environ[START_ERRORS] = str(reason)
+            try:
+                load = EngineLoad(ids[0])
+                llm = _build_llm(args, load)
+                app = await _build_app(llm, args)
+                adapters = Adapters(llm, app.state.openai_serving_models)
+            except Exception as error:
+                logger.exception("the engine did not start")
+                text = f"{type(error).__name__}: {error}"
+                if reason.exists():
+                    text = reason.read_text()
+                raise UserError(start_errors.explain(text, config)) from None
+        guard = Guard(app, credential, lambda: llm.errored)
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, 0))
+        server = uvicorn.Server(
+            uvicorn.Config(
+                guard,
+                log_level="warning",
+                access_log=False,
+                # The gateway keeps connections open and is the one to close them, so that
+                # it never sends a request into a connection that is just being closed.
+                timeout_keep_alive=3600,
+                backlog=4096,
+                server_header=False,
+                date_header=False,
+                # There is no proxy to believe: the gateway is the only client.
+                proxy_headers=False,
+            )
+        )
+        engine = cls(llm, load, adapters, server, guard, host, sock.getsockname()[1])
+        engine._serving = asyncio.create_task(server.serve(sockets=[sock]))
+        while not server.started:
+            if engine._serving.done():
+                await engine._serving
+                raise UserError(f"the model server could not listen on {host}")
+            await asyncio.sleep(0.01)
+        return engine
+
+    @property
+    def requests_running(self) -> int:
+        """HTTP requests that this server is answering at the moment."""
+        return self._guard.running
+
+    @property
+    def busy(self) -> bool:
+        """Whether the engine has requests that it should be making progress on."""
+        return bool(self.llm.output_processor.has_unfinished_requests())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until no request is running, ``timeout_s`` seconds at most."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        quiet = 0
+        # Gateways learn of the shutdown within moments of each other; a request that one of
+        # them sent before it knew must still find the port open.
+        while quiet < 5 and asyncio.get_running_loop().time() < deadline:
+            quiet = quiet + 1 if self._guard.running == 0 else 0
+            await asyncio.sleep(0.1)
+
+    async def stop(self) -> None:
+        """End the HTTP server and the engine's processes."""
+        self._server.should_exit = True
+        self._server.force_exit = True
+        if self._serving is not None:
+            await asyncio.wait([self._serving], timeout=5)
+        await asyncio.to_thread(self.llm.shutdown, 0)
+
+
+def _build_llm(args: Namespace, load: EngineLoad) -> AsyncLLM:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from serve_app.ray_executor import executor_class
+
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    vllm_config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    return AsyncLLM(
+        vllm_config,
+        executor_class=executor_class(vllm_config, gang.member()),
+        usage_context=UsageContext.OPENAI_API_SERVER,
+        stat_loggers=[load.attach],
+        log_requests=engine_args.enable_log_requests,
+        log_stats=not engine_args.disable_log_stats,
+        aggregate_engine_logging=engine_args.aggregate_engine_logging,
+    )
+
+
+async def _build_app(llm: AsyncLLM, args: Namespace) -> Any:
+    from starlette.exceptions import HTTPException
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
+
+    tasks = await llm.get_supported_tasks()
+    app = build_app(args, tasks, llm.model_config)
+    await init_app_state(llm, app.state, args, tasks)
+    # vLLM registers its handler for FastAPI's subclass only, so that an unknown route or method
+    # is answered in FastAPI's own shape. The middleware was built already: have it built again.
+    app.add_exception_handler(HTTPException, http_exception_handler)
+    app.middleware_stack = None
+    # vLLM's error handler stops the server through this when the engine dies; here the
+    # replica does that, for the whole process.
+    app.state.server = types.SimpleNamespace()
+    return app
+
+
+class Guard:
+    """ASGI middleware around everything: the credential, and a count of running requests."""
+
+    def __init__(self, app: ASGIApp, credential: bytes, dead: Callable[[], bool]) -> None:
+        self._app = app
+        self._credential = credential
+        self._dead = dead
+        self.running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        given = b""
+        for name, value in scope["headers"]:
+            if name == CREDENTIAL_HEADER:
+                given = value
+        if not hmac.compare_digest(given, self._credential):
+            await _refuse(scope, send)
+            return
+
+        async def send_unless_dead(message: MutableMapping[str, Any]) -> None:
+            # A dead engine answers 500 to everything. This process is about to exit; saying
+            # nothing until then lets the gateway give the request to another replica.
+            if message["type"] == "http.response.start" and self._dead():
+                await asyncio.Event().wait()
+            await send(message)
+
+        self.running += 1
+        try:
+            await self._app(scope, receive, send_unless_dead)
+        finally:
+            self.running -= 1
+
+
+async def _refuse(scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+        return
+    body = json.dumps(
+        envelope(
+            "This port belongs to the gateway; send requests there.",
+            "authentication_error",
+            code="invalid_internal_credential",
+        )
+    ).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

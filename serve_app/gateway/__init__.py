@@ -1,0 +1,78 @@
+"""The gateway's Serve application: ``import_path: serve_app.gateway:app``.
+
+One OpenAI-compatible endpoint in front of every model of the cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import Any
+
+from ray import serve
+
+from serve_app.config import DEPLOYMENT, GatewayConfig, parse
+from serve_app.errors import ConfigError
+
+# A request costs Serve one slot for as long as it streams; vLLM is what bounds the load.
+_UNBOUNDED = 1_000_000
+
+
+def app(args: dict[str, Any]) -> serve.Application:
+    """Build the gateway's application from its ``args`` (see :class:`GatewayConfig`).
+
+    Raises:
+        ConfigError: what is wrong with the settings, in one sentence.
+    """
+    try:
+        config = parse(GatewayConfig, args, "args")
+    except ConfigError:
+        sys.tracebacklimit = 0  # as in serve_app.model: the sentence, without our frames
+        raise
+    options: dict[str, Any] = {
+        "num_replicas": config.replicas,
+        "max_ongoing_requests": _UNBOUNDED,
+        "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
+        "logging_config": {"enable_access_log": False},
+        "ray_actor_options": {
+            "num_cpus": config.num_cpus,
+            # Serve then calls this code in the loop that owns the sockets: no queue between
+            # the two threads for every chunk, and the client's back-pressure reaches us.
+            "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+        },
+    }
+    deployment: Any = GatewayServer
+    return deployment.options(**options).bind(config.model_dump(exclude_unset=True))
+
+
+@serve.deployment(name="Gateway")
+@serve.ingress()
+class GatewayServer:
+    """One gateway process."""
+
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        from serve_app import cluster
+        from serve_app.gateway.directory import Directory
+        from serve_app.gateway.relay import Relay
+        from serve_app.gateway.replicas import Board
+        from serve_app.gateway.server import Gateway
+        from serve_app.gateway.watcher import Watcher
+
+        config = GatewayConfig.model_validate(args)
+        board = Board()
+        self._directory = Directory(Watcher(board, DEPLOYMENT))
+        self._relay = Relay(
+            cluster.internal_credential(), config.connect_timeout_s, config.request_timeout_s
+        )
+        self._gateway = Gateway(config, self._directory, board, self._relay)
+        await self._directory.refresh()
+        self._refreshing = asyncio.create_task(self._directory.run())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._gateway
+
+    async def __del__(self) -> None:
+        refreshing = getattr(self, "_refreshing", None)
+        if refreshing is not None:
+            refreshing.cancel()
+            await self._relay.close()

@@ -1,0 +1,140 @@
+"""Reading a request body within bounds, and the model that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import parse_qs
+
+import msgspec
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from serve_app.gateway.errors import GatewayError, invalid
+
+Receive = Callable[[], Awaitable[Any]]
+
+
+async def read(receive: Receive, declared: bytes | None, limit: int) -> bytes:
+    """The whole body, in bytes.
+
+    It is kept because the model's name may stand anywhere in it, and because another replica
+    must be able to get it too.
+
+    Raises:
+        GatewayError: 413 as soon as more than ``limit`` bytes are declared or sent.
+    """
+    too_large = GatewayError(
+        413,
+        f"The request body is larger than {limit / 2**20:g} MiB; send less, or raise "
+        "max_body_mib in the gateway's args.",
+        "invalid_request_error",
+        code="request_too_large",
+    )
+    if declared and declared.isdigit() and int(declared) > limit:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise GatewayError(499, "The client went away.", "invalid_request_error")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        parts.append(chunk)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Names(msgspec.Struct):
+    """The one field of a JSON body that the gateway reads; the others are only checked."""
+
+    model: Any = None
+
+
+_decoder = msgspec.json.Decoder(_Names)
+
+
+def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
+    """The model that a request names: in its JSON or multipart body, or as ``?model=``.
+
+    Raises:
+        GatewayError: 400 for a body that cannot be read, or that names no model.
+    """
+    kind, options = parse_options_header(content_type)
+    if kind == b"multipart/form-data":
+        model: Any = _in_multipart(options.get(b"boundary"), body)
+    elif body.strip():
+        model = _in_json(body)
+    else:
+        model = None
+    if model is None:
+        model = next(iter(parse_qs(query.decode("latin-1")).get("model", ())), None)
+    if model is None or model == "":
+        raise invalid(
+            "You must provide a model: set 'model' to one of the ids that GET /v1/models lists.",
+            param="model",
+            code="missing_model",
+        )
+    if not isinstance(model, str):
+        raise invalid("'model' must be a string.", param="model", code="invalid_type")
+    return model
+
+
+def _in_json(body: bytes) -> Any:
+    try:
+        return _decoder.decode(body).model
+    except msgspec.ValidationError:
+        raise invalid("The request body must be a JSON object.", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise invalid(
+            f"The request body is not valid JSON: {error}.", code="invalid_json"
+        ) from None
+
+
+def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
+    if not boundary:
+        raise invalid("The multipart body has no boundary in its content-type.")
+    header_name = header_value = b""
+    in_model = False
+    found: list[bytes] = []
+
+    def on_header_field(data: bytes, start: int, end: int) -> None:
+        nonlocal header_name
+        header_name += data[start:end]
+
+    def on_header_value(data: bytes, start: int, end: int) -> None:
+        nonlocal header_value
+        header_value += data[start:end]
+
+    def on_header_end() -> None:
+        nonlocal header_name, header_value, in_model
+        if header_name.lower() == b"content-disposition":
+            in_model = parse_options_header(header_value)[1].get(b"name") == b"model"
+        header_name = header_value = b""
+
+    def on_part_data(data: bytes, start: int, end: int) -> None:
+        if in_model:
+            found.append(data[start:end])
+
+    def on_part_begin() -> None:
+        nonlocal in_model
+        in_model = False
+
+    try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_part_begin": on_part_begin,
+                "on_header_field": on_header_field,
+                "on_header_value": on_header_value,
+                "on_header_end": on_header_end,
+                "on_part_data": on_part_data,
+            },
+        )
+        parser.write(body)
+        parser.finalize()
+    except Exception:
+        raise invalid("The multipart body is malformed.") from None
+    return b"".join(found).decode("utf-8", "replace") if found else None

@@ -1,0 +1,186 @@
+"""Which models there are: found in what Serve's controller reports, nowhere else.
+
+The controller's details (what ``serve status`` reads) hold every application's status and
+its deployed config, ``args`` included, also while a model is starting or scaled to zero. So
+a model that is deployed, changed or removed shows up here without a restart of the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app import cluster
+from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH
+from serve_app.gateway.watcher import Watcher
+
+logger = logging.getLogger("ray.serve")
+
+REFRESH_S = 1.0
+"""Seconds between two looks at the controller; a new model is listed within about that."""
+
+_OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
+_GONE = ("DELETING", "NOT_STARTED")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A deployed model, as Serve reports it."""
+
+    name: str
+    """The application's name, which is its first id."""
+
+    status: str
+    """Serve's ApplicationStatus."""
+
+    message: str
+    """Why it is not running, in one line; empty while all is well."""
+
+    ids: tuple[str, ...]
+    adapters: tuple[str, ...]
+    root: str
+    created: int
+    replicas: int
+    """Replicas that run."""
+
+    must_be_up: bool
+    """False for a model that may be scaled to zero."""
+
+    @property
+    def up(self) -> bool:
+        return self.status == "RUNNING" and (self.replicas > 0 or not self.must_be_up)
+
+    @property
+    def broken(self) -> bool:
+        return self.status == "DEPLOY_FAILED"
+
+
+class Directory:
+    """The models by id, kept fresh by :meth:`run`."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._models: dict[str, Model] = {}
+        self._by_id: dict[str, Model] = {}
+        self._handles: dict[str, DeploymentHandle] = {}
+
+    async def run(self) -> None:
+        """Refresh for ever; while the controller cannot answer, what is known stays."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            try:
+                await self.refresh()
+            except Exception as error:
+                logger.warning(f"cannot read the applications from Serve: {error!r}")
+
+    async def refresh(self) -> None:
+        """Look at the controller once."""
+        controller = cluster.controller()
+        if controller is None:
+            return
+        models = read_details(await controller.get_serve_instance_details.remote())
+        for name in self._models.keys() - models.keys():
+            logger.info(f"model '{name}' is gone")
+            self._handles.pop(name, None)
+            self._watcher.forget(name)
+        for name, model in models.items():
+            self._watcher.watch(name, controller)
+            _report(self._models.get(name), model)
+        self._models = models
+        self._by_id = _by_id(models)
+
+    def handle(self, model: Model) -> DeploymentHandle:
+        """A Serve handle: the way to wait for a model without replicas, and to wake it."""
+        if model.name not in self._handles:
+            self._handles[model.name] = serve.get_deployment_handle(
+                DEPLOYMENT, model.name, _check_exists=False
+            )
+        return self._handles[model.name]
+
+    def find(self, id: str) -> Model | None:
+        """The model that answers to ``id``."""
+        return self._by_id.get(id)
+
+    def models(self) -> list[Model]:
+        """All models, in the order in which Serve lists them."""
+        return list(self._models.values())
+
+    def ids(self) -> list[str]:
+        """Every id that a client can send, except those of models that failed to deploy."""
+        return [id for id, model in self._by_id.items() if not model.broken]
+
+
+def _report(before: Model | None, now: Model) -> None:
+    """Log what changed, for whoever watches a start."""
+    if now.up and not (before and before.up):
+        logger.info(f"model '{now.name}' is ready ({now.replicas} replicas)")
+    elif now.message and (before is None or before.message != now.message):
+        logger.warning(f"model '{now.name}' is {now.status}: {now.message}")
+
+
+def _by_id(models: dict[str, Model]) -> dict[str, Model]:
+    # A name beats an alias, a working model beats a broken one; two that claim the same
+    # alias are refused when they are deployed, so this only decides what goes on meanwhile.
+    ordered = sorted(models.values(), key=lambda m: m.broken)
+    by_id: dict[str, Model] = {m.name: m for m in models.values()}
+    for model in ordered:
+        for id in model.ids:
+            by_id.setdefault(id, model)
+    return by_id
+
+
+def read_details(details: dict[str, Any]) -> dict[str, Model]:
+    """The models among the applications of ``get_serve_instance_details``."""
+    found: dict[str, Model] = {}
+    for name, application in details["applications"].items():
+        config = application.get("deployed_app_config") or {}
+        status = _text(application["status"])
+        if config.get("import_path") != MODEL_IMPORT_PATH or status in _GONE:
+            continue
+        args = config.get("args") or {}
+        deployment = (application.get("deployments") or {}).get(DEPLOYMENT) or {}
+        running = [
+            r for r in deployment.get("replicas") or () if _text(r.get("state")) == "RUNNING"
+        ]
+        scaling = args.get("autoscaling") or {}
+        adapters = _adapters(config)
+        found[name] = Model(
+            name=name,
+            status=status,
+            message=_one_line(deployment.get("message") or application.get("message") or ""),
+            ids=(name, *(args.get("served_as") or ()), *adapters),
+            adapters=adapters,
+            root=str(args.get("model", "")),
+            created=int(application.get("last_deployed_time_s") or 0),
+            replicas=len(running),
+            must_be_up=scaling.get("min_replicas", 1) > 0,
+        )
+    return found
+
+
+def _adapters(config: dict[str, Any]) -> tuple[str, ...]:
+    """Adapters of a model: those of ``user_config`` take the place of those in ``args``."""
+    listed = (config.get("args") or {}).get("adapters")
+    for deployment in config.get("deployments") or ():
+        if deployment.get("name") == DEPLOYMENT and deployment.get("user_config"):
+            listed = deployment["user_config"].get("adapters")
+    return tuple(a["name"] for a in listed or () if isinstance(a, dict) and "name" in a)
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def _one_line(message: str) -> str:
+    """Our own sentence in a status message, else its last line: there a traceback says why."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    if not lines or "have taken more than" in message:
+        return ""  # Serve says so of every engine: loading a model takes a while
+    ours = _OUR_ERROR.split(message)
+    return " ".join((ours if len(ours) > 1 else lines)[-1].split())

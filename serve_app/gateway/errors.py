@@ -1,0 +1,54 @@
+"""Errors of the gateway, each an HTTP status and an OpenAI envelope."""
+
+from __future__ import annotations
+
+import json
+
+from serve_app.errors import envelope
+
+
+class GatewayError(Exception):
+    """An answer that is an error. Raised anywhere in the gateway, sent in one place."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        type: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self._envelope = envelope(message, type, param=param, code=code)
+
+    def body(self, path: str = "") -> bytes:
+        """The envelope as JSON; Anthropic's for Anthropic's route."""
+        if path.startswith("/v1/messages"):
+            return json.dumps({"type": "error", **self._envelope}).encode()
+        return json.dumps(self._envelope).encode()
+
+    def sse_event(self, path: str) -> bytes:
+        """The error as a last server-sent event, in the dialect of the route."""
+        error = self._envelope["error"]
+        if path.startswith("/v1/messages"):
+            return b"event: error\ndata: " + self.body(path) + b"\n\n"
+        if path.startswith("/v1/responses"):
+            event = {"type": "error", **{k: error[k] for k in ("code", "message", "param")}}
+            return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
+        return b"data: " + self.body() + b"\n\n"
+
+
+def invalid(message: str, *, param: str | None = None, code: str | None = None) -> GatewayError:
+    """400: the client can change the request."""
+    return GatewayError(400, message, "invalid_request_error", param=param, code=code)
+
+
+def unavailable(message: str, *, retry_after_s: int = 5) -> GatewayError:
+    """503: nothing wrong with the request; worth another try."""
+    return GatewayError(
+        503, message, "server_error", code="model_unavailable", retry_after_s=retry_after_s
+    )

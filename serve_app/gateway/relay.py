@@ -1,0 +1,195 @@
+"""One request to one replica and its answer back, as bytes.
+
+Nothing is decoded, batched or encoded again: what the replica sends is what the client
+gets, chunk by chunk, as fast as the client takes it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+from yarl import URL
+
+from serve_app.cluster import CREDENTIAL_HEADER
+from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.replicas import Replica
+
+logger = logging.getLogger("ray.serve")
+
+Headers = list[tuple[bytes, bytes]]
+Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+
+# RFC 9110 §7.6.1, and what the HTTP library on either side sets by itself.
+_HOP_BY_HOP = {
+    b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
+    b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
+}  # fmt: skip
+_NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CREDENTIAL_HEADER,
+                                 b"authorization", b"x-request-id"}  # fmt: skip
+# Serve puts these on every answer itself.
+_NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A client's request, whole, as it will be sent to a replica."""
+
+    id: str
+    method: str
+    target: str
+    """Path and query, still percent-encoded."""
+
+    headers: Headers
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+
+class Answer:
+    """The client's side of a request, and when its first byte was sent."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.started_at: float | None = None
+        """``time.perf_counter`` at the first byte; None while nothing was sent."""
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        """Hand one ASGI message to the server; returns when the client can take more."""
+        if self.started_at is None:
+            self.started_at = time.perf_counter()
+        await self._send(message)
+
+
+class NotStarted(Exception):
+    """The replica failed before it sent a byte of its answer: another one may have it."""
+
+
+class Relay:
+    """The connections of this gateway to all replicas, kept open between requests."""
+
+    def __init__(
+        self, credential: bytes, connect_timeout_s: float, silence_timeout_s: float | None
+    ) -> None:
+        self._credential = credential.decode()
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=300),
+            timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=connect_timeout_s, sock_read=silence_timeout_s
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            # Two of these are all that one slow client can make the gateway hold.
+            read_bufsize=2**16,
+        )
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def send(self, replica: Replica, request: Request, answer: Answer) -> int:
+        """Send the request to ``replica`` and what comes back to ``answer``; the status.
+
+        The answer's head is held back until its first byte of body is there, so that up to
+        then the request can still go to another replica.
+
+        Raises:
+            NotStarted: no byte of an answer came.
+        """
+        streamed = False
+        tail = b""
+        replica.inflight += 1
+        try:
+            async with self._session.request(
+                request.method,
+                URL(replica.base_url + request.target, encoded=True),
+                headers=_to_replica(request, self._credential),
+                data=request.body or None,
+                allow_redirects=False,
+            ) as response:
+                streamed = response.content_type == "text/event-stream"
+                head = {
+                    "type": "http.response.start",
+                    "status": response.status,
+                    "headers": _to_client(response.raw_headers),
+                }
+                async for chunk in response.content.iter_any():
+                    if answer.started_at is None:
+                        await answer.send(head)
+                    await answer.send(_body(chunk, more=True))
+                    tail = chunk
+                if answer.started_at is None:
+                    await answer.send(head)
+                await answer.send(_body(b"", more=False))
+                return response.status
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if answer.started_at is None:
+                raise _before_first_byte(error) from error
+            logger.warning(f"request {request.id}: replica {replica.id} lost: {error!r}")
+            if not streamed:
+                # The client was promised a length or a whole document: only a closed
+                # connection tells it that this is not it.
+                raise
+            gap = b"" if tail.endswith(b"\n\n") else b"\n\n"
+            lost = _lost()
+            await answer.send(_body(gap + lost.sse_event(request.path), more=False))
+            return lost.status
+        finally:
+            replica.inflight -= 1
+
+
+def _body(chunk: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": chunk, "more_body": more}
+
+
+def _lost() -> GatewayError:
+    return GatewayError(
+        502,
+        "The replica that was answering failed in the middle; please send the request again.",
+        "server_error",
+        code="replica_lost",
+    )
+
+
+def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
+    """What a failure means as long as the client has seen nothing."""
+    if isinstance(error, aiohttp.ServerTimeoutError) and not isinstance(
+        error, aiohttp.ConnectionTimeoutError
+    ):
+        # It took the request and works on it; another replica would only do so again.
+        return GatewayError(
+            504,
+            "The model took longer than the gateway's request_timeout_s to answer.",
+            "server_error",
+            code="timeout",
+        )
+    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
+        return NotStarted("no connection")
+    return NotStarted("connection closed")
+
+
+def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
+    drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
+    kept = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.headers if k not in drop]
+    kept.append((CREDENTIAL_HEADER.decode(), credential))
+    kept.append(("x-request-id", request.id))
+    return kept
+
+
+def _to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    kept = [(k.lower(), v) for k, v in headers]
+    drop = _NOT_TO_CLIENT | _named_by_connection(kept)
+    return [(k, v) for k, v in kept if k not in drop]
+
+
+def _named_by_connection(headers: Headers) -> set[bytes]:
+    """Headers that a ``Connection`` header declares to be hop-by-hop."""
+    return {
+        name.strip().lower() for k, v in headers if k == b"connection" for name in v.split(b",")
+    }

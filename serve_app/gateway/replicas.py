@@ -1,0 +1,84 @@
+"""The live replicas of every model, and the choice among them: no call to Ray."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+AVOID_S = 3.0
+"""Seconds for which a replica that failed a request is not chosen.
+
+Serve removes a dead replica within that time, and a live one (it closed an idle connection
+just when a request went out) gets requests again.
+"""
+
+
+@dataclass(eq=False)
+class Replica:
+    """A model server that can be sent requests."""
+
+    id: str
+    host: str
+    port: int
+    inflight: int = 0
+    """Requests that this gateway has running there."""
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+class Board:
+    """Replicas by application, as Serve last reported them, less those that failed since."""
+
+    def __init__(self) -> None:
+        self._replicas: dict[str, dict[str, Replica]] = {}
+        self._avoid_until: dict[str, float] = {}
+
+    def publish(self, application: str, running: dict[str, tuple[str, int]]) -> None:
+        """Replace an application's replicas by ``{replica id: (host, port)}``."""
+        before = self._replicas.get(application, {})
+        for id in before.keys() - running.keys():
+            self._avoid_until.pop(id, None)
+        self._replicas[application] = {
+            id: before.get(id) or Replica(id, host, port) for id, (host, port) in running.items()
+        }
+
+    def forget(self, application: str) -> None:
+        """Forget an application that was removed."""
+        self.publish(application, {})
+        del self._replicas[application]
+
+    def avoid(self, replica: Replica) -> None:
+        """Do not choose it for a while; Serve takes longer to notice than a failed request."""
+        self._avoid_until[replica.id] = time.monotonic() + AVOID_S
+
+    def add(self, application: str, id: str, host: str, port: int) -> Replica | None:
+        """A replica that Serve named elsewhere; None where it is to be avoided."""
+        if self._is_avoided(id):
+            return None
+        replicas = self._replicas.setdefault(application, {})
+        return replicas.setdefault(id, Replica(id, host, port))
+
+    def choose(self, application: str) -> Replica | None:
+        """The live replica with the fewest requests from this gateway; None without any.
+
+        Ties are broken at random, so that several gateways do not all pick the same one.
+        """
+        live = list(self._replicas.get(application, {}).values())
+        if self._avoid_until:
+            live = [r for r in live if not self._is_avoided(r.id)]
+        if len(live) < 2:
+            return live[0] if live else None
+        least = min(r.inflight for r in live)
+        return random.choice([r for r in live if r.inflight == least])
+
+    def _is_avoided(self, id: str) -> bool:
+        until = self._avoid_until.get(id)
+        if until is None:
+            return False
+        if time.monotonic() < until:
+            return True
+        del self._avoid_until[id]
+        return False

@@ -1,0 +1,238 @@
+"""The gateway's ASGI app: its own few routes, and the way of every other request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import posixpath
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from serve_app.config import GatewayConfig
+from serve_app.errors import did_you_mean
+from serve_app.gateway import body as request_body
+from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.errors import GatewayError, unavailable
+from serve_app.gateway.metrics import Measured
+from serve_app.gateway.relay import Answer, Headers, NotStarted, Relay, Request, Send
+from serve_app.gateway.replicas import Board, Replica
+
+logger = logging.getLogger("ray.serve")
+
+Receive = Callable[[], Awaitable[Any]]
+
+# Routes of vLLM that act on the engine or show its inside: for operators, never for clients.
+_CLOSED = re.compile(
+    r"^/(metrics|load|ping|server_info|sleep|wake_up|is_sleeping|pause|resume|is_paused"
+    r"|abort_requests|reset_\w+_cache|collective_rpc|start_profile|stop_profile"
+    r"|scale_elastic_ep|is_scaling_elastic_ep|fault_tolerance|adapters|docs|redoc|openapi\.json"
+    r"|v1/(un)?load_lora_adapter|init_weight\w*|update_weight\w*|get_world_size)(/|$)"
+)
+
+
+class Gateway:
+    """Routes each request to the model it names."""
+
+    def __init__(
+        self, config: GatewayConfig, directory: Directory, board: Board, relay: Relay
+    ) -> None:
+        self._config = config
+        self._board = board
+        self._directory = directory
+        self._relay = relay
+        self._max_body = int(config.max_body_mib * 2**20)
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "not supported"})
+            return
+        if scope["type"] != "http":
+            return
+        named = dict(scope["headers"])
+        # Serve makes one where the client sent none, and puts it on the answer.
+        request_id = named.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        answer = Answer(send)
+        try:
+            await self._answer(scope, receive, named, request_id, answer)
+        except GatewayError as error:
+            if answer.started_at is None:
+                await _send_error(answer, error, scope["path"])
+        except Exception:
+            if answer.started_at is not None:
+                raise  # the server then closes the connection: all that is left to say
+            logger.exception(f"request {request_id}: unexpected error in the gateway")
+            failure = GatewayError(500, "The gateway failed on this request.", "server_error")
+            await _send_error(answer, failure, scope["path"])
+
+    async def _answer(
+        self,
+        scope: Any,
+        receive: Receive,
+        headers: dict[bytes, bytes],
+        request_id: str,
+        answer: Answer,
+    ) -> None:
+        method, path = scope["method"], scope["path"]
+        if method in ("GET", "HEAD"):
+            own = self._own_route(path)
+            if own is not None:
+                await _send_json(answer, *own)
+                return
+        if _CLOSED.match(posixpath.normpath("/" + path.lstrip("/"))):
+            raise _no_route(method, path)
+        body = await request_body.read(receive, headers.get(b"content-length"), self._max_body)
+        query = scope.get("query_string", b"")
+        if not body and method in ("GET", "HEAD") and b"model=" not in query:
+            raise _no_route(method, path)
+        model = self._find(request_body.model_in(headers.get(b"content-type", b""), query, body))
+        target = (scope.get("raw_path") or path.encode()).decode("latin-1")
+        if query:
+            target += "?" + query.decode("latin-1")
+        request = Request(request_id, method, target, scope["headers"], body)
+        with Measured(model.name, answer) as measured:
+            try:
+                measured.code = await self._relay_to(model, request, answer, measured)
+            except GatewayError as error:
+                measured.code = error.status
+                raise
+
+    def _own_route(self, path: str) -> tuple[int, dict[str, Any]] | None:
+        """Status and body of a route that the gateway answers by itself."""
+        if path == "/health":
+            return 200, {"status": "ok"}
+        if path == "/ready":
+            return self._ready()
+        if path == "/v1/models":
+            data = [self._card(id) for id in self._directory.ids()]
+            return 200, {"object": "list", "data": data}
+        if path.startswith("/v1/models/"):
+            id = path.removeprefix("/v1/models/")
+            self._find(id)
+            return 200, self._card(id)
+        return None
+
+    def _ready(self) -> tuple[int, dict[str, Any]]:
+        models = self._directory.models()
+        waiting_for = [m.name for m in models if m.must_be_up and not m.up]
+        ready = bool(models) and not waiting_for
+        return 200 if ready else 503, {
+            "status": "ready" if ready else "not ready",
+            "waiting_for": waiting_for,
+            "models": {
+                m.name: {"status": m.status, "replicas": m.replicas, "message": m.message}
+                for m in models
+            },
+        }
+
+    def _card(self, id: str) -> dict[str, Any]:
+        model = self._directory.find(id)
+        assert model is not None
+        return {
+            "id": id,
+            "object": "model",
+            "created": model.created,
+            "owned_by": "serve_app",
+            "root": model.root,
+            "parent": model.name if id in model.adapters else None,
+        }
+
+    def _find(self, id: str) -> Model:
+        model = self._directory.find(id)
+        if model is not None:
+            return model
+        known = self._directory.ids()
+        listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
+        hint = did_you_mean(id, known) or "."
+        raise GatewayError(
+            404,
+            f"The model '{id[:200]}' does not exist{hint} Available: {listed or 'none yet'}.",
+            "invalid_request_error",
+            param="model",
+            code="model_not_found",
+        )
+
+    async def _relay_to(
+        self, model: Model, request: Request, answer: Answer, measured: Measured
+    ) -> int:
+        """Relay to one replica; where it fails before its first byte, once to another."""
+        for last in (False, True):
+            replica = self._board.choose(model.name) or await self._wait_for_replica(model)
+            try:
+                return await self._relay.send(replica, request, answer)
+            except NotStarted as error:
+                logger.warning(f"request {request.id}: {model.name}, replica {replica.id}: {error}")
+                self._board.avoid(replica)
+                if not last:
+                    measured.retried(str(error))
+        raise unavailable(
+            f"The model '{model.name}' lost two replicas that had this request; "
+            "please send it again."
+        )
+
+    async def _wait_for_replica(self, model: Model) -> Replica:
+        """Wait for a model that has no live replica; if it is scaled to zero, this wakes it."""
+        if model.broken:
+            raise unavailable(
+                f"The model '{model.name}' failed to start: {model.message}", retry_after_s=60
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.cold_start_timeout_s):
+                while True:
+                    try:
+                        async with self._directory.handle(model).choose_replica() as chosen:
+                            found = chosen.replica_metadata
+                    except DeploymentUnavailableError:
+                        raise unavailable(
+                            f"The model '{model.name}' cannot start; GET /ready says why.",
+                            retry_after_s=30,
+                        ) from None
+                    replica = self._board.add(
+                        model.name, chosen.replica_id, found["host"], found["port"]
+                    )
+                    if replica is not None:
+                        return replica
+                    # Either Serve has not noticed yet that it is dead, or it is not.
+                    await asyncio.sleep(0.1)
+        raise unavailable(
+            f"The model '{model.name}' did not start within "
+            f"{self._config.cold_start_timeout_s:g} seconds; it may still be loading.",
+            retry_after_s=30,
+        )
+
+
+def _no_route(method: str, path: str) -> GatewayError:
+    return GatewayError(
+        404,
+        f"There is no route {method} {path[:200]}. A request without a body names its model as "
+        "'?model=<id>'.",
+        "invalid_request_error",
+        code="not_found",
+    )
+
+
+async def _send_json(answer: Answer, status: int, body: dict[str, Any]) -> None:
+    await _send_bytes(answer, status, json.dumps(body).encode(), [])
+
+
+async def _send_error(answer: Answer, error: GatewayError, path: str) -> None:
+    extra: Headers = []
+    if error.retry_after_s is not None:
+        extra.append((b"retry-after", b"%d" % error.retry_after_s))
+    await _send_bytes(answer, error.status, error.body(path), extra)
+
+
+async def _send_bytes(answer: Answer, status: int, body: bytes, extra: Headers) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        *extra,
+    ]
+    await answer.send({"type": "http.response.start", "status": status, "headers": headers})
+    await answer.send({"type": "http.response.body", "body": body})

@@ -1,0 +1,205 @@
+"""Checks of one model: its memory, precision, context length and parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from serve_app.config import ModelConfig
+from serve_app.errors import UserError
+from serve_app.planner import choose, hardware, parallelism, report
+from serve_app.planner.finding import Finding
+from serve_app.planner.hardware import GIB
+from serve_app.planner.loading import cpu_plan, load_model
+from serve_app.planner.memory import Model, Plan
+from serve_app.planner.quantization import FP8_HARDWARE_CAPABILITY
+
+
+def model(name: str, config: ModelConfig) -> Iterator[Finding]:
+    try:
+        model = load_model(config)
+    except UserError as error:
+        yield Finding(
+            "memory",
+            "warn",
+            name,
+            f"not checked: {error}",
+            "run the check where the model's metadata can be read",
+        )
+        return
+    yield from checked(name, config, model)
+
+
+def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
+    """Memory, quantization, context and parallelism of one model."""
+    if config.resources.device == "cpu":
+        plan = cpu_plan(model, config)
+        yield _memory_finding(name, config, plan, None)
+        yield from _context(name, config, plan)
+        return
+    arguments = choose.arguments_of(config)
+    asked = config.resources.accelerator_type
+    try:
+        if asked:
+            gpu, _ = hardware.find(asked)
+        else:
+            best = choose.default_choice(choose.per_gpu_type(model, arguments), None, config)
+            gpu = best.gpu if best else hardware.gpus()["H200"]
+        plan = choose.plan_on(model, arguments, gpu)
+    except UserError as error:
+        yield Finding("memory", "fail", name, str(error), None)
+        return
+    wrong = parallelism.problems(model.shape, plan.parallel, plan.engine.quantization)
+    yield from _parallelism(name, model, plan, wrong)
+    if wrong:
+        return
+    yield from _quantization(name, plan)
+    if asked is None:
+        yield Finding(
+            "memory",
+            "warn",
+            name,
+            "resources.accelerator_type is not set, so the replica may start on any GPU",
+            f"set it, for example to {gpu.ray_name or gpu.name}",
+        )
+    yield _memory_finding(name, config, plan, choose.smallest(model, arguments, gpu))
+    yield from _context(name, config, plan)
+
+
+def _parallelism(name: str, model: Model, plan: Plan, wrong: list[str]) -> Iterator[Finding]:
+    limit = hardware.max_gpus_per_node(plan.gpu)
+    for problem in wrong:
+        sizes = parallelism.tensor_sizes(model.shape, limit, plan.engine.quantization)
+        yield Finding(
+            "parallelism",
+            "fail",
+            name,
+            problem,
+            f"tensor_parallel_size can be {', '.join(map(str, sizes))}",
+        )
+    if wrong:
+        return
+    if plan.parallel.tensor > limit:
+        yield Finding(
+            "parallelism",
+            "fail",
+            name,
+            f"tensor_parallel_size {plan.parallel.tensor} is more than the {limit} GPUs of the "
+            f"largest machine with {plan.gpu.name}",
+            "use pipeline_parallel_size across machines",
+        )
+        return
+    kv = model.shape.num_key_value_heads
+    if not model.shape.mla and model.shape.causal and kv and plan.parallel.tensor > kv:
+        yield Finding(
+            "parallelism",
+            "warn",
+            name,
+            f"TP {plan.parallel.tensor} is above the {kv} KV heads, which are then replicated: "
+            "the KV cache does not shrink further",
+            None,
+        )
+        return
+    yield Finding("parallelism", "ok", name, f"{plan.parallel} divides what it must")
+
+
+def _quantization(name: str, plan: Plan) -> Iterator[Finding]:
+    scheme, gpu = plan.engine.quantization, plan.gpu
+    refused = choose.refusal(scheme, plan.engine, gpu)
+    if refused:
+        yield Finding(
+            "quantization", "fail", name, refused, "choose another GPU or another precision"
+        )
+    elif scheme and scheme.bits == 8 and "int8" not in scheme.method:
+        if gpu.capability < FP8_HARDWARE_CAPABILITY:
+            yield Finding(
+                "quantization",
+                "warn",
+                name,
+                f"{gpu.name} has no fp8 arithmetic: vLLM keeps the weights in fp8 but multiplies "
+                "in 16 bits, which saves memory and no time",
+                "L4, L40S, H100 and later multiply in fp8",
+            )
+        else:
+            yield Finding("quantization", "ok", name, f"{scheme.label} runs on {gpu.name}")
+    else:
+        kind = scheme.label if scheme else plan.engine.dtype
+        yield Finding("quantization", "ok", name, f"{kind} runs on {gpu.name}")
+
+
+def _memory_finding(
+    name: str, config: ModelConfig, plan: Plan, smallest: choose.Choice | None
+) -> Finding:
+    stage = plan.tightest
+    if not plan.fits:
+        fix = None
+        if smallest and smallest.plan:
+            fix = f"the smallest that fits on {plan.gpu.name} is {smallest.plan.parallel}"
+        elif smallest:
+            fix = f"no layout fits on {plan.gpu.name}: {smallest.refused}"
+        return Finding("memory", "fail", name, "; ".join(plan.reasons), fix)
+    if plan.gpu.name == "CPU":
+        return Finding(
+            "memory", "ok", name, f"about {stage.requested / GIB:.1f} GiB of host memory"
+        )
+    machines, refused = choose.machines(plan, config)
+    takes = (
+        f"{stage.without_kv / GIB:.1f} GiB and {max(0, stage.kv_cache) / GIB:.1f} GiB of KV cache "
+        f"per {plan.gpu.name}"
+    )
+    if not machines and refused:
+        return Finding(
+            "memory",
+            "fail",
+            name,
+            f"{takes}, but no EC2 machine takes a replica",
+            f"{refused[0].name}: {refused[0].reason}",
+        )
+    where = ""
+    if machines:
+        best = machines[0]
+        where = f", on {best.count} × {best.instance.name}"
+        if best.stranded_gpus:
+            where += f" ({best.stranded_gpus} GPUs idle)"
+    tight = any("tight fit" in note for note in report.notes_on(plan))
+    if tight:
+        return Finding(
+            "memory",
+            "warn",
+            name,
+            f"{takes}{where}; less than 3 % to spare",
+            "lower max_model_len or max_num_seqs, or add GPUs",
+        )
+    return Finding("memory", "ok", name, f"{takes}{where}")
+
+
+def _context(name: str, config: ModelConfig, plan: Plan) -> Iterator[Finding]:
+    longest, asked = plan.model.shape.max_position_embeddings, plan.engine.max_model_len
+    if asked > longest:
+        allowed = config.env.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") in ("1", "true")
+        yield Finding(
+            "context length",
+            "warn" if allowed else "fail",
+            name,
+            f"max_model_len {asked} is above the model's {longest}",
+            f"set it to {longest} or less",
+        )
+    elif not plan.fits:
+        return  # said under memory
+    elif not plan.groups:
+        yield Finding("context length", "ok", name, f"{asked} tokens, no KV cache needed")
+    elif plan.concurrency() < 2:
+        yield Finding(
+            "context length",
+            "warn",
+            name,
+            f"the KV cache holds {plan.concurrency():.1f} requests of {asked} tokens",
+            "lower max_model_len, or add GPUs, so that several long requests can run at once",
+        )
+    else:
+        yield Finding(
+            "context length",
+            "ok",
+            name,
+            f"{plan.concurrency():.1f} requests of {asked} tokens at once "
+            f"({plan.kv_cache_tokens} tokens of KV cache)",
+        )

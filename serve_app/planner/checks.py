@@ -1,0 +1,117 @@
+"""The production checklist of ``serve-app check``: each line ok, warn or fail, and what to change.
+
+The static checks read the config, the model's metadata and, where they were rendered, the
+Kubernetes documents beside the config; ``check_cluster`` also asks the cluster at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app import config as settings
+from serve_app import engine_args
+from serve_app.config import Fleet
+from serve_app.errors import ConfigError, UserError
+from serve_app.planner import check_deployment, check_model
+from serve_app.planner.finding import Finding
+from serve_app.planner.loading import load_model
+from serve_app.planner.manifests import Manifests
+
+
+def static(path: Path, manifests: Manifests | None) -> list[Finding]:
+    """Every check that needs no cluster.
+
+    Raises:
+        UserError: the file cannot be read at all, or is no Serve config.
+    """
+    document = _read(path)
+    findings = list(_engine_arguments(document, path))
+    broken = [finding for finding in findings if finding.status == "fail"]
+    try:
+        fleet = settings.parse_document(document, path)
+    except ConfigError as error:
+        if not broken:
+            findings.append(Finding("config", "fail", str(path), str(error), "mend the config"))
+        return findings
+    for name, config in fleet.models.items():
+        findings += check_model.model(name, config)
+    findings += check_deployment.metrics(fleet, path, manifests)
+    findings += check_deployment.autoscaling(fleet, manifests)
+    findings += check_deployment.model_cache(fleet, manifests)
+    findings += check_deployment.head(manifests)
+    findings += check_deployment.secrets(fleet, document, manifests)
+    findings += check_deployment.versions(fleet, document, manifests)
+    findings += check_deployment.shared_memory(fleet, manifests)
+    return findings
+
+
+def refuse(fleet: Fleet) -> None:
+    """Refuse a config that cannot work, for ``serve run``: models whose metadata is at hand.
+
+    Needs no network: a model that only the hub knows is let through.
+
+    Raises:
+        ConfigError: the first failed check, and what to change.
+    """
+    for name, config in fleet.models.items():
+        try:
+            model = load_model(config, offline=True)
+        except UserError:
+            continue
+        for finding in check_model.checked(name, config, model):
+            if finding.status == "fail":
+                hint = f"; {finding.fix}" if finding.fix else ""
+                raise ConfigError(f"{name}: {finding.message}{hint}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
+        raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
+    return document
+
+
+# --- engine arguments --------------------------------------------------------------------------
+
+
+def _engine_arguments(document: dict[str, Any], path: Path) -> Iterator[Finding]:
+    """Every argument of every model, so that one run shows all mistakes."""
+    for application in document["applications"]:
+        if not isinstance(application, dict):
+            continue
+        if application.get("import_path") != settings.MODEL_IMPORT_PATH:
+            continue
+        name = str(application.get("name"))
+        arguments = (application.get("args") or {}).get("engine") or {}
+        if not isinstance(arguments, dict):
+            continue
+        wrong = 0
+        for key, value in arguments.items():
+            plain = str(key).lstrip("-").replace("-", "_")
+            if plain in engine_args.RENAMED:
+                wrong += 1
+                yield Finding(
+                    "engine arguments",
+                    "fail",
+                    name,
+                    f"engine.{key} is not in vLLM {engine_args.VLLM_VERSION}",
+                    f"use {engine_args.RENAMED[plain]}",
+                )
+                continue
+            try:
+                engine_args.check({key: value})
+            except ConfigError as error:
+                wrong += 1
+                yield Finding("engine arguments", "fail", name, str(error), None)
+        if not wrong:
+            known = f"{len(arguments)} known to vLLM {engine_args.VLLM_VERSION}"
+            yield Finding("engine arguments", "ok", name, known)

@@ -1,0 +1,279 @@
+"""The smallest TP×PP that fits per GPU type, and the EC2 instances for it.
+
+"Smallest" is fewest GPUs; among equals tensor parallelism within one machine comes before
+pipeline stages across machines, as vLLM advises (TP = GPUs per node, PP = nodes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app.config import ModelConfig
+from serve_app.errors import UserError
+from serve_app.planner import engine as engine_module
+from serve_app.planner import hardware, memory, parallelism, quantization
+from serve_app.planner.hardware import GPU, Instance
+from serve_app.planner.memory import Model, Plan
+from serve_app.planner.quantization import FP8_HARDWARE_CAPABILITY, Quantization
+from serve_app.planner.sharding import Parallelism
+
+MAX_NODES = 4
+"""Machines that one replica may span while searching; more is asked for explicitly."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One GPU type: the smallest plan that fits, or why none does."""
+
+    gpu: GPU
+    plan: Plan | None
+    refused: str | None = None
+
+    @property
+    def total_memory_bytes(self) -> int:
+        return self.plan.parallel.gpus * self.gpu.memory_bytes if self.plan else 0
+
+
+@dataclass(frozen=True)
+class Machines:
+    """EC2 machines for one replica. ``price`` is USD per hour for all of them, if known."""
+
+    instance: Instance
+    count: int
+    stranded_gpus: int
+    """GPUs that are paid for and that this replica leaves idle."""
+    price: float | None
+
+
+@dataclass(frozen=True)
+class RefusedInstance:
+    name: str
+    reason: str
+
+
+def arguments_of(config: ModelConfig) -> dict[str, Any]:
+    """A config's engine arguments, with what its adapters imply (serve_app/engine.py)."""
+    arguments = dict(config.engine)
+    if config.adapters:
+        arguments.setdefault("enable_lora", True)
+    return arguments
+
+
+def plan_on(
+    model: Model, arguments: dict[str, Any], gpu: GPU, parallel: Parallelism | None = None
+) -> Plan:
+    """One plan, as the arguments say or split as ``parallel``; never fits where it cannot start.
+
+    Raises:
+        ConfigError: arguments that vLLM would refuse on any GPU.
+    """
+    engine = engine_module.resolve(arguments, model.shape, gpu, parallel)
+    refused = refusal(engine.quantization, engine, gpu)
+    wrong = parallelism.problems(model.shape, engine.parallel, engine.quantization)
+    if wrong:
+        # The sizes would not be whole numbers; show the undivided model instead.
+        alone = replace(engine, parallel=Parallelism())
+        found = memory.plan(model, alone, gpu)
+        found = replace(found, engine=engine)
+    else:
+        found = memory.plan(model, engine, gpu)
+    reasons = (*wrong, *([refused] if refused else []), *(() if wrong else found.reasons))
+    return replace(found, fits=not reasons, reasons=reasons)
+
+
+def refusal(scheme: Quantization | None, engine: engine_module.Engine, gpu: GPU) -> str | None:
+    """Why vLLM would not run this precision on ``gpu`` at all, if so."""
+    if gpu.capability < 75:
+        # Prebuilt vLLM has kernels from compute capability 7.5 on (CMakeLists.txt).
+        return f"{gpu.name} (compute capability {gpu.capability / 10}) is too old for vLLM's wheels"
+    if scheme is not None and gpu.capability < scheme.min_capability:
+        return (
+            f"{scheme.label} needs compute capability {scheme.min_capability / 10}, "
+            f"{gpu.name} has {gpu.capability / 10}"
+        )
+    if engine.dtype == "bfloat16" and not gpu.supports_bf16:
+        return f"{gpu.name} has no bfloat16; set engine.dtype: float16"
+    if engine.kv_dtype.startswith("fp8") and gpu.capability < FP8_HARDWARE_CAPABILITY:
+        return f"an fp8 KV cache needs compute capability 8.9, {gpu.name} has {gpu.capability / 10}"
+    return None
+
+
+def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
+    """The smallest layout on one GPU type. Data parallelism stays as the arguments say."""
+    asked = engine_module.parallelism(arguments)
+    first_refusal: str | None = None
+    closest: Plan | None = None
+    for parallel in _layouts(model, arguments, gpu, asked):
+        found = plan_on(model, arguments, gpu, parallel)
+        if found.fits:
+            return Choice(gpu, found)
+        refused = refusal(found.engine.quantization, found.engine, gpu)
+        if refused:
+            return Choice(gpu, None, refused)
+        first_refusal = first_refusal or "; ".join(found.reasons)
+        closest = found
+    if closest is None:
+        return Choice(gpu, None, first_refusal or "no size divides the model")
+    return Choice(gpu, None, f"not even {closest.parallel}: {'; '.join(closest.reasons)}")
+
+
+def _layouts(
+    model: Model, arguments: dict[str, Any], gpu: GPU, asked: Parallelism
+) -> Iterator[Parallelism]:
+    """Layouts by number of GPUs, within a machine before across machines."""
+    per_node = hardware.max_gpus_per_node(gpu)
+    scheme = engine_module.resolve(arguments, model.shape, gpu).quantization
+    sizes = [
+        tp
+        for tp in range(1, per_node + 1)
+        if not parallelism.problems(model.shape, replace(asked, tensor=tp, pipeline=1), scheme)
+    ]
+    stages = range(1, MAX_NODES + 1) if model.shape.causal else range(1, 2)
+    layouts = [(tp, pp) for tp in sizes for pp in stages if pp == 1 or tp == max(sizes)]
+    for tp, pp in sorted(layouts, key=lambda layout: (layout[0] * layout[1], layout[1])):
+        yield replace(asked, tensor=tp, pipeline=pp)
+
+
+def per_gpu_type(model: Model, arguments: dict[str, Any]) -> list[Choice]:
+    """Every GPU type: what fits, by total GPU memory (a stand-in for price), then the refused."""
+    choices = [smallest(model, arguments, gpu) for gpu in hardware.gpus().values()]
+    return sorted(choices, key=lambda choice: (choice.plan is None, choice.total_memory_bytes))
+
+
+@dataclass(frozen=True)
+class Lighter:
+    """A precision that would make the model fit on fewer GPUs."""
+
+    name: str
+    gpus: int
+    weights_bytes: int
+    """Over all GPUs of the replica's tensor group, per pipeline stage summed."""
+    how: str
+
+
+def lighter(model: Model, arguments: dict[str, Any], gpu: GPU, gpus: int) -> list[Lighter]:
+    """Quantizations of an unquantized checkpoint that need fewer than ``gpus``."""
+    if model.shape.quantization is not None or arguments.get("quantization"):
+        return []
+    options = [
+        (quantization.ONLINE["fp8"], "engine.quantization: fp8 (made while loading)"),
+        (
+            Quantization("awq", bits=4, group_size=128, zero_points=True),
+            "an AWQ or GPTQ int4 checkpoint of the model",
+        ),
+    ]
+    found = []
+    for scheme, how in options:
+        packed = tuple(_repacked(model, scheme))
+        shape = replace(model.shape, quantization=scheme)
+        lighter_model = replace(model, shape=shape, tensors=packed)
+        choice = smallest(lighter_model, arguments, gpu)
+        if choice.plan and choice.plan.parallel.gpus < gpus:
+            weights = sum(stage.weights for stage in choice.plan.stages)
+            tensor = choice.plan.parallel.tensor
+            found.append(Lighter(scheme.label, choice.plan.parallel.gpus, weights * tensor, how))
+    return found
+
+
+def _repacked(model: Model, scheme: Quantization) -> tuple[Any, ...]:
+    return memory.tensors_in_use(model, replace(scheme, online=True))
+
+
+# --- machines ----------------------------------------------------------------------------------
+
+
+def machines(
+    found: Plan, config: ModelConfig | None, prices: dict[str, float] | None = None
+) -> tuple[list[Machines], list[RefusedInstance]]:
+    """The EC2 machines that a replica runs on, best first, and why others do not.
+
+    Best is cheapest where prices are given, else fewest idle GPUs, then fewest machines.
+    """
+    parallel = found.parallel
+    cpu_m = 1000 * (config.resources.num_cpus if config else 1)
+    host_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
+    good: list[Machines] = []
+    refused: list[RefusedInstance] = []
+    for instance in hardware.instances().values():
+        if instance.gpu is not found.gpu:
+            continue
+        if instance.gpus < parallel.tensor:
+            refused.append(
+                RefusedInstance(
+                    instance.name,
+                    f"{instance.gpus} GPU{'s' * (instance.gpus > 1)}: a tensor-parallel group of "
+                    f"{parallel.tensor} would span machines",
+                )
+            )
+            continue
+        # Whole tensor groups per machine.
+        groups_per_node = instance.gpus // parallel.tensor
+        groups = parallel.pipeline * parallel.data
+        nodes = math.ceil(groups / groups_per_node)
+        if nodes > 1 and not instance.efa and parallel.pipeline > 1:
+            refused.append(
+                RefusedInstance(instance.name, "spans machines, but the type has no EFA")
+            )
+            continue
+        if cpu_m > instance.allocatable_cpu_m or host_mib > instance.allocatable_memory_mib:
+            refused.append(
+                RefusedInstance(
+                    instance.name,
+                    f"the replica asks for {cpu_m / 1000:g} CPUs and {host_mib / 1024:g} GiB, of "
+                    f"which {instance.allocatable_cpu_m / 1000:g} and "
+                    f"{instance.allocatable_memory_mib / 1024:.0f} are allocatable",
+                )
+            )
+            continue
+        price = prices.get(instance.name) if prices else None
+        stranded = nodes * instance.gpus - parallel.gpus
+        good.append(Machines(instance, nodes, stranded, price * nodes if price else None))
+    good.sort(
+        key=lambda m: (
+            m.price if m.price is not None else math.inf,
+            m.stranded_gpus,
+            m.count,
+            m.instance.allocatable_memory_mib,
+        )
+    )
+    return good, refused
+
+
+def read_prices(path: Path) -> dict[str, float]:
+    """USD per hour by instance type, from a YAML or JSON mapping.
+
+    Raises:
+        UserError: unreadable, or a price that is not a positive number.
+    """
+    try:
+        value = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as prices ({type(error).__name__})") from None
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{path}: must be a mapping of instance type to USD per hour")
+    for name, price in value.items():
+        if isinstance(price, bool) or not isinstance(price, (int, float)) or price <= 0:
+            raise UserError(f"{path}: the price of '{name}' is {price!r}, not a positive number")
+    return {str(name): float(price) for name, price in value.items()}
+
+
+def default_choice(
+    choices: list[Choice], prices: dict[str, float] | None, config: ModelConfig | None
+) -> Choice | None:
+    """The GPU type to show first: cheapest with prices, else least total GPU memory."""
+    fitting = [choice for choice in choices if choice.plan is not None]
+    if not prices:
+        return fitting[0] if fitting else None
+
+    def cheapest(choice: Choice) -> float:
+        assert choice.plan is not None
+        good, _ = machines(choice.plan, config, prices)
+        return min((m.price for m in good if m.price is not None), default=math.inf)
+
+    return min(fitting, key=cheapest, default=None)

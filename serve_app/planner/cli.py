@@ -1,0 +1,246 @@
+"""``serve-app plan`` and ``serve-app check``, to be registered by :mod:`serve_app.cli`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+
+from serve_app import config as settings
+from serve_app import engine_args
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError
+from serve_app.planner import (
+    check_cluster,
+    checks,
+    choose,
+    cluster,
+    hardware,
+    manifests,
+    metadata,
+    report,
+)
+from serve_app.planner.finding import Finding
+from serve_app.planner.hardware import GPU, Instance
+from serve_app.planner.loading import cpu_plan, load_model
+from serve_app.planner.memory import Model
+from serve_app.planner.report import Report
+
+_TYPICAL_LENGTH = 2048
+
+
+@click.command()
+@click.argument("target", metavar="CONFIG|MODEL", required=False)
+@click.option(
+    "--gpu", "gpu_name", metavar="NAME", help="A GPU (H100) or an EC2 type (p5.48xlarge)."
+)
+@click.option("--model", "only", metavar="ID", help="One model of a config with several.")
+@click.option(
+    "-e", "--engine", "overrides", metavar="KEY=VALUE", multiple=True,
+    help="An engine argument, over the config's.",
+)  # fmt: skip
+@click.option(
+    "--typical-length", default=_TYPICAL_LENGTH, show_default=True, type=click.IntRange(1),
+    help="Tokens of a usual request, prompt and answer together.",
+)  # fmt: skip
+@click.option(
+    "--prices", type=click.Path(path_type=Path, dir_okay=False),
+    help="YAML or JSON: instance type to USD per hour.",
+)  # fmt: skip
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Save bars as PNG.")
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@click.option("--list", "list_", is_flag=True, help="List GPUs and the models known offline.")
+def plan(
+    target: str | None,
+    gpu_name: str | None,
+    only: str | None,
+    overrides: tuple[str, ...],
+    typical_length: int,
+    prices: Path | None,
+    plot: Path | None,
+    json_: bool,
+    list_: bool,
+) -> None:
+    """Does it fit, on what, split how, for how many users: before anything is paid for."""
+    console = Console()
+    if list_:
+        _list(console)
+        return
+    if target is None:
+        raise click.UsageError("name a config file or a model")
+    priced = choose.read_prices(prices) if prices else None
+    gpu, instance = hardware.find(gpu_name) if gpu_name else (None, None)
+    reports = [
+        _report(*found, gpu=gpu, instance=instance, typical_length=typical_length, prices=priced)
+        for found in _targets(target, only, _parse(overrides))
+    ]
+    if json_:
+        found = [report.as_json(one) for one in reports]
+        both = {"fits": all(one["fits"] for one in found), "models": found}
+        click.echo(json.dumps(found[0] if len(found) == 1 else both, indent=2))
+    else:
+        for index, one in enumerate(reports):
+            if index:
+                console.rule()
+            report.show(one, console)
+    if plot:
+        from serve_app.planner import plot as picture
+
+        picture.save(reports, plot)
+
+
+def _list(console: Console) -> None:
+    console.print("[bold]GPUs[/]: " + ", ".join(hardware.gpus()))
+    console.print("[bold]Models known without network[/]:")
+    for name in metadata.kept_models():
+        console.print(f"  {name}")
+
+
+def _parse(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """``--engine`` options, checked as a config's ``engine`` is."""
+    arguments: dict[str, Any] = {}
+    for option in overrides:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ConfigError(f"--engine {option}: write it as key=value")
+        try:
+            arguments[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--engine {option}: the value is not YAML") from None
+    engine_args.check(arguments)
+    return arguments
+
+
+def _targets(
+    target: str, only: str | None, overrides: dict[str, Any]
+) -> list[tuple[str, Model, ModelConfig, bool]]:
+    """The models to plan, and whether their layout is given: a config's, or the one named."""
+    path = Path(target)
+    if path.suffix not in (".yaml", ".yml", ".json") and not path.is_file():
+        config = ModelConfig(model=target, engine=overrides)
+        sized = bool({"tensor_parallel_size", "pipeline_parallel_size"} & set(overrides))
+        return [(target, load_model(config), config, sized)]
+    fleet = settings.load(path)
+    names = [only] if only else list(fleet.models)
+    if not names:
+        raise ConfigError(f"{path}: has no model to plan")
+    found = []
+    for name in names:
+        if name not in fleet.models:
+            raise ConfigError(f"{path}: has no model '{name}' (models: {', '.join(fleet.models)})")
+        config = fleet.models[name]
+        config = config.model_copy(update={"engine": {**config.engine, **overrides}})
+        found.append((name, load_model(config), config, True))
+    return found
+
+
+def _report(
+    name: str,
+    model: Model,
+    config: ModelConfig,
+    as_configured: bool,
+    *,
+    gpu: GPU | None,
+    instance: Instance | None,
+    typical_length: int,
+    prices: dict[str, float] | None,
+) -> Report:
+    if config.resources.device == "cpu" and gpu is None:
+        on_cpu = cpu_plan(model, config)
+        return Report(name, on_cpu, typical_length, notes=report.notes_on(on_cpu))
+    arguments = choose.arguments_of(config)
+    if gpu is None and config.resources.accelerator_type:
+        gpu, _ = hardware.find(config.resources.accelerator_type)
+    choices = choose.per_gpu_type(model, arguments)
+    if gpu is None:
+        best = choose.default_choice(choices, prices, config)
+        gpu = best.gpu if best else hardware.gpus()["H200"]
+    smallest = next(choice for choice in choices if choice.gpu is gpu)
+    chosen = None if as_configured else smallest.plan
+    plan = chosen or choose.plan_on(model, arguments, gpu)
+    good, refused = choose.machines(plan, config, prices) if plan.fits else ([], [])
+    if instance is not None:
+        refused = [one for one in refused if one.name == instance.name]
+        good = [one for one in good if one.instance.name == instance.name]
+    notes = report.notes_on(plan)
+    if instance is not None and plan.fits and not good:
+        why = refused[0].reason if refused else "it has other GPUs"
+        plan = replace(plan, fits=False, reasons=(f"{instance.name}: {why}",))
+    needed = smallest.plan.parallel.gpus if smallest.plan else 1 << 30
+    return Report(
+        name=name,
+        plan=plan,
+        typical_length=min(typical_length, plan.engine.max_model_len),
+        smallest=smallest,
+        choices=choices,
+        lighter=choose.lighter(model, arguments, gpu, needed),
+        machines=good,
+        refused_machines=refused,
+        notes=notes,
+    )
+
+
+@click.command()
+@click.argument("configs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--cluster", "ask_cluster", is_flag=True, help="Also ask Ray or Kubernetes at hand.")
+@click.option(
+    "--manifests", "given", type=click.Path(path_type=Path),
+    help="Rendered manifests (default: kuberay/<config's name> beside configs/).",
+)  # fmt: skip
+@click.option("--json", "json_", is_flag=True, help="Print JSON.")
+@click.pass_context
+def check(
+    context: click.Context,
+    configs: tuple[Path, ...],
+    ask_cluster: bool,
+    given: Path | None,
+    json_: bool,
+) -> None:
+    """The production checklist: each line ok, warn or fail, with what to change.
+
+    Exit status: 0, 1 where a check fails, 2 where it cannot run.
+    """
+    console = Console()
+    asked = cluster.at_hand() if ask_cluster else None
+    by_config: dict[str, list[Finding]] = {}
+    for path in configs:
+        documents = manifests.find(path, given)
+        findings = checks.static(path, documents)
+        if asked is not None and not any(f.check == "config" for f in findings):
+            findings += check_cluster.on_cluster(settings.load(path), asked, documents)
+        by_config[str(path)] = findings
+    failed = any(f.status == "fail" for findings in by_config.values() for f in findings)
+    if json_:
+        body = {
+            "ok": not failed,
+            "configs": {name: [asdict(f) for f in found] for name, found in by_config.items()},
+        }
+        click.echo(json.dumps(body, indent=2))
+    else:
+        for name, findings in by_config.items():
+            _show(name, findings, console)
+    context.exit(1 if failed else 0)
+
+
+_MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+
+
+def _show(name: str, findings: list[Finding], console: Console) -> None:
+    console.print(f"[bold]{name}[/]")
+    for finding in findings:
+        console.print(
+            f"  {_MARKS[finding.status]} {finding.check:<16} [dim]{finding.about}:[/] ",
+            end="",
+            highlight=False,
+        )
+        console.print(finding.message, markup=False, highlight=False, soft_wrap=True)
+        if finding.fix and finding.status != "ok":
+            console.print(f"       {'':<16} → {finding.fix}", markup=False, highlight=False,
+                          soft_wrap=True)  # fmt: skip
+    counts = {status: sum(f.status == status for f in findings) for status in ("fail", "warn")}
+    console.print(f"  {counts['fail']} to fix, {counts['warn']} to look at\n", highlight=False)

@@ -1,0 +1,202 @@
+"""What a cluster at hand has: nodes, GPUs, secrets, classes. Ray or Kubernetes, behind one seam.
+
+Each reader is one question to a tool that an operator has anyway: Ray's own client for a running
+Ray cluster, ``kubectl`` for Kubernetes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from serve_app.errors import UserError
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster. ``gpu_type`` is Ray's or the EC2 name, where it is known."""
+
+    name: str
+    gpus: int
+    is_head: bool = False
+    gpu_type: str | None = None
+    instance_type: str | None = None
+    shm_bytes: int | None = None
+
+
+class Cluster(Protocol):
+    """A cluster that can be asked."""
+
+    kind: str
+
+    def nodes(self) -> list[Node]: ...
+
+    def secrets(self) -> set[str] | None:
+        """Names of secrets in the current namespace; None where there are none to ask for."""
+
+    def classes(self) -> set[str] | None:
+        """Storage classes and custom resources, as ``StorageClass/gp3``; None as above."""
+
+
+class RayCluster:
+    """The Ray cluster that ``RAY_ADDRESS`` or this machine's ``ray start`` names."""
+
+    kind = "Ray"
+
+    def __init__(self, raw_nodes: list[dict[str, Any]]) -> None:
+        self._nodes = raw_nodes
+
+    @classmethod
+    def connect(cls) -> RayCluster:
+        """Raises UserError where no Ray cluster answers."""
+        _refuse_silent_gcs()
+        import ray
+
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster answers ({_first_line(error)})") from None
+        try:
+            return cls(ray.nodes())
+        finally:
+            ray.shutdown()
+
+    def nodes(self) -> list[Node]:
+        found = []
+        for raw in self._nodes:
+            if not raw.get("Alive", raw.get("alive", True)):
+                continue
+            resources = raw.get("Resources") or {}
+            types = [
+                key.removeprefix("accelerator_type:")
+                for key in resources
+                if key.startswith("accelerator_type:")
+            ]
+            found.append(
+                Node(
+                    name=str(raw.get("NodeManagerHostname") or raw.get("NodeID")),
+                    gpus=int(resources.get("GPU", 0)),
+                    is_head="node:__internal_head__" in resources,
+                    gpu_type=types[0] if types else None,
+                )
+            )
+        return found
+
+    def secrets(self) -> set[str] | None:
+        return None
+
+    def classes(self) -> set[str] | None:
+        return None
+
+
+class KubernetesCluster:
+    """The cluster of the current ``kubectl`` context."""
+
+    kind = "Kubernetes"
+
+    def __init__(self, get: Callable[[str], list[dict[str, Any]]]) -> None:
+        self._get = get
+
+    @classmethod
+    def connect(cls) -> KubernetesCluster:
+        """Raises UserError where ``kubectl`` is missing or its context does not answer."""
+        if shutil.which("kubectl") is None:
+            raise UserError("kubectl is not installed")
+        cluster = cls(_kubectl)
+        cluster.nodes()
+        return cluster
+
+    def nodes(self) -> list[Node]:
+        found = []
+        for item in self._get("nodes"):
+            labels = (item.get("metadata") or {}).get("labels") or {}
+            allocatable = (item.get("status") or {}).get("allocatable") or {}
+            gpu = labels.get("karpenter.k8s.aws/instance-gpu-name") or labels.get(
+                "nvidia.com/gpu.product"
+            )
+            found.append(
+                Node(
+                    name=str((item.get("metadata") or {}).get("name")),
+                    gpus=int(str(allocatable.get("nvidia.com/gpu") or 0)),
+                    gpu_type=gpu,
+                    instance_type=labels.get("node.kubernetes.io/instance-type"),
+                )
+            )
+        return found
+
+    def secrets(self) -> set[str] | None:
+        return {str(item["metadata"]["name"]) for item in self._get("secrets")}
+
+    def classes(self) -> set[str] | None:
+        return {
+            f"{kind}/{item['metadata']['name']}"
+            for resource, kind in (
+                ("storageclasses", "StorageClass"),
+                ("customresourcedefinitions", "CRD"),
+            )
+            for item in self._get(resource)
+        }
+
+
+def _refuse_silent_gcs() -> None:
+    """Ray waits minutes for the address of a cluster that is gone; a connection tells at once."""
+    address = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://")
+    record = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    if not address and record.is_file():
+        address = record.read_text().strip()
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        raise UserError("no Ray cluster runs here (RAY_ADDRESS is not set)")
+    try:
+        socket.create_connection((host, int(port)), timeout=3).close()
+    except OSError as error:
+        raise UserError(f"no Ray cluster answers at {address} ({_first_line(error)})") from None
+
+
+def at_hand() -> Cluster:
+    """The cluster to ask: Ray's if one answers, else Kubernetes'.
+
+    Raises:
+        UserError: neither answers, with what each said.
+    """
+    problems = []
+    for connect in (RayCluster.connect, KubernetesCluster.connect):
+        try:
+            return connect()
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(f"no cluster at hand: {'; '.join(problems)}")
+
+
+def _kubectl(resource: str) -> list[dict[str, Any]]:
+    try:
+        done = subprocess.run(
+            ["kubectl", "get", resource, "-o", "json", "--request-timeout=10s"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"kubectl get {resource}: {_first_line(error)}") from None
+    if done.returncode:
+        raise UserError(f"kubectl get {resource}: {_last_line(done.stderr)}")
+    items: list[dict[str, Any]] = json.loads(done.stdout).get("items") or []
+    return items
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+
+
+def _last_line(text: str) -> str:
+    """kubectl logs its retries first and says what was wrong last."""
+    return (text.strip().splitlines() or ["no reason given"])[-1][:200]

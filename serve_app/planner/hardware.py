@@ -1,0 +1,129 @@
+"""GPUs and EC2 instances, from two tables kept as package data.
+
+``data/gpus.json`` has what CUDA reports and what vLLM decides by; ``data/ec2_gpu_instances.csv``
+the machines. Where the numbers come from stands in ``data/README.md``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+from serve_app.errors import UserError, did_you_mean
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU type. ``memory_bytes`` is what CUDA reports as total, below the nameplate."""
+
+    name: str
+    ec2_name: str | None
+    ec2_memory_mib: int
+    memory_bytes: int
+    capability: int
+    """Compute capability times ten: 90 for Hopper."""
+    ray_name: str | None
+    """What ``resources.accelerator_type`` calls it."""
+    measured: bool = False
+    """Whether the memory model was calibrated on it."""
+
+    @property
+    def supports_bf16(self) -> bool:
+        return self.capability >= 80  # vllm/platforms/cuda.py: supported_dtypes
+
+    @property
+    def memory_gib(self) -> float:
+        return self.memory_bytes / GIB
+
+
+@dataclass(frozen=True)
+class Instance:
+    """An EC2 instance type. CPU in thousandths of a core, memory in MiB, as Kubernetes allots."""
+
+    name: str
+    gpu: GPU
+    gpus: int
+    allocatable_cpu_m: int
+    allocatable_memory_mib: int
+    efa: int
+    """Network interfaces for multi-node traffic; 0 where it has none."""
+
+
+def _read(name: str) -> str:
+    return resources.files("serve_app").joinpath("data", name).read_text()
+
+
+@cache
+def gpus() -> dict[str, GPU]:
+    """Every GPU type by name, smallest memory first."""
+    rows = json.loads(_read("gpus.json"))["gpus"]
+    found = [
+        GPU(
+            name=row["name"],
+            ec2_name=row.get("ec2_name"),
+            ec2_memory_mib=row.get("ec2_memory_mib", 0),
+            memory_bytes=int(row["memory_gib"] * GIB),
+            capability=row["capability"],
+            ray_name=row.get("ray_name"),
+            measured=row.get("measured", False),
+        )
+        for row in rows
+    ]
+    return {gpu.name: gpu for gpu in sorted(found, key=lambda gpu: gpu.memory_bytes)}
+
+
+@cache
+def instances() -> dict[str, Instance]:
+    """Every EC2 type with at least one whole GPU that vLLM's image runs on, fewest GPUs first."""
+    by_ec2 = {(gpu.ec2_name, gpu.ec2_memory_mib): gpu for gpu in gpus().values() if gpu.ec2_name}
+    found = []
+    for row in csv.DictReader(_read("ec2_gpu_instances.csv").splitlines()):
+        gpu = by_ec2.get((row["gpu"], int(row["gpu_mem_mib_each"])))
+        # Fractional GPUs (g6f) have no nvidia.com/gpu to ask for; the image is for amd64.
+        if gpu is None or int(row["gpu_count"]) < 1 or row["arch"] != "amd64":
+            continue
+        found.append(
+            Instance(
+                name=row["instance_type"],
+                gpu=gpu,
+                gpus=int(row["gpu_count"]),
+                allocatable_cpu_m=int(row["allocatable_cpu_m"]),
+                allocatable_memory_mib=int(row["allocatable_mem_mib"]),
+                efa=int(row["efa"] or 0),
+            )
+        )
+    found.sort(key=lambda i: (i.gpus, i.allocatable_memory_mib, i.name))
+    return {instance.name: instance for instance in found}
+
+
+def find(name: str) -> tuple[GPU, Instance | None]:
+    """The GPU that a user names: a GPU type, Ray's name for one, or an EC2 instance type.
+
+    Raises:
+        UserError: nothing is called that, with the closest name.
+    """
+    instance = instances().get(name.lower())
+    if instance is not None:
+        return instance.gpu, instance
+    names = {gpu.name.lower(): gpu for gpu in gpus().values()}
+    names |= {gpu.ray_name.lower(): gpu for gpu in gpus().values() if gpu.ray_name}
+    names |= {"a100": gpus()["A100-80G"]} | {"a100-40gb": gpus()["A100-40G"]}
+    key = name.lower().removeprefix("nvidia-").replace("_", "-").replace("-80gb", "-80g")
+    if key in names:
+        return names[key], None
+    known = [*gpus(), *instances()]
+    raise UserError(
+        f"'{name}' is neither a GPU nor an EC2 GPU instance"
+        f"{did_you_mean(name, known)} (GPUs: {', '.join(gpus())})"
+    )
+
+
+def max_gpus_per_node(gpu: GPU) -> int:
+    """GPUs in the largest machine that has this type; 8 where EC2 has none."""
+    return max((i.gpus for i in instances().values() if i.gpu is gpu), default=8)

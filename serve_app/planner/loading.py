@@ -1,0 +1,40 @@
+"""From a config's model to what can be planned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ConfigError, UserError
+from serve_app.planner import choose, hardware, memory, metadata
+from serve_app.planner import engine as engine_module
+from serve_app.planner.memory import Model, Plan
+
+
+def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
+    """A config's model and, where it speculates with another one, that one's metadata.
+
+    Raises:
+        UserError: the model's metadata cannot be had; a draft's is left out instead.
+    """
+    model = metadata.load(config.model, also_known_as=config.served_as, offline=offline)
+    draft = engine_module.draft_of(config.engine)
+    if draft is None or draft.model is None:
+        return model
+    try:
+        return replace(model, draft=metadata.load(draft.model, offline=offline))
+    except UserError:
+        return model  # said in the report's notes
+
+
+def cpu_plan(model: Model, config: ModelConfig) -> Plan:
+    """The plan of a model on vLLM's CPU engine."""
+    # Any GPU with bfloat16 and the small batch defaults, which the CPU engine has as well.
+    like = hardware.gpus()["A100-80G"]
+    engine = engine_module.resolve(choose.arguments_of(config), model.shape, like)
+    space = config.env.get("VLLM_CPU_KVCACHE_SPACE", str(memory.DEFAULT_CPU_KV_GIB))
+    try:
+        kv_gib = float(space)
+    except ValueError:
+        raise ConfigError(f"env.VLLM_CPU_KVCACHE_SPACE is {space!r}, not a number of GiB") from None
+    return memory.plan_on_cpu(model, engine, kv_gib, config.resources.memory_gib)

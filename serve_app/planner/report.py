@@ -1,0 +1,340 @@
+"""A plan as a person reads it (tables and bars), and as a program does (JSON)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from serve_app.planner import choose
+from serve_app.planner.choose import Choice, Lighter, Machines, RefusedInstance
+from serve_app.planner.hardware import GIB
+from serve_app.planner.memory import GPUMemory, Plan
+from serve_app.planner.tensors import PRECISION_BITS, parameter_bytes
+
+TIGHT_SHARE = 0.03
+"""A plan whose KV cache exceeds what one request needs by less than this share of the GPU is
+within the planner's own error; see docs/planner-accuracy.md."""
+
+# Part of a GPU's memory, its name, its colour in the terminal and in a picture.
+PARTS = (
+    ("weights", "weights", "blue", "#3b6fb6"),
+    ("non_torch", "non-torch", "bright_black", "#7f7f7f"),
+    ("buffers", "buffers", "magenta", "#9467bd"),
+    ("activation", "activation peak", "yellow", "#e0a030"),
+    ("cudagraph", "CUDA graphs", "cyan", "#2fa4a9"),
+    ("kv_cache", "KV cache", "green", "#4c9f50"),
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known about one model: the plan as asked, and the choices around it."""
+
+    name: str
+    plan: Plan
+    typical_length: int
+    smallest: Choice | None = None
+    """The smallest layout on the same GPU type; None on a CPU."""
+    choices: list[Choice] = field(default_factory=list)
+    lighter: list[Lighter] = field(default_factory=list)
+    machines: list[Machines] = field(default_factory=list)
+    refused_machines: list[RefusedInstance] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def notes_on(plan: Plan) -> list[str]:
+    """What a reader should know before trusting the numbers."""
+    notes = []
+    model, stage = plan.model, plan.tightest
+    if not model.shape.known:
+        notes.append(
+            f"architecture '{model.shape.architecture}' is not known here: weights are the sum of "
+            "the safetensors headers, attention is as config.json says"
+        )
+    elif not model.exact:
+        notes.append("tensors are derived from config.json, not read off weights")
+    if model.shape.vision is not None:
+        notes.append("the vision encoder's own peak is not modelled; leave it 1 to 2 GiB")
+    if plan.engine.draft and plan.engine.draft.model and model.draft is None:
+        notes.append("the draft model's metadata is not at hand; its memory is left out")
+    if plan.gpu.name != "CPU" and not plan.gpu.measured:
+        notes.append(f"the memory model was measured on an H200, not on a {plan.gpu.name}")
+    if plan.parallel.gpus > 1:
+        notes.append("several GPUs: the share of communication buffers is estimated")
+    needed = plan.cache.bytes_per_block * plan.cache.blocks_per_request
+    spare = stage.kv_cache - needed
+    if plan.fits and plan.groups and plan.gpu.name != "CPU" and spare < TIGHT_SHARE * stage.total:
+        notes.append(
+            "a tight fit: less than 3 % of the GPU to spare, which is the planner's own error"
+        )
+    return notes
+
+
+# --- JSON --------------------------------------------------------------------------------------
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The report as plain data. Bytes and tokens are whole numbers."""
+    plan, engine, cache = report.plan, report.plan.engine, report.plan.cache
+    found: dict[str, Any] = {
+        "name": report.name,
+        "model": plan.model.name,
+        "fits": plan.fits,
+        "gpu": plan.gpu.name,
+        "gpus": plan.parallel.gpus,
+        "tensor_parallel_size": plan.parallel.tensor,
+        "pipeline_parallel_size": plan.parallel.pipeline,
+        "data_parallel_size": plan.parallel.data,
+        "enable_expert_parallel": plan.parallel.expert_parallel,
+        "gpu_memory_utilization": engine.gpu_memory_utilization,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "dtype": engine.dtype,
+        "kv_cache_dtype": engine.kv_dtype,
+        "quantization": engine.quantization.label if engine.quantization else None,
+        "parameters": plan.model.parameters,
+        "weights_bytes_by_precision": {
+            precision: parameter_bytes(plan.model.parameters, precision)
+            for precision in PRECISION_BITS
+        },
+        "per_gpu": _gpu_json(plan.tightest),
+        "stages": [_gpu_json(stage) for stage in plan.stages],
+        "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "kv_cache_tokens": plan.kv_cache_tokens,
+        "num_gpu_blocks": cache.num_blocks if plan.fits else 0,
+        "block_size": engine.block_size,
+        "max_concurrency": round(plan.concurrency(), 2),
+        "typical": {
+            "length": report.typical_length,
+            "concurrency": round(plan.concurrency(report.typical_length), 2),
+        },
+        "reasons": list(plan.reasons),
+        "notes": report.notes,
+        "metadata": {"source": plan.model.source, "exact": plan.model.exact},
+    }
+    if report.smallest is not None:
+        found["smallest"] = _choice_json(report.smallest)
+    found["quantizations"] = [
+        {"name": x.name, "gpus": x.gpus, "weights_bytes": x.weights_bytes, "how": x.how}
+        for x in report.lighter
+    ]
+    found["instances"] = [_machines_json(m) for m in report.machines]
+    found["refused_instances"] = [
+        {"instance_type": refused.name, "reason": refused.reason}
+        for refused in report.refused_machines
+    ]
+    found["gpu_types"] = [_choice_json(choice) for choice in report.choices]
+    return found
+
+
+def _gpu_json(stage: GPUMemory) -> dict[str, int]:
+    return {
+        "total_bytes": stage.total,
+        "requested_bytes": stage.requested,
+        "weights_bytes": stage.weights,
+        "non_torch_bytes": stage.non_torch,
+        "buffers_bytes": stage.buffers,
+        "activation_bytes": stage.activation,
+        "cudagraph_bytes": stage.cudagraph,
+        "kv_cache_bytes": max(0, stage.kv_cache),
+    }
+
+
+def _machines_json(machines: Machines) -> dict[str, Any]:
+    return {
+        "instance_type": machines.instance.name,
+        "count": machines.count,
+        "gpus_per_instance": machines.instance.gpus,
+        "stranded_gpus": machines.stranded_gpus,
+        "usd_per_hour": machines.price,
+    }
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    if choice.plan is None:
+        return {"gpu": choice.gpu.name, "fits": False, "reason": choice.refused}
+    machines, _ = choose.machines(choice.plan, None)
+    return {
+        "gpu": choice.gpu.name,
+        "fits": True,
+        "tensor_parallel_size": choice.plan.parallel.tensor,
+        "pipeline_parallel_size": choice.plan.parallel.pipeline,
+        "gpus": choice.plan.parallel.gpus,
+        "kv_cache_tokens": choice.plan.kv_cache_tokens,
+        "max_concurrency": round(choice.plan.concurrency(), 2),
+        "instance_type": machines[0].instance.name if machines else None,
+    }
+
+
+# --- the terminal ------------------------------------------------------------------------------
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the report: verdict, bar, numbers, then what else would do."""
+    plan = report.plan
+    console.print(_verdict(report))
+    console.print()
+    console.print(bars(plan, width=min(72, max(20, console.width - 20))))
+    console.print()
+    console.print(_numbers(report))
+    for heading, table in (
+        ("Quantized, it would need fewer GPUs", _lighter_table(report.lighter)),
+        (f"EC2 machines for one replica on {plan.gpu.name}", _machine_table(report.machines)),
+        ("Smallest layout per GPU type", _choice_table(report.choices)),
+    ):
+        if table is not None:
+            console.print(f"\n[bold]{heading}[/]")
+            console.print(table)
+    if report.machines:
+        for refused in report.refused_machines:
+            console.print(f"  [dim]not {refused.name}: {refused.reason}[/]")
+    for choice in report.choices:
+        if choice.plan is None:
+            console.print(f"  [dim]not {choice.gpu.name}: {choice.refused}[/]")
+    for note in report.notes:
+        console.print(f"[dim]note: {note}[/]")
+
+
+def _verdict(report: Report) -> RenderableType:
+    plan = report.plan
+    where = "on a CPU" if plan.gpu.name == "CPU" else f"on {plan.parallel.gpus} × {plan.gpu.name}"
+    title = Text.assemble(
+        (report.name, "bold"), f" {where}",
+        f" ({plan.parallel})" if plan.parallel.gpus > 1 else "", ": ",
+        ("fits", "bold green") if plan.fits else ("does not fit", "bold red"),
+    )  # fmt: skip
+    lines: list[RenderableType] = [title]
+    lines += [Text(f"  {reason}") for reason in plan.reasons]
+    if not plan.fits and report.smallest is not None:
+        smallest = report.smallest
+        lines.append(
+            Text(f"  smallest that fits on {smallest.gpu.name}: {smallest.plan.parallel}")
+            if smallest.plan
+            else Text(f"  no layout fits on {smallest.gpu.name}: {smallest.refused}")
+        )
+    return Group(*lines)
+
+
+def bars(plan: Plan, *, width: int) -> RenderableType:
+    """One stacked bar per pipeline stage, of one GPU's memory; ``width`` characters at full."""
+    lines: list[RenderableType] = []
+    full = max(plan.stages[0].total, max(_used(stage) for stage in plan.stages))
+    for index, stage in enumerate(plan.stages):
+        label = f"stage {index}" if len(plan.stages) > 1 else "one GPU"
+        if plan.gpu.name == "CPU":
+            label = "host"
+        bar = Text(f"{label:>8} ")
+        edge = 0.0
+        drawn = 0
+        for part, _, colour, _ in PARTS:
+            edge += max(0, getattr(stage, part)) / full * width
+            bar.append("█" * (round(edge) - drawn), style=colour)
+            drawn = max(drawn, round(edge))
+        bar.append("░" * (width - drawn), style="dim")
+        bar.append(f" {full / GIB:.0f} GiB")
+        lines.append(bar)
+    legend = Text(" " * 9)
+    for part, name, colour, _ in PARTS:
+        size = max(0, getattr(plan.tightest, part))
+        legend.append("█ ", style=colour)
+        legend.append(f"{name} {size / GIB:.1f}  ")
+    legend.append("░ not vLLM's", style="dim")
+    lines.append(legend)
+    return Group(*lines)
+
+
+def _used(stage: GPUMemory) -> int:
+    return sum(max(0, getattr(stage, part)) for part, *_ in PARTS)
+
+
+def _numbers(report: Report) -> Table:
+    plan, engine = report.plan, report.plan.engine
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    precision = engine.quantization.label if engine.quantization else engine.dtype
+    weights = sum(stage.weights for stage in plan.stages) * plan.parallel.tensor
+    table.add_row("parameters", f"{plan.model.parameters / 1e9:.2f} B, {precision}")
+    table.add_row("weights over all GPUs", f"{weights / GIB:.1f} GiB")
+    table.add_row(
+        "at full precision sizes",
+        ", ".join(
+            f"{name} {parameter_bytes(plan.model.parameters, name) / 1e9:.0f} GB"
+            for name in ("fp32", "bf16", "int8", "int4")
+        ),
+    )
+    table.add_row(
+        "batch", f"{engine.max_num_batched_tokens} tokens, {engine.max_num_seqs} requests"
+    )
+    if plan.groups:
+        table.add_row(
+            "KV cache",
+            f"{plan.kv_cache_tokens:,} tokens ({engine.kv_dtype}, "
+            f"{plan.kv_bytes_per_token / 1024:g} KiB per token and GPU)",
+        )
+        table.add_row(
+            "requests at once",
+            f"{plan.concurrency():.1f} of {engine.max_model_len:,} tokens, "
+            f"{plan.concurrency(report.typical_length):.0f} of {report.typical_length:,}",
+        )
+    else:
+        table.add_row("KV cache", "none (an encoder)")
+    table.add_row("metadata", plan.model.source)
+    return table
+
+
+def _lighter_table(lighter: list[Lighter]) -> Table | None:
+    if not lighter:
+        return None
+    table = Table(box=None, pad_edge=False)
+    for column in ("precision", "GPUs", "weights", "how"):
+        table.add_column(column, header_style="dim")
+    for x in lighter:
+        table.add_row(x.name, str(x.gpus), f"{x.weights_bytes / GIB:.1f} GiB", x.how)
+    return table
+
+
+def _machine_table(machines: list[Machines]) -> Table | None:
+    if not machines:
+        return None
+    table = Table(box=None, pad_edge=False)
+    priced = any(m.price is not None for m in machines)
+    columns = ["instance", "machines", "GPUs each", "idle GPUs"] + (["USD/h"] if priced else [])
+    for column in columns:
+        table.add_column(column, header_style="dim")
+    for m in machines[:6]:
+        row = [m.instance.name, str(m.count), str(m.instance.gpus), str(m.stranded_gpus)]
+        if priced:
+            row.append(f"{m.price:.2f}" if m.price is not None else "?")
+        table.add_row(*row)
+    return table
+
+
+def _choice_table(choices: list[Choice]) -> Table | None:
+    if not choices:
+        return None
+    table = Table(box=None, pad_edge=False)
+    for column in ("GPU", "layout", "KV tokens", "requests", "smallest machines"):
+        table.add_column(column, header_style="dim", no_wrap=True)
+    for choice in choices:
+        if choice.plan is None:
+            continue
+        machines, _ = choose.machines(choice.plan, None)
+        best = machines[0] if machines else None
+        machine = f"{best.count} × {best.instance.name}" if best else "none on EC2"
+        if best and best.stranded_gpus:
+            machine += f", {best.stranded_gpus} GPUs idle"
+        parallel = choice.plan.parallel
+        table.add_row(
+            choice.gpu.name,
+            str(parallel) if parallel.pipeline > 1 else f"TP {parallel.tensor}",
+            f"{choice.plan.kv_cache_tokens:,}" if choice.plan.groups else "-",
+            f"{choice.plan.concurrency():.1f}",
+            machine,
+        )
+    return table

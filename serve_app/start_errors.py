@@ -1,0 +1,80 @@
+"""Why an engine did not start, in one sentence that says what to change."""
+
+from __future__ import annotations
+
+import re
+
+from serve_app.config import ModelConfig
+
+_TOKEN = "set HF_TOKEN where Ray runs (on EKS: the secret that the RayService refers to)"
+
+
+def explain(error: str, config: ModelConfig) -> str:
+    """The sentence for ``error``, which is ``"<exception type>: <its text>"``.
+
+    What is not recognized is passed on in its own words, on one line.
+    """
+    model = config.model
+    for pattern, sentence in _KNOWN:
+        if re.search(pattern, error, re.IGNORECASE | re.DOTALL):
+            return sentence.format(model=model, **_numbers(config))
+    return f"the engine of '{model}' did not start: {_one_line(error)}"
+
+
+def _numbers(config: ModelConfig) -> dict[str, object]:
+    return {
+        "tp": config.tensor_parallel_size,
+        "util": config.engine.get("gpu_memory_utilization", 0.92),
+        "len": config.engine.get("max_model_len", "the model's own"),
+        "seqs": config.engine.get("max_num_seqs", "vLLM's default"),
+    }
+
+
+# Most telling first: an out-of-memory error may hold the words of others.
+_KNOWN: tuple[tuple[str, str], ...] = (
+    (
+        r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+        "'{model}' does not fit: the GPU ran out of memory while it loaded; raise "
+        "tensor_parallel_size (now {tp}), use a quantized checkpoint, or lower max_num_seqs "
+        "(now {seqs}) and max_model_len (now {len})",
+    ),
+    (
+        r"No available memory for the cache blocks",
+        "'{model}' leaves no GPU memory for the KV cache; raise gpu_memory_utilization (now "
+        "{util}) or tensor_parallel_size (now {tp}), or lower max_num_seqs (now {seqs})",
+    ),
+    (
+        r"GatedRepo|gated repo|access to model .* is restricted|403 Client Error",
+        "'{model}' is gated and this token may not read it; accept its licence on the hub and "
+        + _TOKEN,
+    ),
+    (
+        r"401 Client Error|Invalid (user|username|token)|RepositoryNotFound"
+        r"|is not a valid model identifier|Repo id must be",
+        "'{model}' is neither a folder on this node nor a model that the hub shows; check the "
+        "spelling, and if it is private or gated " + _TOKEN,
+    ),
+    (
+        r"LocalEntryNotFound|couldn't connect to|Cannot reach|ConnectionError|offline mode",
+        "'{model}' is not in the local cache and the hub cannot be reached; check the network, "
+        "or set model to a folder that holds the weights",
+    ),
+    (
+        r"No space left on device",
+        "no space is left on the disk that '{model}' is downloaded to; give the model cache "
+        "(HF_HOME) a larger volume",
+    ),
+    (
+        r"trust_remote_code",
+        "'{model}' brings code of its own; if you trust it, set engine.trust_remote_code: true",
+    ),
+)
+
+
+def _one_line(error: str) -> str:
+    text = " ".join(error.split())
+    # pydantic names the class and counts the errors before it says what is wrong.
+    found = re.search(r"Value error, (.*?) \[type=", text)
+    if found:
+        text = found.group(1)
+    return text if len(text) <= 600 else text[:600] + " …"

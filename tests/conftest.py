@@ -1,0 +1,83 @@
+"""Shared servers. Each starts once, when the first test asks for it, and is expensive:
+about a minute on two cores. Tests that take ``cluster`` run once for each of Serve's proxies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import anthropic
+import httpx
+import openai
+import pytest
+from harness import processes, servers
+from harness.servers import BareVllm, Cluster, ModelPort
+
+
+@pytest.fixture(scope="session", params=["python", "haproxy"])
+def cluster(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
+    """The demo's two models behind the gateway; with HAProxy, behind two gateways."""
+    proxy = request.param
+    config = servers.document(
+        processes.free_port(),
+        servers.chat_application(),
+        servers.embed_application(),
+        gateways=2 if proxy == "haproxy" else 1,
+    )
+    cluster = Cluster.start(config, tmp_path_factory.mktemp(proxy), proxy)
+    try:
+        cluster.wait_until_ready()
+        with cluster.ray():
+            yield cluster
+    finally:
+        left = cluster.interrupt()
+    assert not left, f"Ctrl-C left {left}"
+    assert processes.is_port_free(cluster.port)
+
+
+@pytest.fixture(scope="session")
+def chat_port(cluster: Cluster) -> ModelPort:
+    return servers.model_port(servers.CHAT)
+
+
+@pytest.fixture(scope="session")
+def embed_port(cluster: Cluster) -> ModelPort:
+    return servers.model_port(servers.EMBED)
+
+
+@pytest.fixture(scope="session")
+def bare_chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareVllm]:
+    bare = BareVllm.start(servers.chat_application(), tmp_path_factory.mktemp("bare-chat"))
+    yield bare
+    bare.stop()
+
+
+@pytest.fixture(scope="session")
+def bare_embed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareVllm]:
+    bare = BareVllm.start(servers.embed_application(), tmp_path_factory.mktemp("bare-embed"))
+    yield bare
+    bare.stop()
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
+        base_url=f"{cluster.base_url}/v1", api_key="-", max_retries=0, timeout=180
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def claude(cluster: Cluster) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(
+        base_url=cluster.base_url, api_key="-", max_retries=0, timeout=180
+    ) as client:
+        yield client
+
+
+@pytest.fixture
+def http(cluster: Cluster) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=cluster.base_url, timeout=180) as client:
+        yield client

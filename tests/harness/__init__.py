@@ -1,0 +1,9 @@
+"""What the tests stand on: real servers, and scripted ones for what vLLM cannot do on demand."""
+
+import os
+
+# `serve run` gives a cluster of its own a token (~/.ray/auth_token) and turns its use on only
+# for itself. A driver that joins it has to say so before Ray is first imported.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+# All that tests start stays on the loopback interface.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

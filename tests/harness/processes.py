@@ -1,0 +1,81 @@
+"""Processes by session: what a test started, with all that grew out of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def is_port_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def start(command: list[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
+    """Start a command as the leader of a session of its own, as a terminal would."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            cwd=REPO,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **env},
+            # A test run in the background ignores Ctrl-C, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+
+def in_session(leader: int) -> dict[int, str]:
+    """Command lines by pid of what lives in the session that ``leader`` led."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            # After the name, in parentheses: state, parent, group, session.
+            state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state not in "ZX":
+                title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[int(entry.name)] = title
+        except OSError:
+            continue  # gone meanwhile
+    return found
+
+
+def kill_session(leader: int) -> None:
+    for pid in in_session(leader):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def eventually(what: Callable[[], Any], within_s: float = 10.0, every_s: float = 0.1) -> Any:
+    """Ask until the answer is true or the time is up; the last answer."""
+    deadline = time.monotonic() + within_s
+    while True:
+        answer = what()
+        if answer or time.monotonic() > deadline:
+            return answer
+        time.sleep(every_s)

@@ -1,0 +1,232 @@
+"""The two real servers that tests talk to: a Serve cluster with our config, and bare vLLM."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import httpx
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from harness import processes
+from harness.processes import REPO
+from serve_app import engine_args
+from serve_app.config import DEPLOYMENT, ModelConfig
+from serve_app.model import environment
+from serve_app.processes import orphans
+
+Proxy = Literal["python", "haproxy"]
+
+CHAT = "smollm2:135m.instruct"
+CHAT_ALIASES = ("HuggingFaceTB/SmolLM2-135M-Instruct", "team/chat:v1.5")
+EMBED = "minilm.l6:v2"
+EMBED_ALIASES = ("sentence-transformers/all-MiniLM-L6-v2",)
+MAX_BODY_MIB = 8
+
+_BIN = Path(sys.executable).parent
+
+
+def application(name: str, **args: Any) -> dict[str, Any]:
+    """A model's block in a config."""
+    return {
+        "name": name,
+        "route_prefix": None,
+        "import_path": "serve_app.model:app",
+        "args": {"resources": {"device": "cpu", "num_cpus": 0}, **args},
+    }
+
+
+def demo_args(name: str) -> dict[str, Any]:
+    """``args`` of a model of configs/demo.yaml: the tests serve what the demo serves."""
+    demo = yaml.safe_load((REPO / "configs/demo.yaml").read_text())
+    args: dict[str, Any] = next(a["args"] for a in demo["applications"] if a["name"] == name)
+    return args | {"resources": {"device": "cpu", "num_cpus": 0}}
+
+
+def chat_application() -> dict[str, Any]:
+    return application(CHAT, **demo_args("smollm2-135m") | {"served_as": list(CHAT_ALIASES)})
+
+
+def embed_application() -> dict[str, Any]:
+    return application(EMBED, **demo_args("all-minilm-l6-v2") | {"served_as": list(EMBED_ALIASES)})
+
+
+def document(port: int, *models: dict[str, Any], gateways: int = 1) -> dict[str, Any]:
+    """A config with these models and a gateway."""
+    gateway = {
+        "name": "gateway",
+        "route_prefix": "/",
+        "import_path": "serve_app.gateway:app",
+        "args": {"replicas": gateways, "num_cpus": 0, "max_body_mib": MAX_BODY_MIB},
+    }
+    return {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [*models, gateway],
+    }
+
+
+class Cluster:
+    """A running `serve run`, and what a test wants to know of it."""
+
+    def __init__(
+        self, proxy: Proxy, port: int, process: subprocess.Popen[bytes], log: Path, config: Path
+    ) -> None:
+        self.proxy = proxy
+        self.port = port
+        self.process = process
+        self.log = log
+        self.config = config
+        self.base_url = f"http://127.0.0.1:{port}"
+
+    @classmethod
+    def start(cls, config: dict[str, Any], folder: Path, proxy: Proxy) -> Cluster:
+        """`serve run` with ``config``; :meth:`wait_until_ready` comes next."""
+        path = folder / "config.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        log = folder / "serve.log"
+        env = {"RAY_SERVE_ENABLE_HA_PROXY": "1" if proxy == "haproxy" else "0"}
+        process = processes.start([str(_BIN / "serve"), "run", str(path)], log, **env)
+        return cls(proxy, config["http_options"]["port"], process, log, path)
+
+    def wait_until_ready(self, within_s: float = 300.0) -> None:
+        def ready() -> bool:
+            assert self.process.poll() is None, f"serve run ended:\n{self.tail()}"
+            return self.ready()[0] == 200
+
+        assert processes.eventually(ready, within_s, 0.5), f"not ready:\n{self.tail()}"
+
+    def ready(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of GET /ready; (0, {}) while nothing of ours answers."""
+        try:
+            answer = httpx.get(f"{self.base_url}/ready", timeout=10)
+            return answer.status_code, answer.json()
+        except (httpx.HTTPError, ValueError):
+            return 0, {}
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+
+    def interrupt(self) -> dict[int, str]:
+        """Ctrl-C; what is left of the session afterwards."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(timeout=120)
+        finally:
+            left = self.left()
+            processes.kill_session(self.process.pid)
+        return left
+
+    def left(self, within_s: float = 15.0) -> dict[int, str]:
+        """What is still there of an ended cluster, once it had some time."""
+        processes.eventually(lambda: not processes.in_session(self.process.pid), within_s)
+        return processes.in_session(self.process.pid) | {o.pid: o.name for o in orphans()}
+
+    @property
+    def gcs_address(self) -> str:
+        for title in processes.in_session(self.process.pid).values():
+            if found := re.search(r"/raylet .*--gcs-address=(\S+)", title):
+                return found[1]
+        raise AssertionError(f"no raylet in the session:\n{self.tail()}")
+
+    @contextmanager
+    def ray(self) -> Iterator[None]:
+        """This process as a driver of the cluster."""
+        import ray
+
+        ray.init(address=self.gcs_address, namespace="serve", log_to_driver=False)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+class ModelPort:
+    """A replica's own HTTP port, with the credential that opens it."""
+
+    def __init__(self, base_url: str, credential: str) -> None:
+        self.base_url = base_url
+        self.credential = credential
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples on the replica's /metrics."""
+        answer = httpx.get(
+            f"{self.base_url}/metrics", headers={"x-serve-app-credential": self.credential}
+        )
+        answer.raise_for_status()
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(answer.text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+
+def model_port(name: str) -> ModelPort:
+    """The port of the first replica of a model; needs :meth:`Cluster.ray`."""
+    import ray
+    from ray.serve._private.common import DeploymentID
+    from ray.serve._private.long_poll import LongPollNamespace
+
+    from serve_app import cluster
+
+    key = (
+        LongPollNamespace.DEPLOYMENT_TARGETS,
+        DeploymentID(name=DEPLOYMENT, app_name=name),
+    )
+    controller = cluster.controller()
+    assert controller is not None
+    reported = ray.get(controller.listen_for_change.remote({key: -1}), timeout=30)
+    where = reported[key].object_snapshot.running_replicas[0].replica_metadata
+    return ModelPort(
+        f"http://{where['host']}:{where['port']}", cluster.internal_credential().decode()
+    )
+
+
+class BareVllm:
+    """`vllm serve` of the same model with the same engine arguments and environment."""
+
+    def __init__(self, base_url: str, process: subprocess.Popen[bytes]) -> None:
+        self.base_url = base_url
+        self.process = process
+
+    @classmethod
+    def start(cls, application: dict[str, Any], folder: Path) -> BareVllm:
+        config = ModelConfig.model_validate(application["args"])
+        ids = [application["name"], *config.served_as]
+        port = processes.free_port()
+        command = [
+            *(str(_BIN / "vllm"), "serve", config.model),
+            *("--served-model-name", *ids, "--host", "127.0.0.1", "--port", str(port)),
+            *engine_args.to_argv(config.engine),
+        ]
+        log = folder / "vllm.log"
+        process = processes.start(command, log, **environment(config))
+        base_url = f"http://127.0.0.1:{port}"
+
+        def up() -> bool:
+            assert process.poll() is None, log.read_text()[-4000:]
+            try:
+                return httpx.get(f"{base_url}/health").status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        try:
+            assert processes.eventually(up, 300, 0.5), log.read_text()[-4000:]
+        except BaseException:
+            processes.kill_session(process.pid)
+            raise
+        return cls(base_url, process)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(timeout=30)
+        finally:
+            processes.kill_session(self.process.pid)

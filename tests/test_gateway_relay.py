@@ -1,0 +1,359 @@
+"""How the gateway relays: bytes as they are, headers of one hop dropped, back-pressure kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from harness.scripted import CREDENTIAL, Exchange, GatewayProcess, Upstream, until
+
+CHAT = "/v1/chat/completions"
+ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+MiB = 2**20
+
+
+# --- what reaches the replica ----------------------------------------------------------------
+
+
+async def test_the_request_reaches_the_replica_byte_for_byte() -> None:
+    # Formatted as no serializer would, so that any decoding and encoding again would show.
+    body = b' {"n":1.50, "model" : "m","x":"\\u00e9\xc3\xa9" , "n": 1e2}\n'
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        await gateway.client.post("/v1/any/route", content=body)
+    [seen] = upstream.exchanges
+    assert (seen.method, seen.target, seen.body) == ("POST", "/v1/any/route", body)
+    assert seen.header("content-length") == [str(len(body))]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/x?model=m&a=1&a=2",
+        "/v1/x%2Fy%20z?model=m&q=%F0%9F%98%80+b",
+        "/v1/responses/resp_1?model=org%2Fm%3A1.0",
+        "/v1/x?model=m&redirect=http://elsewhere/%23",
+    ],
+)
+async def test_path_and_query_stay_as_they_were_quoted(target: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.get(target)
+    assert answer.json() == {"ok": True}
+    assert [e.target for e in upstream.exchanges] == [target]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "GET"])
+async def test_the_method_stays_and_a_body_goes_with_any_of_them(method: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        await gateway.client.request(method, "/v1/x", json=ASK)
+    assert [e.method for e in upstream.exchanges] == [method]
+    assert json.loads(upstream.bodies[0]) == ASK
+
+
+async def test_the_last_of_two_model_keys_counts_as_it_does_in_vllm() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        await gateway.client.post(CHAT, content=b'{"model":"x","model":"m"}')
+        other = await gateway.client.post(CHAT, content=b'{"model":"m","model":"x"}')
+    assert len(upstream.exchanges) == 1
+    assert other.status_code == 404
+
+
+async def test_headers_of_one_hop_and_secrets_stop_at_the_gateway() -> None:
+    sent = [
+        ("connection", "close, X-Private"),
+        ("x-private", "1"),
+        ("keep-alive", "timeout=5"),
+        ("te", "trailers"),
+        ("proxy-authorization", "Basic x"),
+        ("proxy-connection", "close"),
+        ("upgrade", "h2c"),
+        ("authorization", "Bearer sk-of-a-user"),
+        ("x-serve-app-credential", "a-guess"),
+        ("x-request-id", "r-1"),
+        ("x-custom", "kept"),
+        ("accept-encoding", "gzip"),
+        ("user-agent", "a-client"),
+    ]
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        await gateway.client.post(CHAT, json=ASK, headers=sent)
+    [seen] = upstream.exchanges
+    assert dict(seen.headers) == {
+        "Host": f"127.0.0.1:{upstream.port}",
+        "content-type": "application/json",
+        "Content-Length": str(len(seen.body)),
+        "x-serve-app-credential": CREDENTIAL,
+        "x-request-id": "r-1",
+        "x-custom": "kept",
+        "accept-encoding": "gzip",
+        "user-agent": "a-client",
+    }
+    assert len(seen.headers) == len({k.lower() for k, _ in seen.headers})
+
+
+async def test_a_request_id_is_made_where_there_is_none() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        for _ in range(2):
+            await gateway.client.post(CHAT, json=ASK)
+    ids = [e.header("x-request-id") for e in upstream.exchanges]
+    assert all(len(id) == 1 and id[0] for id in ids)
+    assert ids[0] != ids[1]
+
+
+# --- what reaches the client -----------------------------------------------------------------
+
+
+async def test_the_answer_reaches_the_client_with_its_status_headers_and_bytes() -> None:
+    packed = gzip.compress(b'{"a": 1}')
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.answer(
+            packed,
+            "Content-Type: application/x-any",
+            "content-encoding: gzip",
+            "Set-Cookie: a=1",
+            "Set-Cookie: b=2",
+            "X-Custom: kept",
+            "Connection: X-Private",
+            "X-Private: 1",
+            "Keep-Alive: timeout=5",
+            "Proxy-Authenticate: Basic",
+            "Upgrade: h2c",
+            "X-Request-Id: of-the-replica",
+            "Server: of-the-replica",
+            "Date: yesterday",
+            status="418 I'm a teapot",
+        )
+
+    async with (
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        gateway.client.stream("POST", CHAT, json=ASK) as answer,
+    ):
+        raw = b"".join([chunk async for chunk in answer.aiter_raw()])
+    assert answer.status_code == 418
+    assert raw == packed
+    names = [k.lower() for k, _ in answer.headers.raw]
+    # uvicorn's own two, as under Serve; Serve also sets x-request-id.
+    assert [n for n in names if n not in (b"date", b"server")] == [
+        b"content-type", b"content-encoding", b"set-cookie", b"set-cookie", b"x-custom",
+        b"content-length",
+    ]  # fmt: skip
+    assert answer.headers.get_list("set-cookie") == ["a=1", "b=2"]
+    assert "of-the-replica" not in str(answer.headers.raw)
+
+
+@pytest.mark.parametrize("status", [204, 304, 200])
+async def test_an_answer_without_a_body_comes_to_its_end(status: int) -> None:
+    async def script(exchange: Exchange) -> None:
+        length = () if status in (204, 304) else ("content-length: 0",)
+        await exchange.head("x-custom: kept", *length, status=f"{status} X")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+        assert (answer.status_code, answer.content) == (status, b"")
+        assert answer.headers["x-custom"] == "kept"
+
+
+async def test_a_redirect_is_the_clients_to_follow() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.answer(b"", "location: /elsewhere", status="307 Temporary Redirect")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+    assert (answer.status_code, answer.headers["location"]) == (307, "/elsewhere")
+    assert len(upstream.exchanges) == 1
+
+
+async def test_each_event_is_sent_on_before_the_next_one_is_written() -> None:
+    go_on = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse()
+        for n in range(20):
+            go_on.clear()
+            await exchange.chunk(b"data: %d\n\n" % n)
+            await go_on.wait()
+        await exchange.chunk(b"")
+
+    seen = []
+    async with (
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        asyncio.timeout(30),
+        gateway.client.stream("POST", CHAT, json=ASK) as answer,
+    ):
+        assert answer.headers["content-type"] == "text/event-stream"
+        async for chunk in answer.aiter_raw():
+            seen.append(chunk)
+            go_on.set()
+    assert seen == [b"data: %d\n\n" % n for n in range(20)]
+
+
+async def test_a_character_in_two_pieces_arrives_in_two_pieces() -> None:
+    event = 'data: {"t":"世😀"}\n\n'.encode()
+    pieces = [event[n : n + 1] for n in range(len(event))]
+    next_one = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse()
+        for piece in pieces:
+            next_one.clear()
+            await exchange.chunk(piece)
+            await next_one.wait()
+        await exchange.chunk(b"")
+
+    seen = []
+    async with (
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        asyncio.timeout(30),
+        gateway.client.stream("POST", CHAT, json=ASK) as answer,
+    ):
+        async for chunk in answer.aiter_raw():
+            seen.append(chunk)
+            next_one.set()
+    assert seen == pieces
+
+
+# --- connections -----------------------------------------------------------------------------
+
+
+async def test_connections_are_used_again_on_both_sides() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        for _ in range(5):
+            answer = await gateway.client.post(CHAT, json=ASK)
+            assert "connection" not in answer.headers
+    assert (len(upstream.exchanges), upstream.connections) == (5, 1)
+
+
+async def test_requests_at_once_are_not_queued_behind_each_other() -> None:
+    together = asyncio.Barrier(200)
+
+    async def script(exchange: Exchange) -> None:
+        await together.wait()
+        await exchange.answer(exchange.body)
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        bodies = [{**ASK, "n": n} for n in range(200)]
+        answers = await asyncio.gather(*(gateway.client.post(CHAT, json=b) for b in bodies))
+    assert [a.json() for a in answers] == bodies
+
+
+# --- back-pressure ---------------------------------------------------------------------------
+
+
+async def slow_client(gateway: GatewayProcess) -> socket.socket:
+    """A client that has asked and does not read."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 * 1024)
+    connection.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(connection, ("127.0.0.1", gateway.port))
+    body = json.dumps(ASK).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+    await loop.sock_sendall(
+        connection, f"{head}content-length: {len(body)}\r\n\r\n".encode() + body
+    )
+    return connection
+
+
+def memory() -> int:
+    """Bytes of memory that this process holds now; the gateway is part of it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
+async def test_a_slow_client_holds_the_replica_back_and_costs_no_memory(kind: str) -> None:
+    total = 200 * MiB
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.head(f"content-type: {kind}", f"content-length: {total}")
+        block = b"x" * (64 * 1024)
+        for _ in range(total // len(block)):
+            await exchange.send(block)
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        before = memory()
+        connection = await slow_client(gateway)
+        sent = -1
+        while not upstream.exchanges or sent != upstream.exchanges[0].sent:
+            sent = upstream.exchanges[0].sent if upstream.exchanges else -1
+            await asyncio.sleep(0.5)
+        # The kernel's buffers of two connections are most of it.
+        assert 0 < sent < 20 * MiB
+        assert memory() - before < 32 * MiB
+
+        # Once the client reads on, all the rest comes.
+        got = 0
+        loop = asyncio.get_running_loop()
+        while data := await loop.sock_recv(connection, MiB):
+            got += len(data)
+        connection.close()
+        assert got > total
+
+
+async def test_a_slow_client_does_not_slow_another_one() -> None:
+    async def script(exchange: Exchange) -> None:
+        if b"hi" not in exchange.body:
+            await exchange.answer(b"quick")
+            return
+        await exchange.sse()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await exchange.chunk(b"data: x\n\n" * 1000)
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        slow = await slow_client(gateway)
+        assert await until(lambda: upstream.exchanges)
+        for _ in range(20):
+            answer = await gateway.client.post(CHAT, json={"model": "m"})
+            assert answer.content == b"quick"
+        slow.close()
+
+
+# --- clients that go away --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", ["the request", "the head", "an event"])
+async def test_a_client_that_goes_away_closes_the_replicas_side(after: str) -> None:
+    gone, waiting = asyncio.Event(), asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        if after == "the head":
+            await exchange.sse()
+        if after == "an event":
+            await exchange.sse(b"data: 1\n\n")
+        waiting.set()
+        await exchange.client_gone()
+        gone.set()
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        connection = await slow_client(gateway)
+        await waiting.wait()
+        if after == "an event":
+            data = await asyncio.get_running_loop().sock_recv(connection, 4096)
+            assert data.startswith(b"HTTP/1.1 200 OK")
+        assert gateway.inflight() == [1]
+        connection.close()
+        async with asyncio.timeout(10):
+            await gone.wait()
+
+
+async def test_a_client_that_goes_away_while_its_body_comes_is_not_relayed() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        loop = asyncio.get_running_loop()
+        with socket.socket() as connection:
+            connection.setblocking(False)
+            await loop.sock_connect(connection, ("127.0.0.1", gateway.port))
+            await loop.sock_sendall(
+                connection, b'POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"model":"m"'
+            )
+            await asyncio.sleep(0.2)
+        assert (await gateway.client.get("/health")).status_code == 200
+    assert upstream.exchanges == []
