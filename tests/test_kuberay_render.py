@@ -66,7 +66,7 @@ def test_the_manifests_in_kuberay_are_what_the_config_renders(name: str) -> None
 
 def test_the_cluster_wide_files_are_what_is_rendered() -> None:
     for path, text in clusterwide().items():
-        there = ROOT / "kuberay/cluster" / path
+        there = ROOT / "kuberay" / path
         assert there.exists() and there.read_text() == text, f"{there} is stale: make manifests"
 
 
@@ -242,6 +242,7 @@ def test_the_table_has_every_gpu_machine() -> None:
         ({"tensor_parallel_size": 8}, "H100", 1, 8),
         ({"tensor_parallel_size": 8, "pipeline_parallel_size": 2}, "H100", 2, 8),
         ({"tensor_parallel_size": 4, "data_parallel_size": 2}, "H200", 1, 8),
+        ({"tensor_parallel_size": 8, "data_parallel_size": 2}, "H200", 2, 8),
         ({"tensor_parallel_size": 4}, "A100-80G", 1, 4),
     ],
 )
@@ -393,13 +394,16 @@ def test_render_writes_only_what_changed_and_removes_what_is_stale(tmp_path: Pat
     first = runner.invoke(cli.render, [config, "-o", str(tmp_path)], catch_exceptions=False)
     assert first.exit_code == 0 and "wrote" in first.output
     stale = tmp_path / "base" / "gateway-class.yaml"
-    stale.write_text("# Rendered by `serve-app render llama70b.yaml`; an older one\n")
+    header = (tmp_path / "base/rayservice.yaml").read_text().splitlines()[0]
+    stale.write_text(f"{header}\nkind: GatewayClass\n")
+    other = tmp_path / "other.yaml"
+    other.write_text(header.replace("llama70b", "fleet") + "\n")
     (tmp_path / "mine.yaml").write_text("kept: true\n")
     second = runner.invoke(cli.render, [config, "-o", str(tmp_path)], catch_exceptions=False)
     assert second.output.strip() == f"removed {stale}"
     third = runner.invoke(cli.render, [config, "-o", str(tmp_path)], catch_exceptions=False)
     assert third.output.strip() == f"{tmp_path} is up to date"
-    assert (tmp_path / "mine.yaml").exists()
+    assert (tmp_path / "mine.yaml").exists() and other.exists()
 
 
 def test_render_to_the_screen_is_what_kubectl_takes() -> None:
@@ -414,7 +418,7 @@ def test_render_needs_a_config_or_cluster_wide() -> None:
     with pytest.raises(UserError, match="give a CONFIG, or --cluster-wide"):
         CliRunner().invoke(cli.render, [], catch_exceptions=False)
     result = CliRunner().invoke(cli.render, ["--cluster-wide"], catch_exceptions=False)
-    assert "# operator-values.yaml" in result.output
+    assert "# cluster/operator-values.yaml" in result.output
 
 
 def test_validate_prints_every_problem_and_ends_with_the_first(tmp_path: Path) -> None:

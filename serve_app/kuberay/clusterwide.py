@@ -10,10 +10,9 @@ _SOURCE = "Rendered by `serve-app render --cluster-wide`; change serve_app/kuber
 
 
 def clusterwide() -> dict[str, str]:
-    """The files of kuberay/cluster, their text by path."""
-    boards = dashboards()
+    """The files beside the fleets' folders in kuberay/, their text by path."""
     return {
-        "operator-values.yaml": dump(
+        "cluster/operator-values.yaml": dump(
             {
                 "image": {
                     "tag": note(
@@ -46,7 +45,7 @@ def clusterwide() -> dict[str, str]:
                 "\\\n  --namespace kuberay-system --create-namespace -f operator-values.yaml"
             ),
         ),
-        "storageclass.yaml": dump(
+        "cluster/storageclass.yaml": dump(
             {
                 "apiVersion": "storage.k8s.io/v1",
                 "kind": "StorageClass",
@@ -65,7 +64,7 @@ def clusterwide() -> dict[str, str]:
             },
             header=_SOURCE,
         ),
-        "servicemonitor.yaml": dump(
+        "monitoring/servicemonitor.yaml": dump(
             {
                 "apiVersion": "monitoring.coreos.com/v1",
                 "kind": "ServiceMonitor",
@@ -82,25 +81,32 @@ def clusterwide() -> dict[str, str]:
             },
             header=f"{_SOURCE}\nThe GPUs themselves: temperature, power, Xid errors.",
         ),
-        "dashboards/kustomization.yaml": dump(
+        "monitoring/dashboards.yaml": dump(
+            *(
+                {
+                    "apiVersion": "v1",
+                    "kind": "ConfigMap",
+                    "metadata": {
+                        "name": name.removesuffix(".json"),
+                        "namespace": "monitoring",
+                        "labels": {
+                            "grafana_dashboard": note(
+                                "1", "The label that Grafana's sidecar looks for."
+                            )
+                        },
+                    },
+                    "data": {name: text},
+                }
+                for name, text in dashboards().items()
+            ),
+            header=f"{_SOURCE}\nOne ConfigMap each: an object may have 1 MB.",
+        ),
+        "monitoring/kustomization.yaml": dump(
             {
                 "apiVersion": "kustomize.config.k8s.io/v1beta1",
                 "kind": "Kustomization",
-                "namespace": "monitoring",
-                "configMapGenerator": note(
-                    [{"name": name.removesuffix(".json"), "files": [name]} for name in boards],
-                    "One ConfigMap each: an object may have 1 MB.",
-                ),
-                "generatorOptions": {
-                    "disableNameSuffixHash": True,
-                    "labels": {
-                        "grafana_dashboard": note(
-                            "1", "The label that Grafana's sidecar looks for."
-                        )
-                    },
-                },
+                "resources": ["dashboards.yaml", "servicemonitor.yaml"],
             },
             header=_SOURCE,
         ),
-        **{f"dashboards/{name}": text for name, text in boards.items()},
     }

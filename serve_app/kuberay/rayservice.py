@@ -274,7 +274,7 @@ def _worker_group(
         assert shape is not None
         document["minReplicas"] = note(
             group.min_pods,
-            f"{shape.pods_per_replica} pods make one replica, one pipeline stage each. Not "
+            f"{shape.pods_per_replica} pods make one replica, a stage or rank in each. Not "
             "numOfHosts: the autoscaler counts one node a replica (kuberay#4099).",
         )
     return document

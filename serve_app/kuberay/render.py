@@ -199,7 +199,7 @@ def _overlays(
         "kind": "Kustomization",
         "resources": note(
             ["../../base", "monitoring.yaml"],
-            "Dashboards are the cluster's, once: kuberay/cluster/monitoring.",
+            "Dashboards are the cluster's, once: kuberay/monitoring.",
         ),
         "images": [image],
     }
@@ -243,11 +243,15 @@ def write(files: dict[str, str], into: Path) -> list[Path]:
         ConfigError: the folder cannot be written to.
     """
     changed = []
+    # What this same rendering wrote before, and does not now: known by its first line.
+    ours = {text.partition("\n")[0] for text in files.values() if text.startswith("# Rendered")}
     try:
-        for stale in _rendered(into):
-            if str(stale.relative_to(into)) not in files:
-                stale.unlink()
-                changed.append(stale)
+        for path in sorted(into.rglob("*.yaml")) if into.is_dir() else []:
+            with path.open() as file:
+                stale = file.readline().rstrip("\n") in ours
+            if stale and str(path.relative_to(into)) not in files:
+                path.unlink()
+                changed.append(path)
         for name, text in files.items():
             path = into / name
             if not path.exists() or path.read_text() != text:
@@ -257,13 +261,3 @@ def write(files: dict[str, str], into: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"{into}: cannot be written ({error.strerror})") from None
     return changed
-
-
-def _rendered(into: Path) -> list[Path]:
-    """Files there that say of themselves that they were rendered."""
-    found = []
-    for path in sorted(into.rglob("*.yaml")) if into.is_dir() else []:
-        with path.open() as file:
-            if file.readline().startswith("# Rendered by `serve-app render"):
-                found.append(path)
-    return found

@@ -111,11 +111,10 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
     tp, pp = model.tensor_parallel_size, model.pipeline_parallel_size
     dp = int(model.engine.get("data_parallel_size") or 1)
     largest = max(i.gpus for i in instances)
-    if tp * pp * dp <= largest:
-        gpus, pods = tp * pp * dp, 1
-    elif dp == 1 and pp > 1 and tp <= largest:
-        gpus, pods = tp, pp
-    else:
+    # What must share a machine, from the most to the least: all, a data-parallel rank, a stage.
+    splits = ((tp * pp * dp, 1), (tp * pp, dp), (tp, pp * dp))
+    gpus, pods = next((split for split in splits if split[0] <= largest), (0, 0))
+    if not gpus:
         raise ConfigError(
             f"{where}: a replica takes {tp * pp * dp} GPUs (tensor {tp}, pipeline {pp}, data "
             f"{dp}), but the largest {accelerator} machine has {largest}; set "
