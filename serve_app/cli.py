@@ -10,6 +10,7 @@ from rich.console import Console
 
 from serve_app import __version__
 from serve_app.errors import UserError, did_you_mean
+from serve_app.kuberay import cli as kuberay
 from serve_app.planner.cli import check, plan
 
 _console = Console()
@@ -87,6 +88,7 @@ def clean_processes() -> None:
 
 cli.add_command(plan)
 cli.add_command(check)
+kuberay.register(cli)
 
 
 def main() -> None:
