@@ -202,15 +202,27 @@ def stage_weights(
             continue
         nbytes = rank_bytes(tensor, shape, parallel, dtype)
         layer = layer_of(tensor.name)
+        holders = {last}
         if layer is not None:
-            totals[stage_by_layer[layer]] += nbytes
+            holders = {stage_by_layer[layer]}
+        elif shape.model_type in _WHOLE_ON_EVERY_STAGE and role(tensor.name) != "tower":
+            holders = set(range(parallel.pipeline))
         elif _is_input(tensor.name):
-            totals[0] += nbytes
-            if last and shape.tie_word_embeddings and "embed_tokens" in tensor.name:
-                totals[last] += nbytes  # the tied head (models/llama.py:373)
-        else:
-            totals[last] += nbytes
+            holders = {0}
+            if shape.tie_word_embeddings and "embed_tokens" in tensor.name:
+                holders.add(last)  # the tied head (models/llama.py:373)
+        for stage in holders:
+            totals[stage] += nbytes
     return totals
+
+
+# Models whose class in vllm/model_executor/models/ builds the embedding, the last norm and the
+# head without asking which stage it is on; the others put them on the first and the last.
+_WHOLE_ON_EVERY_STAGE = {
+    "gemma", "gemma2", "gemma3", "gemma3_text", "granitemoe", "granitemoehybrid", "cohere",
+    "cohere2", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss", "stablelm", "jamba",
+    "nemotron_h", "mamba", "falcon_mamba", "mamba2", "zamba2", "lfm2",
+}  # fmt: skip
 
 
 def _is_input(name: str) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,12 @@ def test_check_exits_with_1_for_a_failure_and_raises_where_it_cannot_run(tmp_pat
     assert "fail parallelism" in shown
     assert "1 to fix" in shown or "2 to fix" in shown
     assert isinstance(run(check, "nofile.yaml").exception, UserError)
+
+
+def test_neither_vllm_nor_torch_nor_ray_is_imported() -> None:
+    code = (
+        "import sys, serve_app.planner.cli, serve_app.planner.checks\n"
+        "print([m for m in ('vllm', 'torch', 'ray', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

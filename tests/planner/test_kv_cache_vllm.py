@@ -11,12 +11,18 @@ from serve_app.planner import engine, hardware, kv_cache
 from serve_app.planner.sharding import Parallelism, stages
 from tests.planner.helpers import GEMMA, LLAMA, QWEN3_NEXT, kept, model
 
-torch = pytest.importorskip("torch")
-utils = pytest.importorskip("vllm.v1.core.kv_cache_utils")
+
+@pytest.fixture(scope="module")
+def utils() -> Any:
+    """vLLM's own module; importing it takes seconds, so only where it is used."""
+    from vllm.v1.core import kv_cache_utils
+
+    return kv_cache_utils
 
 
 def vllm_specs(specs: list[tuple[int, kv_cache.LayerSpec]]) -> dict[str, Any]:
     """The planner's layers as vLLM's specs with the same pages."""
+    import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
     found: dict[str, Any] = {}
@@ -85,7 +91,7 @@ UNEVEN = {**LLAMA, "layer_types": (["sliding_attention"] * 2 + ["full_attention"
     ],
 )
 def test_same_blocks_tokens_and_limits(
-    name: str, config: dict[str, Any] | None, arguments: dict[str, Any], pipeline: int
+    utils: Any, name: str, config: dict[str, Any] | None, arguments: dict[str, Any], pipeline: int
 ) -> None:
     of = model(config) if config else kept("deepseek-ai/DeepSeek-V3")
     gpu = hardware.gpus()["H200"]
