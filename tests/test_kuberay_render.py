@@ -148,6 +148,23 @@ def test_only_gateway_pods_are_endpoints() -> None:
         assert ("readinessProbe" in container) == (name != "gateway")
 
 
+def test_gateways_are_placed_on_the_pods_that_are_endpoints(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The label in the manifests is the one that the gateway's application asks Ray for."""
+    from serve_app import gateway
+
+    group = worker_groups(service("fleet"))["gateway"]
+    env = {e["name"]: e.get("value") for e in pod_spec(group)["containers"][0]["env"]}
+    selectors = []
+    for value in (None, env[gateway.NODES_ENV]):
+        if value is not None:
+            monkeypatch.setenv(gateway.NODES_ENV, value)
+        deployment = gateway.app({})._bound_deployment
+        selectors.append(deployment.ray_actor_options.get("label_selector"))
+    assert selectors == [None, group["labels"]]
+
+
 def test_an_incremental_upgrade_keeps_kuberays_own_readiness() -> None:
     document = service("fleet", upgrade={"strategy": "NewClusterWithIncrementalUpgrade"})
     assert "serveService" not in document["spec"]

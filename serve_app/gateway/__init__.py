@@ -6,6 +6,7 @@ One OpenAI-compatible endpoint in front of every model of the cluster.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import Any
 
@@ -16,6 +17,10 @@ from serve_app.errors import ConfigError
 
 # A request costs Serve one slot for as long as it streams; vLLM is what bounds the load.
 _UNBOUNDED = 1_000_000
+
+NODES_ENV = "SERVE_APP_GATEWAY_NODES"
+"""Environment variable of a cluster's nodes: a Ray label (``key=value``) of those that gateways
+may run on. On Kubernetes these are the endpoints of the Service; unset, any node will do."""
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -41,6 +46,9 @@ def app(args: dict[str, Any]) -> serve.Application:
             "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
         },
     }
+    if nodes := os.environ.get(NODES_ENV):
+        label, _, value = nodes.partition("=")
+        options["ray_actor_options"]["label_selector"] = {label: value}
     deployment: Any = GatewayServer
     return deployment.options(**options).bind(config.model_dump(exclude_unset=True))
 
