@@ -14,7 +14,7 @@ else
 TORCH_FROM := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 endif
 
-.PHONY: help venv demo test test-slow lint bench-quick bench lock engine-args clean-processes clean
+.PHONY: help venv demo test test-slow lint bench-quick bench lock engine-args manifests clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -64,6 +64,13 @@ lock: $(UV)  ## refresh both locks from pyproject.toml
 
 engine-args: venv  ## refresh the table of engine arguments from the installed vLLM
 	@$(BIN)/python -m serve_app.engine_args
+
+manifests: venv  ## kuberay/ rendered again from configs/
+	@for name in llama70b llama70b-2node qwen3-32b-fp8 fleet; do \
+	  profile=kuberay/$$name/profile.yaml; [ -f $$profile ] || profile=kuberay/profile.yaml; \
+	  $(BIN)/serve-app render configs/$$name.yaml --cluster $$profile -o kuberay/$$name || exit 1; \
+	done
+	@$(BIN)/serve-app render --cluster-wide -o kuberay
 
 clean-processes:  ## end what a killed `serve run` left behind (ours only)
 	@$(BIN)/serve-app clean-processes

@@ -173,6 +173,8 @@ def _build_llm(args: Namespace, load: EngineLoad) -> AsyncLLM:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
     from serve_app.ray_executor import executor_class
 
@@ -182,7 +184,8 @@ def _build_llm(args: Namespace, load: EngineLoad) -> AsyncLLM:
         vllm_config,
         executor_class=executor_class(vllm_config, gang.member()),
         usage_context=UsageContext.OPENAI_API_SERVER,
-        stat_loggers=[load.attach],
+        # Ray's exporter carries vLLM's metrics to Prometheus; the second keeps /metrics as it is.
+        stat_loggers=[load.attach, RayPrometheusStatLogger, PrometheusStatLogger],
         log_requests=engine_args.enable_log_requests,
         log_stats=not engine_args.disable_log_stats,
         aggregate_engine_logging=engine_args.aggregate_engine_logging,

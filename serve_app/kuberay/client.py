@@ -96,7 +96,7 @@ class Cluster:
             from kubernetes.config import ConfigException
         except ImportError:
             raise UserError(
-                "the Kubernetes client is not installed; pip install 'serve_app[eks]'"
+                "the Kubernetes client is not installed; pip install kubernetes"
             ) from None
 
         configuration = kubernetes.client.Configuration()

@@ -8,8 +8,8 @@ captures (a sample of) its CUDA graphs, and gives the KV cache what is left
 
 Weights, buffers and the KV cache follow from shapes exactly. The activation peak follows from
 the tensors that are alive at once in the widest place of a layer. Non-torch memory and CUDA
-graphs are the driver's and are measured: the named constants below, see
-docs/planner-accuracy.md.
+graphs are the driver's, and are the named constants below: estimates until a GPU has been
+measured (docs/planner-accuracy.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from serve_app.planner.quantization import Quantization
 from serve_app.planner.sharding import Parallelism
 from serve_app.planner.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
 
-# --- Measured on an H200, see docs/planner-accuracy.md. To calibrate is to edit these. ---------
+# --- Estimates, not measured yet, see docs/planner-accuracy.md. To calibrate is to edit these. --
 
 NON_TORCH_BYTES = int(0.45 * GIB)
 """Growth outside PyTorch's allocator from the first snapshot to after the dummy batch: modules

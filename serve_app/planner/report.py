@@ -62,7 +62,10 @@ def notes_on(plan: Plan) -> list[str]:
     if plan.engine.draft and plan.engine.draft.model and model.draft is None:
         notes.append("the draft model's metadata is not at hand; its memory is left out")
     if plan.gpu.name != "CPU" and not plan.gpu.measured:
-        notes.append(f"the memory model was measured on an H200, not on a {plan.gpu.name}")
+        notes.append(
+            f"not measured on a {plan.gpu.name} yet: what is neither weights nor KV cache is an "
+            "estimate"
+        )
     if plan.parallel.gpus > 1:
         notes.append("several GPUs: the share of communication buffers is estimated")
     needed = plan.cache.bytes_per_block * plan.cache.blocks_per_request
