@@ -140,9 +140,7 @@ class ModelConfig(_Settings):
     def _env(cls, env: Any) -> Any:
         """YAML reads ``1`` and ``true`` as a number and a boolean; the environment has text."""
         if isinstance(env, dict):
-            return {
-                str(k): str(v).lower() if isinstance(v, bool) else str(v) for k, v in env.items()
-            }
+            return {str(k): _as_text(v) for k, v in env.items()}
         return env
 
     @model_validator(mode="after")
@@ -155,6 +153,14 @@ class ModelConfig(_Settings):
             raise ValueError("resources.accelerator_type needs device: gpu")
         return self
 
+    @model_validator(mode="after")
+    def _ids_once(self) -> ModelConfig:
+        ids = ids_of("", self)[1:]
+        twice = next((id for id in ids if ids.count(id) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the id '{twice}' is listed twice in served_as and adapters")
+        return self
+
     @property
     def tensor_parallel_size(self) -> int:
         return int(self.engine.get("tensor_parallel_size") or 1)
@@ -162,6 +168,12 @@ class ModelConfig(_Settings):
     @property
     def pipeline_parallel_size(self) -> int:
         return int(self.engine.get("pipeline_parallel_size") or 1)
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (int, float)) else value
 
 
 class GatewayConfig(_Settings):
@@ -311,6 +323,7 @@ def parse_document(document: Any, path: Path) -> Fleet:
         if key not in _DOCUMENT_KEYS:
             hint = did_you_mean(str(key), _DOCUMENT_KEYS)
             raise ConfigError(f"{path}: '{key}' is not a key of a Serve config{hint}")
+    _check_http_options(path, document.get("http_options"))
     applications = document["applications"]
     if not isinstance(applications, list) or not applications:
         raise ConfigError(f"{path}: 'applications' must be a list with at least one model")
@@ -329,8 +342,20 @@ def parse_document(document: Any, path: Path) -> Fleet:
             if gateway is not None:
                 raise ConfigError(f"{where}: a second gateway; one serves all models")
             gateway = parse(GatewayConfig, application.get("args"), where)
+            if application.get("route_prefix", "/") != "/":
+                raise ConfigError(f"{where}: the gateway needs 'route_prefix: /'")
     refuse_shared_ids(models, where=str(path))
     return Fleet(path, document, models, gateway)
+
+
+def _check_http_options(path: Path, options: Any) -> None:
+    if options is None:
+        return
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path}: http_options must be a mapping, such as {{port: 8000}}")
+    port = options.get("port", 8000)
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:
+        raise ConfigError(f"{path}: http_options.port is {port!r}, but must be 1 to 65535")
 
 
 def _check_application(path: Path, position: int, application: Any) -> tuple[str, str]:
@@ -339,7 +364,7 @@ def _check_application(path: Path, position: int, application: Any) -> tuple[str
     name = application.get("name")
     if not isinstance(name, str) or not name:
         raise ConfigError(f"{path}: application {position} has no name; for a model it is its id")
-    where = f"{path}: application '{name}'"
+    where = f"{path}: application {name!r}"
     for key in application:
         if key not in _APPLICATION_KEYS:
             hint = did_you_mean(str(key), _APPLICATION_KEYS)

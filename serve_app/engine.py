@@ -193,18 +193,12 @@ def _build_llm(args: Namespace, load: EngineLoad) -> AsyncLLM:
 
 
 async def _build_app(llm: AsyncLLM, args: Namespace) -> Any:
-    from starlette.exceptions import HTTPException
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.serve.exception_handling.handlers.http import http_exception_handler
 
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
-    # vLLM registers its handler for FastAPI's subclass only, so that an unknown route or method
-    # is answered in FastAPI's own shape. The middleware was built already: have it built again.
-    app.add_exception_handler(HTTPException, http_exception_handler)
-    app.middleware_stack = None
     # vLLM's error handler stops the server through this when the engine dies; here the
     # replica does that, for the whole process.
     app.state.server = types.SimpleNamespace()

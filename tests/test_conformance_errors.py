@@ -137,11 +137,13 @@ def test_a_body_deeper_than_any_real_one_is_bad_and_harms_nothing(http: httpx.Cl
         ({"max_tokens": "many"}, "max_tokens"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
-        ({"messages": None}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"n": 0}, "n"),
         ({"logprobs": True, "top_logprobs": 10_000}, "logprobs"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "structured outputs",
+        ),
         ({"tools": "hammer"}, "tools"),
     ],
 )

@@ -21,7 +21,7 @@ LONG: Any = {
     "model": CHAT,
     "messages": [{"role": "user", "content": "Count."}],
     "max_tokens": 1900,
-    "ignore_eos": True,
+    "min_tokens": 1900,
 }
 SHORT: Any = {"model": CHAT, "messages": LONG["messages"], "max_tokens": 2}
 
@@ -33,11 +33,17 @@ def running(port: ModelPort) -> float:
     return port.metric(RUNNING) + port.metric("vllm:num_requests_waiting")
 
 
+def long_stream(client: openai.OpenAI) -> Any:
+    more = {"min_tokens": LONG["min_tokens"]}
+    asked = {k: v for k, v in LONG.items() if k not in more}
+    return client.chat.completions.create(**asked, extra_body=more, stream=True)
+
+
 def test_a_client_that_leaves_a_stream_frees_the_engine(
     client: openai.OpenAI, chat_port: ModelPort
 ) -> None:
     before = chat_port.metric(GENERATED)
-    stream = client.chat.completions.create(**LONG, stream=True)
+    stream = long_stream(client)
     for _, _chunk in zip(range(3), stream, strict=False):
         pass
     assert running(chat_port) == 1
@@ -105,7 +111,7 @@ async def test_64_parallel_streams_all_come_to_their_end(
 
 
 def test_two_models_answer_at_once(cluster: Cluster, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(**LONG, stream=True)
+    stream = long_stream(client)
     next(iter(stream))
     vector = client.embeddings.create(model=EMBED, input="Paris").data[0].embedding
     assert len(vector) == 384

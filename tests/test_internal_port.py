@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from harness.servers import ModelPort
+from harness.servers import Cluster, ModelPort
 
 ALSO = ["/metrics", "/docs", "/redoc", "/openapi.json", "/health", "/", "/nothing", "/metrics/x"]
 
 
 @pytest.fixture(params=["chat_port", "embed_port"])
-def port(request: pytest.FixtureRequest) -> ModelPort:
+def port(request: pytest.FixtureRequest, cluster: Cluster) -> ModelPort:
     port: ModelPort = request.getfixturevalue(request.param)
     return port
 

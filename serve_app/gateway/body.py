@@ -112,6 +112,8 @@ def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
         nonlocal header_name, header_value, in_model
         if header_name.lower() == b"content-disposition":
             in_model = parse_options_header(header_value)[1].get(b"name") == b"model"
+            if in_model:
+                found.clear()  # of several, the last one counts, as it does for vLLM
         header_name = header_value = b""
 
     def on_part_data(data: bytes, start: int, end: int) -> None:

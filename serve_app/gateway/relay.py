@@ -6,6 +6,7 @@ gets, chunk by chunk, as fast as the client takes it.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -114,6 +115,9 @@ class Relay:
                 allow_redirects=False,
             ) as response:
                 streamed = response.content_type == "text/event-stream"
+                if response.status >= 400 and not streamed:
+                    await _send_error(response, request, answer)
+                    return response.status
                 head = {
                     "type": "http.response.start",
                     "status": response.status,
@@ -142,6 +146,32 @@ class Relay:
             return lost.status
         finally:
             replica.inflight -= 1
+
+
+async def _send_error(response: aiohttp.ClientResponse, request: Request, answer: Answer) -> None:
+    """An error of the replica, as it is where it is in an envelope, else in one.
+
+    FastAPI has a shape of its own for unknown routes and methods, and the server under it
+    answers in plain text. An error is small and comes at once, so it is read whole.
+    """
+    body = await response.read()
+    headers = _to_client(response.raw_headers)
+    try:
+        shown = json.loads(body)
+    except ValueError:
+        shown = body.decode("utf-8", "replace")
+    if not (isinstance(shown, dict) and "error" in shown):
+        text = shown.get("detail") if isinstance(shown, dict) else shown
+        kind = "invalid_request_error" if response.status < 500 else "server_error"
+        message = f"{text or response.reason} ({request.method} {request.path[:200]})"
+        body = GatewayError(response.status, message, kind).body(request.path)
+        headers = [(k, v) for k, v in headers if k not in (b"content-length", b"content-type")]
+        headers.append((b"content-type", b"application/json"))
+        headers.append((b"content-length", b"%d" % len(body)))
+    await answer.send(
+        {"type": "http.response.start", "status": response.status, "headers": headers}
+    )
+    await answer.send(_body(body, more=False))
 
 
 def _body(chunk: bytes, *, more: bool) -> dict[str, Any]:

@@ -32,7 +32,7 @@ _CLOSED = re.compile(
     r"^/(metrics|load|ping|server_info|sleep|wake_up|is_sleeping|pause|resume|is_paused"
     r"|abort_requests|reset_\w+_cache|collective_rpc|start_profile|stop_profile"
     r"|scale_elastic_ep|is_scaling_elastic_ep|fault_tolerance|adapters|docs|redoc|openapi\.json"
-    r"|v1/(un)?load_lora_adapter|init_weight\w*|update_weight\w*|get_world_size)(/|$)"
+    r"|v1/(un)?load_lora_adapter|(\w+_)?weights?(_\w+)?|get_world_size)(/|$)"
 )
 
 

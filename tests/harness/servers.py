@@ -30,7 +30,8 @@ EMBED = "minilm.l6:v2"
 EMBED_ALIASES = ("sentence-transformers/all-MiniLM-L6-v2",)
 MAX_BODY_MIB = 8
 
-_BIN = Path(sys.executable).parent
+BIN = Path(sys.executable).parent
+"""Where the commands of this environment are."""
 
 
 def application(name: str, **args: Any) -> dict[str, Any]:
@@ -72,6 +73,10 @@ def document(port: int, *models: dict[str, Any], gateways: int = 1) -> dict[str,
     }
 
 
+def as_yaml(config: dict[str, Any]) -> str:
+    return yaml.safe_dump(config, sort_keys=False)
+
+
 class Cluster:
     """A running `serve run`, and what a test wants to know of it."""
 
@@ -89,10 +94,10 @@ class Cluster:
     def start(cls, config: dict[str, Any], folder: Path, proxy: Proxy) -> Cluster:
         """`serve run` with ``config``; :meth:`wait_until_ready` comes next."""
         path = folder / "config.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        path.write_text(as_yaml(config))
         log = folder / "serve.log"
         env = {"RAY_SERVE_ENABLE_HA_PROXY": "1" if proxy == "haproxy" else "0"}
-        process = processes.start([str(_BIN / "serve"), "run", str(path)], log, **env)
+        process = processes.start([str(BIN / "serve"), "run", str(path)], log, **env)
         return cls(proxy, config["http_options"]["port"], process, log, path)
 
     def wait_until_ready(self, within_s: float = 300.0) -> None:
@@ -134,6 +139,13 @@ class Cluster:
             if found := re.search(r"/raylet .*--gcs-address=(\S+)", title):
                 return found[1]
         raise AssertionError(f"no raylet in the session:\n{self.tail()}")
+
+    @property
+    def dashboard(self) -> str:
+        """Where `serve deploy` sends a config."""
+        found = re.search(r"View the dashboard at \S*?(http://[\d.:]+)", self.log.read_text())
+        assert found, self.tail()
+        return found[1]
 
     @contextmanager
     def ray(self) -> Iterator[None]:
@@ -202,7 +214,7 @@ class BareVllm:
         ids = [application["name"], *config.served_as]
         port = processes.free_port()
         command = [
-            *(str(_BIN / "vllm"), "serve", config.model),
+            *(str(BIN / "vllm"), "serve", config.model),
             *("--served-model-name", *ids, "--host", "127.0.0.1", "--port", str(port)),
             *engine_args.to_argv(config.engine),
         ]

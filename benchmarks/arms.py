@@ -1,0 +1,309 @@
+"""The contenders: how each is started, its processes, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks import load
+from serve_app import engine_args, processes
+from serve_app.config import ModelConfig
+from serve_app.errors import UserError
+from serve_app.model import environment
+
+ENGINE: dict[str, Any] = {
+    "max_model_len": 2048,
+    "max_num_seqs": 128,
+    "enforce_eager": True,
+    "dtype": "float32",
+    # Ray Serve LLM sets this on a CPU and takes no other; so that all engines are the same.
+    "distributed_executor_backend": "mp",
+}
+_START_S = 420
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all arms have in common."""
+
+    model: Path
+    work: Path
+    engine: dict[str, Any]
+    env: dict[str, str]
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.model_validate(
+            {
+                "model": str(self.model.resolve()),
+                "resources": {"device": "cpu", "num_cpus": 0.5},
+                "engine": self.engine,
+                "env": self.env,
+                "graceful_shutdown_timeout_s": 5,
+            }
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """vLLM's environment; the same in all arms."""
+        return environment(self.config)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contender."""
+
+    name: str
+    title: str
+    command: Callable[[Setup, int], list[str]]
+    env: dict[str, str] = field(default_factory=dict)
+    profiled: tuple[str, ...] = ()
+    """What the titles of the processes that are worth a profile hold."""
+
+    needs: tuple[str, ...] = ()
+    """Packages without which it cannot be imported."""
+
+
+def _bare(setup: Setup, port: int) -> list[str]:
+    argv = engine_args.to_argv(setup.engine)
+    return [
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(setup.model.resolve()),
+        "--served-model-name", load.MODEL, "--host", "127.0.0.1", "--port", str(port), *argv,
+    ]  # fmt: skip
+
+
+def _serve_run(setup: Setup, port: int, name: str, applications: list[dict[str, Any]]) -> list[str]:
+    path = setup.work / f"{name}.yaml"
+    http = {"host": "127.0.0.1", "port": port}
+    path.write_text(yaml.safe_dump({"http_options": http, "applications": applications}))
+    return [str(Path(sys.executable).with_name("serve")), "run", str(path)]
+
+
+def _ours(setup: Setup, port: int) -> list[str]:
+    model = {
+        "name": load.MODEL,
+        "route_prefix": None,
+        "import_path": "serve_app.model:app",
+        "args": setup.config.model_dump(exclude_unset=True),
+    }
+    gateway = {
+        "name": "gateway",
+        "route_prefix": "/",
+        "import_path": "serve_app.gateway:app",
+        "args": {"num_cpus": 0.5, "graceful_shutdown_timeout_s": 5},
+    }
+    return _serve_run(setup, port, "ours", [model, gateway])
+
+
+def _ray_llm(setup: Setup, port: int) -> list[str]:
+    model = {
+        "model_loading_config": {
+            "model_id": load.MODEL,
+            "model_source": str(setup.model.resolve()),
+        },
+        "accelerator_config": {"kind": "cpu"},
+        "engine_kwargs": setup.engine,
+        "runtime_env": {"env_vars": setup.environment},
+        "deployment_config": {"num_replicas": 1},
+    }
+    app = {
+        "name": "llm",
+        "route_prefix": "/",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": {"llm_configs": [model]},
+    }
+    return _serve_run(setup, port, "ray-llm", [app])
+
+
+_RAY = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # a Ray of its own, on the loopback interface
+    "RAY_ADDRESS": "local",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's workers run at nice 15; bare vLLM, with which they are compared, as it was started.
+    "RAY_worker_niceness": str(os.nice(0)),
+    # Ray Serve LLM reserves more cores than this machine may have; reserving is all it does.
+    "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
+}
+_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+_OURS = (":Gateway", ":ModelServer")
+_LLM = (":OpenAiIngress", ":LLMServer")
+
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("bare", "bare `vllm serve`", _bare, profiled=("vllm.entrypoints.cli.main",)),
+        Arm("python", "serve_app, Serve's Python proxy", _ours, _RAY, (*_OURS, "ProxyActor")),
+        Arm("haproxy", "serve_app, HAProxy", _ours, _RAY | _HAPROXY, _OURS),
+        Arm(
+            "rayllm",
+            "Ray Serve LLM, multi-model path",
+            _ray_llm,
+            _RAY,
+            (*_LLM, "ProxyActor"),
+            ("pyarrow",),
+        ),
+        Arm("rayllm-haproxy", "the same, HAProxy", _ray_llm, _RAY | _HAPROXY, _LLM, ("pyarrow",)),
+    )
+}
+
+
+class Running:
+    """A started arm."""
+
+    def __init__(self, arm: Arm, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.arm = arm
+        self.port = port
+        self.log = log
+        self._process = process
+        self._seen: set[psutil.Process] = set()
+
+    def processes(self) -> list[psutil.Process]:
+        """All processes of this arm that live."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            leader = psutil.Process(self._process.pid)
+            self._seen |= {leader, *leader.children(recursive=True)}
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError):
+                if os.getsid(process.pid) == self._process.pid:
+                    self._seen.add(process)
+        self._seen = {p for p in self._seen if p.is_running()}
+        return sorted(self._seen, key=lambda p: p.pid)
+
+    def wait_until_it_answers(self) -> float:
+        """Seconds since the start.
+
+        Raises:
+            UserError: it ended, or took too long; the end of its log.
+        """
+        began = time.monotonic()
+        while time.monotonic() - began < _START_S:
+            if self._process.poll() is not None:
+                raise UserError(f"{self.arm.name} ended while it started; {self.end_of_log()}")
+            if "DEPLOY_FAILED" in self._log_text():
+                raise UserError(f"{self.arm.name} failed to deploy; {self.end_of_log()}")
+            if load.answers(self.port):
+                return time.monotonic() - began
+            time.sleep(0.5)
+        raise UserError(f"{self.arm.name} did not answer in {_START_S} s; {self.end_of_log()}")
+
+    def _log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def end_of_log(self) -> str:
+        return f"{self.log} ends with:\n" + "\n".join(self._log_text().splitlines()[-15:])
+
+    def stop(self) -> None:
+        """End it and everything it started."""
+        self.processes()
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=60)
+        deadline = time.monotonic() + 5
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        processes.end(processes.orphans())
+
+
+@contextlib.contextmanager
+def started(arm: Arm, setup: Setup) -> Iterator[Running]:
+    """The arm, running; gone afterwards, whatever happens."""
+    port = _free_port()
+    log = setup.work / f"{arm.name}.log"
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VLLM_"))}
+    env |= setup.environment | arm.env
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            arm.command(setup, port),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            start_new_session=True,
+            preexec_fn=_interrupt_when_parent_dies,
+        )
+    running = Running(arm, port, process, log)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def _interrupt_when_parent_dies() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def title(process: psutil.Process) -> str:
+    """A process's name, short enough for a table."""
+    command = process.cmdline()
+    first = command[0] if command else process.name()
+    if first.startswith(("ray::", "VLLM::")):
+        return first.split("#")[0]
+    line = " ".join(command)
+    for part, name in _KNOWN.items():
+        if part in line:
+            return name
+    return Path(first).name
+
+
+_KNOWN = {
+    "vllm.entrypoints.cli.main": "vllm.entrypoints.cli.main",
+    "/bin/serve run": "serve run",
+    "multiprocessing.resource_tracker": "resource_tracker",
+    "multiprocessing.forkserver": "forkserver",
+    "haproxy": "haproxy",
+    "dashboard/agent.py": "dashboard agent",
+    "dashboard/dashboard.py": "dashboard",
+    "runtime_env/agent": "runtime_env agent",
+    "log_monitor": "log_monitor",
+    "monitor.py": "autoscaler monitor",
+    "gcs_server": "gcs_server",
+    "raylet/raylet": "raylet",
+}
+
+
+def cpu_seconds(running: Running) -> dict[psutil.Process, tuple[str, float]]:
+    """CPU seconds that each process has used so far."""
+    found = {}
+    for process in running.processes():
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            found[process] = (title(process), times.user + times.system)
+    return found
+
+
+def as_json(setup: Setup) -> dict[str, Any]:
+    """The common settings, for the record."""
+    return {"engine": setup.engine, "environment": setup.environment, "model": _shape(setup.model)}
+
+
+def _shape(model: Path) -> dict[str, Any]:
+    config = json.loads((model / "config.json").read_text())
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    return {k: config[k] for k in keys}

@@ -1,0 +1,338 @@
+"""Which model a request names, in every kind of body; and bodies that cannot be read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import pytest
+from harness.scripted import GatewayProcess, Upstream, reported
+
+TRANSCRIBE = "/v1/audio/transcriptions"
+CHAT = "/v1/chat/completions"
+JSON = {"content-type": "application/json"}
+
+
+def error_in(answer: Any, status: int = 400) -> dict[str, Any]:
+    assert answer.status_code == status
+    assert answer.json().keys() == {"error"}
+    assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    return dict(answer.json()["error"])
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("id", ["m", "org/m:1.0"])
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www", ""])
+async def test_a_json_body_is_read_whatever_its_content_type_says(id: str, kind: str) -> None:
+    """The model server is the one to refuse a content type that it does not take."""
+    body = json.dumps({"a": [1, {"model": "other"}], "model": id}).encode()
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        headers = {"content-type": kind} if kind else {}
+        answer = await gateway.client.post(CHAT, content=body, headers=headers)
+        assert answer.status_code == 200
+        assert upstream.bodies == [body]
+        assert upstream.exchanges[0].header("content-type") == ([kind] if kind else [])
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "missing_model"),
+        (b" \n ", "missing_model"),
+        (b"{}", "missing_model"),
+        (b'{"Model": "m"}', "missing_model"),
+        (b'{"model": null}', "missing_model"),
+        (b'{"model": ""}', "missing_model"),
+        (b'{"a": {"model": "m"}}', "missing_model"),
+        (b'{"model": 1}', "invalid_type"),
+        (b'{"model": 1e400}', "invalid_json"),
+        (b'{"model": false}', "invalid_type"),
+        (b'{"model": ["m"]}', "invalid_type"),
+        (b'{"model": {"m": 1}}', "invalid_type"),
+        (b"[]", "invalid_json"),
+        (b"null", "invalid_json"),
+        (b"1", "invalid_json"),
+        (b'"m"', "invalid_json"),
+        (b"{", "invalid_json"),
+        (b'{"model": "m"', "invalid_json"),
+        (b'{"model": "m",}', "invalid_json"),
+        (b'{"model": "m"}{}', "invalid_json"),
+        (b"{'model': 'm'}", "invalid_json"),
+        (b'{"model": "m", "x": NaN}', "invalid_json"),
+        (b'{"model": "\xc3"}', "invalid_json"),
+        (b'{"model": "m", "x": "\x00"}', "invalid_json"),
+        (b'{"model": "m", "x": ' + b"[" * 10**6 + b"]" * 10**6 + b"}", "invalid_json"),
+        (b'{"model": "m", "x": ' + b'{"a":' * 10**5 + b"1" + b"}" * 10**5 + b"}", "invalid_json"),
+    ],
+)
+async def test_a_body_without_a_model_never_reaches_a_replica(body: bytes, code: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, content=body, headers=JSON)
+        assert error_in(answer)["code"] == code
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize(
+    "id", ["n", "M", "m ", " m", "m\n", "é", "😀", "../m", "m/m", "\x00", "x" * 10**6]
+)
+async def test_an_id_that_is_not_one_is_not_found_and_the_message_stays_short(id: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json={"model": id})
+        error = error_in(answer, 404)
+        assert error["code"] == "model_not_found"
+        assert len(error["message"]) < 1000
+        assert upstream.exchanges == []
+
+
+async def test_the_list_of_what_exists_is_cut_and_the_closest_id_is_named() -> None:
+    applications = {f"model-{n:03}": reported() for n in range(500)}
+    async with GatewayProcess(applications=applications) as gateway:
+        answer = await gateway.client.post(CHAT, json={"model": "model-49O"})
+    message = error_in(answer, 404)["message"]
+    assert "did you mean 'model-490'?" in message or "did you mean 'model-49" in message
+    assert len(message) < 1000
+
+
+# --- multipart -------------------------------------------------------------------------------
+
+
+def part(disposition: str, data: bytes, *more: str) -> bytes:
+    lines = [f"content-disposition: form-data; {disposition}", *more]
+    return b"--B\r\n" + "\r\n".join(lines).encode() + b"\r\n\r\n" + data + b"\r\n"
+
+
+MODEL = part('name="model"', b"org/m:1.0")
+FILE = part('name="file"; filename="a.wav"', bytes(range(256)) * 500, "content-type: audio/wav")
+DECOY = part(
+    'name="file"; filename="a"', b'\r\ncontent-disposition: form-data; name="model"\r\n\r\nx'
+)
+END = b"--B--\r\n"
+FORM = {"content-type": "multipart/form-data; boundary=B"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        MODEL + FILE + END,
+        FILE + MODEL + END,
+        FILE + FILE + MODEL + FILE + END,
+        DECOY + MODEL + END,
+        MODEL + END + b"epilogue",
+        part("name=model", b"m") + END,
+        part('name="model"', b"m", "content-type: text/plain") + END,
+        b"--B\r\ncontent-type: text/plain\r\n" + MODEL.removeprefix(b"--B\r\n") + END,
+    ],
+)
+async def test_a_multipart_body_names_its_model_wherever_the_field_stands(body: bytes) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(TRANSCRIBE, content=body, headers=FORM)
+        assert answer.status_code == 200, answer.text
+        assert upstream.bodies == [body]
+        assert upstream.exchanges[0].header("content-type") == [FORM["content-type"]]
+
+
+@pytest.mark.parametrize(
+    "content_type",
+    [
+        'multipart/form-data; boundary="B"',
+        "Multipart/Form-Data; charset=utf-8; boundary=B",
+        "multipart/form-data;boundary=B",
+    ],
+)
+async def test_a_boundary_is_found_however_it_is_written(content_type: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(
+            TRANSCRIBE, content=FILE + MODEL + END, headers={"content-type": content_type}
+        )
+        assert answer.status_code == 200, answer.text
+
+
+async def test_a_form_of_the_openai_sdk_is_read() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(
+            TRANSCRIBE, data={"model": "org/m:1.0"}, files={"file": ("a.wav", b"\x00" * 10**5)}
+        )
+        assert answer.status_code == 200
+        assert len(upstream.bodies[0]) > 10**5
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"", FORM["content-type"]),
+        (b"no parts here", FORM["content-type"]),
+        (FILE + END, FORM["content-type"]),
+        (DECOY + END, FORM["content-type"]),
+        (MODEL + END, "multipart/form-data"),
+        (MODEL + END, "multipart/form-data; boundary="),
+        (MODEL + END, "multipart/form-data; boundary=C"),
+        (MODEL + END, "multipart/form-data; boundary=" + "x" * 5000),
+        (b"--B\r\nbroken header\r\n\r\nm\r\n" + END, FORM["content-type"]),
+        (b"--B\r\n\r\nm\r\n" + END, FORM["content-type"]),
+        (b"--Bx" + MODEL, FORM["content-type"]),
+        (part('name="model"', b"") + END, FORM["content-type"]),
+        (FILE[:-20], FORM["content-type"]),
+    ],
+)
+async def test_a_multipart_body_that_names_no_model_is_bad(body: bytes, content_type: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(
+            TRANSCRIBE, content=body, headers={"content-type": content_type}
+        )
+        assert error_in(answer)["type"] == "invalid_request_error"
+        assert upstream.exchanges == []
+
+
+async def test_the_last_of_two_model_fields_counts_as_it_does_in_vllm() -> None:
+    body = part('name="model"', b"x") + FILE + MODEL + END
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(TRANSCRIBE, content=body, headers=FORM)
+        assert answer.status_code == 200, answer.text
+
+
+# --- the query -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("query", ["model=m", "model=org/m:1.0", "model=org%2Fm%3A1.0&x=1"])
+async def test_the_query_names_the_model_of_a_request_without_a_body(query: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.get(f"/version?{query}")
+        assert answer.status_code == 200
+        assert [e.target for e in upstream.exchanges] == [f"/version?{query}"]
+
+
+async def test_the_body_wins_over_the_query() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(f"{CHAT}?model=x", json={"model": "m"})
+        assert answer.status_code == 200
+        answer = await gateway.client.post(f"{CHAT}?model=m", json={"model": "x"})
+        assert error_in(answer, 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize("query", ["", "?x=1", "?models=m", "?model="])
+async def test_without_a_model_anywhere_there_is_no_route(query: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.get(f"/version{query}")
+        assert answer.status_code in (400, 404)
+        error_in(answer, answer.status_code)
+        assert upstream.exchanges == []
+
+
+# --- routes that are closed ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/metrics", "/metrics/", "/load", "/ping", "/server_info", "/sleep", "/wake_up",
+        "/is_sleeping", "/pause", "/resume", "/is_paused", "/abort_requests",
+        "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc",
+        "/start_profile", "/stop_profile", "/scale_elastic_ep", "/is_scaling_elastic_ep",
+        "/fault_tolerance/x", "/adapters", "/adapters/x", "/docs", "/docs/oauth2-redirect",
+        "/redoc", "/openapi.json", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+        "/init_weight_transfer_engine", "/update_weights", "/get_world_size",
+        "/%6detrics", "/metrics%2F",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_operators_routes_are_closed(path: str, method: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.request(method, f"{path}?model=m", json={"model": "m"})
+        error = error_in(answer, 404)
+        assert error["code"] == "not_found"
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize(
+    "path", ["//metrics", "/./metrics", "/x/../metrics", "/x/%2e%2e/metrics", "/x%2f..%2fmetrics"]
+)
+async def test_a_path_is_never_tidied_up_into_a_closed_one(path: str) -> None:
+    """vLLM's app takes paths as they are, so such a one leads nowhere there."""
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        head = f"GET {path}?model=m HTTP/1.1\r\nhost: x\r\n\r\n"
+        assert (await raw(gateway, head.encode())).startswith(b"HTTP/1.1 ")
+        assert [e.target for e in upstream.exchanges] in ([], [f"{path}?model=m"])
+
+
+# --- size ------------------------------------------------------------------------------------
+
+
+async def raw(gateway: GatewayProcess, request: bytes) -> bytes:
+    """What comes back, up to the end of its head, for a request that need not be whole."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+    writer.write(request)
+    async with asyncio.timeout(10):
+        head = await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    return head
+
+
+async def test_a_declared_length_over_the_limit_is_refused_before_the_body_is_sent() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream, max_body_mib=1) as gateway:
+        head = await raw(gateway, b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1048577\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 413 ")
+        assert upstream.exchanges == []
+
+
+async def test_a_chunked_body_is_refused_as_soon_as_it_is_over_the_limit() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream, max_body_mib=1) as gateway:
+        chunk = b"80000\r\n" + b"x" * 0x80000 + b"\r\n"
+        head = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+        assert (await raw(gateway, head + chunk * 3)).startswith(b"HTTP/1.1 413 ")
+        assert upstream.exchanges == []
+
+
+async def test_a_body_of_just_the_limit_is_relayed_however_it_is_sent() -> None:
+    body = b'{"model":"m"}'.ljust(2**20)
+
+    async def pieces() -> Any:
+        for n in range(0, len(body), 1000):
+            yield body[n : n + 1000]
+
+    async with Upstream() as upstream, GatewayProcess(upstream, max_body_mib=1) as gateway:
+        for content in (body, pieces()):
+            answer = await gateway.client.post(CHAT, content=content)
+            assert answer.status_code == 200
+        over = await gateway.client.post(CHAT, content=body + b" ")
+        error = error_in(over, 413)
+        assert error["code"] == "request_too_large"
+        assert "1 MiB" in error["message"]
+        assert upstream.bodies == [body, body]
+
+
+@pytest.mark.parametrize("length", [b"-1", b"1e9", b"99999999999999999999", b"5, 5", b"x"])
+async def test_a_length_that_is_none_is_refused_by_someone(length: bytes) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        head = await raw(
+            gateway, b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\nhello"
+        )
+        assert head.split()[1] in (b"400", b"413")
+        assert upstream.exchanges == []
+
+
+async def test_a_huge_header_does_not_reach_a_replica_and_harms_nothing() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        with socket.socket() as connection:
+            connection.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(connection, ("127.0.0.1", gateway.port))
+            head = b"POST / HTTP/1.1\r\nhost: x\r\nx-large: " + b"x" * 10**6
+            await loop.sock_sendall(connection, head)
+        assert (await gateway.client.get("/health")).status_code == 200
+        assert upstream.exchanges == []
+
+
+async def test_a_websocket_is_declined() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        head = await raw(
+            gateway,
+            b"GET /v1/realtime?model=m HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\n"
+            b"connection: upgrade\r\nsec-websocket-version: 13\r\n"
+            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        )
+        assert head.split()[1] == b"403"
+        assert upstream.exchanges == []
