@@ -13,7 +13,7 @@ import types
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 
@@ -50,12 +50,17 @@ def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Nam
     if config.adapters:
         engine.setdefault("enable_lora", True)
     argv = ["--model", config.model, "--served-model-name", *ids]
-    parser = make_arg_parser(FlexibleArgumentParser())
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise ValueError(" ".join(message.split()))  # argparse would print and exit
+
+    parser = make_arg_parser(Parser())
     try:
         args: Namespace = parser.parse_args(argv + engine_args.to_argv(engine))
         validate_parsed_serve_args(args)
         validate_api_server_args(args)
-    except (SystemExit, TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"vLLM refuses the engine arguments: {error}") from None
     return args
 

@@ -123,6 +123,16 @@ def _check_one(name: str, value: Any) -> None:
         )
     if value is None:
         return  # vLLM's default
+    if isinstance(value, list) and "array" in arg.accepts:
+        if not value:
+            raise ConfigError(f"engine.{name} is an empty list; remove it or list something")
+        for item in value:
+            _check_value(name, item, arg)
+    else:
+        _check_value(name, value, arg)
+
+
+def _check_value(name: str, value: Any, arg: EngineArg) -> None:
     if arg.choices and not isinstance(value, (list, dict)):
         if value not in arg.choices:
             known = [str(c) for c in arg.choices]
@@ -131,6 +141,8 @@ def _check_one(name: str, value: Any) -> None:
                 f"{did_you_mean(str(value), known)}"
             )
         return
+    if value == "auto" and name == "max_model_len":
+        return  # the one count that vLLM can choose by itself
     if not any(_is(value, kind) for kind in arg.accepts):
         raise ConfigError(
             f"engine.{name} is {_shown(value)}, but must be "
@@ -166,7 +178,7 @@ def _is(value: Any, kind: str) -> bool:
 
 def _is_count(text: str) -> bool:
     number = text[:-1] if text[-1:].lower() in ("k", "m", "g", "t") else text
-    return number.replace(".", "", 1).isdigit() or text == "auto"
+    return number.replace(".", "", 1).isdigit()
 
 
 def _shown(value: Any) -> str:
@@ -215,10 +227,9 @@ def _describe(action: argparse.Action) -> EngineArg:
     if action.nargs == 0:
         return EngineArg(("flag",))
     accepts = _accepted_by(action)
-    if action.nargs in ("+", "*"):
-        return EngineArg(("array", *accepts))
     choices = tuple(c for c in action.choices or () if c != "None")
-    # vLLM declares choices for some open sets only as a hint, and then keeps `type`.
+    if action.nargs in ("+", "*"):
+        accepts = ("array", *accepts)
     return EngineArg(accepts, choices)
 
 

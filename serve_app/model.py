@@ -53,15 +53,16 @@ def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:
     if controller is None or not claimed:
         return
     details = ray.get(controller.get_serve_instance_details.remote())
-    myself = None
-    for name, application in details["applications"].items():
-        deployed = application.get("deployed_app_config") or {}
-        if deployed.get("import_path") != MODEL_IMPORT_PATH:
+    deployed = {
+        name: application["deployed_app_config"].get("args") or {}
+        for name, application in details["applications"].items()
+        if (application.get("deployed_app_config") or {}).get("import_path") == MODEL_IMPORT_PATH
+    }
+    myself = next((name for name, others in deployed.items() if others == args), None)
+    for name, others_args in deployed.items():
+        if name == myself:
             continue
-        if myself is None and deployed.get("args") == args:
-            myself = name
-            continue
-        others = {name, *_claims(deployed.get("args") or {})}
+        others = {name, *_claims(others_args)}
         for id in claimed:
             if id in others:
                 raise ConfigError(

@@ -15,8 +15,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-_RAY_DAEMONS = ("gcs_server", "raylet", "haproxy")
-
 
 @dataclass(frozen=True)
 class Orphan:
@@ -53,14 +51,12 @@ def _name_if_ours(entry: Path) -> str | None:
     first = title.partition(" ")[0]
     home = str(Path(sys.prefix).resolve()) + os.sep
     if first.startswith(home):
-        name = Path(first).name
-        if name in _RAY_DAEMONS or "/ray/" in title:
-            return name if name in _RAY_DAEMONS else "ray"
-        return None
+        # Not gcs_server, raylet or dashboard: those of `ray start` have no parent by design.
+        return "haproxy" if Path(first).name == "haproxy" else None
     # Ray's workers and vLLM's processes rename themselves, so the environment tells.
     if title.startswith(("ray::", "VLLM::")):
         environment = (entry / "environ").read_bytes().decode(errors="replace")
-        if f"VIRTUAL_ENV={sys.prefix}" in environment or home in environment:
+        if f"VIRTUAL_ENV={sys.prefix}" in environment.split("\0") or home in environment:
             return first
     return None
 

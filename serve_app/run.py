@@ -232,7 +232,8 @@ def _in_session(session: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if os.getsid(int(entry.name)) == session:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if os.getsid(int(entry.name)) == session and state != "Z":
                     found.append(int(entry.name))
             except OSError:
                 continue

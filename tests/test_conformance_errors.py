@@ -80,6 +80,16 @@ def test_the_anthropic_sdk_gets_its_own_envelope_from_vllm_too(
     assert body["error"]["message"]
 
 
+def test_the_anthropic_sdk_gets_its_own_envelope_for_a_missing_field(
+    claude: anthropic.Anthropic,
+) -> None:
+    with pytest.raises(anthropic.BadRequestError) as raised:
+        claude.post("/v1/messages", body={"model": CHAT, "messages": QUESTION}, cast_to=object)
+    body = raised.value.response.json()
+    assert body["type"] == "error"
+    assert "max_tokens" in body["error"]["message"] + str(body["error"]["param"])
+
+
 # --- requests that cannot work ---------------------------------------------------------------
 
 

@@ -260,7 +260,8 @@ def both(cluster: Cluster, bare: BareVllm, path: str, body: dict[str, Any]) -> l
                 "top_logprobs": 2,
             },
         ),
-        ("/v1/completions", {"prompt": "Once", "seed": 3, "max_tokens": 24, "n": 2, "logprobs": 1}),
+        # One at a time: the last digits also change with what else is in the engine's batch.
+        ("/v1/completions", {"prompt": "Once", "seed": 3, "max_tokens": 24, "logprobs": 1}),
         ("/v1/messages", {"messages": TALE, "temperature": 0, "max_tokens": 24}),
     ],
 )

@@ -93,6 +93,9 @@ def _in_json(body: bytes) -> Any:
         ) from None
 
 
+_MAX_PARTS = 1000  # as Starlette, which reads the body next, in vLLM
+
+
 def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
     if not boundary:
         raise invalid("The multipart body has no boundary in its content-type.")
@@ -120,9 +123,14 @@ def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
         if in_model:
             found.append(data[start:end])
 
+    parts = 0
+
     def on_part_begin() -> None:
-        nonlocal in_model
+        nonlocal in_model, parts
         in_model = False
+        parts += 1
+        if parts > _MAX_PARTS:
+            raise ValueError("too many parts")
 
     try:
         parser = MultipartParser(
@@ -138,5 +146,7 @@ def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
         parser.write(body)
         parser.finalize()
     except Exception:
-        raise invalid("The multipart body is malformed.") from None
+        raise invalid(
+            f"The multipart body is malformed, or has more than {_MAX_PARTS} parts."
+        ) from None
     return b"".join(found).decode("utf-8", "replace") if found else None

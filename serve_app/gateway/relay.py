@@ -154,7 +154,7 @@ async def _send_error(response: aiohttp.ClientResponse, request: Request, answer
     FastAPI has a shape of its own for unknown routes and methods, and the server under it
     answers in plain text. An error is small and comes at once, so it is read whole.
     """
-    body = await response.read()
+    body = sent = await response.read()
     headers = _to_client(response.raw_headers)
     try:
         shown = json.loads(body)
@@ -165,7 +165,11 @@ async def _send_error(response: aiohttp.ClientResponse, request: Request, answer
         kind = "invalid_request_error" if response.status < 500 else "server_error"
         message = f"{text or response.reason} ({request.method} {request.path[:200]})"
         body = GatewayError(response.status, message, kind).body(request.path)
-        headers = [(k, v) for k, v in headers if k not in (b"content-length", b"content-type")]
+    elif request.path.startswith("/v1/messages") and "type" not in shown:
+        body = json.dumps({"type": "error", **shown}).encode()
+    if body is not sent:
+        replaced = (b"content-length", b"content-type", b"content-encoding")
+        headers = [(k, v) for k, v in headers if k not in replaced]
         headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", b"%d" % len(body)))
     await answer.send(

@@ -149,7 +149,7 @@ class Gateway:
             return model
         known = self._directory.ids()
         listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-        hint = did_you_mean(id, known) or "."
+        hint = did_you_mean(id[:200], known) or "."
         raise GatewayError(
             404,
             f"The model '{id[:200]}' does not exist{hint} Available: {listed or 'none yet'}.",

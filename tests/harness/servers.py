@@ -88,6 +88,7 @@ class Cluster:
         self.process = process
         self.log = log
         self.config = config
+        self.orphans_before = orphans()
         self.base_url = f"http://127.0.0.1:{port}"
 
     @classmethod
@@ -131,7 +132,8 @@ class Cluster:
     def left(self, within_s: float = 15.0) -> dict[int, str]:
         """What is still there of an ended cluster, once it had some time."""
         processes.eventually(lambda: not processes.in_session(self.process.pid), within_s)
-        return processes.in_session(self.process.pid) | {o.pid: o.name for o in orphans()}
+        others = {o.pid: o.name for o in orphans() if o not in self.orphans_before}
+        return processes.in_session(self.process.pid) | others
 
     @property
     def gcs_address(self) -> str:
@@ -237,8 +239,5 @@ class BareVllm:
         return cls(base_url, process)
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(timeout=30)
-        finally:
-            processes.kill_session(self.process.pid)
+        processes.kill_session(self.process.pid)
+        self.process.wait()
