@@ -42,7 +42,8 @@ demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint
 test: venv  ## lint, types and every test that a CPU can run (under 20 minutes on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/serve-app fetch demo
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m "not slow" --ignore tests/test_placement_cluster.py
+	@$(BIN)/python -m pytest tests/test_placement_cluster.py  # a Ray of its own, so a process of its own
 
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
