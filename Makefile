@@ -53,7 +53,8 @@ lint: venv
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy
 
 bench-quick: venv  ## bare vLLM, this gateway and Ray Serve LLM in turn, on this CPU
-	@$(BIN)/python -m benchmarks.quick
+	@$(UV) pip install -q --no-deps --python $(BIN)/python pyarrow==25.0.1  # Ray Serve LLM imports it
+	@$(BIN)/python -m benchmarks.quick $(BENCH)
 
 lock: $(UV)  ## refresh both locks from pyproject.toml
 	@$(UV) pip compile -q pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
