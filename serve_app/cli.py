@@ -36,12 +36,17 @@ def cli() -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-v", "--verbose", is_flag=True, help="Show Ray's and vLLM's own output.")
-def run(config: Path, verbose: bool) -> None:
+@click.option("--no-check", is_flag=True, help="Start also what cannot fit its GPUs.")
+def run(config: Path, verbose: bool, no_check: bool) -> None:
     """Run CONFIG in the foreground, as `serve run` does, and clean up at the end."""
     from serve_app.config import load
+    from serve_app.planner import checks
     from serve_app.run import run
 
-    sys.exit(run(load(config), _console, verbose=verbose))
+    fleet = load(config)
+    if not no_check:
+        checks.refuse(fleet)
+    sys.exit(run(fleet, _console, verbose=verbose))
 
 
 @cli.command()

@@ -50,7 +50,7 @@ def run(fleet: Fleet, console: Console, *, verbose: bool = False) -> int:
         if log:
             console.print(f"starting {len(fleet.models)} models; full log: {log}", highlight=False)
         if _wait_until_ready(fleet, serve, stop, console, started):
-            print(_how_to_ask(fleet), flush=True)  # never wrapped: it is to be copied
+            print(how_to_ask(fleet), flush=True)  # never wrapped: it is to be copied
         while serve.poll() is None and not stop.asked:
             time.sleep(0.2)
         if not stop.asked:
@@ -165,7 +165,7 @@ def _ask_ready(port: int) -> dict[str, Any] | None:
         return None
 
 
-def _how_to_ask(fleet: Fleet) -> str:
+def how_to_ask(fleet: Fleet) -> str:
     """A curl command and an OpenAI SDK snippet that work as they are."""
     base = f"http://127.0.0.1:{fleet.port}/v1"
     chat = next((n for n, m in fleet.models.items() if _chats(m)), None)
@@ -175,6 +175,7 @@ def _how_to_ask(fleet: Fleet) -> str:
         body = {
             "model": chat,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "temperature": 0,  # a small model that samples soon talks nonsense, and for long
         }
         lines += [
             f"curl -s {base}/chat/completions -H 'content-type: application/json' \\",
@@ -186,6 +187,7 @@ def _how_to_ask(fleet: Fleet) -> str:
             "answer = client.chat.completions.create(",
             f'    model="{chat}",',
             '    messages=[{"role": "user", "content": "What is the capital of France?"}],',
+            "    temperature=0,",
             ")",
             "print(answer.choices[0].message.content)",
         ]

@@ -18,12 +18,13 @@ from kuberay_fixtures import NAMES, ROOT, bundle, fleet, profile
 
 from serve_app.config import parse_document
 from serve_app.errors import ConfigError, UserError
-from serve_app.kuberay import cli, instances
+from serve_app.kuberay import cli
 from serve_app.kuberay.clusterwide import clusterwide
 from serve_app.kuberay.profile import ClusterProfile, load_profile
 from serve_app.kuberay.render import documents, render, write
 from serve_app.kuberay.workers import groups_of, shape_of
 from serve_app.kuberay.yamlfile import Note, dump, note, plain
+from serve_app.planner import hardware
 
 
 def service(name: str, **changes: Any) -> dict[str, Any]:
@@ -243,14 +244,6 @@ def test_no_head_pdb_with_redis_and_a_strict_one_without() -> None:
 # --- machines -----------------------------------------------------------------------------------
 
 
-def test_the_table_has_every_gpu_machine() -> None:
-    assert len(instances.table()) > 50
-    p5 = instances.by_name()["p5.48xlarge"]
-    assert (p5.gpus, p5.gpu_memory_mib, p5.efa) == (8, 81920, 32)
-    assert "g6f.large" not in instances.by_name()  # a fraction of a GPU
-    assert "g5g.xlarge" not in instances.by_name()  # arm64
-
-
 @pytest.mark.parametrize(
     ("engine", "accelerator", "pods", "gpus"),
     [
@@ -270,7 +263,7 @@ def test_parallelism_becomes_pods(
     shape = shape_of("x", one.models["m"], ClusterProfile())
     assert (shape.pods_per_replica, shape.gpus_per_pod) == (pods, gpus)
     for name in shape.instance_types:
-        assert instances.by_name()[name].gpus % gpus == 0
+        assert hardware.instances()[name].gpus % gpus == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ One idea a module, and arrows that point one way::
 
     cli ─► deploy ─► client            (the cluster: the API server, and nothing else)
      └───► render ─► manifests/…       (the files: pure functions of config and profile)
-             └─► workers ─► instances  (which pods on which machines)
+             └─► workers ─► planner.hardware  (which pods on which machines)
     cli ─► validate                    (the files, judged without a cluster)
 
 Nothing here imports Ray, vLLM or torch, and nothing but :mod:`client` imports the Kubernetes

@@ -8,7 +8,6 @@ import yaml
 
 from serve_app.config import parse_document
 from serve_app.errors import UserError
-from serve_app.kuberay.instances import by_name
 from serve_app.kuberay.reading import (
     GPU,
     INSTANCE_TYPE,
@@ -18,6 +17,7 @@ from serve_app.kuberay.reading import (
     Found,
     get,
 )
+from serve_app.planner import hardware
 
 PLACEHOLDER = "REPLACE_ME"
 """What secrets.template.yaml has in place of each value."""
@@ -119,7 +119,7 @@ def node_pool(document: Document) -> Found:
         if requirement.get("key") == INSTANCE_TYPE:
             for value in requirement.get("values") or []:
                 # Families of GPU machines start so; the table does not have the others.
-                if value[:1] in "gp" and value not in by_name():
+                if value[:1] in "gp" and value not in hardware.instances():
                     yield f"{where}.values", f"names '{value}', which is no EC2 type with a GPU"
     limits = get(document, "spec.limits") or {}
     if get(document, "spec.template.spec.taints") and GPU not in limits:

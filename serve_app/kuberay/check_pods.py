@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from serve_app.kuberay.instances import Instance, by_name, with_accelerator
 from serve_app.kuberay.reading import (
     CAPACITY_TYPE,
     EFA,
@@ -29,6 +28,8 @@ from serve_app.kuberay.reading import (
     required_values,
     resources,
 )
+from serve_app.planner import hardware
+from serve_app.planner.hardware import Instance, with_accelerator
 
 
 def head(document: Document) -> Found:
@@ -197,9 +198,9 @@ def machines(where: str, group: Document, bundle: Bundle) -> Found:
     if not any(t.get("key") == GPU for t in get(group, "template.spec.tolerations") or []):
         yield f"{path}.tolerations", f"has none for {GPU}, the taint of GPU nodes"
     types = affinity_values(group, INSTANCE_TYPE)
-    known = [by_name()[t] for t in types if t in by_name()]
+    known = [hardware.instances()[t] for t in types if t in hardware.instances()]
     for name in types:
-        if name not in by_name():
+        if name not in hardware.instances():
             yield f"{path}.affinity", f"names '{name}', which is no EC2 type with a GPU"
     accelerator = accelerator_of(group)
     if accelerator and known:

@@ -7,10 +7,10 @@ import math
 from typing import Any
 
 from serve_app.config import Fleet
-from serve_app.kuberay.instances import by_name
 from serve_app.kuberay.profile import RAY_VERSION, ClusterProfile
 from serve_app.kuberay.workers import OBJECT_STORE_GIB, WorkerGroup
 from serve_app.kuberay.yamlfile import note
+from serve_app.planner import hardware
 
 ROLE_LABEL = "serve-app/role"
 """Label of pods, and of Ray nodes: ``head``, ``gateway``, ``gpu`` or ``cpu``."""
@@ -529,7 +529,7 @@ def _scheduling(group: WorkerGroup, name: str, profile: ClusterProfile) -> dict[
 
 def _gpu_name(group: WorkerGroup) -> str:
     assert group.shape is not None
-    return by_name()[group.shape.instance_types[0]].gpu
+    return hardware.instances()[group.shape.instance_types[0]].gpu.ec2_name or ""
 
 
 def _node_affinity(

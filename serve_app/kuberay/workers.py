@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from serve_app.config import Fleet, GatewayConfig, ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.kuberay.instances import Instance, by_name, with_accelerator
 from serve_app.kuberay.profile import ClusterProfile
+from serve_app.planner import hardware
+from serve_app.planner.hardware import Instance, with_accelerator
 
 OBJECT_STORE_GIB = 1
 """Ray's object store in each pod. Ray would take 30 % of the memory; tokens never go there."""
@@ -66,7 +67,7 @@ class WorkerGroup:
         """Network adapters of a pod: its share of the machine's, if a replica spans machines."""
         if self.shape is None or self.shape.pods_per_replica == 1:
             return 0
-        machine = by_name()[self.shape.instance_types[0]]
+        machine = hardware.instances()[self.shape.instance_types[0]]
         return machine.efa * self.gpus // machine.gpus
 
     @property
@@ -99,7 +100,7 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
         )
     instances = with_accelerator(accelerator, where)
     if profile.instance_types:
-        unknown = [name for name in profile.instance_types if name not in by_name()]
+        unknown = [name for name in profile.instance_types if name not in hardware.instances()]
         if unknown:
             raise ConfigError(f"{where}: instance_types: '{unknown[0]}' is no EC2 type with a GPU")
         instances = tuple(i for i in instances if i.name in profile.instance_types)
@@ -195,7 +196,7 @@ def _gpu_group(
         # A replica over several machines must find them alike.
         types = types[:1]
     shape = replace(shape, instance_types=types)
-    cpu, memory = _share(by_name()[types[0]], shape.gpus_per_pod, profile)
+    cpu, memory = _share(hardware.instances()[types[0]], shape.gpus_per_pod, profile)
     name = f"{shape.accelerator.lower()}-x{shape.gpus_per_pod}"
     group = WorkerGroup(
         name=f"{name}-{shape.pods_per_replica}nodes" if shape.pods_per_replica > 1 else name,

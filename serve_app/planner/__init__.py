@@ -12,7 +12,7 @@ alone: no weights are read, and neither vLLM nor torch is imported. One idea per
 ``kv_cache``       blocks and tokens, as ``vllm/v1/core/kv_cache_utils.py``
 ``engine``         vLLM's defaults for the arguments that memory depends on
 ``memory``         the budget of one GPU
-``parallelism``    what TP, PP and EP must divide
+``parallelism``    which sizes of TP, PP, DP, EP and DCP a model can take
 ``hardware``       GPUs and EC2 instances
 ``choose``         the smallest TP×PP per GPU type, and the instances for it
 ``report``         tables, bars, JSON

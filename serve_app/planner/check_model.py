@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from serve_app.config import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose, hardware, parallelism, report
+from serve_app.planner import choose, engine, hardware, parallelism, report
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB
 from serve_app.planner.loading import cpu_plan, load_model
@@ -48,9 +48,8 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("memory", "fail", name, str(error), None)
         return
-    wrong = parallelism.problems(model.shape, plan.parallel, plan.engine.quantization)
-    yield from _parallelism(name, model, plan, wrong)
-    if wrong:
+    yield from _parallelism(name, model, plan)
+    if parallelism.problems(model.shape, plan.parallel, plan.engine.quantization):
         return
     yield from _quantization(name, plan)
     if asked is None:
@@ -65,18 +64,45 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
     yield from _context(name, config, plan)
 
 
-def _parallelism(name: str, model: Model, plan: Plan, wrong: list[str]) -> Iterator[Finding]:
+_OFFLOADS = ("cpu_offload_gb", "cpu_offload_params", "offload_group_size", "offload_params")
+
+
+def impossible(config: ModelConfig, model: Model) -> str | None:
+    """Why the model could not start on any machine; None where it might.
+
+    Unlike :func:`checked`, only what no estimate enters: weights that are more than the GPU has,
+    but not activations or a KV cache that seem too large, nor what EC2 does not offer.
+    """
+    arguments = choose.arguments_of(config)
+    for why, remedy in parallelism.remedies(model.shape, engine.parallelism(arguments)):
+        return f"engine.{why}; {remedy}"
+    asked = config.resources.accelerator_type
+    if asked is None or config.resources.device == "cpu":
+        return None
+    try:
+        gpu, _ = hardware.find(asked)
+        plan = choose.plan_on(model, arguments, gpu)
+    except UserError:
+        return None  # not in the planner's tables, which is no reason not to start
+    refused = choose.refusal(plan.engine.quantization, plan.engine, gpu)
+    if refused or any(map(arguments.get, _OFFLOADS)):
+        return refused
+    if max(stage.weights for stage in plan.stages) < gpu.memory_bytes:
+        return None
+    found = _memory_finding("", config, plan, choose.smallest(model, arguments, gpu))
+    return f"{found.message}; {found.fix}"
+
+
+def _parallelism(name: str, model: Model, plan: Plan) -> Iterator[Finding]:
     limit = hardware.max_gpus_per_node(plan.gpu)
-    for problem in wrong:
-        sizes = parallelism.tensor_sizes(model.shape, limit, plan.engine.quantization)
-        yield Finding(
-            "parallelism",
-            "fail",
-            name,
-            problem,
-            f"tensor_parallel_size can be {', '.join(map(str, sizes))}",
+    wrong = [
+        Finding("parallelism", "fail", name, problem, remedy)
+        for problem, remedy in parallelism.remedies(
+            model.shape, plan.parallel, plan.engine.quantization, largest_group=limit
         )
+    ]
     if wrong:
+        yield from wrong
         return
     if plan.parallel.tensor > limit:
         yield Finding(

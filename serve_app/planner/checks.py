@@ -16,7 +16,7 @@ from serve_app import config as settings
 from serve_app import engine_args
 from serve_app.config import Fleet
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_deployment, check_model
+from serve_app.planner import check_deployment, check_model, metadata
 from serve_app.planner.finding import Finding
 from serve_app.planner.loading import load_model
 from serve_app.planner.manifests import Manifests
@@ -50,22 +50,22 @@ def static(path: Path, manifests: Manifests | None) -> list[Finding]:
 
 
 def refuse(fleet: Fleet) -> None:
-    """Refuse a config that cannot work, for ``serve run``: models whose metadata is at hand.
+    """Refuse a config that certainly cannot work, before ``serve-app run`` starts anything.
 
-    Needs no network: a model that only the hub knows is let through.
+    Needs no network: a model whose metadata is not on this machine is let through.
 
     Raises:
-        ConfigError: the first failed check, and what to change.
+        ConfigError: the first model that cannot start, and what to change.
     """
     for name, config in fleet.models.items():
+        if config.engine.keys() & metadata.OTHER_CONFIG:
+            continue
         try:
             model = load_model(config, offline=True)
         except UserError:
             continue
-        for finding in check_model.checked(name, config, model):
-            if finding.status == "fail":
-                hint = f"; {finding.fix}" if finding.fix else ""
-                raise ConfigError(f"{name}: {finding.message}{hint}")
+        if why := check_model.impossible(config, model):
+            raise ConfigError(f"{fleet.path}: application '{name}': {why} (--no-check skips this)")
 
 
 def _read(path: Path) -> dict[str, Any]:

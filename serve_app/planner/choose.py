@@ -107,7 +107,6 @@ def refusal(scheme: Quantization | None, engine: engine_module.Engine, gpu: GPU)
 def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
     """The smallest layout on one GPU type. Data parallelism stays as the arguments say."""
     asked = engine_module.parallelism(arguments)
-    first_refusal: str | None = None
     closest: Plan | None = None
     for parallel in _layouts(model, arguments, gpu, asked):
         found = plan_on(model, arguments, gpu, parallel)
@@ -116,10 +115,10 @@ def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
         refused = refusal(found.engine.quantization, found.engine, gpu)
         if refused:
             return Choice(gpu, None, refused)
-        first_refusal = first_refusal or "; ".join(found.reasons)
         closest = found
     if closest is None:
-        return Choice(gpu, None, first_refusal or "no size divides the model")
+        alone = replace(asked, tensor=1, pipeline=1)
+        return Choice(gpu, None, "; ".join(parallelism.problems(model.shape, alone)))
     return Choice(gpu, None, f"not even {closest.parallel}: {'; '.join(closest.reasons)}")
 
 

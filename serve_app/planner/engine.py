@@ -142,11 +142,14 @@ def parallelism(arguments: dict[str, Any]) -> Parallelism:
             raise ConfigError(f"engine.{name} is {value}; no cluster has that many GPUs")
         return value
 
+    # Ranks of their own for the prefill have other rules (config/parallel.py:553): left to vLLM.
+    prefill = size("prefill_context_parallel_size")
     return Parallelism(
         size("tensor_parallel_size"),
         size("pipeline_parallel_size"),
         size("data_parallel_size"),
         bool(arguments.get("enable_expert_parallel")),
+        size("decode_context_parallel_size") if prefill == 1 else 1,
     )
 
 

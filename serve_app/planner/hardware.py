@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from serve_app.errors import UserError, did_you_mean
+from serve_app.errors import ConfigError, UserError, did_you_mean
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -122,6 +122,22 @@ def find(name: str) -> tuple[GPU, Instance | None]:
         f"'{name}' is neither a GPU nor an EC2 GPU instance"
         f"{did_you_mean(name, known)} (GPUs: {', '.join(gpus())})"
     )
+
+
+def with_accelerator(accelerator: str, where: str) -> tuple[Instance, ...]:
+    """The instances with an accelerator, by Ray's name for it, fewest GPUs first.
+
+    Raises:
+        ConfigError: no EC2 type has it, with the closest name that one has.
+    """
+    names = {gpu.ray_name: [gpu] for gpu in gpus().values() if gpu.ray_name}
+    names["A100"] = [*names["A100-40G"], *names["A100-80G"]]
+    if accelerator not in names:
+        raise ConfigError(
+            f"{where}: no EC2 instance has the accelerator '{accelerator}'"
+            f"{did_you_mean(accelerator, names)} (known: {', '.join(names)})"
+        )
+    return tuple(i for i in instances().values() if i.gpu in names[accelerator])
 
 
 def max_gpus_per_node(gpu: GPU) -> int:

@@ -14,10 +14,14 @@ from serve_app.planner.memory import Model, Plan
 def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
     """A config's model and, where it speculates with another one, that one's metadata.
 
+    ``offline`` takes only what is on this machine under the model's own name: an alias may be
+    any other model's.
+
     Raises:
         UserError: the model's metadata cannot be had; a draft's is left out instead.
     """
-    model = metadata.load(config.model, also_known_as=config.served_as, offline=offline)
+    aliases = () if offline else config.served_as
+    model = metadata.load(config.model, also_known_as=aliases, offline=offline)
     draft = engine_module.draft_of(config.engine)
     if draft is None or draft.model is None:
         return model

@@ -1,15 +1,17 @@
 """Where a model's ``config.json`` and tensor list come from.
 
-In this order: a local folder; the configs kept as package data; the Hugging Face hub, of which
-only the config and the headers of the safetensors files are fetched. No weights are read.
+In this order: a local folder; the configs kept as package data; the Hugging Face cache; the hub,
+of which only the config and the headers of the safetensors files are fetched. No weights are read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,11 @@ from typing import Any
 from serve_app.errors import UserError, did_you_mean
 from serve_app.planner import derive, model_shape, tensors
 from serve_app.planner.memory import Model
+from serve_app.planner.model_shape import ModelShape
 from serve_app.planner.tensors import DTYPE_BITS, Tensor
+
+OTHER_CONFIG = frozenset({"hf_overrides", "hf_config_path", "config_format", "revision"})
+"""Engine arguments that may make vLLM read another config than the one found here."""
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -44,9 +50,46 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
             return _model(candidate, config, None, "config kept in serve_app")
     if _is_path(name):
         raise UserError(f"{name}: no such folder (a hub id has the form organisation/name)")
+    snapshot = _snapshot(name, os.environ)
+    if list(snapshot.glob("*.safetensors")):
+        with contextlib.suppress(UserError):  # fetched in part: the hub knows better
+            return _from_folder(name, snapshot)
     if offline:
         raise UserError(f"{name}: its metadata is not at hand")
     return _from_hub(name)
+
+
+def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | None:
+    """What is known of the model called ``name`` from a file on this machine, else None.
+
+    ``environment`` says where the Hugging Face cache is. Meant for a process that must not wait:
+    it reads one small file.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        folder = _snapshot(name, environment)
+    try:
+        config = folder / "config.json"
+        found = _object(_text(config), str(config)) if config.is_file() else _kept(name)
+        return model_shape.from_config(found) if found else None
+    except UserError:
+        return None
+
+
+def _snapshot(name: str, environment: Mapping[str, str]) -> Path:
+    """Where the Hugging Face cache has a model; the folder need not exist.
+
+    By hand, because importing huggingface_hub takes longer than everything else here.
+    """
+    home = environment.get("HF_HOME") or (
+        Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    )
+    hub = Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    model = hub / f"models--{name.replace('/', '--')}"
+    try:
+        return model / "snapshots" / (model / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return model
 
 
 def _is_path(name: str) -> bool:
@@ -163,16 +206,10 @@ def _tensors(header: dict[str, Any], where: str) -> Iterable[Tensor]:
 
 def _from_hub(name: str) -> Model:
     """Config and headers only; ``HF_TOKEN`` and ``HF_ENDPOINT`` are honoured by the library."""
-    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
 
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str) and list(Path(cached).parent.glob("*.safetensors")):
-            return _from_folder(name, Path(cached).parent)
-    except (UserError, ValueError):
-        pass  # fetched in part, or no valid name: the hub knows better
     api = HfApi()
     try:
         api.model_info(name, timeout=_HUB_TIMEOUT_S)  # asked once; a download would retry

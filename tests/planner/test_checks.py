@@ -143,13 +143,52 @@ def test_all_wrong_arguments_show_at_once(tmp_path: Path) -> None:
     assert {f.check for f in wrong} == {"engine arguments"}
 
 
-def test_serve_run_refuses_what_cannot_work(tmp_path: Path) -> None:
-    checks.refuse(settings.load(write(tmp_path)))
-    fleet = settings.load(write(tmp_path, engine={"tensor_parallel_size": 1}))
-    with pytest.raises(ConfigError, match=r"llama: weights.* smallest that fits on H100 is TP"):
-        checks.refuse(fleet)
-    unknown = settings.load(write(tmp_path, model="nobody/nothing"))
-    checks.refuse(unknown)  # no metadata at hand: let through, without asking the hub
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"engine": {"tensor_parallel_size": 1}}, "weights.* smallest that fits on H100 is TP"),
+        ({"engine": {"tensor_parallel_size": 6}}, "can be 1, 2, 4, 8"),
+        ({"resources": {"accelerator_type": "V100"}}, "too old"),
+    ],
+)
+def test_run_refuses_what_cannot_work(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=f"application 'llama': .*{words}") as refused:
+        checks.refuse(settings.load(write(tmp_path, **changes)))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"engine": {"tensor_parallel_size": 2, "max_model_len": 131_072}},  # an estimate says no
+        {"engine": {"tensor_parallel_size": 16}},  # no EC2 machine, but there are others
+        {"engine": {"tensor_parallel_size": 1, "cpu_offload_gb": 100}},
+        {"engine": {"tensor_parallel_size": 1}, "resources": {}},  # on which GPU is not said
+        {"engine": {"tensor_parallel_size": 1}, "resources": {"accelerator_type": "MI300X"}},
+        {"engine": {"tensor_parallel_size": 6, "hf_overrides": {"num_attention_heads": 6}}},
+        {"model": "nobody/nothing"},
+        {
+            "model": "./models/other",  # may be any model, whatever it is called
+            "served_as": [LLAMA_70B["model"]],
+            "engine": {"tensor_parallel_size": 1},
+        },
+    ],
+)
+def test_run_starts_whatever_might_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    judged = []
+    monkeypatch.setattr(metadata, "_from_hub", judged.append)
+    checks.refuse(settings.load(write(tmp_path, **changes)))
+    assert not judged  # the hub was not asked
+
+
+def test_run_starts_every_shipped_config() -> None:
+    configs = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+    for path in configs:
+        checks.refuse(settings.load(path))
+    assert len(configs) > 5
 
 
 @pytest.mark.parametrize("text", ["", "[]", "applications: 3", "{"])

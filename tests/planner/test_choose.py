@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +15,6 @@ from tests.planner.helpers import kept, model
 
 LLAMA_70B = "meta-llama/Llama-3.3-70B-Instruct"
 SHORT = {"max_model_len": 8192}
-
-
-@pytest.mark.parametrize(
-    ("name", "parallel", "word"),
-    [
-        (LLAMA_70B, Parallelism(3), "64 attention heads"),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", Parallelism(9), "3 KV heads|padded vocab"),
-        (LLAMA_70B, Parallelism(1, 81), "80 layers"),
-        (LLAMA_70B, Parallelism(4, expert_parallel=True), "mixture of experts"),
-        ("BAAI/bge-m3", Parallelism(1, 2), "pipeline"),
-        # 25600 / 16 = 1600 is no multiple of the fp8 block of 128.
-        ("Qwen/Qwen3-32B-FP8", Parallelism(16), "block of 128"),
-        # 18944 / 4 = 4736 holds 37 groups of 128; by 8 it holds 18.5.
-        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", Parallelism(8), "heads|group of 128"),
-        ("Qwen/Qwen3-30B-A3B", Parallelism(1, data=5), "enable_expert_parallel"),
-    ],
-)
-def test_sizes_that_do_not_divide(name: str, parallel: Parallelism, word: str) -> None:
-    found = parallelism.problems(kept(name).shape, parallel)
-    assert found
-    assert any(re.search(word, sentence) for sentence in found)
-
-
-def test_sizes_that_do(name: str = LLAMA_70B) -> None:
-    assert parallelism.tensor_sizes(kept(name).shape, 8) == [1, 2, 4, 8]
-    assert parallelism.tensor_sizes(kept("Qwen/Qwen2.5-32B-Instruct-AWQ").shape, 8) == [1, 2, 4, 8]
 
 
 def test_smallest_layout_of_70b() -> None:
@@ -146,6 +119,8 @@ def test_ec2_table_names_only_known_gpus() -> None:
     machines = hardware.instances()
     assert len(machines) > 50
     assert machines["p5en.48xlarge"].gpus == 8
+    assert machines["p5.48xlarge"].efa == 32
+    assert {i.gpu.name for i in hardware.with_accelerator("A100", "x")} == {"A100-40G", "A100-80G"}
     assert "g6f.large" not in machines  # a share of a GPU
     assert "g5g.xlarge" not in machines  # arm64
     for gpu in hardware.gpus().values():

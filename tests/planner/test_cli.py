@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import serve_app.run
+from serve_app.cli import cli
 from serve_app.errors import UserError
 from serve_app.planner.cli import check, plan
 
@@ -140,3 +142,18 @@ def test_neither_vllm_nor_torch_nor_ray_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_run_checks_before_it_starts_unless_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(serve_app.run, "run", lambda fleet, *_, **__: started.append(fleet) or 0)
+    config = tmp_path / "bad.yaml"
+    config.write_text(Path(ONE_MODEL).read_text().replace("parallel_size: 4", "parallel_size: 3"))
+    refused = run(cli, "run", str(config))
+    assert isinstance(refused.exception, UserError)  # what main() turns into exit status 2
+    assert "tensor_parallel_size can be 1, 2, 4, 8" in str(refused.exception)
+    assert not started
+    assert run(cli, "run", "--no-check", str(config)).exit_code == 0
+    assert len(started) == 1

@@ -142,7 +142,7 @@ class Hub:
         self.error: Exception | None = None
         self.headers: dict[str, Any] | None = {}
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self._info)
-        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+        monkeypatch.setenv("HF_HOME", str(folder / "cache"))
         monkeypatch.setattr(
             huggingface_hub, "hf_hub_download", lambda *_: str(folder / "config.json")
         )
