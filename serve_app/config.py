@@ -117,6 +117,11 @@ class ModelConfig(_Settings):
     resources: Resources = Resources()
     adapters: list[Adapter] = []
 
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """One folder for all that makes the next start faster: downloads, compiled code and kernels,
+    vLLM's start-up plan. Best on a disk that outlives the replica; one for each type of GPU.
+    None: each library's own place, under the home folder."""
+
     env: dict[str, str] = {}
     """Environment variables of the replica and its engine."""
 

@@ -153,7 +153,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether the engine has requests that it should be making progress on."""
-        return bool(self.llm.output_processor.has_unfinished_requests())
+        return bool(self.llm.output_processor.has_unfinished_requests()) and not self.load.asleep
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until no request is running, ``timeout_s`` seconds at most."""
@@ -232,9 +232,10 @@ class Guard:
             return
 
         async def send_unless_dead(message: MutableMapping[str, Any]) -> None:
-            # A dead engine answers 500 to everything. This process is about to exit; saying
-            # nothing until then lets the gateway give the request to another replica.
-            if message["type"] == "http.response.start" and self._dead():
+            # A dead engine answers 500 to everything, or an error event where the head of a
+            # stream is out already. This process is about to exit; saying nothing until then
+            # lets the gateway give what has no byte yet to another replica.
+            if self._dead():
                 await asyncio.Event().wait()
             await send(message)
 

@@ -15,6 +15,7 @@ def explain(error: str, config: ModelConfig) -> str:
     What is not recognized is passed on in its own words, on one line.
     """
     model = config.model
+    error = _cause(error)
     for pattern, sentence in _KNOWN:
         if re.search(pattern, error, re.IGNORECASE | re.DOTALL):
             return sentence.format(model=model, **_numbers(config))
@@ -37,6 +38,11 @@ _KNOWN: tuple[tuple[str, str], ...] = (
         "'{model}' does not fit: the GPU ran out of memory while it loaded; raise "
         "tensor_parallel_size (now {tp}), use a quantized checkpoint, or lower max_num_seqs "
         "(now {seqs}) and max_model_len (now {len})",
+    ),
+    (
+        r"Free memory on device .* is less than desired GPU memory utilization",
+        "another process holds memory of the GPU that '{model}' was given; end it (nvidia-smi "
+        "names it), or lower gpu_memory_utilization (now {util})",
     ),
     (
         r"No available memory for the cache blocks",
@@ -69,6 +75,15 @@ _KNOWN: tuple[tuple[str, str], ...] = (
         "'{model}' brings code of its own; if you trust it, set engine.trust_remote_code: true",
     ),
 )
+
+
+def _cause(error: str) -> str:
+    """The exception itself, of an error that came from a worker on Ray with its traceback."""
+    if not error.startswith("RayTaskError"):
+        return error
+    lines = re.sub(r"\x1b\[\d+m", "", error).splitlines()
+    raised = (i for i in reversed(range(len(lines))) if re.match(r"[A-Za-z_][\w.]*: ", lines[i]))
+    return "\n".join(lines[next(raised, 0) :])
 
 
 def _one_line(error: str) -> str:

@@ -465,6 +465,37 @@ def test_a_builder_refuses_wrong_args_in_one_sentence(
     assert str(raised.value).startswith("args: 'no_such_setting' is not a setting")
 
 
+@pytest.mark.parametrize("where", ["a folder", "the Hugging Face cache", "package data"])
+def test_a_builder_refuses_sizes_that_the_model_cannot_take(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "nothing"))
+    args: dict[str, Any] = {"model": "org/model", "engine": {"tensor_parallel_size": 6}}
+    if where == "package data":
+        args["model"] = "meta-llama/Llama-3.3-70B-Instruct"
+    else:
+        model.app(args)  # nothing is known: left to vLLM
+        cache = tmp_path / "hub" / "models--org--model"
+        folder = cache / "snapshots" / "abc"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(
+            '{"num_attention_heads": 64, "num_hidden_layers": 2, "hidden_size": 64,'
+            '"intermediate_size": 64, "vocab_size": 64}'
+        )
+        if where == "a folder":
+            args["model"] = str(folder)
+        else:
+            (cache / "refs").mkdir()
+            (cache / "refs" / "main").write_text("abc")
+            args["env"] = {"HF_HOME": str(tmp_path)}
+    with pytest.raises(ConfigError, match="can be 1, 2, 4, 8, 16, 32, 64") as raised:
+        model.app(args)
+    assert "tensor_parallel_size 6 does not divide the 64 attention heads" in str(raised.value)
+    # The config that vLLM will read is another one.
+    model.app({**args, "engine": {**args["engine"], "hf_overrides": {"num_attention_heads": 6}}})
+
+
 def test_the_same_settings_written_differently_build_the_same_deployment() -> None:
     """So that `serve deploy` of an unchanged model restarts nothing."""
     first, second = (

@@ -1,0 +1,47 @@
+"""What a replica's process is given in its environment."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+from vllm import envs
+
+from serve_app.config import ModelConfig
+from serve_app.model import environment
+
+
+def _config(**settings: object) -> ModelConfig:
+    return ModelConfig.model_validate({"model": "org/model", **settings})
+
+
+def _compile_key(config: ModelConfig) -> dict[str, object]:
+    with mock.patch.dict(os.environ, environment(config)):
+        return envs.compile_factors()
+
+
+def test_one_folder_holds_all_caches() -> None:
+    env = environment(_config(cache_dir="/cache"))
+    folders = {name: value for name, value in env.items() if value.startswith("/cache")}
+    assert folders == {
+        "HF_HOME": "/cache/huggingface",
+        "VLLM_CACHE_ROOT": "/cache/vllm",
+        "TRITON_CACHE_DIR": "/cache/triton",
+        "FLASHINFER_WORKSPACE_BASE": "/cache",
+    }
+    assert env["VLLM_ENABLE_STARTUP_PLAN"] == "1"
+    assert "HF_HOME" not in environment(_config())
+
+
+def test_the_config_s_own_environment_wins() -> None:
+    env = environment(_config(cache_dir="/cache", env={"HF_HOME": "/models"}))
+    assert env["HF_HOME"] == "/models"
+    assert env["VLLM_CACHE_ROOT"] == "/cache/vllm"
+
+
+def test_the_folder_is_not_in_the_key_of_what_is_compiled() -> None:
+    """A warm folder that is mounted elsewhere stays warm."""
+    key = _compile_key(_config(cache_dir="/cache"))
+    assert key == _compile_key(_config(cache_dir="/mnt/other"))
+    assert key == _compile_key(_config())
+    assert key != _compile_key(_config(env={"VLLM_USE_AOT_COMPILE": "0"}))

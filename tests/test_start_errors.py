@@ -1,0 +1,55 @@
+"""Why an engine did not start, from what vLLM, the hub and Ray really say."""
+
+from __future__ import annotations
+
+import pytest
+
+from serve_app.config import ModelConfig
+from serve_app.start_errors import explain
+
+MODEL = ModelConfig.model_validate({"model": "org/model", "engine": {"max_num_seqs": 64}})
+
+# As Ray 2.60 sent it on an H200, shortened in the middle.
+FROM_A_WORKER = (
+    "RayTaskError(ValueError): \x1b[36mray::RayWorkerProc.initialize_worker()\x1b[39m (pid=5208, "
+    "ip=127.0.0.1, repr=<vllm.v1.executor.ray_executor_v2.RayWorkerProc object at 0x7f77>)\n"
+    "           ^^^^^^^^^^^^^^^^^^^^^\n"
+    '  File "/site/vllm/v1/executor/ray_executor_v2.py", line 185, in initialize_worker\n'
+    "    super().__init__(\n"
+    "ValueError: {}"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+            "'org/model' does not fit: the GPU ran out of memory while it loaded; raise "
+            "tensor_parallel_size (now 1), use a quantized checkpoint, or lower max_num_seqs "
+            "(now 64) and max_model_len (now the model's own)",
+        ),
+        (
+            FROM_A_WORKER.format(
+                "Free memory on device cuda:0 (83.35/139.8 GiB) on startup is less than desired "
+                "GPU memory utilization (0.92, 128.62 GiB). Decrease GPU memory utilization or "
+                "reduce GPU memory used by other processes."
+            ),
+            "another process holds memory of the GPU that 'org/model' was given; end it "
+            "(nvidia-smi names it), or lower gpu_memory_utilization (now 0.92)",
+        ),
+        (
+            FROM_A_WORKER.format("something nobody has seen"),
+            "the engine of 'org/model' did not start: ValueError: something nobody has seen",
+        ),
+    ],
+)
+def test_the_sentence_that_matters(error: str, said: str) -> None:
+    assert explain(error, MODEL) == said
+
+
+def test_a_long_unknown_error_is_cut_on_one_line() -> None:
+    said = explain("RuntimeError: a\nb " + "x" * 2000, MODEL)
+    assert said.startswith("the engine of 'org/model' did not start: RuntimeError: a b xxx")
+    assert "\n" not in said
+    assert len(said) < 700
