@@ -49,23 +49,31 @@ class Adapters:
             await self._load(name)
 
     async def _load(self, name: str) -> None:
-        if name in self._serving_models.lora_requests:
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        loaded, path = self._serving_models.lora_requests, self._wanted[name]
+        if name in loaded:
             return
         try:
-            answer = await self._serving_models.resolve_lora(name)
+            local = await asyncio.to_thread(fetch, path)
+            request = LoadLoRAAdapterRequest(lora_name=name, lora_path=local)
+            answer = await self._serving_models.load_lora_adapter(request)
+            problem = answer if isinstance(answer, str) else answer.error.message
         except Exception as error:
-            logger.error(f"adapter '{name}' cannot be loaded: {error}")
-            return
-        problem = getattr(answer, "error", None)
-        if problem is not None:
-            logger.error(f"adapter '{name}' cannot be loaded: {problem.message}")
+            problem = str(error)
+        if name in loaded:
+            logger.info(f"adapter '{name}' is loaded from {path}")
         else:
-            logger.info(f"adapter '{name}' is loaded from {self._wanted[name]}")
+            reason = " ".join(problem.split())
+            logger.error(f"adapter '{name}' cannot be loaded from {path}: {reason}")
 
     async def _unload(self, name: str) -> None:
         request = self._serving_models.lora_requests.pop(name, None)
         if request is not None:
             await self._llm.remove_lora(request.lora_int_id)
+            # vLLM tells cached blocks apart by the adapter's name: without this, another one of
+            # the same name would go on from this one's.
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
             logger.info(f"adapter '{name}' is unloaded")
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any | None:

@@ -70,6 +70,8 @@ class EngineLoad:
         self._asked = (clock(), 0)
         self.last_step = clock()
         """When the engine last made a step, in the clock's seconds."""
+        self.asleep = False
+        """Whether requests wait until the engine is woken."""
         self._watch = PreemptionWatch()
 
     def attach(self, vllm_config: Any, engine_index: int = 0) -> EngineLoad:
@@ -127,8 +129,9 @@ class EngineLoad:
     def log_engine_initialized(self) -> None:
         """vLLM calls it once the engine runs."""
 
-    def record_sleep_state(self, is_awake: int, level: int) -> None:
-        """vLLM calls it when the engine falls asleep or wakes."""
+    def record_sleep_state(self, sleep: int, level: int) -> None:
+        """vLLM calls it when the engine falls asleep (1) or wakes (0)."""
+        self.asleep = bool(sleep)
 
 
 class PreemptionWatch:

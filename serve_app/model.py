@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import sys
-import time
 from typing import Any
 
 import ray
@@ -15,6 +14,8 @@ from ray import serve
 from serve_app import admin, autoscaling, capacity, cluster, placement
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
+from serve_app.planner import engine as planner_engine
+from serve_app.planner import metadata, parallelism
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,6 +31,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     """
     try:
         config = parse(ModelConfig, args, "args")
+        _refuse_sizes(config)
         capacity.refuse_impossible(placement.of(config))
         _refuse_ids_of_others(args, config)
     except ConfigError:
@@ -41,6 +43,18 @@ def app(args: dict[str, Any]) -> serve.Application:
     return deployment.options(**_deployment_options(config)).bind(
         config.model_dump(exclude_unset=True)
     )
+
+
+def _refuse_sizes(config: ModelConfig) -> None:
+    """Refuse parallel sizes that the model cannot be split into, before they are asked for.
+
+    Where the model's ``config.json`` is not on this node, vLLM says it at the start.
+    """
+    if config.engine.keys() & metadata.OTHER_CONFIG:
+        return
+    shape = metadata.shape_at_hand(config.model, os.environ | environment(config))
+    if shape is not None:
+        parallelism.refuse(shape, planner_engine.parallelism(config.engine))
 
 
 def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:
@@ -97,6 +111,8 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
 def environment(config: ModelConfig) -> dict[str, str]:
     """Environment variables of a replica on this node: the config's, over what vLLM needs."""
     env = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s))}
+    if config.cache_dir:
+        env |= _caches(config.cache_dir)
     if config.adapters or config.engine.get("enable_lora"):
         # Lets vLLM load an adapter when it is first asked for (serve_app.adapters).
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
@@ -113,6 +129,20 @@ def environment(config: ModelConfig) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
         env["OMP_NUM_THREADS"] = str(max(1, cores - 1))
     return env | config.env
+
+
+def _caches(folder: str) -> dict[str, str]:
+    """Where vLLM 0.29 and what it stands on keep what they download and compile.
+
+    Nothing here differs between the replicas of a model: vLLM's cache key would differ too.
+    """
+    return {
+        "HF_HOME": f"{folder}/huggingface",
+        "VLLM_CACHE_ROOT": f"{folder}/vllm",  # torch.compile, DeepGEMM, autotuning
+        "VLLM_ENABLE_STARTUP_PLAN": "1",  # the KV cache's size is not profiled anew
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+        "FLASHINFER_WORKSPACE_BASE": folder,  # kernels that are compiled at the first start
+    }
 
 
 @serve.deployment(name=DEPLOYMENT, health_check_period_s=5, health_check_timeout_s=30)
@@ -170,15 +200,18 @@ class ModelServer:
         Serve replaces a replica whose process is gone at once, but only after three failed
         health checks when it is still there.
         """
+        # Counted in turns of this loop: when this process itself gets no turn (the first request
+        # imports, the node is overloaded), that is no silence of the engine.
+        silent, seen = 0.0, 0.0
         while True:
             await asyncio.sleep(0.2)
             if self._engine.llm.errored:
                 logger.error("the engine died; this replica exits so that Serve replaces it")
                 os._exit(1)
-            now = time.monotonic()
-            if not self._engine.busy:
-                self._engine.load.last_step = now  # an idle engine owes no steps
-            silent = now - self._engine.load.last_step
+            last_step = self._engine.load.last_step
+            # An idle engine owes no steps.
+            silent = silent + 0.2 if self._engine.busy and last_step == seen else 0.0
+            seen = last_step
             if silent > self._config.hang_timeout_s:
                 logger.error(
                     f"the engine made no step for {silent:.0f} s with requests running; this "
@@ -191,6 +224,6 @@ class ModelServer:
         engine = getattr(self, "_engine", None)
         if engine is None:
             return
-        self._watch.cancel()
         await engine.drain(self._config.graceful_shutdown_timeout_s)
+        self._watch.cancel()  # not before: nothing waits for an engine that dies in the meantime
         await engine.stop()

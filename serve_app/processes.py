@@ -53,10 +53,13 @@ def _name_if_ours(entry: Path) -> str | None:
     if first.startswith(home):
         # Not gcs_server, raylet or dashboard: those of `ray start` have no parent by design.
         return "haproxy" if Path(first).name == "haproxy" else None
-    # Ray's workers and vLLM's processes rename themselves, so the environment tells.
+    # Ray's workers and vLLM's processes rename themselves, and their title may lie where their
+    # environment was. So either that tells, or the libraries that they have loaded.
     if title.startswith(("ray::", "VLLM::")):
         environment = (entry / "environ").read_bytes().decode(errors="replace")
         if f"VIRTUAL_ENV={sys.prefix}" in environment.split("\0") or home in environment:
+            return first
+        if home in (entry / "maps").read_text(errors="replace"):
             return first
     return None
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -41,19 +39,6 @@ def thief() -> dict[str, Any]:
     return servers.application(THIEF, model="any", served_as=["own-name", CHAT_ALIASES[0]])
 
 
-def deploy(cluster: Cluster, config: dict[str, Any], path: Path) -> None:
-    """`serve deploy`, as a user would."""
-    path.write_text(servers.as_yaml(config))
-    run = subprocess.run(
-        [servers.BIN / "serve", "deploy", str(path), "--address", cluster.dashboard],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-
-
 def serves_report() -> dict[str, Any]:
     """The applications as Serve's controller reports them."""
     controller = serve_cluster.controller()
@@ -74,20 +59,17 @@ def listed(cluster: Cluster) -> set[str]:
 
 @pytest.fixture(scope="module")
 def grown(
-    cluster: Cluster, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster,
 ) -> Iterator[dict[str, list[str]]]:
     """The cluster with three more models, of which one works; the replicas from before."""
-    folder = tmp_path_factory.mktemp("fleet")
     before = yaml.safe_load(cluster.config.read_text())
     replicas = {name: replica_ids(name) for name in (CHAT, EMBED)}
     more = [sleeper(), broken(), thief()]
-    deploy(
-        cluster, before | {"applications": [*before["applications"], *more]}, folder / "more.yaml"
-    )
+    cluster.deploy(before | {"applications": [*before["applications"], *more]})
     yield replicas
 
     gone = {SLEEPER, BROKEN, THIEF}
-    deploy(cluster, before, folder / "before.yaml")
+    cluster.deploy(before)
     assert eventually(lambda: not gone & serves_report().keys(), within_s=60)
     # What the gateway promises: five seconds after Serve says so.
     assert eventually(lambda: listed(cluster) == ALWAYS, within_s=5)

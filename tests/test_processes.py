@@ -57,7 +57,7 @@ def test_after_kill_9_of_serve_run_no_engine_is_left_and_the_rest_can_be_cleaned
         check=True,
     )
     ended = {int(pid) for pid in re.findall(r"\(pid (\d+)\)", run.stdout)}
-    assert left.keys() <= ended or not left
+    assert left.keys() <= ended, left
     assert eventually(lambda: not in_session(small.process.pid))
     assert is_port_free(small.port)
     assert not [o for o in orphans() if o.pid in left]

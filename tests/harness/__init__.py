@@ -7,3 +7,5 @@ import os
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 # All that tests start stays on the loopback interface.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+# As `serve-app run` does: Ray would run replicas at nice 15, behind whatever else there is.
+os.environ.setdefault("RAY_worker_niceness", "0")

@@ -87,7 +87,7 @@ class Cluster:
         self.port = port
         self.process = process
         self.log = log
-        self.config = config
+        self.config = self._deployed = config
         self.orphans_before = orphans()
         self.base_url = f"http://127.0.0.1:{port}"
 
@@ -148,6 +148,35 @@ class Cluster:
         found = re.search(r"View the dashboard at \S*?(http://[\d.:]+)", self.log.read_text())
         assert found, self.tail()
         return found[1]
+
+    def deployed(self) -> dict[str, Any]:
+        """A copy of the config that runs."""
+        return dict(yaml.safe_load(self._deployed.read_text()))
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """`serve deploy`, as a user would."""
+        self._deployed = path = self.config.with_name("deployed.yaml")
+        path.write_text(as_yaml(config))
+        run = subprocess.run(
+            [BIN / "serve", "deploy", str(path), "--address", self.dashboard],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+
+    def applications(self) -> dict[str, Any]:
+        """What `serve status` shows, as Serve's REST API reports it."""
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        return dict(ServeSubmissionClient(self.dashboard).get_serve_details()["applications"])
+
+    def replicas(self, name: str) -> dict[str, int]:
+        """Pids by id of a model's running replicas."""
+        deployments = self.applications().get(name, {}).get("deployments", {})
+        listed = deployments.get(DEPLOYMENT, {}).get("replicas", ())
+        return {r["replica_id"]: r["pid"] for r in listed if r["state"] == "RUNNING"}
 
     @contextmanager
     def ray(self) -> Iterator[None]:

@@ -1,0 +1,34 @@
+"""What a model server says once its engine is dead: nothing, so that another one can answer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from serve_app.cluster import CREDENTIAL_HEADER
+from serve_app.engine import Guard
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+EVENT = {"type": "http.response.body", "body": b"data: {}", "more_body": True}
+
+
+@pytest.mark.parametrize("said", [0, 1, 2])
+async def test_a_dead_engines_answer_stops_where_it_is(said: int) -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for message in (START, EVENT, EVENT):
+            await send(message)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    guard = Guard(app, b"secret", lambda: len(sent) == said)
+    scope = {"type": "http", "headers": [(CREDENTIAL_HEADER, b"secret")]}
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await guard(scope, send, send)
+    assert sent == [START, EVENT, EVENT][:said]
+    assert guard.running == 0
