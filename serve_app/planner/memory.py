@@ -8,8 +8,8 @@ captures (a sample of) its CUDA graphs, and gives the KV cache what is left
 
 Weights, buffers and the KV cache follow from shapes exactly. The activation peak follows from
 the tensors that are alive at once in the widest place of a layer. Non-torch memory and CUDA
-graphs are the driver's, and are the named constants below: estimates until a GPU has been
-measured (docs/planner-accuracy.md).
+graphs are the driver's, and are the named constants below, measured on an H200
+(docs/planner-accuracy.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from serve_app.planner import derive, kv_cache, sharding
+from serve_app.planner import allocator, derive, kv_cache, sharding
 from serve_app.planner.engine import Engine, LoRA
 from serve_app.planner.hardware import GIB, GPU, MIB
 from serve_app.planner.kv_cache import Group, KVCache
@@ -28,16 +28,19 @@ from serve_app.planner.quantization import Quantization
 from serve_app.planner.sharding import Parallelism
 from serve_app.planner.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
 
-# --- Estimates, not measured yet, see docs/planner-accuracy.md. To calibrate is to edit these. --
+# --- Measured on one H200 (benchmarks/results/planner_h200.json), unless said otherwise. --------
 
-NON_TORCH_BYTES = int(0.45 * GIB)
+NON_TORCH_BYTES = 230 * MIB
 """Growth outside PyTorch's allocator from the first snapshot to after the dummy batch: modules
-that kernels are loaded from, library workspaces, the allocator's own slack."""
+that kernels are loaded from, library workspaces. The same for all models."""
+
+ALLOCATOR_SLACK_BYTES = 64 * MIB
+"""What PyTorch's allocator has reserved and not handed out by then: 6 to 123 MiB, 49 on average."""
 
 COMMUNICATION_BYTES = int(0.35 * GIB)
-"""The same for NCCL's and the custom all-reduce's buffers, where TP or PP has more than one GPU."""
+"""An estimate: NCCL's and the custom all-reduce's buffers, where TP or PP is more than one GPU."""
 
-TORCH_STATE_BYTES = 64 * MIB
+TORCH_STATE_BYTES = 32 * MIB
 """Small persistent tensors that are not modelled one by one (cuBLAS workspaces, sampler state)."""
 
 ACTIVATION_FACTOR = 1.0
@@ -49,10 +52,10 @@ CUDAGRAPH_BASE_BYTES = 150 * MIB
 CUDAGRAPH_BYTES_PER_GRAPH = int(1.0 * MIB)
 """Each captured batch size; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
 
-CUDAGRAPH_BYTES_PER_LAYER = int(0.15 * MIB)
-"""Each layer of each captured batch size, for the piecewise graphs between attention layers."""
+CUDAGRAPH_BYTES_PER_LAYER = int(0.47 * MIB)
+"""Each layer of each captured batch size: a line through models of 32, 48 and 64 layers."""
 
-CONTEXT_BYTES = int(0.6 * GIB)
+CONTEXT_BYTES = 527 * MIB
 """What the CUDA context takes before the first snapshot. It is not part of the budget, but must
 be free beside it (vllm/v1/worker/utils.py:516)."""
 
@@ -171,7 +174,9 @@ def plan(model: Model, engine: Engine, gpu: GPU) -> Plan:
             total=gpu.memory_bytes,
             requested=requested,
             weights=weights[index],
-            non_torch=NON_TORCH_BYTES + (0 if alone else COMMUNICATION_BYTES),
+            non_torch=NON_TORCH_BYTES
+            + ALLOCATOR_SLACK_BYTES
+            + (0 if alone else COMMUNICATION_BYTES),
             buffers=buffer_bytes(shape, engine, first=first, last=last),
             activation=activation_bytes(shape, engine, last=last),
             cudagraph=graphs,
@@ -273,7 +278,8 @@ def weight_bytes(model: Model, engine: Engine) -> list[int]:
 def _stage_weights(
     tensors: tuple[Tensor, ...], shape: ModelShape, parallel: Parallelism, dtype: str
 ) -> tuple[int, ...]:
-    return tuple(sharding.stage_weights(tensors, shape, parallel, dtype))
+    held = sharding.stage_parameters(tensors, shape, parallel, dtype)
+    return tuple(sum(sizes.values()) + allocator.unsplit_bytes(sizes.values()) for sizes in held)
 
 
 def tensors_in_use(model: Model, scheme: Quantization | None) -> tuple[Tensor, ...]:

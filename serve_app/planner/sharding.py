@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from serve_app.planner.allocator import merged
 from serve_app.planner.model_shape import ModelShape
 from serve_app.planner.tensors import DTYPE_BITS, FLOATS, TORCH_DTYPES, Tensor
 
@@ -81,6 +82,8 @@ class Parallelism:
     pipeline: int = 1
     data: int = 1
     expert_parallel: bool = False
+    context: int = 1
+    """Of the tensor ranks, those that share the KV cache of a head between them."""
 
     @property
     def gpus(self) -> int:
@@ -193,8 +196,16 @@ def stage_weights(
     tensors: Iterable[Tensor], shape: ModelShape, parallel: Parallelism, dtype: str
 ) -> list[int]:
     """Bytes of the checkpoint's weights on one GPU of each pipeline stage."""
+    held = stage_parameters(tensors, shape, parallel, dtype)
+    return [sum(parameters.values()) for parameters in held]
+
+
+def stage_parameters(
+    tensors: Iterable[Tensor], shape: ModelShape, parallel: Parallelism, dtype: str
+) -> list[dict[str, int]]:
+    """The parameters of vLLM on one GPU of each pipeline stage, and the bytes of each."""
     parts = stages(shape.num_hidden_layers, parallel.pipeline)
-    totals = [0] * parallel.pipeline
+    held: list[dict[str, int]] = [{} for _ in range(parallel.pipeline)]
     last = parallel.pipeline - 1
     stage_by_layer = {layer: stage for stage, part in enumerate(parts) for layer in part}
     for tensor in tensors:
@@ -211,9 +222,10 @@ def stage_weights(
             holders = {0}
             if shape.tie_word_embeddings and "embed_tokens" in tensor.name:
                 holders.add(last)  # the tied head (models/llama.py:373)
+        parameter = merged(tensor.name)
         for stage in holders:
-            totals[stage] += nbytes
-    return totals
+            held[stage][parameter] = held[stage].get(parameter, 0) + nbytes
+    return held
 
 
 # Models whose class in vllm/model_executor/models/ builds the embedding, the last norm and the

@@ -1,0 +1,63 @@
+"""How much more than it was asked for PyTorch's CUDA allocator hands out.
+
+It takes segments from the driver and splits them, but not where next to nothing would be left;
+that rest then counts as allocated (``c10/cuda/CUDACachingAllocator.cpp``: ``get_allocation_size``,
+``should_split``). A MiB here and there: nothing beside a 70B, a few percent of a 135M.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+from serve_app.planner.hardware import MIB
+
+_UNIT = 512  # kMinBlockSize
+_SMALL = 1 * MIB  # kSmallSize: up to it a tensor comes from segments of its own kind
+_SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
+_SEGMENT = 20 * MIB  # kLargeBuffer
+_LARGE = 10 * MIB  # kMinLargeAlloc: from it on a tensor has a segment of its own
+_ROUND = 2 * MIB  # kRoundLarge
+
+
+def unsplit_bytes(sizes: Iterable[int]) -> int:
+    """Bytes that tensors of these sizes, allocated in this order, hold beyond their sizes."""
+    free: tuple[list[int], list[int]] = ([], [])  # sorted; of the small and the large pool
+    unsplit = 0
+    for size in sizes:
+        size = -(-size // _UNIT) * _UNIT
+        large = size > _SMALL
+        pool = free[large]
+        best = bisect_left(pool, size)
+        block = pool.pop(best) if best < len(pool) else _segment(size)
+        rest = block - size
+        if rest > _SMALL if large else rest >= _UNIT:
+            insort(pool, rest)
+        else:
+            unsplit += rest
+    return unsplit
+
+
+def _segment(size: int) -> int:
+    if size <= _SMALL:
+        return _SMALL_SEGMENT
+    return _SEGMENT if size < _LARGE else -(-size // _ROUND) * _ROUND
+
+
+_MERGED = (
+    (re.compile(r"\.experts\.\d+\."), ".experts."),
+    (re.compile(r"\.(q_a_proj|kv_a_proj_with_mqa)\."), ".qkv_a_proj."),
+    (re.compile(r"\.[qkv]_proj\."), ".qkv_proj."),
+    (re.compile(r"\.(gate_proj|up_proj|w1|w3)\."), ".gate_up_proj."),
+)
+
+
+def merged(name: str) -> str:
+    """The parameter of vLLM that holds a checkpoint's tensor, by a name of our own.
+
+    vLLM keeps q, k and v in one, gate and up, and all experts of a layer.
+    """
+    for pattern, together in _MERGED:
+        name = pattern.sub(together, name)
+    return name
