@@ -22,8 +22,9 @@ from serve_app.adapters import Adapters
 from serve_app.cluster import CREDENTIAL_HEADER
 from serve_app.config import ModelConfig
 from serve_app.engine_load import EngineLoad
-from serve_app.engine_process import START_ERRORS
+from serve_app.engine_process import PHASE, REASON, START_FOLDER, tie_children
 from serve_app.errors import UserError, envelope
+from serve_app.progress import Progress
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -92,20 +93,24 @@ class Engine:
 
     @classmethod
     async def start(
-        cls, config: ModelConfig, ids: list[str], *, host: str, credential: bytes
+        cls, config: ModelConfig, ids: list[str], *, replica: str, host: str, credential: bytes
     ) -> Engine:
-        """Load the model and serve it on a free port of ``host``.
+        """Load the model and serve it on a free port of ``host``, as the replica of this id.
 
         Blocks the event loop while the weights load: vLLM's constructor is synchronous.
 
         Raises:
             UserError: why the engine did not start, in one sentence.
         """
-        rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
-        args = parse_args(config, ids, rank)
-        with tempfile.TemporaryDirectory(prefix="serve-app-") as folder:
-            reason = Path(folder) / "reason"
-            os.environ[START_ERRORS] = str(reason)
+        tie_children()
+        with (
+            tempfile.TemporaryDirectory(prefix="serve-app-") as folder,
+            Progress(replica, Path(folder) / PHASE),
+        ):
+            rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
+            args = parse_args(config, ids, rank)
+            reason = Path(folder) / REASON
+            os.environ[START_FOLDER] = folder
             try:
                 load = EngineLoad(ids[0])
                 llm = _build_llm(args, load)

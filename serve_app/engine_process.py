@@ -5,16 +5,47 @@ vLLM calls :func:`prepare` there as a plugin (``vllm.general_plugins`` in pyproj
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import multiprocessing
 import os
 import signal
 import sys
+from multiprocessing import spawn
 from pathlib import Path
+from typing import Any
 
-START_ERRORS = "SERVE_APP_START_ERRORS"
-"""Environment variable: the file into which a process writes why it could not start."""
+START_FOLDER = "SERVE_APP_START_FOLDER"
+"""Environment variable: the folder in which processes tell the replica of the engine's start."""
+
+REASON = "reason"
+"""File in it: why a process could not start."""
+
+PHASE = "phase"
+"""File in it: what the engine is doing now."""
+
+LINES = {
+    "Initializing a V1 LLM engine": "starting the workers",
+    "Starting to load model": "loading weights",
+    "Loading model from scratch": "loading weights",
+    "Using model weights format": "downloading weights",
+    "Time spent downloading weights": "loading weights",
+    "Filesystem type for checkpoints": "loading weights",
+    "Loading weights took": "profiling memory",
+    "Using cache directory: %s for vLLM's torch.compile": "compiling",
+    "Warming up model for the compilation": "compiling",
+    "torch.compile took": "profiling memory",
+    "GPU KV cache size": "warming up",
+    "CG Capture": "capturing CUDA graphs",
+    "Rank %d: Torch profiler disabled for CUDA graph capture": "capturing CUDA graphs",
+    "Graph capturing finished": "warming up",
+    "init engine": "starting the server",
+}
+"""How those lines of vLLM 0.29's log begin that begin a phase of its start, and the phase."""
+
+# Two of these lines are for debugging. vLLM's own handler still drops them.
+_DETAILS = ("vllm.model_executor.model_loader.weight_utils", "vllm.v1.worker.gpu.cudagraph_utils")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -23,20 +54,42 @@ _LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 
 
 def prepare() -> None:
-    """Tie this process to its parent, and have the reason of a failed start written down.
+    """Tie this process to its parent, and have its start and the reason of a failure written down.
 
-    Called by vLLM in every process; acts only in those that ``multiprocessing`` started,
-    never in the replica itself.
+    Called by vLLM in every process. In the replica itself, and in workers that Ray started, there
+    is nothing to tie and no reason to find.
     """
+    folder = Path(os.environ.get(START_FOLDER, os.devnull))
+    logging.getLogger("vllm").addHandler(_Phase(folder / PHASE))
+    for name in _DETAILS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
-    if sys.platform.startswith("linux"):
-        _die_with(parent.pid)
-    path = os.environ.get(START_ERRORS)
-    if path:
-        for name in _LOGGERS:
-            logging.getLogger(name).addHandler(_FirstError(Path(path)))
+    _die_with(parent.pid)
+    tie_children()
+    for name in _LOGGERS:
+        logging.getLogger(name).addHandler(_FirstError(folder / REASON))
+
+
+def tie_children() -> None:
+    """Have the kernel end what this process spawns as soon as this process is gone.
+
+    :func:`prepare` does it from inside, but only when the child has imported vLLM, and until then
+    an orphan would live on for as long as that takes. This does it in the child's first statement.
+    """
+    plain = spawn.get_command_line
+    if plain.__module__ == __name__ or not sys.platform.startswith("linux"):
+        return
+
+    def tied(**kwargs: Any) -> list[str]:
+        command: list[str] = plain(**kwargs)
+        program = command.index("-c") + 1
+        tie = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGKILL:d}, 0, 0, 0)"
+        command[program] = f"import ctypes; {tie}; {command[program]}"
+        return command
+
+    spawn.get_command_line = tied
 
 
 def _die_with(parent: int | None) -> None:
@@ -45,7 +98,8 @@ def _die_with(parent: int | None) -> None:
     vLLM's EngineCore has no such tie: after a SIGKILL of its replica it keeps the GPU
     (vllm#55510).
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
 
@@ -60,8 +114,20 @@ class _FirstError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            try:
-                with self._path.open("x") as file:
-                    file.write(f"{type(error).__name__}: {error}")
-            except FileExistsError:
-                pass
+            # It exists already, or the start is over.
+            with contextlib.suppress(OSError), self._path.open("x") as file:
+                file.write(f"{type(error).__name__}: {error}")
+
+
+class _Phase(logging.Handler):
+    """Writes to a file which phase a line of vLLM's log begins."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line, phase in LINES.items():
+            if str(record.msg).startswith(line):
+                with contextlib.suppress(OSError):  # the start is over, or its folder elsewhere
+                    self._path.write_text(phase)

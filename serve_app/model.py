@@ -155,12 +155,13 @@ class ModelServer:
         os.environ.update(environment(self._config))
         from serve_app.engine import Engine
 
-        name = serve.get_replica_context().app_name
-        ids = [name, *self._config.served_as]
+        context = serve.get_replica_context()
+        ids = [context.app_name, *self._config.served_as]
         try:
             self._engine = await Engine.start(
                 self._config,
                 ids,
+                replica=context.replica_id.unique_id,
                 host=ray.util.get_node_ip_address(),
                 credential=cluster.internal_credential(),
             )

@@ -132,7 +132,7 @@ def _wait_until_ready(
             report = _ask_ready(fleet.port) or {"models": {}, "waiting_for": []}
             waiting = [n for n in fleet.models if n not in told]
             if report["models"]:
-                status.update("loading " + ", ".join(waiting))
+                status.update("; ".join(_doing(n, report["models"].get(n, {})) for n in waiting))
             for name, model in report["models"].items():
                 seconds = time.monotonic() - started
                 if name in told:
@@ -149,6 +149,12 @@ def _wait_until_ready(
                 return True
             time.sleep(0.5)
     return False
+
+
+def _doing(name: str, model: dict[str, Any]) -> str:
+    """What the last of a model's replicas to start is doing."""
+    starting = model.get("starting") or [{"phase": "loading"}]
+    return f"{name}: {starting[-1]['phase']}"
 
 
 def _ask_ready(port: int) -> dict[str, Any] | None:

@@ -9,9 +9,12 @@ import httpx
 import openai
 import pytest
 from harness.processes import REPO
-from harness.servers import CHAT, CHAT_ALIASES, EMBED, EMBED_ALIASES, BareVllm
+from harness.servers import CHAT, CHAT_ALIASES, EMBED, EMBED_ALIASES, BareVllm, Cluster
 from openai.types import Model
 from transformers import AutoTokenizer
+
+from serve_app import progress
+from serve_app.engine_process import LINES
 
 IDS = [CHAT, *CHAT_ALIASES, EMBED, *EMBED_ALIASES]
 
@@ -58,6 +61,14 @@ def test_ready_lists_every_model_and_health_is_well(http: httpx.Client) -> None:
         CHAT: ("RUNNING", 1),
         EMBED: ("RUNNING", 1),
     }
+
+
+@pytest.mark.parametrize("model", [CHAT, EMBED])
+def test_ready_told_what_a_start_was_doing(cluster: Cluster, model: str) -> None:
+    phases = set(cluster.phases[model])
+    assert progress.FIRST in phases  # vLLM is imported: many seconds
+    assert phases & set(LINES.values()), phases
+    assert phases <= {"starting the process", progress.FIRST, *LINES.values()}
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", f"/v1/models/{CHAT}"])

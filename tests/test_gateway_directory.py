@@ -55,7 +55,9 @@ def test_a_model_scaled_to_zero_is_there_and_need_not_be_up() -> None:
     asleep = reported({"autoscaling": {"min_replicas": 0, "max_replicas": 2}})
     asleep["deployments"]["ModelServer"]["replicas"] = []
     needed = reported({"autoscaling": {"min_replicas": 1, "max_replicas": 2}})
-    needed["deployments"]["ModelServer"]["replicas"] = [{"state": "STARTING"}]
+    needed["deployments"]["ModelServer"]["replicas"] = [
+        {"state": "STARTING", "replica_id": "r", "start_time_s": 0}
+    ]
     models = read(asleep=asleep, needed=needed)
     assert (models["asleep"].must_be_up, models["asleep"].up) == (False, True)
     assert (models["needed"].must_be_up, models["needed"].up) == (True, False)
@@ -86,6 +88,7 @@ async def test_a_broken_model_is_not_listed_and_says_why_to_who_asks_for_it() ->
             "status": "DEPLOY_FAILED",
             "replicas": 0,
             "message": SENTENCE,
+            "starting": [],
         }
 
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app import cluster
-from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH
+from serve_app import capacity, cluster, placement, progress
+from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, ModelConfig
 from serve_app.gateway.watcher import Watcher
+from serve_app.progress import Phase
 
 logger = logging.getLogger("ray.serve")
 
@@ -27,6 +30,16 @@ REFRESH_S = 1.0
 
 _OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
 _GONE = ("DELETING", "NOT_STARTED")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A replica that does not run yet, as Serve reports it."""
+
+    replica: str
+    since: float
+    placed: bool
+    """Whether it has a process on a node."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,9 @@ class Model:
     must_be_up: bool
     """False for a model that may be scaled to zero."""
 
+    starts: tuple[Start, ...]
+    args: dict[str, Any]
+
     @property
     def up(self) -> bool:
         return self.status == "RUNNING" and (self.replicas > 0 or not self.must_be_up)
@@ -69,6 +85,7 @@ class Directory:
         self._models: dict[str, Model] = {}
         self._by_id: dict[str, Model] = {}
         self._handles: dict[str, DeploymentHandle] = {}
+        self._phases: dict[str, progress.Phase] = {}
 
     async def run(self) -> None:
         """Refresh for ever; while the controller cannot answer, what is known stays."""
@@ -94,6 +111,17 @@ class Directory:
             _report(self._models.get(name), model)
         self._models = models
         self._by_id = _by_id(models)
+        if self._phases or any(model.starts for model in models.values()):
+            self._phases = await asyncio.to_thread(_phases, models.values(), self._phases)
+
+    def starting(self, model: Model) -> list[dict[str, Any]]:
+        """Of each replica that does not run yet: what it is doing, and for how many seconds."""
+        found = []
+        for start in model.starts:
+            phase = self._phases.get(start.replica, Phase("starting the process", start.since))
+            seconds = max(0, round(time.time() - phase.since))  # clocks of two nodes
+            found.append({"replica": start.replica, "phase": phase.name, "seconds": seconds})
+        return found
 
     def handle(self, model: Model) -> DeploymentHandle:
         """A Serve handle: the way to wait for a model without replicas, and to wake it."""
@@ -114,6 +142,31 @@ class Directory:
     def ids(self) -> list[str]:
         """Every id that a client can send, except those of models that failed to deploy."""
         return [id for id, model in self._by_id.items() if not model.broken]
+
+
+def _phases(models: Collection[Model], before: Mapping[str, Phase]) -> dict[str, Phase]:
+    """What starting replicas are doing, by id. Asks the GCS, so not in the event loop.
+
+    ``before`` is the last answer: what those have left that start no longer is deleted.
+    """
+    try:
+        starts = [start for model in models for start in model.starts]
+        found = progress.read([start.replica for start in starts if start.placed])
+        progress.forget(before.keys() - {start.replica for start in starts})
+        for model in models:
+            unplaced = [start for start in model.starts if not start.placed]
+            if unplaced and (reason := _waits_for(model)):
+                found |= {start.replica: Phase(reason, start.since) for start in unplaced}
+        return found
+    except Exception as error:
+        logger.warning(f"cannot read how far starting replicas are: {error!r}")
+        return dict(before)
+
+
+def _waits_for(model: Model) -> str | None:
+    """What a replica needs that no node has free at the moment."""
+    needed = placement.of(ModelConfig.model_validate(model.args))
+    return capacity.waiting_for(needed, capacity.nodes())
 
 
 def _report(before: Model | None, now: Model) -> None:
@@ -160,6 +213,12 @@ def read_details(details: dict[str, Any]) -> dict[str, Model]:
             created=int(application.get("last_deployed_time_s") or 0),
             replicas=len(running),
             must_be_up=scaling.get("min_replicas", 1) > 0,
+            starts=tuple(
+                Start(r["replica_id"], r["start_time_s"], placed=bool(r.get("node_id")))
+                for r in deployment.get("replicas") or ()
+                if _text(r.get("state")) == "STARTING"
+            ),
+            args=args,
         )
     return found
 

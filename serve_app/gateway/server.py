@@ -126,7 +126,12 @@ class Gateway:
             "status": "ready" if ready else "not ready",
             "waiting_for": waiting_for,
             "models": {
-                m.name: {"status": m.status, "replicas": m.replicas, "message": m.message}
+                m.name: {
+                    "status": m.status,
+                    "replicas": m.replicas,
+                    "message": m.message,
+                    "starting": self._directory.starting(m),
+                }
                 for m in models
             },
         }
@@ -200,9 +205,12 @@ class Gateway:
                         return replica
                     # Either Serve has not noticed yet that it is dead, or it is not.
                     await asyncio.sleep(0.1)
+        latest = self._directory.find(model.name) or model
+        doing = [f"{s['phase']} ({s['seconds']} s)" for s in self._directory.starting(latest)]
         raise unavailable(
             f"The model '{model.name}' did not start within "
-            f"{self._config.cold_start_timeout_s:g} seconds; it may still be loading.",
+            f"{self._config.cold_start_timeout_s:g} seconds; "
+            + (f"it is {doing[0]}." if doing else "it may still be loading."),
             retry_after_s=30,
         )
 

@@ -27,6 +27,7 @@ from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board, Replica
 from serve_app.gateway.server import Gateway
+from serve_app.progress import Phase
 
 CREDENTIAL = "the-internal-credential"
 
@@ -140,6 +141,7 @@ class _Models(Directory):
     def __init__(self, applications: dict[str, Any], board: Board) -> None:
         self._models: dict[str, Model] = directory.read_details({"applications": applications})
         self._by_id = directory._by_id(self._models)
+        self._phases: dict[str, Phase] = {}
         self._board = board
 
     def handle(self, model: Model) -> Any:
@@ -191,8 +193,8 @@ class GatewayProcess:
         self._relay = Relay(
             CREDENTIAL.encode(), self.config.connect_timeout_s, self.config.request_timeout_s
         )
-        models = _Models(self._applications, self.board)
-        app = Gateway(self.config, models, self.board, self._relay)
+        self.directory = _Models(self._applications, self.board)
+        app = Gateway(self.config, self.directory, self.board, self._relay)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]

@@ -90,6 +90,8 @@ class Cluster:
         self.config = self._deployed = config
         self.orphans_before = orphans()
         self.base_url = f"http://127.0.0.1:{port}"
+        self.phases: dict[str, list[str]] = {}
+        """What GET /ready said that each model was doing, while :meth:`wait_until_ready` asked."""
 
     @classmethod
     def start(cls, config: dict[str, Any], folder: Path, proxy: Proxy) -> Cluster:
@@ -104,7 +106,10 @@ class Cluster:
     def wait_until_ready(self, within_s: float = 300.0) -> None:
         def ready() -> bool:
             assert self.process.poll() is None, f"serve run ended:\n{self.tail()}"
-            return self.ready()[0] == 200
+            status, report = self.ready()
+            for name, model in report.get("models", {}).items():
+                self.phases.setdefault(name, []).extend(s["phase"] for s in model["starting"])
+            return status == 200
 
         assert processes.eventually(ready, within_s, 0.5), f"not ready:\n{self.tail()}"
 
