@@ -83,8 +83,13 @@ class Adapters:
         path = self._wanted.get(lora_name)
         if path is None:
             return None
-        local = await asyncio.to_thread(fetch, path)
-        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(local))
+        try:
+            path = await asyncio.to_thread(fetch, path)
+        except UserError as error:
+            # vLLM cannot load the address either, and tells the client that this adapter is there
+            # but does not load. An exception here would be a 500 that says nothing.
+            logger.error(f"adapter '{lora_name}': {error}")
+        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=path)
 
 
 def fetch(path: str) -> str:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -120,3 +121,15 @@ def test_what_comes_later_is_found_by_the_next_try(
     monkeypatch.setitem(OBJECTS, "team/novelist/adapter_config.json", b"{}")
     folder = Path(adapters.fetch("s3://adapters/team/novelist"))
     assert [f.name for f in folder.iterdir()] == ["adapter_config.json"]
+
+
+async def test_a_request_for_one_that_cannot_be_read_is_not_an_error_of_the_server(
+    asked: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    listed = adapters.Adapters(SimpleNamespace(), SimpleNamespace(lora_resolvers=[]))
+    address = "s3://adapters/team/novelist"
+    listed._wanted = {"novelist": address}
+    request = await listed.resolve_lora("base", "novelist")
+    assert request.lora_path == address  # vLLM fails on it, and says so to the client
+    assert f"adapter 'novelist': {address} cannot be read" in caplog.text
+    assert await listed.resolve_lora("base", "unknown") is None
