@@ -99,7 +99,12 @@ class Cluster:
         path = folder / "config.yaml"
         path.write_text(as_yaml(config))
         log = folder / "serve.log"
-        env = {"RAY_SERVE_ENABLE_HA_PROXY": "1" if proxy == "haproxy" else "0"}
+        env = {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1" if proxy == "haproxy" else "0",
+            # HAProxy's own two are fixed otherwise, and two clusters could not be up at once.
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(processes.free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(processes.free_port()),
+        }
         process = processes.start([str(BIN / "serve"), "run", str(path)], log, **env)
         return cls(proxy, config["http_options"]["port"], process, log, path)
 
