@@ -357,3 +357,21 @@ async def test_a_client_that_goes_away_while_its_body_comes_is_not_relayed() -> 
             await asyncio.sleep(0.2)
         assert (await gateway.client.get("/health")).status_code == 200
     assert upstream.exchanges == []
+
+
+# --- its connections -------------------------------------------------------------------------
+
+
+async def test_a_connection_notices_a_node_that_is_gone() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        await gateway.client.post(CHAT, json=ASK)
+        connector = gateway._relay._session.connector
+        assert connector
+        [[(kept, _)]] = connector._conns.values()
+        assert kept.transport
+        option = kept.transport.get_extra_info("socket").getsockopt
+        assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        tcp = socket.IPPROTO_TCP
+        probes = option(tcp, socket.TCP_KEEPCNT) * option(tcp, socket.TCP_KEEPINTVL)
+        assert option(tcp, socket.TCP_KEEPIDLE) + probes == 25
+        assert option(tcp, socket.TCP_USER_TIMEOUT) == 25_000
