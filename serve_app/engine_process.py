@@ -85,8 +85,12 @@ def tie_children() -> None:
     def tied(**kwargs: Any) -> list[str]:
         command: list[str] = plain(**kwargs)
         program = command.index("-c") + 1
-        tie = f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGKILL:d}, 0, 0, 0)"
-        command[program] = f"import ctypes; {tie}; {command[program]}"
+        # As in _die_with.
+        command[program] = (
+            "import ctypes, os; "
+            f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGKILL:d}, 0, 0, 0); "
+            f"os.getppid() == {os.getpid()} or os._exit(1); {command[program]}"
+        )
         return command
 
     spawn.get_command_line = tied
