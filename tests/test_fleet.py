@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -141,16 +142,21 @@ def message_of(cluster: Cluster, name: str) -> str:
     return str(cluster.ready()[1].get("models", {}).get(name, {}).get("message", ""))
 
 
-def test_a_request_wakes_a_model_that_is_scaled_to_zero_and_is_answered(
+def test_requests_wake_one_replica_of_a_model_that_is_scaled_to_zero(
     cluster: Cluster, grown: dict[str, list[str]]
 ) -> None:
     assert eventually(lambda: state_of(cluster, SLEEPER) == ("RUNNING", 0), within_s=60)
     assert SLEEPER not in cluster.ready()[1]["waiting_for"]
     request = {"model": SLEEPERS_ALIAS, "input": "Paris"}
-    woken = httpx.post(f"{cluster.base_url}/v1/embeddings", json=request, timeout=300)
-    assert woken.status_code == 200, woken.text
+
+    def ask(_: int) -> httpx.Response:
+        return httpx.post(f"{cluster.base_url}/v1/embeddings", json=request, timeout=300)
+
+    with ThreadPoolExecutor() as pool:
+        woken = list(pool.map(ask, range(4)))
+    assert [answer.status_code for answer in woken] == [200] * 4, woken[0].text
     other = httpx.post(f"{cluster.base_url}/v1/embeddings", json=request | {"model": EMBED})
-    assert woken.json()["data"] == other.json()["data"]
+    assert woken[0].json()["data"] == other.json()["data"]
     assert eventually(lambda: state_of(cluster, SLEEPER) == ("RUNNING", 1))
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def small(tmp_path: Path) -> Iterator[Cluster]:
 # --- a cluster that is killed ------------------------------------------------------------------
 
 
-@pytest.mark.slow  # two clusters cannot share HAProxy's fixed ports with the suite's own
+@pytest.mark.slow  # a minute for a cluster of its own
 def test_after_kill_9_of_serve_run_no_engine_is_left_and_the_rest_can_be_cleaned(
     small: Cluster,
 ) -> None:
@@ -61,6 +62,30 @@ def test_after_kill_9_of_serve_run_no_engine_is_left_and_the_rest_can_be_cleaned
     assert eventually(lambda: not in_session(small.process.pid))
     assert is_port_free(small.port)
     assert not [o for o in orphans() if o.pid in left]
+
+
+@pytest.mark.slow
+def test_no_engine_outlives_its_replica_or_its_raylet(small: Cluster) -> None:
+    """The way of a preemption (SIGTERM) and of an out-of-memory killer (SIGKILL)."""
+
+    def pids(title: str) -> set[int]:
+        return {pid for pid, t in in_session(small.process.pid).items() if title in t}
+
+    def end(victim: str, number: signal.Signals) -> None:
+        [pid], engines = pids(victim), pids("VLLM::")
+        below = processes.descendants(pid) if number == signal.SIGTERM else engines
+        assert engines <= below
+        since = time.monotonic()
+        os.kill(pid, number)
+        gone = eventually(lambda: not any(map(processes.title, below)), 30, 0.05)
+        seconds = time.monotonic() - since
+        print(f"\nMEASURED {number.name} of {victim}: {seconds:.1f} s to the last process")
+        assert gone, [processes.title(pid) for pid in below]
+
+    end(f"ray::ServeReplica:{EMBED}:", signal.SIGTERM)
+    assert eventually(lambda: pids("VLLM::") and small.ready()[0] == 200, within_s=180)
+    end("/raylet/raylet", signal.SIGKILL)
+    assert not pids("VLLM::")
 
 
 # --- serve-app run -----------------------------------------------------------------------------
