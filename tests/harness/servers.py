@@ -104,6 +104,8 @@ class Cluster:
             # HAProxy's own two are fixed otherwise, and two clusters could not be up at once.
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(processes.free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(processes.free_port()),
+            # Ray holds back what a second replica says until anything else is said.
+            "RAY_DEDUP_LOGS": "0",
         }
         process = processes.start([str(BIN / "serve"), "run", str(path)], log, **env)
         return cls(proxy, config["http_options"]["port"], process, log, path)
