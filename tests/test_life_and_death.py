@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from harness import processes, servers
 from harness.load import Load, Request, ask
 from harness.processes import descendants, eventually, free_port, title
@@ -220,6 +221,38 @@ def test_adapters_come_and_go_without_a_restart(pair: Cluster, tmp_path: Path) -
     assert gone.text.startswith("404") and "model_not_found" in gone.text
     assert eventually(lambda: log("adapter 'poet' is unloaded") == 4, 30)  # moved once, gone once
     assert says(CHAT) == {base}
+    assert pair.replicas(CHAT) == replicas
+
+
+# --- an engine that does not start -------------------------------------------------------------
+
+
+def test_a_model_that_is_nowhere_fails_alone_and_says_so_in_one_sentence(pair: Cluster) -> None:
+    replicas, before = pair.replicas(CHAT), pair.deployed()
+    more = servers.application("lost", model="/nowhere")
+    pair.deploy(before | {"applications": [*before["applications"], more]})
+
+    def lost() -> dict[str, Any]:
+        return dict(pair.ready()[1].get("models", {}).get("lost", {}))
+
+    assert eventually(lambda: lost().get("status") == "DEPLOY_FAILED", BACK_S, 0.5), lost()
+    sentence = "'/nowhere' is neither a folder on this node nor a model that the hub shows"
+    assert lost()["message"].startswith(sentence)
+    assert lost()["starting"] == []
+    answer = ask(pair.base_url, {"model": "lost", "prompt": "x", "max_tokens": 1})
+    assert answer.text.startswith("503") and sentence in answer.text
+    status = subprocess.run(
+        [servers.BIN / "serve", "status", "--address", pair.dashboard],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    said = yaml.safe_load(status.stdout)["applications"]["lost"]["deployments"]["ModelServer"]
+    assert sentence in said["message"]
+    assert "File " not in said["message"]  # no frames
+    pair.deploy(before)
+    assert eventually(lambda: not lost(), 60)
     assert pair.replicas(CHAT) == replicas
 
 
