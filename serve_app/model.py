@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from serve_app import admin, autoscaling, capacity, cluster, placement
+from serve_app import admin, autoscaling, capacity, cluster, placement, processes
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import engine as planner_engine
@@ -150,6 +150,7 @@ class ModelServer:
     """One replica: one AsyncLLM in process, on an HTTP port that only the gateway may use."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        processes.exit_with_parent()
         self._config = ModelConfig.model_validate(args)
         # Before vLLM is imported, and here: what it needs depends on this node's cores.
         os.environ.update(environment(self._config))

@@ -218,6 +218,24 @@ def test_an_orphan_that_does_not_listen_is_killed() -> None:
     assert polite.wait(timeout=10) == -signal.SIGTERM
 
 
+def test_a_process_that_is_to_ends_with_its_parent() -> None:
+    child = "from serve_app.processes import exit_with_parent as e; import time; e(); "
+    child += "print('ready', flush=True); time.sleep(300)"
+    script = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+    script += "print(c.pid, flush=True); c.wait()"
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    pid = int(parent.stdout.readline())
+    try:
+        assert parent.stdout.readline() == "ready\n"
+        parent.kill()
+        parent.wait()
+        assert eventually(lambda: not processes.title(pid))
+    finally:
+        if processes.title(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_with_nothing_left_behind_the_command_says_so() -> None:
     if orphans():
         pytest.skip("something else on this machine left orphans")
