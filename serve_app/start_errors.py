@@ -56,7 +56,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     ),
     (
         r"401 Client Error|Invalid (user|username|token)|RepositoryNotFound"
-        r"|is not a valid model identifier|Repo id must be",
+        r"|is not a valid model identifier|Repo id must ",
         "'{model}' is neither a folder on this node nor a model that the hub shows; check the "
         "spelling, and if it is private or gated " + _TOKEN,
     ),
