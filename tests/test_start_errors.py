@@ -39,11 +39,11 @@ FROM_A_WORKER = (
             "(nvidia-smi names it), or lower gpu_memory_utilization (now 0.92)",
         ),
         (
-            "OSError: Repo id must use alphanumeric chars, '-', '_' or '.'. The name cannot start or "
-            "end with '-' or '.' and the maximum length is 96: '/nowhere'.",
-            "'org/model' is neither a folder on this node nor a model that the hub shows; check the "
-            "spelling, and if it is private or gated set HF_TOKEN where Ray runs (on EKS: the secret "
-            "that the RayService refers to)",
+            "OSError: Repo id must use alphanumeric chars, '-', '_' or '.'. The name cannot start "
+            "or end with '-' or '.' and the maximum length is 96: '/nowhere'.",
+            "'org/model' is neither a folder on this node nor a model that the hub shows; check "
+            "the spelling, and if it is private or gated set HF_TOKEN where Ray runs (on EKS: the "
+            "secret that the RayService refers to)",
         ),
         (
             FROM_A_WORKER.format("something nobody has seen"),
