@@ -60,11 +60,11 @@ def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
         ({"engine": {"tensor_parallel_size": 16}}, "parallelism", "fail", "8 GPUs of the largest"),
         ({"engine": {"max_model_len": 200_000}}, "context length", "fail", "the model's 131072"),
         (
-            {"engine": {"tensor_parallel_size": 2, "max_model_len": 24_000}},
+            {"engine": {"tensor_parallel_size": 2, "max_model_len": 17_000}},
             "memory", "warn", "less than 3 %",
         ),
         (
-            {"engine": {"tensor_parallel_size": 2, "max_model_len": 20_000}},
+            {"engine": {"tensor_parallel_size": 2, "max_model_len": 12_000}},
             "context length", "warn", "1.",
         ),
         ({"engine": {"enable_expert_parallel": True}}, "parallelism", "fail", "mixture of experts"),
