@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from serve_app import engine_args
+from serve_app import engine_args, yaml_files
 from serve_app.errors import ConfigError, did_you_mean
 
 MODEL_IMPORT_PATH = "serve_app.model:app"
@@ -296,18 +295,7 @@ def load(path: str | Path) -> Fleet:
         ConfigError: the file, the application and the key, and what to change, in one line.
     """
     path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"{path}:{line} {problem}") from None
-    return parse_document(document, path)
+    return parse_document(yaml_files.read(path), path)
 
 
 _APPLICATION_KEYS = (

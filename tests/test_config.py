@@ -354,7 +354,13 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "where"),
-    [("a: [1", "line 1, column "), ("a:\n\t- b", "line 2, column 1"), ("a: b: c", "line 1")],
+    [
+        ("a: [1", "line 1, column "),
+        ("a:\n\t- b", "line 2, column 1"),
+        ("a: b: c", "line 1"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2, column 11: 'c' is there twice"),
+        ("a: 1\n---\nb: 2", "has 2 YAML documents"),
+    ],
 )
 def test_a_file_that_is_not_yaml_is_refused_with_the_place(
     tmp_path: Path, text: str, where: str

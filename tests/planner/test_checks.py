@@ -379,3 +379,15 @@ def test_a_cluster_that_is_gone_is_said_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(UserError, match=r"no Ray cluster answers at 127.0.0.1:9"):
         RayCluster.connect()
+
+
+@pytest.mark.parametrize("arguments", ["7", "[1]", "{engine: 5}", "{model: x, engine: [1]}"])
+def test_args_that_are_no_mapping_are_a_finding(tmp_path: Path, arguments: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "applications:\n- {name: a, route_prefix: null, import_path: serve_app.model:app, "
+        f"args: {arguments}}}\n"
+    )
+    (finding,) = checks.static(config, None)
+    assert (finding.check, finding.status) == ("config", "fail")
+    assert "application 'a'" in finding.message
