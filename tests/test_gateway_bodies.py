@@ -228,14 +228,15 @@ async def test_without_a_model_anywhere_there_is_no_route(query: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/metrics", "/metrics/", "/load", "/ping", "/server_info", "/sleep", "/wake_up",
+        "/metrics", "/metrics/", "/metrics/x", "/metricsx", "/load", "/ping", "/server_info",
+        "/sleep", "/wake_up",
         "/is_sleeping", "/pause", "/resume", "/is_paused", "/abort_requests",
         "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc",
         "/start_profile", "/stop_profile", "/scale_elastic_ep", "/is_scaling_elastic_ep",
         "/fault_tolerance/x", "/adapters", "/adapters/x", "/docs", "/docs/oauth2-redirect",
         "/redoc", "/openapi.json", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
         "/init_weight_transfer_engine", "/update_weights", "/get_world_size",
-        "/%6detrics", "/metrics%2F",
+        "/%6detrics", "/metrics%2F", "/metrics%2Fx", "/metrics%0A",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -256,6 +257,17 @@ async def test_a_path_is_never_tidied_up_into_a_closed_one(path: str) -> None:
         head = f"GET {path}?model=m HTTP/1.1\r\nhost: x\r\n\r\n"
         assert (await raw(gateway, head.encode())).startswith(b"HTTP/1.1 ")
         assert [e.target for e in upstream.exchanges] in ([], [f"{path}?model=m"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/metrics/../version", "/metrics/%2e%2e/%2e%2e/v1", "/adapters/.."]
+)
+async def test_a_closed_path_is_never_tidied_up_into_an_open_one(path: str) -> None:
+    """vLLM answers its metrics to whatever begins with that word, dots or not."""
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        head = await raw(gateway, f"GET {path}?model=m HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        assert head.startswith(b"HTTP/1.1 404 ")
+        assert upstream.exchanges == []
 
 
 # --- size ------------------------------------------------------------------------------------
@@ -326,13 +338,83 @@ async def test_a_huge_header_does_not_reach_a_replica_and_harms_nothing() -> Non
         assert upstream.exchanges == []
 
 
-async def test_a_websocket_is_declined() -> None:
-    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
-        head = await raw(
-            gateway,
-            b"GET /v1/realtime?model=m HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\n"
-            b"connection: upgrade\r\nsec-websocket-version: 13\r\n"
-            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-        )
-        assert head.split()[1] == b"403"
+# --- web pages -------------------------------------------------------------------------------
+
+PAGE = "https://chat.example.com"
+PREFLIGHT = {
+    "origin": PAGE,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-stainless-os",
+}
+
+
+@pytest.mark.parametrize("origins", [[PAGE], ["https://b.example", PAGE], ["*"]])
+async def test_a_page_of_a_configured_origin_may_ask_and_read_the_request_id(
+    origins: list[str],
+) -> None:
+    allowed = "*" if origins == ["*"] else PAGE
+    async with Upstream() as upstream, GatewayProcess(upstream, cors_allow_origins=origins) as gw:
+        before = await gw.client.options(CHAT, headers=PREFLIGHT)
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] == allowed
+        assert "POST" in before.headers["access-control-allow-methods"]
+        named = before.headers["access-control-allow-headers"]
+        assert named == PREFLIGHT["access-control-request-headers"]
         assert upstream.exchanges == []
+
+        for body, status in (({"model": "m"}, 200), ({"model": "none"}, 404)):
+            answer = await gw.client.post(CHAT, json=body, headers={"origin": PAGE})
+            assert answer.status_code == status
+            assert answer.headers.get_list("access-control-allow-origin") == [allowed]
+            assert answer.headers["access-control-expose-headers"] == "x-request-id"
+
+
+async def test_a_page_of_another_origin_may_not_ask() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream, cors_allow_origins=[PAGE]) as gw:
+        other = {"origin": "https://other.example"}
+        before = await gw.client.options(CHAT, headers=PREFLIGHT | other)
+        assert before.status_code == 400
+        answer = await gw.client.post(CHAT, json={"model": "m"}, headers=other)
+        for headers in (before.headers, answer.headers):
+            assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "TRACE"])
+async def test_a_method_that_no_route_has_is_refused_with_those_that_there_are(method: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.request(method, CHAT, headers=PREFLIGHT, json={"model": "m"})
+        assert error_in(answer, 405)["code"] == "method_not_allowed"
+        assert answer.headers["allow"] == "DELETE, GET, HEAD, PATCH, POST, PUT"
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        assert upstream.exchanges == []
+
+
+# --- WebSockets ------------------------------------------------------------------------------
+
+
+async def test_a_websocket_is_declined_in_the_envelope() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        upgrade = {
+            "connection": "upgrade",
+            "upgrade": "websocket",
+            "sec-websocket-version": "13",
+            "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+        }
+        answer = await gateway.client.get("/v1/realtime?model=m", headers=upgrade)
+        assert error_in(answer, 403)["code"] == "websocket_not_supported"
+        assert upstream.exchanges == []
+
+
+async def test_a_websocket_is_closed_where_the_server_cannot_send_an_answer() -> None:
+    async with GatewayProcess() as gateway:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+        await gateway.app(scope, receive, send)
+        assert [m["type"] for m in sent] == ["websocket.close"]

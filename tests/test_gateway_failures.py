@@ -272,10 +272,38 @@ async def test_the_anthropic_sdk_raises_when_a_message_is_cut() -> None:
     assert "send the request again" in str(raised.value)
 
 
+async def test_the_openai_sdk_raises_our_error_where_a_stream_is_cut_within_an_event() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(chunk_of("Hel"), chunk_of("lo")[:25])
+        exchange.die()
+
+    got = []
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        openai.AsyncOpenAI(base_url=f"{gateway.base_url}/v1", api_key="-", max_retries=0) as client,
+    ):
+        stream = await client.chat.completions.create(**ASK, stream=True)
+        with pytest.raises(openai.APIError) as raised:
+            async for chunk in stream:
+                got.append(chunk.choices[0].delta.content)
+    assert got == ["Hel"]
+    assert raised.value.code == "replica_lost"
+    assert "send the request again" in raised.value.message
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("end", ["die", "close"])
 @pytest.mark.parametrize(
-    "tail", [b'data: {"a": 1}\n\n', b'data: {"a"', b'data: {"a": 1}\n', b'data: {"a": 1}\r\n\r\n']
+    "tail",
+    [
+        b'data: {"a": 1}\n\n',
+        b'data: {"a"',
+        b'data: {"a": 1}\n',
+        b'data: {"a": 1}\r\n\r\n',
+        b'data: {"a": 1}\r\n\r',
+    ],
 )
 async def test_a_cut_stream_ends_well_with_an_error_event(path: str, end: str, tail: bytes) -> None:
     """The client sees the end of a whole HTTP answer whose last event is the error."""
@@ -295,8 +323,9 @@ async def test_a_cut_stream_ends_well_with_an_error_event(path: str, end: str, t
         answer = await gateway.client.post(path, json={**ASK, "stream": True})
     events = answer.text.removesuffix("\n\n").replace("\r\n", "\n").split("\n\n")
     assert answer.text.endswith("\n\n")
-    assert events[0] == 'data: {"n": 0}'
-    *names, data = events[-1].lstrip("\n").split("\n")
+    whole = [e.decode() for e in (tail.strip(),) if tail.endswith((b"\n\n", b"\r\n\r\n"))]
+    assert events[:-1] == ['data: {"n": 0}', *whole]  # and nothing of a half event
+    *names, data = events[-1].split("\n")
     error = json.loads(data.removeprefix("data: "))
     if path == "/v1/messages":
         assert names == ["event: error"]
@@ -307,6 +336,76 @@ async def test_a_cut_stream_ends_well_with_an_error_event(path: str, end: str, t
     else:
         assert names == []
         assert error["error"].keys() == ENVELOPE and error["error"]["code"] == "replica_lost"
+
+
+async def test_a_cut_within_an_event_too_large_to_be_held_still_ends_with_a_readable_error() -> (
+    None
+):
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(b"data: " + b"x" * 2**21, b"yz")
+        exchange.die()
+
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+    ):
+        answer = await gateway.client.post(CHAT, json=ASK)
+    large, error = answer.text.removesuffix("\n\n").split("\n\n")
+    assert large.startswith("data: xxx")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "replica_lost"
+
+
+async def test_a_replica_that_fails_within_its_first_event_is_replaced_by_another() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(b'data: {"half')
+        exchange.die()
+
+    async with (
+        Upstream(script) as bad,
+        Upstream() as good,
+        GatewayProcess(bad, good) as gateway,
+    ):
+        answer = await gateway.client.post(CHAT, json=ASK)
+        assert (answer.status_code, answer.json()) == (200, {"ok": True})
+
+
+async def test_a_stream_of_a_known_length_can_still_end_with_an_error_event() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.head("content-type: text/event-stream", "content-length: 1000")
+        await exchange.send(b"data: 1\n\n")
+        exchange.die()
+
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+    ):
+        answer = await gateway.client.post(CHAT, json=ASK)
+    one, error = answer.text.removesuffix("\n\n").split("\n\n")
+    assert one == "data: 1"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "replica_lost"
+
+
+async def test_a_compressed_stream_that_is_cut_is_a_broken_connection() -> None:
+    """An event of ours among compressed bytes would be noise."""
+
+    async def script(exchange: Exchange) -> None:
+        compressed = "content-type: text/event-stream", "content-encoding: br"
+        await exchange.head(*compressed, "transfer-encoding: chunked")
+        await exchange.chunk(b"\x01\x02\n\n")
+        await asyncio.sleep(0.1)
+        exchange.die()
+
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+    ):
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with gateway.client.stream("POST", CHAT, json=ASK) as answer:
+                async for chunk in answer.aiter_raw():
+                    assert chunk == b"\x01\x02\n\n"
 
 
 async def test_a_stream_that_falls_silent_ends_with_an_error_event_where_a_timeout_is_set() -> None:
