@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
+import tracemalloc
 from typing import Any
 
 import pytest
 from harness.scripted import GatewayProcess, Upstream, reported
+
+from serve_app.gateway import body as request_body
 
 TRANSCRIBE = "/v1/audio/transcriptions"
 CHAT = "/v1/chat/completions"
@@ -95,6 +99,35 @@ async def test_the_list_of_what_exists_is_cut_and_the_closest_id_is_named() -> N
     message = error_in(answer, 404)["message"]
     assert "did you mean 'model-490'?" in message or "did you mean 'model-49" in message
     assert len(message) < 1000
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br, gzip"])
+async def test_a_compressed_body_is_refused_by_name(encoding: str) -> None:
+    """vLLM takes none either; its sentence would be about broken JSON."""
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        body = gzip.compress(b'{"model": "m"}')
+        answer = await gateway.client.post(
+            CHAT, content=body, headers={"content-encoding": encoding}
+        )
+        assert error_in(answer, 415)["code"] == "unsupported_content_encoding"
+        plain = {"content-encoding": "identity"}
+        assert (await gateway.client.post(CHAT, json={"model": "m"}, headers=plain)).is_success
+        assert len(upstream.exchanges) == 1
+
+
+async def test_a_body_of_many_small_pieces_costs_no_more_memory_than_one_piece() -> None:
+    left = iter(range(200_000))
+
+    async def receive() -> Any:
+        more = next(left, None) is not None
+        return {"type": "http.request", "body": bytes(bytearray(2)), "more_body": more}
+
+    tracemalloc.start()
+    body = await request_body.read(receive, None, 2**20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert body == bytes(400_002)
+    assert peak < 2 * 2**20
 
 
 # --- multipart -------------------------------------------------------------------------------
@@ -323,6 +356,43 @@ async def test_a_length_that_is_none_is_refused_by_someone(length: bytes) -> Non
             gateway, b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: " + length + b"\r\n\r\nhello"
         )
         assert head.split()[1] in (b"400", b"413")
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"content-length: 13\r\ntransfer-encoding: chunked\r\n",
+        b"content-length: 13\r\ncontent-length: 5\r\n",
+        b"transfer-encoding: xchunked\r\n",
+        b"transfer-encoding : chunked\r\n",
+        b"content-length: 13\r\nx-request-id: a\rx-b: c\r\n",
+        b"content-length: 13\r\nx-request-id: a\x00\r\n",
+        b"content-length: 13\r\nx-request-id: a\x1b[31m\r\n",
+    ],
+)
+async def test_a_head_that_can_be_read_in_two_ways_is_refused(head: bytes) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        body = b'{"model":"m"}\r\nGET /metrics?model=m HTTP/1.1\r\nhost: x\r\n\r\n'
+        answer = await raw(gateway, b"POST / HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n" + body)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize("target", ["*?model=m", "@elsewhere/x?model=m", "elsewhere:80"])
+@pytest.mark.parametrize("method", ["GET", "CONNECT"])
+async def test_a_target_that_is_no_path_reaches_nobody(method: str, target: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await raw(gateway, f"{method} {target} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        assert answer.split()[1] in (b"400", b"404", b"405")
+        assert upstream.exchanges == []
+
+
+async def test_a_client_that_waits_for_100_is_told_to_go_on_unless_its_body_is_too_large() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream, max_body_mib=1) as gateway:
+        head = b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: "
+        assert (await raw(gateway, head + b"13\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        assert (await raw(gateway, head + b"9999999\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
         assert upstream.exchanges == []
 
 

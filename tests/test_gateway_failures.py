@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -52,9 +53,52 @@ async def speaks_no_http(exchange: Exchange) -> None:
     exchange.die()
 
 
+async def sends_an_endless_header(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 200 OK\r\nx-any: ")
+    while True:
+        await exchange.send(b"x" * 65536)
+
+
+async def sends_headers_without_end(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        await exchange.send(b"x-any: x\r\n" * 5000)
+
+
+async def splits_a_header(exchange: Exchange) -> None:
+    await exchange.head("x-any: a\rset-cookie: b", "content-length: 0")
+
+
+async def switches_protocols(exchange: Exchange) -> None:
+    await exchange.head("connection: upgrade", "upgrade: any", status="101 Switching Protocols")
+
+
+async def answers_with_a_status_that_is_none(exchange: Exchange) -> None:
+    await exchange.answer(b"{}", status="999 X")
+
+
+async def says_two_lengths(exchange: Exchange) -> None:
+    await exchange.answer(b"hello", "content-length: 2")
+
+
+async def says_a_length_and_chunks(exchange: Exchange) -> None:
+    await exchange.head("content-length: 2", "transfer-encoding: chunked")
+    await exchange.chunk(b"hello")
+    await exchange.chunk(b"")
+
+
+async def promises_more_of_an_error(exchange: Exchange) -> None:
+    await exchange.head("content-length: 50", status="500 X")
+    await exchange.send(b"{")
+    exchange.die()
+
+
 NOTHING_SENT = [
     dies_at_once, closes_at_once, dies_in_the_head, dies_after_the_head,
-    dies_after_a_head_of_known_length, speaks_no_http,
+    dies_after_a_head_of_known_length, speaks_no_http, sends_an_endless_header,
+    sends_headers_without_end, splits_a_header, switches_protocols,
+    answers_with_a_status_that_is_none, says_two_lengths, says_a_length_and_chunks,
+    promises_more_of_an_error,
 ]  # fmt: skip
 
 
@@ -177,6 +221,9 @@ async def test_a_silent_replica_is_a_timeout_where_one_is_set_and_is_not_repeate
             {"type", "error"},
         ),
         ("/v1/completions", b"Internal Server Error", {"error"}),
+        (CHAT, b"\xff\xfe", {"error"}),
+        (CHAT, b"[" * 200_000, {"error"}),
+        (CHAT, b"1" * 200_000, {"error"}),
     ],
 )
 async def test_an_error_of_the_replica_that_is_in_no_envelope_is_put_into_one(
@@ -193,6 +240,19 @@ async def test_an_error_of_the_replica_that_is_in_no_envelope_is_put_into_one(
     assert answer.status_code == 404
     assert answer.json().keys() == envelope
     assert answer.json()["error"].keys() == ENVELOPE
+    assert 0 < len(answer.json()["error"]["message"]) < 3000
+
+
+async def test_a_compressed_error_of_the_replica_is_relayed_as_it_is() -> None:
+    body = gzip.compress(b'{"error": {"message": "x"}}')
+
+    async def script(exchange: Exchange) -> None:
+        kind = "content-type: application/json"
+        await exchange.answer(body, kind, "content-encoding: gzip", status="400 Bad Request")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+    assert (answer.status_code, answer.json()) == (400, {"error": {"message": "x"}})
 
 
 # --- after the first byte --------------------------------------------------------------------

@@ -95,6 +95,29 @@ async def test_headers_of_one_hop_and_secrets_stop_at_the_gateway() -> None:
     assert len(seen.headers) == len({k.lower() for k, _ in seen.headers})
 
 
+@pytest.mark.parametrize("value", ["é世.wav", "plain", "a\tb"])
+async def test_a_header_keeps_its_bytes(value: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        sent = value.encode()
+        await gateway.client.post(CHAT, json=ASK, headers={"x-any": sent, "x-request-id": sent})
+    [seen] = upstream.exchanges
+    for name in ("x-any", "x-request-id"):
+        assert [v.encode("latin-1") for v in seen.header(name)] == [sent]
+
+
+@pytest.mark.parametrize("target", ["http://elsewhere:1/v1/x?model=m", "//elsewhere/v1/x?model=m"])
+async def test_a_target_that_names_a_host_changes_nothing_of_where_it_goes(target: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        async with asyncio.timeout(10):
+            assert (await reader.read()).endswith(b'{"ok": true}')
+        writer.close()
+    [seen] = upstream.exchanges
+    assert seen.target == target.removeprefix("http://elsewhere:1")
+    assert seen.header("host") == [f"127.0.0.1:{upstream.port}"]
+
+
 async def test_a_request_id_is_made_where_there_is_none() -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         for _ in range(2):
@@ -170,6 +193,35 @@ async def test_a_redirect_is_the_clients_to_follow() -> None:
         answer = await gateway.client.post(CHAT, json=ASK)
     assert (answer.status_code, answer.headers["location"]) == (307, "/elsewhere")
     assert len(upstream.exchanges) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "seen"), [("/v1/x?a=1", "/v1/x?a=1"), ("", None), ("//elsewhere/x", "/elsewhere/x")]
+)
+async def test_a_redirect_to_the_replicas_own_address_becomes_one_to_a_path(
+    path: str, seen: str | None
+) -> None:
+    """As FastAPI does for a path with one slash too many; clients cannot reach that address."""
+
+    async def script(exchange: Exchange) -> None:
+        to = f"http://127.0.0.1:{upstream.port}{path}" if seen else "https://docs.example/x"
+        await exchange.answer(b"", f"Location: {to}", status="307 Temporary Redirect")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+    assert answer.headers["location"] == (seen or "https://docs.example/x")
+
+
+async def test_hints_before_the_answer_are_not_the_answer() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.head(status="100 Continue")
+        await exchange.head("link: x", status="103 Early Hints")
+        await exchange.answer(b"done")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+        assert (answer.status_code, answer.content) == (200, b"done")
+        assert "link" not in answer.headers
 
 
 async def test_each_event_is_sent_on_before_the_next_one_is_written() -> None:

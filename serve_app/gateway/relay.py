@@ -116,19 +116,18 @@ class Relay:
                 data=request.body or None,
                 allow_redirects=False,
             ) as response:
-                # What is compressed has no events to be seen: a document like any other.
-                if (
-                    response.content_type == "text/event-stream"
-                    and "content-encoding" not in response.headers
-                ):
+                if not 200 <= response.status < 600:
+                    raise NotStarted(f"status {response.status}")
+                headers = _to_client(response.raw_headers, replica.base_url.encode())
+                if "content-encoding" in response.headers:
+                    pass  # compressed: a document, whatever is in it
+                elif response.content_type == "text/event-stream":
                     events = _Events()
-                elif response.status >= 400:
-                    await _send_error(response, request, answer)
-                    return response.status
-                headers = _to_client(response.raw_headers)
-                if events is not None:
                     # Its end may be an error of ours, which the replica did not count.
                     headers = [(k, v) for k, v in headers if k != b"content-length"]
+                elif response.status >= 400:
+                    await _send_error(response, headers, request, answer)
+                    return response.status
                 head = {
                     "type": "http.response.start",
                     "status": response.status,
@@ -195,20 +194,21 @@ class _Events:
         return whole
 
 
-async def _send_error(response: aiohttp.ClientResponse, request: Request, answer: Answer) -> None:
+async def _send_error(
+    response: aiohttp.ClientResponse, headers: Headers, request: Request, answer: Answer
+) -> None:
     """An error of the replica, as it is where it is in an envelope, else in one.
 
     FastAPI has a shape of its own for unknown routes and methods, and the server under it
     answers in plain text. An error is small and comes at once, so it is read whole.
     """
     body = sent = await response.read()
-    headers = _to_client(response.raw_headers)
     try:
         shown = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         shown = body.decode("utf-8", "replace")
     if not (isinstance(shown, dict) and "error" in shown):
-        text = shown.get("detail") if isinstance(shown, dict) else shown
+        text = str((shown.get("detail") if isinstance(shown, dict) else shown) or "")[:2000]
         kind = "invalid_request_error" if response.status < 500 else "server_error"
         message = f"{text or response.reason} ({request.method} {request.path[:200]})"
         body = GatewayError(response.status, message, kind).body(request.path)
@@ -257,16 +257,35 @@ def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
 
 def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
     drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
-    kept = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.headers if k not in drop]
+    # aiohttp writes headers as UTF-8, so that this is what keeps their bytes.
+    kept = [
+        (k.decode("latin-1"), v.decode("utf-8", "replace"))
+        for k, v in request.headers
+        if k not in drop
+    ]
     kept.append((CREDENTIAL_HEADER.decode(), credential))
     kept.append(("x-request-id", request.id))
     return kept
 
 
-def _to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+def _to_client(headers: Iterable[tuple[bytes, bytes]], base_url: bytes) -> Headers:
     kept = [(k.lower(), v) for k, v in headers]
     drop = _NOT_TO_CLIENT | _named_by_connection(kept)
-    return [(k, v) for k, v in kept if k not in drop and not k.startswith(_CORS)]
+    return [
+        (k, _from_here(v, base_url) if k == b"location" else v)
+        for k, v in kept
+        if k not in drop and not k.startswith(_CORS)
+    ]
+
+
+def _from_here(location: bytes, base_url: bytes) -> bytes:
+    """A redirect within the replica, which clients can reach by the gateway only, as a path.
+
+    FastAPI answers a path with one slash too many by one to its own address.
+    """
+    if not location.startswith(base_url + b"/"):
+        return location
+    return b"/" + location.removeprefix(base_url).lstrip(b"/")  # "//x" would be a host
 
 
 def _named_by_connection(headers: Headers) -> set[bytes]:

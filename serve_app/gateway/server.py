@@ -11,6 +11,7 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import quote
 
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.middleware.cors import CORSMiddleware
@@ -73,7 +74,7 @@ class Gateway:
             return
         named = dict(scope["headers"])
         # Serve makes one where the client sent none, and puts it on the answer.
-        request_id = named.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        request_id = named.get(b"x-request-id", b"").decode("utf-8", "replace") or uuid.uuid4().hex
         answer = Answer(send)
         try:
             await self._answer(scope, receive, named, request_id, answer)
@@ -109,14 +110,21 @@ class Gateway:
             if own is not None:
                 await _send_json(answer, *own)
                 return
-        if _is_closed(path):
+        if not path.startswith("/") or _is_closed(path):
             raise _no_route(method, path)
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise GatewayError(
+                415,
+                "The request body is compressed; send it without a content-encoding.",
+                "invalid_request_error",
+                code="unsupported_content_encoding",
+            )
         body = await request_body.read(receive, headers.get(b"content-length"), self._max_body)
         query = scope.get("query_string", b"")
         if not body and method in ("GET", "HEAD") and b"model=" not in query:
             raise _no_route(method, path)
         model = self._find(request_body.model_in(headers.get(b"content-type", b""), query, body))
-        target = (scope.get("raw_path") or path.encode()).decode("latin-1")
+        target = (scope.get("raw_path") or quote(path).encode()).decode("latin-1")
         if query:
             target += "?" + query.decode("latin-1")
         request = Request(request_id, method, target, scope["headers"], body)
