@@ -427,11 +427,12 @@ def test_the_command_says_it_on_one_line_and_exits_with_2(
 
 
 def test_what_vllm_refuses_is_said_in_its_own_words_without_quotes_around_them() -> None:
-    config = ModelConfig(model="m", engine={"reasoning_parser": "tea-leaves"})
+    engine = {"enable_auto_tool_choice": True, "tool_call_parser": "tea-leaves"}
+    config = ModelConfig(model="m", engine=engine)
     with pytest.raises(UserError) as raised:
         parse_args(config, ["m"], {})
     assert str(raised.value).startswith(
-        "vLLM refuses the engine arguments: invalid reasoning parser: tea-leaves (chose from { "
+        "vLLM refuses the engine arguments: invalid tool call parser: tea-leaves (chose from { "
     )
     assert str(raised.value).endswith("})")
 
