@@ -101,7 +101,7 @@ def main() -> None:
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except UserError as error:
-        click.echo(f"serve-app: {error}", err=True)
+        click.echo(f"serve-app: {' '.join(str(error).split())}", err=True)  # whatever a name holds
     except click.UsageError as error:
         click.echo(f"serve-app: {error.format_message()}", err=True)
     except click.ClickException as error:

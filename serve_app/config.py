@@ -7,15 +7,15 @@ A config is a Ray Serve config file that `serve run`, `serve deploy` and RayServ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from serve_app import engine_args
+from serve_app import engine_args, yaml_files
 from serve_app.errors import ConfigError, did_you_mean
 
 MODEL_IMPORT_PATH = "serve_app.model:app"
@@ -205,6 +205,24 @@ class GatewayConfig(_Settings):
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """Seconds that running requests get to finish when a gateway is stopped."""
 
+    cors_allow_origins: list[str] = []
+    """Origins of the web pages that may call the API from a browser, such as
+    ``https://chat.example.com``; ``*`` is any page. None are by default."""
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"'{origin}' is not an origin; write it as browsers send it, such as "
+                    "'https://chat.example.com' (lower case, no path), or '*' for any page"
+                )
+        return origins
+
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\sA-Z/]+")
+
 
 @dataclass(frozen=True)
 class Fleet:
@@ -248,12 +266,13 @@ def parse(settings: type[_Model], value: Any, where: str) -> _Model:
 
 def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    loc = problem["loc"]
+    key = ".".join(str(part) for part in loc)
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        known = _keys_at(settings, problem["loc"][:-1])
+        known = _keys_at(settings, loc[:-1])
         return (
-            f"'{key}' is not a setting{did_you_mean(str(problem['loc'][-1]), known)}"
+            f"'{key}' is not a setting{did_you_mean(str(loc[-1]), known)}"
             f" (known: {', '.join(known)})"
         )
     if kind == "missing":
@@ -261,6 +280,9 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     if kind == "value_error":
         text = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {text}" if key else text
+    if kind in ("dict_type", "model_type"):
+        inside = "names to values" if kind == "dict_type" else ", ".join(_keys_at(settings, loc))
+        return f"{key} is {value!r}, but should be a mapping of {inside}"
     if key.split(".")[-1].isdigit() or kind == "string_pattern_mismatch":
         return f"{key} is {value!r}: {problem['msg'].lower()} (no spaces)"
     return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
@@ -296,18 +318,7 @@ def load(path: str | Path) -> Fleet:
         ConfigError: the file, the application and the key, and what to change, in one line.
     """
     path = Path(path)
-    try:
-        document = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(f"{path}:{line} {problem}") from None
-    return parse_document(document, path)
+    return parse_document(yaml_files.read(path), path)
 
 
 _APPLICATION_KEYS = (

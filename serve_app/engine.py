@@ -62,7 +62,9 @@ def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Nam
         validate_parsed_serve_args(args)
         validate_api_server_args(args)
     except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"vLLM refuses the engine arguments: {error}") from None
+        # A KeyError's text is the repr of its argument, quotes and all.
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise UserError(f"vLLM refuses the engine arguments: {text}") from None
     return args
 
 

@@ -17,12 +17,13 @@ from serve_app.config import (
     GATEWAY_IMPORT_PATH,
     MODEL_IMPORT_PATH,
     Fleet,
+    GatewayConfig,
     ModelConfig,
     load,
     parse_document,
 )
 from serve_app.engine import parse_args
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, UserError
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 GATEWAY = {"name": "gateway", "route_prefix": "/", "import_path": GATEWAY_IMPORT_PATH}
@@ -230,9 +231,14 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
             {"adapters": [LORA], "engine": {"enable_lora": False}},
             "adapters need engine.enable_lora; remove 'enable_lora: false'",
         ),
-        ({"env": [1]}, "env is [1], but should be a valid dictionary"),
+        ({"env": [1]}, "env is [1], but should be a mapping of names to values"),
         ({"start_timeout_s": "soon"}, "start_timeout_s is 'soon', but should be a valid number"),
-        ({"engine": 5}, "engine is 5, but should be a valid dictionary"),
+        ({"engine": 5}, "engine is 5, but should be a mapping of names to values"),
+        (
+            {"autoscaling": True},
+            "autoscaling is True, but should be a mapping of min_replicas, max_replicas, ",
+        ),
+        ({"adapters": ["z"]}, "adapters.0 is 'z', but should be a mapping of name, path"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_is_allowed(args: dict[str, Any], why: str) -> None:
@@ -324,11 +330,32 @@ def test_a_wrong_engine_argument_is_refused_with_what_is_allowed(
         ),
         (GATEWAY | {"args": {"max_body_mib": 1e9}}, "max_body_mib is 1000000000.0"),
         (GATEWAY | {"args": {"request_timeout_s": 0}}, "request_timeout_s is 0"),
+        (
+            GATEWAY | {"args": {"cors_allow_origins": "*"}},
+            "cors_allow_origins is '*', but should be a valid list",
+        ),
         (GATEWAY | {"route_prefix": None}, "the gateway needs 'route_prefix: /'"),
     ],
 )
 def test_a_wrong_gateway_is_refused(application: dict[str, Any], why: str) -> None:
     assert refusal(document(chat(), application)).startswith(f"application 'gateway': {why}")
+
+
+@pytest.mark.parametrize(
+    "origin", ["*", "null", "https://a.example", "http://localhost:3000", "app+x://obsidian.md"]
+)
+def test_an_origin_as_browsers_send_it_is_taken(origin: str) -> None:
+    assert GatewayConfig(cors_allow_origins=[origin]).cors_allow_origins == [origin]
+
+
+@pytest.mark.parametrize(
+    "origin", ["", "a.example", "https://a.example/", "https://A.example", "https://", "https://*/"]
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    why = refusal(document(chat(), GATEWAY | {"args": {"cors_allow_origins": ["*", origin]}}))
+    assert why.startswith(
+        f"application 'gateway': cors_allow_origins: '{origin}' is not an origin; write it as "
+    )
 
 
 def test_a_second_gateway_is_refused() -> None:
@@ -354,7 +381,13 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "where"),
-    [("a: [1", "line 1, column "), ("a:\n\t- b", "line 2, column 1"), ("a: b: c", "line 1")],
+    [
+        ("a: [1", "line 1, column "),
+        ("a:\n\t- b", "line 2, column 1"),
+        ("a: b: c", "line 1"),
+        ("a: 1\nb: {c: 1, c: 2}", "line 2, column 11: 'c' is there twice"),
+        ("a: 1\n---\nb: 2", "has 2 YAML documents"),
+    ],
 )
 def test_a_file_that_is_not_yaml_is_refused_with_the_place(
     tmp_path: Path, text: str, where: str
@@ -394,6 +427,20 @@ def test_the_command_says_it_on_one_line_and_exits_with_2(
     [line] = run.stderr.splitlines()
     assert line.startswith("serve-app: ") and hint in line
     assert run.stdout == ""
+
+
+# --- what vLLM refuses -----------------------------------------------------------------------
+
+
+def test_what_vllm_refuses_is_said_in_its_own_words_without_quotes_around_them() -> None:
+    engine = {"enable_auto_tool_choice": True, "tool_call_parser": "tea-leaves"}
+    config = ModelConfig(model="m", engine=engine)
+    with pytest.raises(UserError) as raised:
+        parse_args(config, ["m"], {})
+    assert str(raised.value).startswith(
+        "vLLM refuses the engine arguments: invalid tool call parser: tea-leaves (chose from { "
+    )
+    assert str(raised.value).endswith("})")
 
 
 # --- the shipped configs ---------------------------------------------------------------------

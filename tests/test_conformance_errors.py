@@ -200,6 +200,26 @@ def test_the_sdk_can_read_that_a_model_has_no_such_route(client: openai.OpenAI) 
     error_in(raised.value.response)
 
 
+def test_a_preflight_is_refused_in_the_envelope_where_no_page_may_ask(http: httpx.Client) -> None:
+    asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    answer = http.options("/v1/chat/completions", headers=asked)
+    assert answer.status_code == 405
+    assert "POST" in answer.headers["allow"]
+    error_in(answer)
+
+
+def test_a_websocket_is_refused_in_the_envelope(http: httpx.Client) -> None:
+    upgrade = {
+        "connection": "upgrade",
+        "upgrade": "websocket",
+        "sec-websocket-version": "13",
+        "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+    }
+    answer = http.get(f"/v1/realtime?model={CHAT}", headers=upgrade)
+    assert answer.status_code == 403
+    assert error_in(answer)["code"] == "websocket_not_supported"
+
+
 @pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE"])
 def test_a_wrong_method_is_an_error_in_the_envelope(http: httpx.Client, method: str) -> None:
     answer = http.request(method, "/v1/chat/completions", json={"model": CHAT})

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
+import tracemalloc
 from typing import Any
 
 import pytest
 from harness.scripted import GatewayProcess, Upstream, reported
+
+from serve_app.gateway import body as request_body
 
 TRANSCRIBE = "/v1/audio/transcriptions"
 CHAT = "/v1/chat/completions"
@@ -95,6 +99,35 @@ async def test_the_list_of_what_exists_is_cut_and_the_closest_id_is_named() -> N
     message = error_in(answer, 404)["message"]
     assert "did you mean 'model-490'?" in message or "did you mean 'model-49" in message
     assert len(message) < 1000
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br, gzip"])
+async def test_a_compressed_body_is_refused_by_name(encoding: str) -> None:
+    """vLLM takes none either; its sentence would be about broken JSON."""
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        body = gzip.compress(b'{"model": "m"}')
+        answer = await gateway.client.post(
+            CHAT, content=body, headers={"content-encoding": encoding}
+        )
+        assert error_in(answer, 415)["code"] == "unsupported_content_encoding"
+        plain = {"content-encoding": "identity"}
+        assert (await gateway.client.post(CHAT, json={"model": "m"}, headers=plain)).is_success
+        assert len(upstream.exchanges) == 1
+
+
+async def test_a_body_of_many_small_pieces_costs_no_more_memory_than_one_piece() -> None:
+    left = iter(range(200_000))
+
+    async def receive() -> Any:
+        more = next(left, None) is not None
+        return {"type": "http.request", "body": bytes(bytearray(2)), "more_body": more}
+
+    tracemalloc.start()
+    body = await request_body.read(receive, None, 2**20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert body == bytes(400_002)
+    assert peak < 2 * 2**20
 
 
 # --- multipart -------------------------------------------------------------------------------
@@ -228,14 +261,15 @@ async def test_without_a_model_anywhere_there_is_no_route(query: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/metrics", "/metrics/", "/load", "/ping", "/server_info", "/sleep", "/wake_up",
+        "/metrics", "/metrics/", "/metrics/x", "/metricsx", "/load", "/ping", "/server_info",
+        "/sleep", "/wake_up",
         "/is_sleeping", "/pause", "/resume", "/is_paused", "/abort_requests",
         "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache", "/collective_rpc",
         "/start_profile", "/stop_profile", "/scale_elastic_ep", "/is_scaling_elastic_ep",
         "/fault_tolerance/x", "/adapters", "/adapters/x", "/docs", "/docs/oauth2-redirect",
         "/redoc", "/openapi.json", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
         "/init_weight_transfer_engine", "/update_weights", "/get_world_size",
-        "/%6detrics", "/metrics%2F",
+        "/%6detrics", "/metrics%2F", "/metrics%2Fx", "/metrics%0A",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("method", ["GET", "POST"])
@@ -256,6 +290,17 @@ async def test_a_path_is_never_tidied_up_into_a_closed_one(path: str) -> None:
         head = f"GET {path}?model=m HTTP/1.1\r\nhost: x\r\n\r\n"
         assert (await raw(gateway, head.encode())).startswith(b"HTTP/1.1 ")
         assert [e.target for e in upstream.exchanges] in ([], [f"{path}?model=m"])
+
+
+@pytest.mark.parametrize(
+    "path", ["/metrics/../version", "/metrics/%2e%2e/%2e%2e/v1", "/adapters/.."]
+)
+async def test_a_closed_path_is_never_tidied_up_into_an_open_one(path: str) -> None:
+    """vLLM answers its metrics to whatever begins with that word, dots or not."""
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        head = await raw(gateway, f"GET {path}?model=m HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        assert head.startswith(b"HTTP/1.1 404 ")
+        assert upstream.exchanges == []
 
 
 # --- size ------------------------------------------------------------------------------------
@@ -314,6 +359,43 @@ async def test_a_length_that_is_none_is_refused_by_someone(length: bytes) -> Non
         assert upstream.exchanges == []
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"content-length: 13\r\ntransfer-encoding: chunked\r\n",
+        b"content-length: 13\r\ncontent-length: 5\r\n",
+        b"transfer-encoding: xchunked\r\n",
+        b"transfer-encoding : chunked\r\n",
+        b"content-length: 13\r\nx-request-id: a\rx-b: c\r\n",
+        b"content-length: 13\r\nx-request-id: a\x00\r\n",
+        b"content-length: 13\r\nx-request-id: a\x1b[31m\r\n",
+    ],
+)
+async def test_a_head_that_can_be_read_in_two_ways_is_refused(head: bytes) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        body = b'{"model":"m"}\r\nGET /metrics?model=m HTTP/1.1\r\nhost: x\r\n\r\n'
+        answer = await raw(gateway, b"POST / HTTP/1.1\r\nhost: x\r\n" + head + b"\r\n" + body)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize("target", ["*?model=m", "@elsewhere/x?model=m", "elsewhere:80"])
+@pytest.mark.parametrize("method", ["GET", "CONNECT"])
+async def test_a_target_that_is_no_path_reaches_nobody(method: str, target: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await raw(gateway, f"{method} {target} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        assert answer.split()[1] in (b"400", b"404", b"405")
+        assert upstream.exchanges == []
+
+
+async def test_a_client_that_waits_for_100_is_told_to_go_on_unless_its_body_is_too_large() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream, max_body_mib=1) as gateway:
+        head = b"POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: "
+        assert (await raw(gateway, head + b"13\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        assert (await raw(gateway, head + b"9999999\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
+        assert upstream.exchanges == []
+
+
 async def test_a_huge_header_does_not_reach_a_replica_and_harms_nothing() -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         with socket.socket() as connection:
@@ -326,13 +408,83 @@ async def test_a_huge_header_does_not_reach_a_replica_and_harms_nothing() -> Non
         assert upstream.exchanges == []
 
 
-async def test_a_websocket_is_declined() -> None:
-    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
-        head = await raw(
-            gateway,
-            b"GET /v1/realtime?model=m HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\n"
-            b"connection: upgrade\r\nsec-websocket-version: 13\r\n"
-            b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-        )
-        assert head.split()[1] == b"403"
+# --- web pages -------------------------------------------------------------------------------
+
+PAGE = "https://chat.example.com"
+PREFLIGHT = {
+    "origin": PAGE,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-stainless-os",
+}
+
+
+@pytest.mark.parametrize("origins", [[PAGE], ["https://b.example", PAGE], ["*"]])
+async def test_a_page_of_a_configured_origin_may_ask_and_read_the_request_id(
+    origins: list[str],
+) -> None:
+    allowed = "*" if origins == ["*"] else PAGE
+    async with Upstream() as upstream, GatewayProcess(upstream, cors_allow_origins=origins) as gw:
+        before = await gw.client.options(CHAT, headers=PREFLIGHT)
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] == allowed
+        assert "POST" in before.headers["access-control-allow-methods"]
+        named = before.headers["access-control-allow-headers"]
+        assert named == PREFLIGHT["access-control-request-headers"]
         assert upstream.exchanges == []
+
+        for body, status in (({"model": "m"}, 200), ({"model": "none"}, 404)):
+            answer = await gw.client.post(CHAT, json=body, headers={"origin": PAGE})
+            assert answer.status_code == status
+            assert answer.headers.get_list("access-control-allow-origin") == [allowed]
+            assert answer.headers["access-control-expose-headers"] == "x-request-id"
+
+
+async def test_a_page_of_another_origin_may_not_ask() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream, cors_allow_origins=[PAGE]) as gw:
+        other = {"origin": "https://other.example"}
+        before = await gw.client.options(CHAT, headers=PREFLIGHT | other)
+        assert before.status_code == 400
+        answer = await gw.client.post(CHAT, json={"model": "m"}, headers=other)
+        for headers in (before.headers, answer.headers):
+            assert "access-control-allow-origin" not in headers
+
+
+@pytest.mark.parametrize("method", ["OPTIONS", "TRACE"])
+async def test_a_method_that_no_route_has_is_refused_with_those_that_there_are(method: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.request(method, CHAT, headers=PREFLIGHT, json={"model": "m"})
+        assert error_in(answer, 405)["code"] == "method_not_allowed"
+        assert answer.headers["allow"] == "DELETE, GET, HEAD, PATCH, POST, PUT"
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        assert upstream.exchanges == []
+
+
+# --- WebSockets ------------------------------------------------------------------------------
+
+
+async def test_a_websocket_is_declined_in_the_envelope() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        upgrade = {
+            "connection": "upgrade",
+            "upgrade": "websocket",
+            "sec-websocket-version": "13",
+            "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ==",
+        }
+        answer = await gateway.client.get("/v1/realtime?model=m", headers=upgrade)
+        assert error_in(answer, 403)["code"] == "websocket_not_supported"
+        assert upstream.exchanges == []
+
+
+async def test_a_websocket_is_closed_where_the_server_cannot_send_an_answer() -> None:
+    async with GatewayProcess() as gateway:
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return {"type": "websocket.connect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "websocket", "path": "/v1/realtime", "headers": []}
+        await gateway.app(scope, receive, send)
+        assert [m["type"] for m in sent] == ["websocket.close"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -52,9 +53,52 @@ async def speaks_no_http(exchange: Exchange) -> None:
     exchange.die()
 
 
+async def sends_an_endless_header(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 200 OK\r\nx-any: ")
+    while True:
+        await exchange.send(b"x" * 65536)
+
+
+async def sends_headers_without_end(exchange: Exchange) -> None:
+    await exchange.send(b"HTTP/1.1 200 OK\r\n")
+    while True:
+        await exchange.send(b"x-any: x\r\n" * 5000)
+
+
+async def splits_a_header(exchange: Exchange) -> None:
+    await exchange.head("x-any: a\rset-cookie: b", "content-length: 0")
+
+
+async def switches_protocols(exchange: Exchange) -> None:
+    await exchange.head("connection: upgrade", "upgrade: any", status="101 Switching Protocols")
+
+
+async def answers_with_a_status_that_is_none(exchange: Exchange) -> None:
+    await exchange.answer(b"{}", status="999 X")
+
+
+async def says_two_lengths(exchange: Exchange) -> None:
+    await exchange.answer(b"hello", "content-length: 2")
+
+
+async def says_a_length_and_chunks(exchange: Exchange) -> None:
+    await exchange.head("content-length: 2", "transfer-encoding: chunked")
+    await exchange.chunk(b"hello")
+    await exchange.chunk(b"")
+
+
+async def promises_more_of_an_error(exchange: Exchange) -> None:
+    await exchange.head("content-length: 50", status="500 X")
+    await exchange.send(b"{")
+    exchange.die()
+
+
 NOTHING_SENT = [
     dies_at_once, closes_at_once, dies_in_the_head, dies_after_the_head,
-    dies_after_a_head_of_known_length, speaks_no_http,
+    dies_after_a_head_of_known_length, speaks_no_http, sends_an_endless_header,
+    sends_headers_without_end, splits_a_header, switches_protocols,
+    answers_with_a_status_that_is_none, says_two_lengths, says_a_length_and_chunks,
+    promises_more_of_an_error,
 ]  # fmt: skip
 
 
@@ -177,6 +221,9 @@ async def test_a_silent_replica_is_a_timeout_where_one_is_set_and_is_not_repeate
             {"type", "error"},
         ),
         ("/v1/completions", b"Internal Server Error", {"error"}),
+        (CHAT, b"\xff\xfe", {"error"}),
+        (CHAT, b"[" * 200_000, {"error"}),
+        (CHAT, b"1" * 200_000, {"error"}),
     ],
 )
 async def test_an_error_of_the_replica_that_is_in_no_envelope_is_put_into_one(
@@ -193,6 +240,19 @@ async def test_an_error_of_the_replica_that_is_in_no_envelope_is_put_into_one(
     assert answer.status_code == 404
     assert answer.json().keys() == envelope
     assert answer.json()["error"].keys() == ENVELOPE
+    assert 0 < len(answer.json()["error"]["message"]) < 3000
+
+
+async def test_a_compressed_error_of_the_replica_is_relayed_as_it_is() -> None:
+    body = gzip.compress(b'{"error": {"message": "x"}}')
+
+    async def script(exchange: Exchange) -> None:
+        kind = "content-type: application/json"
+        await exchange.answer(body, kind, "content-encoding: gzip", status="400 Bad Request")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+    assert (answer.status_code, answer.json()) == (400, {"error": {"message": "x"}})
 
 
 # --- after the first byte --------------------------------------------------------------------
@@ -272,10 +332,38 @@ async def test_the_anthropic_sdk_raises_when_a_message_is_cut() -> None:
     assert "send the request again" in str(raised.value)
 
 
+async def test_the_openai_sdk_raises_our_error_where_a_stream_is_cut_within_an_event() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(chunk_of("Hel"), chunk_of("lo")[:25])
+        exchange.die()
+
+    got = []
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        openai.AsyncOpenAI(base_url=f"{gateway.base_url}/v1", api_key="-", max_retries=0) as client,
+    ):
+        stream = await client.chat.completions.create(**ASK, stream=True)
+        with pytest.raises(openai.APIError) as raised:
+            async for chunk in stream:
+                got.append(chunk.choices[0].delta.content)
+    assert got == ["Hel"]
+    assert raised.value.code == "replica_lost"
+    assert "send the request again" in raised.value.message
+
+
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/v1/responses"])
 @pytest.mark.parametrize("end", ["die", "close"])
 @pytest.mark.parametrize(
-    "tail", [b'data: {"a": 1}\n\n', b'data: {"a"', b'data: {"a": 1}\n', b'data: {"a": 1}\r\n\r\n']
+    "tail",
+    [
+        b'data: {"a": 1}\n\n',
+        b'data: {"a"',
+        b'data: {"a": 1}\n',
+        b'data: {"a": 1}\r\n\r\n',
+        b'data: {"a": 1}\r\n\r',
+    ],
 )
 async def test_a_cut_stream_ends_well_with_an_error_event(path: str, end: str, tail: bytes) -> None:
     """The client sees the end of a whole HTTP answer whose last event is the error."""
@@ -295,8 +383,9 @@ async def test_a_cut_stream_ends_well_with_an_error_event(path: str, end: str, t
         answer = await gateway.client.post(path, json={**ASK, "stream": True})
     events = answer.text.removesuffix("\n\n").replace("\r\n", "\n").split("\n\n")
     assert answer.text.endswith("\n\n")
-    assert events[0] == 'data: {"n": 0}'
-    *names, data = events[-1].lstrip("\n").split("\n")
+    whole = [e.decode() for e in (tail.strip(),) if tail.endswith((b"\n\n", b"\r\n\r\n"))]
+    assert events[:-1] == ['data: {"n": 0}', *whole]  # and nothing of a half event
+    *names, data = events[-1].split("\n")
     error = json.loads(data.removeprefix("data: "))
     if path == "/v1/messages":
         assert names == ["event: error"]
@@ -307,6 +396,76 @@ async def test_a_cut_stream_ends_well_with_an_error_event(path: str, end: str, t
     else:
         assert names == []
         assert error["error"].keys() == ENVELOPE and error["error"]["code"] == "replica_lost"
+
+
+async def test_a_cut_within_an_event_too_large_to_be_held_still_ends_with_a_readable_error() -> (
+    None
+):
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(b"data: " + b"x" * 2**21, b"yz")
+        exchange.die()
+
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+    ):
+        answer = await gateway.client.post(CHAT, json=ASK)
+    large, error = answer.text.removesuffix("\n\n").split("\n\n")
+    assert large.startswith("data: xxx")
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "replica_lost"
+
+
+async def test_a_replica_that_fails_within_its_first_event_is_replaced_by_another() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(b'data: {"half')
+        exchange.die()
+
+    async with (
+        Upstream(script) as bad,
+        Upstream() as good,
+        GatewayProcess(bad, good) as gateway,
+    ):
+        answer = await gateway.client.post(CHAT, json=ASK)
+        assert (answer.status_code, answer.json()) == (200, {"ok": True})
+
+
+async def test_a_stream_of_a_known_length_can_still_end_with_an_error_event() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.head("content-type: text/event-stream", "content-length: 1000")
+        await exchange.send(b"data: 1\n\n")
+        exchange.die()
+
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+    ):
+        answer = await gateway.client.post(CHAT, json=ASK)
+    one, error = answer.text.removesuffix("\n\n").split("\n\n")
+    assert one == "data: 1"
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "replica_lost"
+
+
+async def test_a_compressed_stream_that_is_cut_is_a_broken_connection() -> None:
+    """An event of ours among compressed bytes would be noise."""
+
+    async def script(exchange: Exchange) -> None:
+        compressed = "content-type: text/event-stream", "content-encoding: br"
+        await exchange.head(*compressed, "transfer-encoding: chunked")
+        await exchange.chunk(b"\x01\x02\n\n")
+        await asyncio.sleep(0.1)
+        exchange.die()
+
+    async with (
+        asyncio.timeout(30),
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+    ):
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with gateway.client.stream("POST", CHAT, json=ASK) as answer:
+                async for chunk in answer.aiter_raw():
+                    assert chunk == b"\x01\x02\n\n"
 
 
 async def test_a_stream_that_falls_silent_ends_with_an_error_event_where_a_timeout_is_set() -> None:

@@ -95,6 +95,29 @@ async def test_headers_of_one_hop_and_secrets_stop_at_the_gateway() -> None:
     assert len(seen.headers) == len({k.lower() for k, _ in seen.headers})
 
 
+@pytest.mark.parametrize("value", ["é世.wav", "plain", "a\tb"])
+async def test_a_header_keeps_its_bytes(value: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        sent = value.encode()
+        await gateway.client.post(CHAT, json=ASK, headers={"x-any": sent, "x-request-id": sent})
+    [seen] = upstream.exchanges
+    for name in ("x-any", "x-request-id"):
+        assert [v.encode("latin-1") for v in seen.header(name)] == [sent]
+
+
+@pytest.mark.parametrize("target", ["http://elsewhere:1/v1/x?model=m", "//elsewhere/v1/x?model=m"])
+async def test_a_target_that_names_a_host_changes_nothing_of_where_it_goes(target: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        async with asyncio.timeout(10):
+            assert (await reader.read()).endswith(b'{"ok": true}')
+        writer.close()
+    [seen] = upstream.exchanges
+    assert seen.target == target.removeprefix("http://elsewhere:1")
+    assert seen.header("host") == [f"127.0.0.1:{upstream.port}"]
+
+
 async def test_a_request_id_is_made_where_there_is_none() -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         for _ in range(2):
@@ -126,6 +149,9 @@ async def test_the_answer_reaches_the_client_with_its_status_headers_and_bytes()
             "X-Request-Id: of-the-replica",
             "Server: of-the-replica",
             "Date: yesterday",
+            "Access-Control-Allow-Origin: *",
+            "Access-Control-Expose-Headers: x-custom",
+            "X-Serve-App-Credential: echoed",
             status="203 Non-Authoritative Information",
         )
 
@@ -169,6 +195,35 @@ async def test_a_redirect_is_the_clients_to_follow() -> None:
     assert len(upstream.exchanges) == 1
 
 
+@pytest.mark.parametrize(
+    ("path", "seen"), [("/v1/x?a=1", "/v1/x?a=1"), ("", None), ("//elsewhere/x", "/elsewhere/x")]
+)
+async def test_a_redirect_to_the_replicas_own_address_becomes_one_to_a_path(
+    path: str, seen: str | None
+) -> None:
+    """As FastAPI does for a path with one slash too many; clients cannot reach that address."""
+
+    async def script(exchange: Exchange) -> None:
+        to = f"http://127.0.0.1:{upstream.port}{path}" if seen else "https://docs.example/x"
+        await exchange.answer(b"", f"Location: {to}", status="307 Temporary Redirect")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+    assert answer.headers["location"] == (seen or "https://docs.example/x")
+
+
+async def test_hints_before_the_answer_are_not_the_answer() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.head(status="100 Continue")
+        await exchange.head("link: x", status="103 Early Hints")
+        await exchange.answer(b"done")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+        assert (answer.status_code, answer.content) == (200, b"done")
+        assert "link" not in answer.headers
+
+
 async def test_each_event_is_sent_on_before_the_next_one_is_written() -> None:
     go_on = asyncio.Event()
 
@@ -194,13 +249,16 @@ async def test_each_event_is_sent_on_before_the_next_one_is_written() -> None:
     assert seen == [b"data: %d\n\n" % n for n in range(20)]
 
 
-async def test_a_character_in_two_pieces_arrives_in_two_pieces() -> None:
+@pytest.mark.parametrize(
+    "head", ["content-type: text/plain", "content-type: text/event-stream\r\ncontent-encoding: br"]
+)
+async def test_a_character_in_two_pieces_arrives_in_two_pieces(head: str) -> None:
     event = 'data: {"t":"世😀"}\n\n'.encode()
     pieces = [event[n : n + 1] for n in range(len(event))]
     next_one = asyncio.Event()
 
     async def script(exchange: Exchange) -> None:
-        await exchange.sse()
+        await exchange.head(head, "transfer-encoding: chunked")
         for piece in pieces:
             next_one.clear()
             await exchange.chunk(piece)
@@ -218,6 +276,68 @@ async def test_a_character_in_two_pieces_arrives_in_two_pieces() -> None:
             seen.append(chunk)
             next_one.set()
     assert seen == pieces
+
+
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+async def test_an_event_in_pieces_arrives_whole_as_soon_as_it_is_whole(end: bytes) -> None:
+    line = end[: len(end) // 2]
+    first, second = b"event: a" + line + 'data: "世"'.encode() + end, b"data: 2" + end
+    written = [bytes([byte]) for byte in first[:-1]]
+    written += [first[-1:] + second[:3], second[3:] + second + b"da", b"ta: 3" + end]
+    whole = [first, second + second, b"data: 3" + end]
+    go_on = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(*written[:-2])
+        for piece in written[-2:]:
+            await go_on.wait()
+            go_on.clear()
+            await exchange.chunk(piece)
+        await exchange.chunk(b"")
+
+    seen = []
+    async with (
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        asyncio.timeout(30),
+        gateway.client.stream("POST", CHAT, json=ASK) as answer,
+    ):
+        async for chunk in answer.aiter_raw():
+            seen.append(chunk)
+            go_on.set()
+    assert seen == whole
+
+
+async def test_what_a_stream_ends_with_is_sent_although_it_is_no_whole_event() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(b"data: 1\n\ndata: [DO", b"NE]", b"")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+    assert answer.content == b"data: 1\n\ndata: [DONE]"
+
+
+async def test_an_event_too_large_to_be_held_is_sent_on_in_pieces() -> None:
+    half, first_half_seen = b"data: " + b"x" * (MiB + 1), asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(half)
+        await first_half_seen.wait()
+        await exchange.chunk(b"y\n\n")
+        await exchange.chunk(b"")
+
+    got = b""
+    async with (
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        asyncio.timeout(30),
+        gateway.client.stream("POST", CHAT, json=ASK) as answer,
+    ):
+        async for chunk in answer.aiter_raw():
+            got += chunk
+            if len(got) > MiB:
+                first_half_seen.set()
+    assert got == half + b"y\n\n"
 
 
 # --- connections -----------------------------------------------------------------------------

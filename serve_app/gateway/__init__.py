@@ -63,7 +63,7 @@ class GatewayServer:
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
-        from serve_app.gateway.server import Gateway
+        from serve_app.gateway.server import build
         from serve_app.gateway.watcher import Watcher
 
         config = GatewayConfig.model_validate(args)
@@ -72,12 +72,12 @@ class GatewayServer:
         self._relay = Relay(
             cluster.internal_credential(), config.connect_timeout_s, config.request_timeout_s
         )
-        self._gateway = Gateway(config, self._directory, board, self._relay)
+        self._app = build(config, self._directory, board, self._relay)
         await self._directory.refresh()
         self._refreshing = asyncio.create_task(self._directory.run())
 
     def __serve_build_asgi_app__(self) -> Any:
-        return self._gateway
+        return self._app
 
     async def __del__(self) -> None:
         refreshing = getattr(self, "_refreshing", None)

@@ -32,19 +32,20 @@ async def read(receive: Receive, declared: bytes | None, limit: int) -> bytes:
     )
     if declared and declared.isdigit() and int(declared) > limit:
         raise too_large
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()  # not a list of pieces, of which a client could make millions
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise GatewayError(499, "The client went away.", "invalid_request_error")
         chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
+        if len(body) + len(chunk) > limit:
             raise too_large
-        parts.append(chunk)
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+        last = not message.get("more_body")
+        if last and not body:
+            return bytes(chunk)
+        body += chunk
+        if last:
+            return bytes(body)
 
 
 class _Names(msgspec.Struct):

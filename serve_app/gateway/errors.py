@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from serve_app.errors import envelope
 
@@ -18,11 +19,11 @@ class GatewayError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.retry_after_s = retry_after_s
+        self.headers = [(k.encode(), v.encode()) for k, v in (headers or {}).items()]
         self._envelope = envelope(message, type, param=param, code=code)
 
     def body(self, path: str = "") -> bytes:
@@ -50,5 +51,9 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
 def unavailable(message: str, *, retry_after_s: int = 5) -> GatewayError:
     """503: nothing wrong with the request; worth another try."""
     return GatewayError(
-        503, message, "server_error", code="model_unavailable", retry_after_s=retry_after_s
+        503,
+        message,
+        "server_error",
+        code="model_unavailable",
+        headers={"retry-after": str(retry_after_s)},
     )

@@ -1,7 +1,8 @@
 """One request to one replica and its answer back, as bytes.
 
 Nothing is decoded, batched or encoded again: what the replica sends is what the client
-gets, chunk by chunk, as fast as the client takes it.
+gets, chunk by chunk, as fast as the client takes it. Of an event stream the client gets whole
+events only, so that a replica that dies in the middle of one leaves nothing that cannot be read.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from serve_app.gateway.replicas import Replica
 logger = logging.getLogger("ray.serve")
 
 Headers = list[tuple[bytes, bytes]]
-Send = Callable[[Mapping[str, Any]], Awaitable[None]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # RFC 9110 §7.6.1, and what the HTTP library on either side sets by itself.
 _HOP_BY_HOP = {
@@ -34,7 +35,9 @@ _HOP_BY_HOP = {
 _NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CREDENTIAL_HEADER,
                                  b"authorization", b"x-request-id"}  # fmt: skip
 # Serve puts these on every answer itself.
-_NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id"}
+_NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id", CREDENTIAL_HEADER}
+# Which web pages may ask is the gateway's to say (cors_allow_origins); vLLM allows all.
+_CORS = b"access-control-"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Answer:
         self.started_at: float | None = None
         """``time.perf_counter`` at the first byte; None while nothing was sent."""
 
-    async def send(self, message: Mapping[str, Any]) -> None:
+    async def send(self, message: MutableMapping[str, Any]) -> None:
         """Hand one ASGI message to the server; returns when the client can take more."""
         if self.started_at is None:
             self.started_at = time.perf_counter()
@@ -106,8 +109,7 @@ class Relay:
         Raises:
             NotStarted: no byte of an answer came.
         """
-        streamed = False
-        tail = b""
+        events: _Events | None = None
         replica.inflight += 1
         try:
             async with self._session.request(
@@ -117,33 +119,42 @@ class Relay:
                 data=request.body or None,
                 allow_redirects=False,
             ) as response:
-                streamed = response.content_type == "text/event-stream"
-                if response.status >= 400 and not streamed:
-                    await _send_error(response, request, answer)
+                if not 200 <= response.status < 600:
+                    raise NotStarted(f"status {response.status}")
+                headers = _to_client(response.raw_headers, replica.base_url.encode())
+                if "content-encoding" in response.headers:
+                    pass  # compressed: a document, whatever is in it
+                elif response.content_type == "text/event-stream":
+                    events = _Events()
+                    # Its end may be an error of ours, which the replica did not count.
+                    headers = [(k, v) for k, v in headers if k != b"content-length"]
+                elif response.status >= 400:
+                    await _send_error(response, headers, request, answer)
                     return response.status
                 head = {
                     "type": "http.response.start",
                     "status": response.status,
-                    "headers": _to_client(response.raw_headers),
+                    "headers": headers,
                 }
                 async for chunk in response.content.iter_any():
+                    if events is not None and not (chunk := events.take(chunk)):
+                        continue
                     if answer.started_at is None:
                         await answer.send(head)
                     await answer.send(_body(chunk, more=True))
-                    tail = chunk
                 if answer.started_at is None:
                     await answer.send(head)
-                await answer.send(_body(b"", more=False))
+                await answer.send(_body(bytes(events.held) if events else b"", more=False))
                 return response.status
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             if answer.started_at is None:
                 raise _before_first_byte(error) from error
             logger.warning(f"request {request.id}: replica {replica.id} lost: {error!r}")
-            if not streamed:
+            if events is None:
                 # The client was promised a length or a whole document: only a closed
                 # connection tells it that this is not it.
                 raise
-            gap = b"" if tail.endswith(b"\n\n") else b"\n\n"
+            gap = b"\n\n" if events.torn else b""
             lost = _lost()
             await answer.send(_body(gap + lost.sse_event(request.path), more=False))
             return lost.status
@@ -169,20 +180,56 @@ def _probed_socket(address: Any) -> socket.socket:
     return made
 
 
-async def _send_error(response: aiohttp.ClientResponse, request: Request, answer: Answer) -> None:
+_EVENT_ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
+_MAX_HELD = 2**20
+
+
+class _Events:
+    """Cuts a stream after whole events; vLLM writes whole ones, which pass as they are."""
+
+    def __init__(self) -> None:
+        self.held = bytearray()
+        """The beginning of an event whose end has not come yet."""
+
+        self.torn = False
+        """Whether an event too large to be held was sent on in part."""
+
+    def take(self, chunk: bytes) -> bytes:
+        """What can be sent on now that ``chunk`` has come."""
+        if not self.held and chunk.endswith(_EVENT_ENDS):
+            self.torn = False
+            return chunk
+        unseen = max(0, len(self.held) - 2)  # an end may have begun in what is held
+        self.held += chunk
+        end = max(
+            at + len(mark) if (at := self.held.rfind(mark, unseen)) >= 0 else 0
+            for mark in _EVENT_ENDS
+        )
+        if end:
+            self.torn = False
+        elif len(self.held) > _MAX_HELD:
+            self.torn = True
+            end = len(self.held)
+        whole = bytes(self.held[:end])
+        del self.held[:end]
+        return whole
+
+
+async def _send_error(
+    response: aiohttp.ClientResponse, headers: Headers, request: Request, answer: Answer
+) -> None:
     """An error of the replica, as it is where it is in an envelope, else in one.
 
     FastAPI has a shape of its own for unknown routes and methods, and the server under it
     answers in plain text. An error is small and comes at once, so it is read whole.
     """
     body = sent = await response.read()
-    headers = _to_client(response.raw_headers)
     try:
         shown = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         shown = body.decode("utf-8", "replace")
     if not (isinstance(shown, dict) and "error" in shown):
-        text = shown.get("detail") if isinstance(shown, dict) else shown
+        text = str((shown.get("detail") if isinstance(shown, dict) else shown) or "")[:2000]
         kind = "invalid_request_error" if response.status < 500 else "server_error"
         message = f"{text or response.reason} ({request.method} {request.path[:200]})"
         body = GatewayError(response.status, message, kind).body(request.path)
@@ -231,16 +278,35 @@ def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
 
 def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
     drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
-    kept = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in request.headers if k not in drop]
+    # aiohttp writes headers as UTF-8, so that this is what keeps their bytes.
+    kept = [
+        (k.decode("latin-1"), v.decode("utf-8", "replace"))
+        for k, v in request.headers
+        if k not in drop
+    ]
     kept.append((CREDENTIAL_HEADER.decode(), credential))
     kept.append(("x-request-id", request.id))
     return kept
 
 
-def _to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+def _to_client(headers: Iterable[tuple[bytes, bytes]], base_url: bytes) -> Headers:
     kept = [(k.lower(), v) for k, v in headers]
     drop = _NOT_TO_CLIENT | _named_by_connection(kept)
-    return [(k, v) for k, v in kept if k not in drop]
+    return [
+        (k, _from_here(v, base_url) if k == b"location" else v)
+        for k, v in kept
+        if k not in drop and not k.startswith(_CORS)
+    ]
+
+
+def _from_here(location: bytes, base_url: bytes) -> bytes:
+    """A redirect within the replica, which clients can reach by the gateway only, as a path.
+
+    FastAPI answers a path with one slash too many by one to its own address.
+    """
+    if not location.startswith(base_url + b"/"):
+        return location
+    return b"/" + location.removeprefix(base_url).lstrip(b"/")  # "//x" would be a host
 
 
 def _named_by_connection(headers: Headers) -> set[bytes]:

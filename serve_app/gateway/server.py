@@ -11,8 +11,10 @@ import re
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import quote
 
 from ray.serve.exceptions import DeploymentUnavailableError
+from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.config import GatewayConfig
 from serve_app.errors import did_you_mean
@@ -27,13 +29,29 @@ logger = logging.getLogger("ray.serve")
 
 Receive = Callable[[], Awaitable[Any]]
 
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+
 # Routes of vLLM that act on the engine or show its inside: for operators, never for clients.
 _CLOSED = re.compile(
-    r"^/(metrics|load|ping|server_info|sleep|wake_up|is_sleeping|pause|resume|is_paused"
+    r"^/(metrics.*|load|ping|server_info|sleep|wake_up|is_sleeping|pause|resume|is_paused"
     r"|abort_requests|reset_\w+_cache|collective_rpc|start_profile|stop_profile"
     r"|scale_elastic_ep|is_scaling_elastic_ep|fault_tolerance|adapters|docs|redoc|openapi\.json"
     r"|v1/(un)?load_lora_adapter|(\w+_)?weights?(_\w+)?|get_world_size)(/|$)"
 )
+
+
+def build(config: GatewayConfig, directory: Directory, board: Board, relay: Relay) -> Any:
+    """The whole ASGI app: the gateway, and around it what web pages need if any may ask."""
+    gateway = Gateway(config, directory, board, relay)
+    if not config.cors_allow_origins:
+        return gateway
+    return CORSMiddleware(
+        gateway,
+        allow_origins=config.cors_allow_origins,
+        allow_methods=_METHODS,
+        allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )
 
 
 class Gateway:
@@ -50,14 +68,13 @@ class Gateway:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": "not supported"})
+            await _refuse_websocket(scope, receive, send)
             return
         if scope["type"] != "http":
             return
         named = dict(scope["headers"])
         # Serve makes one where the client sent none, and puts it on the answer.
-        request_id = named.get(b"x-request-id", b"").decode("latin-1") or uuid.uuid4().hex
+        request_id = named.get(b"x-request-id", b"").decode("utf-8", "replace") or uuid.uuid4().hex
         answer = Answer(send)
         try:
             await self._answer(scope, receive, named, request_id, answer)
@@ -80,19 +97,34 @@ class Gateway:
         answer: Answer,
     ) -> None:
         method, path = scope["method"], scope["path"]
+        if method not in _METHODS:
+            raise GatewayError(
+                405,
+                f"The method {method[:20]} is not allowed here.",
+                "invalid_request_error",
+                code="method_not_allowed",
+                headers={"allow": ", ".join(_METHODS)},
+            )
         if method in ("GET", "HEAD"):
             own = self._own_route(path)
             if own is not None:
                 await _send_json(answer, *own)
                 return
-        if _CLOSED.match(posixpath.normpath("/" + path.lstrip("/"))):
+        if not path.startswith("/") or _is_closed(path):
             raise _no_route(method, path)
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise GatewayError(
+                415,
+                "The request body is compressed; send it without a content-encoding.",
+                "invalid_request_error",
+                code="unsupported_content_encoding",
+            )
         body = await request_body.read(receive, headers.get(b"content-length"), self._max_body)
         query = scope.get("query_string", b"")
         if not body and method in ("GET", "HEAD") and b"model=" not in query:
             raise _no_route(method, path)
         model = self._find(request_body.model_in(headers.get(b"content-type", b""), query, body))
-        target = (scope.get("raw_path") or path.encode()).decode("latin-1")
+        target = (scope.get("raw_path") or quote(path).encode()).decode("latin-1")
         if query:
             target += "?" + query.decode("latin-1")
         request = Request(request_id, method, target, scope["headers"], body)
@@ -215,6 +247,12 @@ class Gateway:
         )
 
 
+def _is_closed(path: str) -> bool:
+    """Whether it leads to a closed route as it is, or would if someone tidied it up."""
+    tidy = posixpath.normpath("/" + path.lstrip("/"))
+    return bool(_CLOSED.match(path) or _CLOSED.match(tidy))
+
+
 def _no_route(method: str, path: str) -> GatewayError:
     return GatewayError(
         404,
@@ -230,17 +268,32 @@ async def _send_json(answer: Answer, status: int, body: dict[str, Any]) -> None:
 
 
 async def _send_error(answer: Answer, error: GatewayError, path: str) -> None:
-    extra: Headers = []
-    if error.retry_after_s is not None:
-        extra.append((b"retry-after", b"%d" % error.retry_after_s))
-    await _send_bytes(answer, error.status, error.body(path), extra)
+    await _send_bytes(answer, error.status, error.body(path), error.headers)
 
 
-async def _send_bytes(answer: Answer, status: int, body: bytes, extra: Headers) -> None:
+async def _send_bytes(
+    answer: Answer, status: int, body: bytes, extra: Headers, kind: str = "http"
+) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         *extra,
     ]
-    await answer.send({"type": "http.response.start", "status": status, "headers": headers})
-    await answer.send({"type": "http.response.body", "body": body})
+    start = {"type": f"{kind}.response.start", "status": status, "headers": headers}
+    await answer.send(start)
+    await answer.send({"type": f"{kind}.response.body", "body": body})
+
+
+async def _refuse_websocket(scope: Any, receive: Receive, send: Send) -> None:
+    await receive()  # websocket.connect
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        await send({"type": "websocket.close", "code": 1008})  # servers make a bare 403 of it
+        return
+    error = GatewayError(
+        403,
+        "The gateway does not relay WebSockets; use the model's HTTP routes.",
+        "invalid_request_error",
+        code="websocket_not_supported",
+    )
+    body = error.body(scope["path"])
+    await _send_bytes(Answer(send), error.status, body, [], kind="websocket.http")

@@ -7,13 +7,12 @@ manifests that works on an EKS cluster made as docs/eks.md says.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serve_app import yaml_files
 from serve_app.config import parse
-from serve_app.errors import ConfigError
 
 RAY_VERSION = "2.60.0"
 """The Ray in the image; KubeRay picks probes and features by it."""
@@ -185,12 +184,4 @@ def load_profile(path: Path | None) -> ClusterProfile:
     """
     if path is None:
         return ClusterProfile()
-    try:
-        value: Any = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})"
-        ) from None
-    return parse(ClusterProfile, value, str(path))
+    return parse(ClusterProfile, yaml_files.read(path), str(path))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from serve_app import yaml_files
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import check_config, check_others, check_pods, operator_rules, schema
 from serve_app.kuberay.operator_rules import Finding
@@ -48,16 +47,7 @@ def load_documents(paths: Iterable[Path]) -> list[Document]:
             files.append(path)
     documents: list[Document] = []
     for file in files:
-        try:
-            found = list(yaml.safe_load_all(file.read_text()))
-        except FileNotFoundError:
-            raise ConfigError(f"{file}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: cannot be read ({error})") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-            raise ConfigError(f"{file}:{at} {getattr(error, 'problem', 'not YAML')}") from None
+        found = yaml_files.read_all(file)
         documents += [d for d in found if isinstance(d, dict) and "kind" in d]
     if not documents:
         raise ConfigError(

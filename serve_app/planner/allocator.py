@@ -1,8 +1,10 @@
 """How much more than it was asked for PyTorch's CUDA allocator hands out.
 
-It takes segments from the driver and splits them, but not where next to nothing would be left;
-that rest then counts as allocated (``c10/cuda/CUDACachingAllocator.cpp``: ``get_allocation_size``,
-``should_split``). A MiB here and there: nothing beside a 70B, a few percent of a 135M.
+It takes segments from the driver and splits them, but not where next to nothing would be left,
+nor, while vLLM loads a model, any of 20 MiB or more (vllm/v1/worker/gpu_worker.py:493). The rest
+then counts as allocated (``c10/cuda/CUDACachingAllocator.cpp``: ``get_allocation_size``,
+``get_free_block``, ``should_split``). A MiB here and there: nothing beside a 70B, a few percent of
+a 135M.
 """
 
 from __future__ import annotations
@@ -19,20 +21,22 @@ _SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
 _SEGMENT = 20 * MIB  # kLargeBuffer
 _LARGE = 10 * MIB  # kMinLargeAlloc: from it on a tensor has a segment of its own
 _ROUND = 2 * MIB  # kRoundLarge
+_MAX_SPLIT = 20 * MIB  # vLLM's max_split_size_mb: from it on nothing is split
 
 
 def unsplit_bytes(sizes: Iterable[int]) -> int:
     """Bytes that tensors of these sizes, allocated in this order, hold beyond their sizes."""
     free: tuple[list[int], list[int]] = ([], [])  # sorted; of the small and the large pool
     unsplit = 0
-    for size in sizes:
-        size = -(-size // _UNIT) * _UNIT
+    for asked in sizes:
+        size = -(-asked // _UNIT) * _UNIT
+        unsplit += size - asked
         large = size > _SMALL
         pool = free[large]
         best = bisect_left(pool, size)
         block = pool.pop(best) if best < len(pool) else _segment(size)
         rest = block - size
-        if rest > _SMALL if large else rest >= _UNIT:
+        if size < _MAX_SPLIT and (rest > _SMALL if large else rest >= _UNIT):
             insort(pool, rest)
         else:
             unsplit += rest

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from serve_app import config as settings
-from serve_app import engine_args
+from serve_app import engine_args, yaml_files
 from serve_app.config import Fleet
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import check_deployment, check_model, metadata
@@ -69,12 +67,7 @@ def refuse(fleet: Fleet) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        document = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read ({type(error).__name__})") from None
+    document = yaml_files.read(path)
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
         raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
     return document
@@ -91,9 +84,10 @@ def _engine_arguments(document: dict[str, Any], path: Path) -> Iterator[Finding]
         if application.get("import_path") != settings.MODEL_IMPORT_PATH:
             continue
         name = str(application.get("name"))
-        arguments = (application.get("args") or {}).get("engine") or {}
+        given = application.get("args")
+        arguments = given.get("engine") if isinstance(given, dict) else None
         if not isinstance(arguments, dict):
-            continue
+            continue  # said by settings.parse_document
         wrong = 0
         for key, value in arguments.items():
             plain = str(key).lstrip("-").replace("-", "_")

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from serve_app import yaml_files
 from serve_app.config import ModelConfig
 from serve_app.errors import UserError
 from serve_app.planner import engine as engine_module
@@ -250,10 +249,7 @@ def read_prices(path: Path) -> dict[str, float]:
     Raises:
         UserError: unreadable, or a price that is not a positive number.
     """
-    try:
-        value = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as prices ({type(error).__name__})") from None
+    value = yaml_files.read(path)
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path}: must be a mapping of instance type to USD per hour")
     for name, price in value.items():

@@ -271,7 +271,12 @@ def _block_size(asked: Any, shape: ModelShape, gpu: GPU) -> int:
     (platforms/cuda.py:82, attention/backends/mla/flashinfer_mla.py:162).
     """
     if asked is not None:
-        return count(asked, "block_size") or DEFAULT_BLOCK_SIZE
+        size = count(asked, "block_size") or DEFAULT_BLOCK_SIZE
+        if gpu.name != "CPU" and size % 16:  # get_supported_kernel_block_sizes of every backend
+            raise ConfigError(
+                f"engine.block_size is {size}, but vLLM's attention takes multiples of 16"
+            )
+        return size
     return 32 if shape.mla and 100 <= gpu.capability < 120 else DEFAULT_BLOCK_SIZE
 
 

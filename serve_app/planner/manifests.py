@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from serve_app import yaml_files
 from serve_app.errors import ConfigError
 
 Document = dict[str, Any]
@@ -123,11 +122,7 @@ def find(config: Path, given: Path | None) -> Manifests | None:
         files += [p for p in shared if p not in files]
     documents: list[Document] = []
     for file in files:
-        try:
-            found = list(yaml.safe_load_all(file.read_text()))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{file}: cannot be read ({type(error).__name__})") from None
-        documents += [document for document in found if isinstance(document, dict)]
+        documents += [found for found in yaml_files.read_all(file) if isinstance(found, dict)]
     return Manifests(folder, tuple(documents))
 
 

@@ -261,9 +261,21 @@ def element_bytes(engine: Engine) -> int:
 
 def weight_bytes(model: Model, engine: Engine) -> list[int]:
     """What "Model loading took" reports, for one GPU of each pipeline stage."""
+    unsplit = [
+        allocator.unsplit_bytes(parameters.values())
+        for parameters in _parameters(
+            tensors_in_use(model, engine.quantization), model.shape, engine.parallel, engine.dtype
+        )
+    ]
+    return [sum(both) for both in zip(tensor_bytes(model, engine), unsplit, strict=True)]
+
+
+def tensor_bytes(model: Model, engine: Engine) -> list[int]:
+    """The same before the CUDA allocator rounds it up: parameters and lasting tables."""
     tensors = tensors_in_use(model, engine.quantization)
     shape, parallel = model.shape, engine.parallel
-    totals = list(_stage_weights(tensors, shape, parallel, engine.dtype))
+    stages = _parameters(tensors, shape, parallel, engine.dtype)
+    totals = [sum(parameters.values()) for parameters in stages]
     for index, part in enumerate(sharding.stages(shape.num_hidden_layers, parallel.pipeline)):
         totals[index] += rope_bytes(shape, engine.dtype)
         totals[index] += len(part) * mla_copy_bytes(shape, engine)
@@ -274,12 +286,7 @@ def weight_bytes(model: Model, engine: Engine) -> list[int]:
     return totals
 
 
-@lru_cache(maxsize=256)
-def _stage_weights(
-    tensors: tuple[Tensor, ...], shape: ModelShape, parallel: Parallelism, dtype: str
-) -> tuple[int, ...]:
-    held = sharding.stage_parameters(tensors, shape, parallel, dtype)
-    return tuple(sum(sizes.values()) + allocator.unsplit_bytes(sizes.values()) for sizes in held)
+_parameters = lru_cache(maxsize=64)(sharding.stage_parameters)
 
 
 def tensors_in_use(model: Model, scheme: Quantization | None) -> tuple[Tensor, ...]:
@@ -357,7 +364,7 @@ def draft_weight_bytes(model: Model, engine: Engine) -> int:
         return 0
     alone = replace(engine.parallel, pipeline=1)
     return sum(
-        _stage_weights(model.draft.tensors, model.draft.shape, alone, engine.dtype)
+        sharding.stage_weights(model.draft.tensors, model.draft.shape, alone, engine.dtype)
     ) + rope_bytes(model.draft.shape, engine.dtype)
 
 
@@ -515,7 +522,7 @@ def plan_on_cpu(model: Model, engine: Engine, kv_gib: float, memory_gib: float |
     stage = GPUMemory(
         total=int((memory_gib or 0) * GIB),
         requested=0,
-        weights=sum(weight_bytes(model, engine)),
+        weights=sum(tensor_bytes(model, engine)),
         non_torch=0,
         buffers=0,
         activation=activation_bytes(model.shape, engine, last=True),

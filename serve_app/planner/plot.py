@@ -54,7 +54,8 @@ def save(reports: list[Report], path: Path) -> None:
     try:
         image.save(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be written ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason})") from None
 
 
 def _short(text: str, most: int = 26) -> str:

@@ -331,7 +331,7 @@ def _choice_table(choices: list[Choice]) -> Table | None:
         best = machines[0] if machines else None
         machine = f"{best.count} × {best.instance.name}" if best else "none on EC2"
         if best and best.stranded_gpus:
-            machine += f", {best.stranded_gpus} GPUs idle"
+            machine += f", {best.stranded_gpus} idle"
         parallel = choice.plan.parallel
         table.add_row(
             choice.gpu.name,

@@ -26,7 +26,7 @@ from serve_app.gateway import directory
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board, Replica
-from serve_app.gateway.server import Gateway
+from serve_app.gateway.server import build
 from serve_app.progress import Phase
 
 CREDENTIAL = "the-internal-credential"
@@ -194,13 +194,13 @@ class GatewayProcess:
             CREDENTIAL.encode(), self.config.connect_timeout_s, self.config.request_timeout_s
         )
         self.directory = _Models(self._applications, self.board)
-        app = Gateway(self.config, self.directory, self.board, self._relay)
+        self.app = build(self.config, self.directory, self.board, self._relay)
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(
-            uvicorn.Config(_CancelledOnDisconnect(app), lifespan="off", log_level="critical")
+            uvicorn.Config(_CancelledOnDisconnect(self.app), lifespan="off", log_level="critical")
         )
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         assert await until(lambda: self._server.started)

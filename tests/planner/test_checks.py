@@ -60,11 +60,11 @@ def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
         ({"engine": {"tensor_parallel_size": 16}}, "parallelism", "fail", "8 GPUs of the largest"),
         ({"engine": {"max_model_len": 200_000}}, "context length", "fail", "the model's 131072"),
         (
-            {"engine": {"tensor_parallel_size": 2, "max_model_len": 24_000}},
+            {"engine": {"tensor_parallel_size": 2, "max_model_len": 17_000}},
             "memory", "warn", "less than 3 %",
         ),
         (
-            {"engine": {"tensor_parallel_size": 2, "max_model_len": 20_000}},
+            {"engine": {"tensor_parallel_size": 2, "max_model_len": 12_000}},
             "context length", "warn", "1.",
         ),
         ({"engine": {"enable_expert_parallel": True}}, "parallelism", "fail", "mixture of experts"),
@@ -379,3 +379,15 @@ def test_a_cluster_that_is_gone_is_said_at_once(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(UserError, match=r"no Ray cluster answers at 127.0.0.1:9"):
         RayCluster.connect()
+
+
+@pytest.mark.parametrize("arguments", ["7", "[1]", "{engine: 5}", "{model: x, engine: [1]}"])
+def test_args_that_are_no_mapping_are_a_finding(tmp_path: Path, arguments: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "applications:\n- {name: a, route_prefix: null, import_path: serve_app.model:app, "
+        f"args: {arguments}}}\n"
+    )
+    (finding,) = checks.static(config, None)
+    assert (finding.check, finding.status) == ("config", "fail")
+    assert "application 'a'" in finding.message

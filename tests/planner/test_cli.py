@@ -108,7 +108,7 @@ def test_a_picture_of_each_model(tmp_path: Path) -> None:
         (["Qwen/Qwen3-32B", "--gpu", "H10"], "did you mean 'H100'"),
         (["Qwen/Qwen3-32B", "-e", "tensor_paralel_size=2"], "did you mean 'tensor_parallel_size'"),
         (["Qwen/Qwen3-32B", "-e", "nonsense"], "key=value"),
-        (["Qwen/Qwen3-32B", "--prices", "none.yaml"], "cannot be read as prices"),
+        (["Qwen/Qwen3-32B", "--prices", "none.yaml"], "none.yaml: no such file"),
         ([ONE_MODEL, "--model", "gpt"], "has no model 'gpt'"),
     ],
 )

@@ -137,6 +137,7 @@ def test_expert_parallelism_and_data_parallelism() -> None:
         ({"dtype": "int7"}, "dtype"),
         ({"quantization": "awq"}, "checkpoint"),
         ({"kv_cache_dtype": "turboquant_k8v4"}, "kv_cache_dtype"),
+        ({"block_size": 7}, "multiples of 16"),
         ({"tensor_parallel_size": 10**9}, "no cluster"),
     ],
 )

@@ -88,6 +88,6 @@ def test_each_stage_holds_what_vllm_builds(
     of = Model(name, shape, tuple(derive.tensors(shape)), False, "test")
     arguments = {"max_model_len": 4096, "dtype": "bfloat16"}
     resolved = engine.resolve(arguments, shape, hardware.gpus()["H200"], Parallelism(tp, pp))
-    planned = memory.weight_bytes(of, resolved)
+    planned = memory.tensor_bytes(of, resolved)
     # What is left out: the attention's scales (a few bytes a layer) and BERT's position ids.
     assert planned == pytest.approx(vllm_bytes(config, tmp_path, tp, pp, monkeypatch), rel=2e-4)
