@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kuberay_fixtures import NAMES, ROOT, bundle, fleet, profile
 
+from serve_app import caches
 from serve_app.config import parse_document
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import cli
@@ -192,6 +193,23 @@ def test_secrets_are_references_and_only_where_models_load() -> None:
         assert ("HF_TOKEN" in env) == wanted
         if wanted:
             assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf-token"
+
+
+def test_pods_of_a_kind_share_what_they_compile_and_all_share_the_weights() -> None:
+    for name, group in worker_groups(service("fleet")).items():
+        container = pod_spec(group)["containers"][0]
+        env = {e["name"]: e.get("value") for e in container["env"]}
+        wanted = caches.downloads("/models") | caches.compiled(f"/models/{name}")
+        if name == "gateway":
+            assert not wanted.keys() & env.keys()
+        else:
+            assert wanted.items() <= env.items()
+            assert "/models" in {m["mountPath"] for m in container["volumeMounts"]}
+
+
+def test_without_a_volume_nothing_is_said_of_caches() -> None:
+    text = dump(service("fleet", cache={"kind": "none"}))
+    assert not [name for name in caches.compiled("") | caches.downloads("") if name in text]
 
 
 def test_shared_memory_grows_with_the_gpus_and_stays_below_the_limit() -> None:

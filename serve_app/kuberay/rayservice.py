@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from serve_app import caches
 from serve_app.config import Fleet
 from serve_app.kuberay.profile import RAY_VERSION, ClusterProfile
 from serve_app.kuberay.workers import OBJECT_STORE_GIB, WorkerGroup
@@ -192,7 +193,7 @@ def _head(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
                 "KubeRay makes the Serve Service only when the head has a port of this name.",
             ),
         ],
-        "env": _env(profile, loads_models=False),
+        "env": _env(profile, None),
         "resources": {"requests": {**size}, "limits": {"memory": size["memory"]}},
         "securityContext": _container_security(),
         "volumeMounts": _mounts(profile, loads_models=False),
@@ -302,7 +303,7 @@ def _worker_spec(
         "name": "ray-worker",
         "image": profile.image,
         "ports": [{"containerPort": 8080, "name": "metrics"}],
-        "env": _env(profile, loads_models=loads_models) + (_efa_env() if group.efa else []),
+        "env": _env(profile, group.name if loads_models else None) + (_efa_env() if group.efa else []),
         "resources": {"requests": requests | devices, "limits": limits | devices},
         "securityContext": _container_security(),
         "volumeMounts": _mounts(profile, loads_models=loads_models),
@@ -356,7 +357,11 @@ def _drain_script(drain_s: int) -> str:
     )
 
 
-def _env(profile: ClusterProfile, *, loads_models: bool) -> list[Any]:
+def _env(profile: ClusterProfile, group: str | None) -> list[Any]:
+    """The environment of Ray's container; ``group`` is the worker group's name where models load.
+
+    A config's own ``cache_dir`` and ``env`` go over it, model by model.
+    """
     env: list[Any] = [
         note(
             {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"},
@@ -369,21 +374,28 @@ def _env(profile: ClusterProfile, *, loads_models: bool) -> list[Any]:
         {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
         {"name": "VLLM_NO_USAGE_STATS", "value": "1"},
     ]
-    if not loads_models:
+    if group is None:
         return env
     if profile.cache.kind == "pvc":
-        env += [
-            {"name": "HF_HOME", "value": f"{CACHE_PATH}/huggingface"},
+        env += _pairs(caches.downloads(CACHE_PATH))
+        first, *others = _pairs(caches.compiled(f"{CACHE_PATH}/{group}"))
+        env.append(
             note(
-                {"name": "VLLM_CACHE_ROOT", "value": f"{CACHE_PATH}/vllm"},
-                "Compiled kernels: the second pod of a kind starts about half a minute sooner.",
-            ),
-        ]
+                first,
+                "What is compiled and measured at a first start, for the next pod of this kind; "
+                "other GPUs must not find it.",
+            )
+        )
+        env += others
     if profile.hf_token is not None:
         env.append(
             {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": profile.hf_token.model_dump()}}
         )
     return env
+
+
+def _pairs(variables: dict[str, str]) -> list[Any]:
+    return [{"name": name, "value": value} for name, value in variables.items()]
 
 
 def _efa_env() -> list[Any]:
