@@ -335,7 +335,7 @@ def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
         ),
         (
             [("max_replicas: 2", "max_replicas: 3")],
-            ["in place", "worker group 'h100-x4': maxReplicas 2 → 3"],
+            ["in place", "worker group 'h100-x4': maxReplicas 3 → 4"],
         ),
         (
             [("min_replicas: 1", "min_replicas: 2")],

@@ -15,7 +15,10 @@ from serve_app.kuberay.reading import (
     Bundle,
     Document,
     Found,
+    byte_count,
+    container_of,
     get,
+    groups_of,
 )
 from serve_app.planner import hardware
 
@@ -28,6 +31,42 @@ def secret(document: Document) -> Found:
         for key, value in (document.get(field) or {}).items():
             if value not in ("", None, PLACEHOLDER):
                 yield f"{field}.{key}", "puts a secret into a manifest; create it outside of git"
+
+
+READINESS_GATE = "elbv2.k8s.aws/pod-readiness-gate-inject"
+"""Label of a namespace: a pod behind a load balancer is Ready only when that one says so."""
+
+_IMAGE_DISK = 60 * 2**30
+"""Bytes of disk that the image takes while it unpacks, with the system's own."""
+
+
+def namespace(document: Document, bundle: Bundle) -> Found:
+    if (get(document, "metadata.labels") or {}).get(READINESS_GATE) != "enabled":
+        return
+    for service in bundle.services:
+        # KubeRay's Service selects every worker, and the controller gates whatever it selects;
+        # but only a pod with the port becomes a target that can get healthy.
+        for _, group in groups_of(service):
+            ports = {p.get("name") for p in container_of(group).get("ports") or []}
+            if "groupName" in group and "serve" not in ports:
+                yield (
+                    f"metadata.labels.{READINESS_GATE}",
+                    f"makes pods of '{group['groupName']}' wait for ever to be healthy targets: "
+                    "they have no port 'serve'; remove the label",
+                )
+                return
+
+
+def node_class(document: Document) -> Found:
+    disks = [("spec.ephemeralStorage.size", get(document, "spec.ephemeralStorage.size"))]
+    disks += [
+        (f"spec.blockDeviceMappings[{i}].ebs.volumeSize", get(disk, "ebs.volumeSize"))
+        for i, disk in enumerate(get(document, "spec.blockDeviceMappings") or [])
+    ]
+    for where, size in disks:
+        given = byte_count(size)
+        if given is not None and given < _IMAGE_DISK:
+            yield where, f"is {size}, but the image alone needs 60Gi while it unpacks"
 
 
 def ingress(document: Document, bundle: Bundle) -> Found:

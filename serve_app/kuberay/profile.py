@@ -143,6 +143,10 @@ class ClusterProfile(_Profile):
     """The NodePool's limit. Room for two clusters is what an upgrade without downtime needs."""
 
     service_account: str = Field(default="serve-app", min_length=1)
+    node_role: str | None = None
+    """IAM role of the nodes that Karpenter starts; None takes the name that Karpenter's own guide
+    gives it, or in Auto Mode the one of EKS' console."""
+
     role_arn: str | None = None
     """IAM role for IRSA; leave it out with EKS Pod Identity, which needs no annotation."""
 
@@ -150,8 +154,9 @@ class ClusterProfile(_Profile):
     cache: Cache = Cache()
     redis: Redis | None = None
     ingress: Ingress = Ingress()
-    client_cidrs: list[str] = ["10.0.0.0/8"]
-    """Networks that may reach the endpoint: the load balancer's subnets at least."""
+    client_cidrs: list[str] = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"]
+    """Networks that may reach the endpoint: the cluster's VPC at least, where the load balancer
+    and the API server stand (eksctl's is 192.168.0.0/16). Every private one by default."""
 
     upgrade: Upgrade = Upgrade()
     head: Head = Head()

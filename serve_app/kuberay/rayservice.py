@@ -244,7 +244,11 @@ def _worker_group(
     document: dict[str, Any] = {
         "groupName": group.name,
         "minReplicas": group.min_pods,
-        "maxReplicas": group.max_pods,
+        "maxReplicas": note(
+            group.max_pods,
+            "One replica more than is ever asked for: when a machine is drained, its pod waits "
+            "for the replacement to run.",
+        ),
         "labels": note(
             {ROLE_LABEL: group.role},
             "Labels of the Ray node and of the pod. Gateways are placed by this one.",
@@ -287,7 +291,9 @@ def _worker_spec(
     name = instance_name(fleet)
     drain = drain_s(fleet, profile)
     loads_models = group.role != "gateway"
-    requests: dict[str, Any] = {"cpu": str(group.cpu), "memory": f"{group.memory_gib}Gi"}
+    # A gateway's pod has a core beside the gateway's for HAProxy and Ray.
+    cores = group.cpu + 1 if group.role == "gateway" else group.cpu
+    requests: dict[str, Any] = {"cpu": str(cores), "memory": f"{group.memory_gib}Gi"}
     limits: dict[str, Any] = {
         "memory": note(
             f"{group.memory_gib}Gi",
@@ -303,7 +309,8 @@ def _worker_spec(
         "name": "ray-worker",
         "image": profile.image,
         "ports": [{"containerPort": 8080, "name": "metrics"}],
-        "env": _env(profile, group.name if loads_models else None) + (_efa_env() if group.efa else []),
+        "env": _env(profile, group.name if loads_models else None)
+        + (_efa_env() if group.efa else []),
         "resources": {"requests": requests | devices, "limits": limits | devices},
         "securityContext": _container_security(),
         "volumeMounts": _mounts(profile, loads_models=loads_models),

@@ -155,9 +155,8 @@ def _overlays(
     ]
     if profile.redis is not None:
         cheaper.append({"op": "remove", "path": "/spec/rayClusterConfig/gcsFaultToleranceOptions"})
-    without = [("policy", "v1", "PodDisruptionBudget", "poddisruptionbudget.yaml")]
-    if "ingress.yaml" in base:
-        without.append(("networking.k8s.io", "v1", "Ingress", "ingress.yaml"))
+    # The GatewayClass is the cluster's: two overlays would fight for it.
+    without = ("poddisruptionbudget.yaml", "ingress.yaml", "gateway-class.yaml")
     patches: list[Any] = [
         note(
             {
@@ -167,23 +166,21 @@ def _overlays(
             "No second cluster on a change (delete and deploy again), no Redis behind the head.",
         )
     ]
-    for group, version, kind, file in without:
-        for document in base[file]:
-            patches.append(
-                {
-                    "patch": dump(
-                        {
-                            "apiVersion": f"{group}/{version}",
-                            "kind": kind,
-                            "metadata": {
-                                "name": document["metadata"]["name"],
-                                "namespace": profile.namespace,
-                            },
-                            "$patch": "delete",
-                        }
-                    )
-                }
-            )
+    for document in (d for file in without for d in base.get(file, [])):
+        metadata = document["metadata"]
+        kept = {key: metadata[key] for key in ("name", "namespace") if key in metadata}
+        patches.append(
+            {
+                "patch": dump(
+                    {
+                        "apiVersion": document["apiVersion"],
+                        "kind": document["kind"],
+                        "metadata": kept,
+                        "$patch": "delete",
+                    }
+                )
+            }
+        )
     dev = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",

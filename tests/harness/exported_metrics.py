@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from harness.processes import REPO
 from harness.servers import CHAT, EMBED, Cluster
 
 RECORDED = REPO / "tests/data/exported_metrics.txt"
+_CONSTANT = "# Labels with one value: "
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,12 @@ def recorded() -> dict[str, Exported]:
             name, kind, *labels = line.split()
             found[name] = Exported(kind, frozenset(labels))
     return found
+
+
+def constant_labels() -> set[str]:
+    """Labels that had one value on the whole page: no two series differ by them."""
+    (line,) = [li for li in RECORDED.read_text().splitlines() if li.startswith(_CONSTANT)]
+    return set(line.removeprefix(_CONSTANT).split())
 
 
 def summary(families: Iterable[Metric]) -> dict[str, Exported]:
@@ -76,9 +82,7 @@ def run(folder: Path) -> str:
     # Seven blocks hold one long request and a half: more of them preempt each other.
     chat["args"]["engine"] |= {"max_model_len": 512, "num_gpu_blocks_override": 7}
     chat["args"] |= {"replicas": 2}
-    config = servers.document(
-        processes.free_port(), chat, servers.embed_application(), gateways=2
-    )
+    config = servers.document(processes.free_port(), chat, servers.embed_application(), gateways=2)
     cluster = Cluster.start(config, folder, "haproxy")
     try:
         cluster.wait_until_ready()
@@ -125,24 +129,33 @@ def _lose_a_replica(cluster: Cluster) -> None:
     assert processes.eventually(lambda: len(cluster.replicas(CHAT)) == 2, 120)
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        page = run(Path(folder))
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(page)
-    found = summary(text_string_to_metric_families(page))
-    missing = recorded().keys() - found.keys()
+def report(page: str) -> str:
+    """The recorded file's text for an agent's page."""
+    families = list(text_string_to_metric_families(page))
+    values: dict[str, set[str]] = {}
+    for family in families:
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                values.setdefault(label, set()).add(value)
+    constant = sorted(label for label, seen in values.items() if len(seen) == 1)
     header = (
         f"# What one node's agent exported in a real run on a CPU, {date.today()}: Ray "
         f"{version('ray')}, vLLM {version('vllm')},\n# this gateway. `make metrics` writes it "
-        "(tests/harness/exported_metrics.py). Name, type, labels.\n"
+        f"(tests/harness/exported_metrics.py). Name, type, labels.\n{_CONSTANT}"
     )
     lines = [
         " ".join([name, metric.kind, *sorted(metric.labels)])
-        for name, metric in sorted(found.items())
+        for name, metric in sorted(summary(families).items())
     ]
-    RECORDED.write_text(header + "\n".join(lines) + "\n")
-    print(f"{len(lines)} metrics in {RECORDED}; gone since the last time: {sorted(missing)}")
+    return f"{header}{' '.join(constant)}\n" + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    before = recorded().keys()
+    with tempfile.TemporaryDirectory() as folder:
+        RECORDED.write_text(report(run(Path(folder))))
+    gone = ", ".join(sorted(before - recorded().keys())) or "none"
+    print(f"{len(recorded())} metrics in {RECORDED}; gone since the last time: {gone}")
 
 
 if __name__ == "__main__":
