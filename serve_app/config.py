@@ -264,6 +264,9 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     if kind == "value_error":
         text = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {text}" if key else text
+    if kind == "model_type":
+        keys = ", ".join(_keys_at(settings, problem["loc"]))
+        return f"{key} is {value!r}, but must be a mapping with some of: {keys}"
     if key.split(".")[-1].isdigit() or kind == "string_pattern_mismatch":
         return f"{key} is {value!r}: {problem['msg'].lower()} (no spaces)"
     return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from kuberay_fixtures import CRD, NAMES, bundle, edit
 
 from serve_app.errors import ConfigError, UserError
@@ -16,6 +19,8 @@ from serve_app.kuberay.validate import Problem, load_documents, refuse_errors, v
 CORPUS: list[dict[str, Any]] = yaml.safe_load(
     (Path(__file__).parent / "data/wrong_manifests.yaml").read_text()
 )
+
+_BUNDLE = bundle("fleet")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,7 @@ def test_the_corpus_is_large_enough() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "settings",
+    "changes",
     [
         {},
         {"upgrade": {"strategy": "NewClusterWithIncrementalUpgrade"}},
@@ -59,11 +64,11 @@ def test_the_corpus_is_large_enough() -> None:
     ids=["default", "incremental", "auto-mode", "redis"],
 )
 def test_what_is_rendered_has_no_problem(
-    name: str, settings: dict[str, Any], crd: dict[str, Any]
+    name: str, changes: dict[str, Any], crd: dict[str, Any]
 ) -> None:
     if name == "llama70b-2node":
-        settings = {**settings, "instance_types": ["g6e.12xlarge"]}
-    assert validate(bundle(name, **settings), crd) == []
+        changes = {**changes, "instance_types": ["g6e.12xlarge"]}
+    assert validate(bundle(name, **changes), crd) == []
 
 
 def test_pods_on_several_machines_without_their_network_or_zone_are_a_warning() -> None:
@@ -113,6 +118,30 @@ def test_without_the_crd_fields_and_pods_are_still_checked(right: list[dict[str,
     lines = "\n".join(map(str, validate(wrong)))
     assert "containers[0].imagePolicy is not a field; did you mean 'imagePullPolicy'?" in lines
     assert "rayversion is not a field of ray.io/v1; did you mean 'rayVersion'?" in lines
+
+
+_odd = st.none() | st.booleans() | st.integers(-1, 9) | st.text("aZ0.-/ü\n", max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_manifest_makes_the_validator_itself_fail(data: st.DataObject) -> None:
+    """One value somewhere in the bundle is replaced by another of any kind."""
+    documents = copy.deepcopy(_BUNDLE)
+    at: Any = documents
+    while True:
+        key = data.draw(st.sampled_from(range(len(at)) if isinstance(at, list) else sorted(at)))
+        deeper = isinstance(at[key], dict | list) and at[key]
+        if not deeper or (at is not documents and data.draw(st.integers(0, 4)) == 0):
+            break
+        at = at[key]
+    kinds = st.lists(_odd, max_size=2) | st.dictionaries(
+        st.sampled_from(["name", "spec", "a/b"]), _odd, max_size=2
+    )
+    at[key] = data.draw(_odd | kinds)
+    documents = [d for d in documents if isinstance(d, dict) and isinstance(d.get("kind"), str)]
+    for problem in validate(documents):
+        assert "\n" not in str(problem)
 
 
 def test_idle_gpus_are_a_warning_and_no_error(right: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from serve_app.kuberay.reading import (
     accelerator_of,
     affinity_values,
     container_of,
+    core_count,
     cores,
     count,
     get,
@@ -26,6 +27,8 @@ from serve_app.kuberay.reading import (
     gpus_of,
     groups_of,
     is_token,
+    items,
+    mapping,
     resources,
     seconds_of,
 )
@@ -73,7 +76,7 @@ def serve_config(
                 f"route_prefix {prefix}",
             )
         prefixes.setdefault(str(prefix), application["name"])
-        environment = application.get("runtime_env") or {}
+        environment = mapping(application, "runtime_env")
         module = str(application["import_path"]).partition(":")[0]
         if not module.startswith("serve_app.") and not environment.get("working_dir"):
             yield (
@@ -105,7 +108,7 @@ def serve_config(
         (
             p.get("containerPort")
             for _, group in groups_of(document)
-            for p in container_of(group).get("ports") or []
+            for p in items(container_of(group), "ports")
             if p.get("name") == "serve"
         ),
         None,
@@ -225,8 +228,8 @@ def _holding(groups: list[Document], model: ModelConfig) -> list[Document]:
 
 def _ray_cpus(group: Document) -> float:
     """Cores that Ray takes the pod to have."""
-    told = (group.get("resources") or {}).get("CPU")
-    return float(told) if told is not None else cores(container_of(group), "requests")
+    told = mapping(group, "resources").get("CPU")
+    return cores(container_of(group), "requests") if told is None else core_count(told)
 
 
 def models(fleet: Fleet) -> Found:
@@ -242,7 +245,11 @@ def models(fleet: Fleet) -> Found:
             known = load_model(model, offline=True)
         except UserError:
             continue
-        if why := check_model.impossible(model, known):
+        try:
+            why = check_model.impossible(model, known)
+        except UserError as error:
+            why = str(error)
+        if why:
             yield where, f"application '{name}': {why}"
             continue
         for finding in check_model.checked(name, model, known):
@@ -298,8 +305,8 @@ def caches(document: Document, fleet: Fleet) -> Found:
         mount["mountPath"].rstrip("/")
         for _, group in groups_of(document)
         if "groupName" in group
-        for mount in container_of(group).get("volumeMounts") or []
-        for volume in get(group, "template.spec.volumes") or []
+        for mount in items(container_of(group), "volumeMounts")
+        for volume in items(group, "template.spec.volumes")
         if volume.get("name") == mount.get("name") and "persistentVolumeClaim" in volume
     }
 

@@ -23,9 +23,13 @@ from serve_app.kuberay.reading import (
     get,
     gpus_of,
     groups_of,
+    is_quantity,
     is_token,
+    items,
+    mapping,
     required_values,
     resources,
+    whole,
 )
 from serve_app.planner import hardware
 from serve_app.planner.hardware import Instance, with_accelerator
@@ -42,11 +46,10 @@ _WORKER_MEMORY = 4 * 2**30
 
 def head(document: Document) -> Found:
     where = "spec.rayClusterConfig.headGroupSpec"
-    head = get(document, "spec.rayClusterConfig.headGroupSpec") or {}
+    head = mapping(document, "spec.rayClusterConfig.headGroupSpec")
     container = container_of(head)
-    if (get(head, "rayStartParams") or {}).get("num-cpus") != "0" and (
-        head.get("resources") or {}
-    ).get("CPU") != "0":
+    told = mapping(head, "rayStartParams").get("num-cpus"), mapping(head, "resources").get("CPU")
+    if "0" not in told:
         yield f"{where}.rayStartParams.num-cpus", 'must be "0": replicas must not run on the head'
     memory = byte_count(get(container, "resources.limits.memory"))
     if memory is None or memory < HEAD_MEMORY:
@@ -59,7 +62,7 @@ def head(document: Document) -> Found:
             f"{where}.template.spec.containers[0].resources",
             "asks for a GPU, which the head never uses",
         )
-    if "serve" not in {p.get("name") for p in container.get("ports") or []}:
+    if "serve" not in {p.get("name") for p in items(container, "ports")}:
         yield (
             f"{where}.template.spec.containers[0].ports",
             "has no port named 'serve'; without it KubeRay makes no Serve Service",
@@ -94,18 +97,18 @@ def images(document: Document) -> Found:
 def references(document: Document, bundle: Bundle) -> Found:
     yield from _redis_password(document, bundle)
     for where, group in groups_of(document):
-        spec = get(group, "template.spec") or {}
+        spec = mapping(group, "template.spec")
         account = spec.get("serviceAccountName")
         if account and account not in bundle.names.get("ServiceAccount", {"default"}):
             yield f"{where}.template.spec.serviceAccountName", f"'{account}' is in no manifest"
-        for index, volume in enumerate(spec.get("volumes") or []):
+        for index, volume in enumerate(items(spec, "volumes")):
             claim = get(volume, "persistentVolumeClaim.claimName")
             if claim and claim not in bundle.names.get("PersistentVolumeClaim", set()):
                 yield (
                     f"{where}.template.spec.volumes[{index}].persistentVolumeClaim.claimName",
                     f"'{claim}' is in no manifest",
                 )
-        for index, env in enumerate(container_of(group).get("env") or []):
+        for index, env in enumerate(items(container_of(group), "env")):
             path = f"{where}.template.spec.containers[0].env[{index}]"
             secret = get(env, "valueFrom.secretKeyRef.name")
             if secret and bundle.secrets and secret not in bundle.secrets:
@@ -134,13 +137,13 @@ def pod(where: str, group: Document) -> Found:
     if memory is None:
         yield f"{path}.resources.limits.memory", "is missing; KubeRay tells Ray the memory by it"
     mount = next(
-        (m for m in container.get("volumeMounts") or [] if m.get("mountPath") == "/dev/shm"), None
+        (m for m in items(container, "volumeMounts") if m.get("mountPath") == "/dev/shm"), None
     )
     if mount is not None:
         index, volume = next(
             (
                 (i, v)
-                for i, v in enumerate(get(group, "template.spec.volumes") or [])
+                for i, v in enumerate(items(group, "template.spec.volumes"))
                 if v.get("name") == mount.get("name")
             ),
             (0, None),
@@ -185,11 +188,16 @@ def pod(where: str, group: Document) -> Found:
             "does not mount /dev/shm; tensor parallelism needs more than the default 64 MB",
         )
     limits, requests = resources(group, "limits"), resources(group, "requests")
+    for field, amounts in (("limits", limits), ("requests", requests)):
+        for key, amount in amounts.items():
+            if not is_quantity(amount):
+                yield f"{path}.resources.{field}.{key}", f"is '{amount}', which is no quantity"
+                return
     for device in (GPU, EFA):
         if requests.get(device) != limits.get(device):
             yield f"{path}.resources", f"asks for {device} in requests and limits differently"
-    told = (group.get("resources") or {}).get("GPU")
-    if told is not None and int(float(told)) != gpus_of(group):
+    told = mapping(group, "resources").get("GPU")
+    if told is not None and whole(told) != gpus_of(group):
         yield (
             f"{where}.resources.GPU",
             f"tells Ray of {told} GPUs, but the pod has {gpus_of(group)}",
@@ -197,7 +205,7 @@ def pod(where: str, group: Document) -> Found:
     if (
         gpus_of(group)
         and "groupName" in group
-        and not any(key.startswith("accelerator_type:") for key in (group.get("resources") or {}))
+        and not any(key.startswith("accelerator_type:") for key in mapping(group, "resources"))
     ):
         yield (
             f"{where}.resources",
@@ -209,7 +217,7 @@ def pod(where: str, group: Document) -> Found:
 def machines(where: str, group: Document, bundle: Bundle) -> Found:
     """Is there a machine for this pod, and a NodePool that makes it?"""
     path = f"{where}.template.spec"
-    selector = get(group, "template.spec.nodeSelector") or {}
+    selector = mapping(group, "template.spec.nodeSelector")
     for key in selector:
         prefix, _, name = key.partition("/")
         if prefix == "karpenter.sh" and name not in KARPENTER_LABELS:
@@ -224,7 +232,7 @@ def machines(where: str, group: Document, bundle: Bundle) -> Found:
     gpus = gpus_of(group)
     if not gpus or "groupName" not in group:
         return
-    if not any(t.get("key") == GPU for t in get(group, "template.spec.tolerations") or []):
+    if not any(t.get("key") == GPU for t in items(group, "template.spec.tolerations")):
         yield f"{path}.tolerations", f"has none for {GPU}, the taint of GPU nodes"
         return
     if cores(container_of(group), "requests") < gpus:
@@ -248,7 +256,7 @@ def machines(where: str, group: Document, bundle: Bundle) -> Found:
     if known and all(reason for _, reason in reasons):
         instance, reason = reasons[-1]
         yield f"{path}.containers[0].resources", f"fits on none of its machines: {reason}"
-    efa = int(resources(group, "limits").get(EFA) or 0)
+    efa = whole(resources(group, "limits").get(EFA))
     for instance in known:
         if efa > instance.efa:
             yield (
@@ -290,7 +298,7 @@ def _pools(path: str, group: Document, types: list[str], bundle: Bundle) -> Foun
         if (names := required_values(p, INSTANCE_TYPE)) is not None
         and all(name in hardware.instances() for name in names)
     ]
-    selector = get(group, "template.spec.nodeSelector") or {}
+    selector = mapping(group, "template.spec.nodeSelector")
     for pool in bundle.node_pools:
         owner = str(get(pool, "spec.template.spec.nodeClassRef.group"))
         other = {"karpenter.k8s.aws": "eks.amazonaws.com", "eks.amazonaws.com": "karpenter.k8s.aws"}
@@ -303,7 +311,7 @@ def _pools(path: str, group: Document, types: list[str], bundle: Bundle) -> Foun
                 return
     if not pools or not types:
         return
-    tolerated = list(get(group, "template.spec.tolerations") or [])
+    tolerated = items(group, "template.spec.tolerations")
     reasons = []
     for pool in pools:
         name = get(pool, "metadata.name")
@@ -316,7 +324,7 @@ def _pools(path: str, group: Document, types: list[str], bundle: Bundle) -> Foun
         if wanted and offered and not set(wanted) & set(offered):
             reasons.append(f"NodePool '{name}' offers only {', '.join(offered)} machines")
             continue
-        taints = get(pool, "spec.template.spec.taints") or []
+        taints = items(pool, "spec.template.spec.taints")
         missing = [t for t in taints if not any(_tolerates(x, t) for x in tolerated)]
         if missing:
             reasons.append(f"the taint {missing[0].get('key')} of NodePool '{name}' not tolerated")

@@ -13,6 +13,7 @@ Rendering is a pure function: the same config and profile give the same bytes.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from serve_app.config import Fleet
 from serve_app.errors import ConfigError
 from serve_app.kuberay import karpenter, network, rayservice, support
 from serve_app.kuberay.monitoring import pod_monitors, prometheus_rules
+from serve_app.kuberay.operator_rules import MAX_NAME
 from serve_app.kuberay.profile import ClusterProfile
 from serve_app.kuberay.workers import WorkerGroup, groups_of
 from serve_app.kuberay.yamlfile import dump, note, plain
@@ -99,10 +101,14 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
             "import_path serve_app.gateway:app at route_prefix /"
         )
     name = rayservice.instance_name(fleet)
-    if len(name) > 47 or not name[0].isalpha():
+    if len(name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
-            f"{fleet.path}: the RayService would be called '{name}'; KubeRay takes names of 47 "
-            "characters at most that start with a letter: rename the file"
+            f"{fleet.path}: the RayService would be called '{name}'; KubeRay takes names of "
+            f"{MAX_NAME} letters, digits and '-' at most that start with a letter: rename the file"
+        )
+    if not fleet.models:
+        raise ConfigError(
+            f"{fleet.path}: no model: add an application with import_path serve_app.model:app"
         )
     host = (fleet.document.get("http_options") or {}).get("host", "0.0.0.0")
     if host not in ("0.0.0.0", "::"):
@@ -142,13 +148,13 @@ def _overlays(
     fleet: Fleet, profile: ClusterProfile, base: dict[str, list[dict[str, Any]]], source: str
 ) -> dict[str, str]:
     name = rayservice.instance_name(fleet)
-    repository, _, tag = profile.image.rpartition(":")
+    repository, at, digest = profile.image.partition("@")
+    if not at:
+        repository, _, tag = profile.image.rpartition(":")
     image = {
-        "name": repository or profile.image,
-        "newName": note(
-            repository or profile.image, "The registry that this environment pulls from."
-        ),
-        "newTag": tag,
+        "name": repository,
+        "newName": note(repository, "The registry that this environment pulls from."),
+        **({"digest": digest} if at else {"newTag": tag}),
     }
     cheaper: list[dict[str, Any]] = [
         {"op": "replace", "path": "/spec/upgradeStrategy", "value": {"type": "None"}}

@@ -114,7 +114,11 @@ def _builtin(text: str) -> tuple[Finding, ...]:
         kubernetes_validate.validate(json.loads(text), KUBERNETES_VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
         return tuple(_explain(error))
-    except (kubernetes_validate.SchemaNotFoundError, FileNotFoundError):
+    except (
+        kubernetes_validate.SchemaNotFoundError,
+        kubernetes_validate.VersionNotSupportedError,  # of an apiVersion that is none
+        FileNotFoundError,
+    ):
         pass
     return ()
 

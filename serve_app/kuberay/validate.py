@@ -58,7 +58,7 @@ def load_documents(paths: Iterable[Path]) -> list[Document]:
             mark = getattr(error, "problem_mark", None)
             at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
             raise ConfigError(f"{file}:{at} {getattr(error, 'problem', 'not YAML')}") from None
-        documents += [d for d in found if isinstance(d, dict) and "kind" in d]
+        documents += [d for d in found if isinstance(d, dict) and isinstance(d.get("kind"), str)]
     if not documents:
         raise ConfigError(
             f"{', '.join(map(str, paths)) or 'nothing'}: no Kubernetes manifest there"
@@ -102,6 +102,12 @@ def refuse_errors(problems: list[Problem]) -> None:
 
 def _refused(document: Document, crd: dict[str, Any] | None) -> Iterator[Finding]:
     """What the API server or KubeRay would refuse: no other check makes sense before."""
+    if not isinstance(document.get("apiVersion"), str):
+        yield "apiVersion", "is missing"
+        return
+    if not isinstance(get(document, "metadata.name"), str):
+        yield "metadata.name", "is missing"
+        return
     if document.get("kind") != "RayService":
         yield from schema.builtin_findings(document)
         return
