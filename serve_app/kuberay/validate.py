@@ -7,6 +7,7 @@ node has, timeouts that cut each other). An *error* cannot work; a *warning* wor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,8 +103,12 @@ def refuse_errors(problems: list[Problem]) -> None:
 
 def _refused(document: Document, crd: dict[str, Any] | None) -> Iterator[Finding]:
     """What the API server or KubeRay would refuse: no other check makes sense before."""
-    if not isinstance(document.get("apiVersion"), str):
-        yield "apiVersion", "is missing"
+    version = document.get("apiVersion")
+    if not re.fullmatch(r"([a-z][-a-z0-9.]*/)?v[0-9][a-z0-9]*", str(version)):
+        yield "apiVersion", f"is {version!r}; write it as apps/v1"
+        return
+    if not str(document.get("kind")).isalnum():
+        yield "kind", f"is {document.get('kind')!r}, which is no kind"
         return
     if not isinstance(get(document, "metadata.name"), str):
         yield "metadata.name", "is missing"
