@@ -268,6 +268,13 @@ def test_auto_mode_has_its_own_labels_and_node_class() -> None:
     assert "karpenter.k8s.aws" not in text
     assert "eks.amazonaws.com/instance-gpu-name: h100" in text
     assert {d["kind"] for d in documents_} >= {"NodeClass", "NodePool"}
+    # The ingress names a class that Auto Mode does not bring.
+    (ingress,) = [d for d in documents_ if d["kind"] == "Ingress"]
+    (named,) = [d for d in documents_ if d["kind"] == "IngressClass"]
+    assert named["metadata"]["name"] == ingress["spec"]["ingressClassName"]
+    assert named["spec"]["controller"] == "eks.amazonaws.com/alb"
+    own = bundle("fleet", karpenter="auto-mode", node_role="my-nodes")
+    assert [d["spec"]["role"] for d in own if d["kind"] == "NodeClass"] == ["my-nodes"]
 
 
 def test_no_head_pdb_with_redis_and_a_strict_one_without() -> None:

@@ -5,7 +5,8 @@
     DIR/base/               everything one fleet needs, fit for production
     DIR/overlays/dev/       the same, cheaper and without guarantees
     DIR/overlays/prod/      the same, with monitoring
-    DIR/nodes/              Karpenter's NodePools and NodeClass, for whoever runs the cluster
+    DIR/nodes/              Karpenter's NodePools and NodeClass, for whoever runs the cluster;
+                            on EKS Auto Mode the load balancer's class too
     DIR/secrets.template.yaml
 
 Rendering is a pure function: the same config and profile give the same bytes.
@@ -218,20 +219,20 @@ def _overlays(
 
 
 def _nodes(profile: ClusterProfile, groups: list[WorkerGroup], source: str) -> dict[str, str]:
-    types = _instance_types(groups)
+    files = {
+        "nodepools.yaml": karpenter.node_pools(profile, _instance_types(groups), profile.max_gpus),
+        "nodeclass.yaml": [karpenter.node_class(profile)],
+    }
+    if profile.karpenter == "auto-mode" and profile.ingress.kind == "alb":
+        files["ingressclass.yaml"] = network.ingress_class(profile)
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": list(files),
+    }
     return {
-        "nodes/nodepools.yaml": dump(
-            *karpenter.node_pools(profile, types, profile.max_gpus), header=source
-        ),
-        "nodes/nodeclass.yaml": dump(karpenter.node_class(profile), header=source),
-        "nodes/kustomization.yaml": dump(
-            {
-                "apiVersion": "kustomize.config.k8s.io/v1beta1",
-                "kind": "Kustomization",
-                "resources": ["nodepools.yaml", "nodeclass.yaml"],
-            },
-            header=source,
-        ),
+        f"nodes/{name}": dump(*documents, header=source)
+        for name, documents in [*files.items(), ("kustomization.yaml", [kustomization])]
     }
 
 

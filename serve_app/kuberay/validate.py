@@ -83,7 +83,8 @@ def validate(documents: list[Document], crd: dict[str, Any] | None = None) -> li
         for where, text in refused[id(document)] or _check(document, bundle):
             level: Literal["error", "warning"] = "warning" if isinstance(text, Warn) else "error"
             line = text.text if isinstance(text, Warn) else text
-            problem = Problem(level, f"{kind}/{name}: {where}", " ".join(line.split()))
+            place = f"{kind}/{name}: {where}"
+            problem = Problem(level, " ".join(place.split()), " ".join(line.split()))
             if problem not in problems:
                 problems.append(problem)
     return problems
