@@ -14,7 +14,7 @@ else
 TORCH_FROM := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
 endif
 
-.PHONY: help venv demo test test-slow lint bench-quick bench lock engine-args manifests clean-processes clean
+.PHONY: help venv demo test test-slow lint bench-quick bench lock engine-args metrics manifests clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -66,6 +66,10 @@ lock: $(UV)  ## refresh both locks from pyproject.toml
 
 engine-args: venv  ## refresh the table of engine arguments from the installed vLLM
 	@$(BIN)/python -m serve_app.engine_args
+
+metrics: venv  ## refresh the list of metrics that a real run exports (dashboards are checked by it)
+	@$(BIN)/serve-app fetch demo
+	@PYTHONPATH=tests $(BIN)/python -m harness.exported_metrics
 
 manifests: venv  ## kuberay/ rendered again from configs/
 	@for name in llama70b llama70b-2node qwen3-32b-fp8 fleet; do \

@@ -23,6 +23,9 @@ GATEWAY_IMPORT_PATH = "serve_app.gateway:app"
 DEPLOYMENT = "ModelServer"
 """The one deployment of a model's application."""
 
+GATEWAY_DEPLOYMENT = "Gateway"
+"""The one deployment of the gateway's."""
+
 # Serve keeps an application's name in a log file's path, and refuses a blank one.
 ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
 
@@ -396,8 +399,24 @@ def _check_application(path: Path, position: int, application: Any) -> tuple[str
         raise ConfigError(
             f"{where}: import_path is '{import_path}'{did_you_mean(import_path, known)}"
         )
+    own = {MODEL_IMPORT_PATH: DEPLOYMENT, GATEWAY_IMPORT_PATH: GATEWAY_DEPLOYMENT}
+    if import_path in own:
+        _check_deployments(where, application.get("deployments"), own[import_path])
     check_name(where, name)
     return where, name
+
+
+def _check_deployments(where: str, deployments: Any, known: str) -> None:
+    """Serve refuses overrides of a deployment that the application has not."""
+    if deployments is None:
+        return
+    if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
+        raise ConfigError(f"{where}: deployments must be a list such as [{{name: {known}}}]")
+    for deployment in deployments:
+        if deployment.get("name") != known:
+            name = str(deployment.get("name"))
+            hint = did_you_mean(name, [known]) or f"; its one deployment is '{known}'"
+            raise ConfigError(f"{where}: deployments names '{name}'{hint}")
 
 
 def check_name(where: str, name: str) -> None:

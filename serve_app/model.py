@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from serve_app import admin, autoscaling, capacity, cluster, placement, processes
+from serve_app import admin, autoscaling, caches, capacity, cluster, placement, processes
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import engine as planner_engine
@@ -112,7 +112,7 @@ def environment(config: ModelConfig) -> dict[str, str]:
     """Environment variables of a replica on this node: the config's, over what vLLM needs."""
     env = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s))}
     if config.cache_dir:
-        env |= _caches(config.cache_dir)
+        env |= caches.downloads(config.cache_dir) | caches.compiled(config.cache_dir)
     if config.adapters or config.engine.get("enable_lora"):
         # Lets vLLM load an adapter when it is first asked for (serve_app.adapters).
         env["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
@@ -129,20 +129,6 @@ def environment(config: ModelConfig) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
         env["OMP_NUM_THREADS"] = str(max(1, cores - 1))
     return env | config.env
-
-
-def _caches(folder: str) -> dict[str, str]:
-    """Where vLLM 0.29 and what it stands on keep what they download and compile.
-
-    Nothing here differs between the replicas of a model: vLLM's cache key would differ too.
-    """
-    return {
-        "HF_HOME": f"{folder}/huggingface",
-        "VLLM_CACHE_ROOT": f"{folder}/vllm",  # torch.compile, DeepGEMM, autotuning
-        "VLLM_ENABLE_STARTUP_PLAN": "1",  # the KV cache's size is not profiled anew
-        "TRITON_CACHE_DIR": f"{folder}/triton",
-        "FLASHINFER_WORKSPACE_BASE": folder,  # kernels that are compiled at the first start
-    }
 
 
 @serve.deployment(name=DEPLOYMENT, health_check_period_s=5, health_check_timeout_s=30)

@@ -180,6 +180,7 @@ def test_a_first_deployment_is_applied_watched_and_every_model_asked(
     assert result.exit_code == 0, out
     assert f"llama70b in serve-app on {api.url}: this creates the RayService (4 GPUs)" in out
     assert "warning: it needs 4 more GPUs, but 0 can be had" in out
+    assert "--force" not in out  # nothing is in the way of a first deployment
     assert "applied RayService llama70b" in out and "revision 1; back with" in out
     assert "llama-3.3-70b: DEPLOYING: loading weights" in out
     assert "gpu pods: 1 starting" in out
@@ -292,6 +293,15 @@ def test_the_same_again_changes_nothing(api: KubeAPI, run: Callable[..., Result]
     assert service(api)["metadata"]["generation"] == before
 
 
+def test_in_another_namespace_the_way_back_names_it(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("namespace: other\n")
+    result = run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
+    assert "back with: serve-app rollback llama70b -n other" in result.output
+
+
 def test_dry_run_changes_nothing(api: KubeAPI, run: Callable[..., Result]) -> None:
     before = set(api.objects)
     result = run("deploy", str(CONFIG), "--dry-run")
@@ -335,7 +345,7 @@ def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
         ),
         (
             [("max_replicas: 2", "max_replicas: 3")],
-            ["in place", "worker group 'h100-x4': maxReplicas 2 → 3"],
+            ["in place", "worker group 'h100-x4': maxReplicas 3 → 4"],
         ),
         (
             [("min_replicas: 1", "min_replicas: 2")],
@@ -489,6 +499,9 @@ def test_logs_are_those_of_the_model(api: KubeAPI, run: Callable[..., Result]) -
     assert run("logs", NAME, "llama-3.3-70b").output == "llama70b-gpu-1: loading\n"
     assert "llama70b-gpu-1: not mine\n" in run("logs", NAME).output
     assert run("logs", NAME, "--previous").output == "llama70b-gpu-1: Killed\n"
+    deployed(api, run)
+    with pytest.raises(UserError, match="llama70b has no model 'llama-70b'; did you mean"):
+        run("logs", NAME, "llama-70b")
     with pytest.raises(UserError, match="other has no pods in namespace serve-app"):
         run("logs", "other")
 
@@ -508,7 +521,7 @@ def test_no_kubeconfig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_an_unknown_context(kubeconfig: Path) -> None:
-    with pytest.raises(UserError, match=r"kubeconfig: .*there"):
+    with pytest.raises(UserError, match=r"has no context 'there'; did you mean 'here'\?"):
         Cluster.connect(kubeconfig, "there")
 
 

@@ -1,4 +1,4 @@
-"""Alerts run against Prometheus' own tools; every query uses a name that a real run exported."""
+"""Alerts run against Prometheus' own tools; every query uses names that a real run exported."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from harness import exported_metrics
 from kuberay_fixtures import ROOT, fleet
+from prometheus_client.parser import text_string_to_metric_families
 
+from serve_app.engine_args import VLLM_VERSION
 from serve_app.kuberay.dashboards import dashboards
 from serve_app.kuberay.monitoring import cold_models, pod_monitors, prometheus_rules
+from serve_app.kuberay.profile import RAY_VERSION
 from serve_app.kuberay.yamlfile import plain
 
 DATA = Path(__file__).parent / "data"
@@ -22,7 +27,10 @@ PROMTOOL = shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool (apt: prometheus)")
 
 # Not from Ray's agents: kube-state-metrics tells of pods.
-_FROM_ELSEWHERE = {"kube_pod_status_unschedulable"}
+_FROM_ELSEWHERE = {"kube_pod_status_unschedulable": frozenset({"namespace", "pod"})}
+
+# What Prometheus and the PodMonitor add to each sample.
+_OF_THE_POD = frozenset({"namespace", "pod", "container", "cluster", "fleet"})
 
 
 def rules() -> dict[str, Any]:
@@ -44,18 +52,38 @@ def relabeled(name: str) -> str | None:
     return name
 
 
-def exported() -> set[str]:
-    """Names of samples, after relabeling, that a real run's agent exported."""
-    lines = (DATA / "exported_metrics.txt").read_text().splitlines()
-    names = set()
-    for line in lines:
-        if line and not line.startswith("#"):
-            name, kind = line.split()
-            found = relabeled(name)
-            if found is not None:
-                ends = ("_bucket", "_count", "_sum") if kind == "histogram" else ("",)
-                names |= {found + end for end in ends}
+def exported() -> dict[str, frozenset[str]]:
+    """Samples that Prometheus has of a real run: their labels by their names."""
+    names = {}
+    for name, metric in exported_metrics.recorded().items():
+        found = relabeled(name)
+        if found is not None:
+            ends = ("_bucket", "_count", "_sum") if metric.kind == "histogram" else ("",)
+            kept = frozenset(k for k in metric.labels if not re.fullmatch(dropped_labels(), k))
+            names |= {found + end: kept | _OF_THE_POD for end in ends}
+            if metric.kind == "histogram":
+                names[f"{found}_bucket"] |= {"le"}
     return names
+
+
+def dropped_labels() -> str:
+    monitor = plain(pod_monitors("fleet", "serve-app")[0])
+    rules_ = monitor["spec"]["podMetricsEndpoints"][0]["metricRelabelings"]
+    (found,) = [rule["regex"] for rule in rules_ if rule.get("action") == "labeldrop"]
+    return str(found)
+
+
+def check_labels(expression: str, known: dict[str, frozenset[str]]) -> None:
+    """Every label that an expression selects or groups by is one that its metrics have."""
+    had = set()
+    for name, selector in re.findall(r"([a-zA-Z_][\w:]*)\{([^}]*)\}", expression):
+        if name in known:
+            had |= known[name]
+            asked = set(re.findall(r"(\w+)(?:=~|!~|!=|=)", selector))
+            assert asked <= known[name], (name, asked - known[name], expression)
+    for labels in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression):
+        asked = {label.strip() for label in labels.split(",")}
+        assert not had or asked <= had, (asked - had, expression)
 
 
 def queried(expression: str) -> set[str]:
@@ -97,11 +125,12 @@ def test_every_alert_has_a_firing_case_and_a_remedy() -> None:
 
 def test_every_rule_uses_names_that_exist() -> None:
     recorded = {r["record"] for g in rules()["groups"] for r in g["rules"] if "record" in r}
-    known = exported() | recorded | _FROM_ELSEWHERE
+    known = exported() | _FROM_ELSEWHERE
     for group in rules()["groups"]:
         for rule in group["rules"]:
             names = queried(rule["expr"])
-            assert names and names <= known, (rule, names - known)
+            assert names and names <= known.keys() | recorded, (rule, names - known.keys())
+            check_labels(rule["expr"], known)
 
 
 @pytest.mark.parametrize("name", sorted(dashboards()))
@@ -112,7 +141,8 @@ def test_every_panel_asks_for_names_that_exist(name: str) -> None:
     queries += [v["query"]["query"] for v in board["templating"]["list"] if v["type"] == "query"]
     for query in queries:
         names = queried(query) or set(re.findall(r"label_values\((\w+),", query))
-        assert names and names <= known, (query, names - known)
+        assert names and names <= known.keys(), (query, names - known.keys())
+        check_labels(query, known)
 
 
 @needs_promtool
@@ -145,6 +175,50 @@ def test_documented_names_exist_after_relabeling() -> None:
     assert relabeled("vllm:num_preemptions_total") == "vllm:num_preemptions_total"
     assert relabeled("ray_grpc_server_req_new_total") is None
     assert relabeled("ray_serve_deployment_replica_healthy") is not None
+
+
+def test_no_label_is_dropped_that_tells_series_apart() -> None:
+    """Two gateways on a node differ by WorkerId alone; Prometheus would keep one of them."""
+    labels = set().union(*(m.labels for m in exported_metrics.recorded().values()))
+    dropped = {label for label in labels if re.fullmatch(dropped_labels(), label)}
+    assert dropped and dropped <= exported_metrics.constant_labels()
+
+
+def test_the_recorded_run_is_of_the_locked_versions() -> None:
+    header = exported_metrics.RECORDED.read_text().splitlines()[0]
+    assert f"Ray {RAY_VERSION}, vLLM {VLLM_VERSION}" in header
+
+
+def every_query() -> list[str]:
+    panels = [p for text in dashboards().values() for p in json.loads(text)["panels"]]
+    alerts = [rule["expr"] for group in rules()["groups"] for rule in group["rules"]]
+    return alerts + [target["expr"] for panel in panels for target in panel["targets"]]
+
+
+@pytest.mark.slow
+def test_a_run_of_today_exports_what_the_queries_ask_for(tmp_path: Path) -> None:
+    """The recorded list has not drifted; `make metrics` refreshes it."""
+    page = exported_metrics.run(tmp_path)
+    series = Counter(
+        (relabeled(sample.name), *sorted(kept_labels(sample.labels).items()))
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+        if relabeled(sample.name)
+    )
+    assert [key for key, count in series.items() if count > 1] == []
+    names = {key[0] for key in series}
+    asked = set().union(*map(queried, every_query())) & exported().keys()
+    assert asked - names == set()
+
+
+def kept_labels(labels: dict[str, str]) -> dict[str, str]:
+    return {k: v for k, v in labels.items() if not re.fullmatch(dropped_labels(), k)}
+
+
+def test_every_metric_of_the_gateway_was_exported() -> None:
+    source = (ROOT / "serve_app/gateway/metrics.py").read_text()
+    own = set(re.findall(r'"(serve_app_gateway_\w+)"', source))
+    assert own and {f"ray_{name}" for name in own} <= exported_metrics.recorded().keys()
 
 
 def test_a_model_that_may_be_cold_calls_nobody() -> None:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kuberay_fixtures import NAMES, ROOT, bundle, fleet, profile
 
+from serve_app import caches
 from serve_app.config import parse_document
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import cli
@@ -114,8 +115,8 @@ def test_one_group_for_each_shape_of_pod() -> None:
     groups = worker_groups(service("fleet"))
     assert list(groups) == ["gateway", "h100-x4", "l40s-x1", "l4-x1"]
     bounds = {n: (g["minReplicas"], g["maxReplicas"]) for n, g in groups.items()}
-    # bge-m3 is fixed at one, the reranker goes from none to two.
-    assert bounds == {"gateway": (2, 2), "h100-x4": (1, 2), "l40s-x1": (1, 4), "l4-x1": (1, 3)}
+    # bge-m3 is fixed at one, the reranker goes from none to two; one more each, for a drain.
+    assert bounds == {"gateway": (2, 3), "h100-x4": (1, 3), "l40s-x1": (1, 5), "l4-x1": (1, 4)}
     assert groups["l4-x1"]["resources"]["accelerator_type:L4"] == "1"
 
 
@@ -123,7 +124,7 @@ def test_two_nodes_are_pods_in_one_zone_with_efa() -> None:
     group = worker_groups(service("llama70b-2node", instance_types=["g6e.12xlarge"]))[
         "l40s-x4-2nodes"
     ]
-    assert (group["minReplicas"], group["maxReplicas"]) == (2, 2)
+    assert (group["minReplicas"], group["maxReplicas"]) == (2, 4)
     spec = pod_spec(group)
     limits = spec["containers"][0]["resources"]["limits"]
     assert limits["nvidia.com/gpu"] == "4" and limits["vpc.amazonaws.com/efa"] == "1"
@@ -157,13 +158,36 @@ def test_gateways_are_placed_on_the_pods_that_are_endpoints(
 
     group = worker_groups(service("fleet"))["gateway"]
     env = {e["name"]: e.get("value") for e in pod_spec(group)["containers"][0]["env"]}
-    selectors = []
+    selectors, per_node = [], []
     for value in (None, env[gateway.NODES_ENV]):
         if value is not None:
             monkeypatch.setenv(gateway.NODES_ENV, value)
         deployment = gateway.app({})._bound_deployment
         selectors.append(deployment.ray_actor_options.get("label_selector"))
+        # One in each pod: a pod without a gateway has no proxy, and is never Ready.
+        per_node.append(deployment._replica_config.max_replicas_per_node)
     assert selectors == [None, group["labels"]]
+    assert per_node == [None, 1]
+
+
+def test_a_gateways_pod_has_room_for_one_gateway_and_its_proxy() -> None:
+    """Ray's autoscaler must see that a drained gateway's replacement needs another pod."""
+    group = worker_groups(service("fleet"))["gateway"]
+    assert group["resources"]["CPU"] == "1"
+    assert pod_spec(group)["containers"][0]["resources"]["requests"]["cpu"] == "2"
+
+
+def test_the_dev_overlay_leaves_out_what_belongs_to_the_cluster(tmp_path: Path) -> None:
+    settings_ = {"upgrade": {"strategy": "NewClusterWithIncrementalUpgrade"}}
+    write(render(fleet("llama70b"), ClusterProfile.model_validate(settings_)), tmp_path)
+    patches = yaml.safe_load((tmp_path / "overlays/dev/kustomization.yaml").read_text())["patches"]
+    deleted = {d["kind"] for p in patches if isinstance(d := yaml.safe_load(p["patch"]), dict)}
+    assert deleted == {
+        "PodDisruptionBudget",
+        "GatewayClass",
+        "LoadBalancerConfiguration",
+        "TargetGroupConfiguration",
+    }
 
 
 def test_an_incremental_upgrade_keeps_kuberays_own_readiness() -> None:
@@ -192,6 +216,23 @@ def test_secrets_are_references_and_only_where_models_load() -> None:
         assert ("HF_TOKEN" in env) == wanted
         if wanted:
             assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf-token"
+
+
+def test_pods_of_a_kind_share_what_they_compile_and_all_share_the_weights() -> None:
+    for name, group in worker_groups(service("fleet")).items():
+        container = pod_spec(group)["containers"][0]
+        env = {e["name"]: e.get("value") for e in container["env"]}
+        wanted = caches.downloads("/models") | caches.compiled(f"/models/{name}")
+        if name == "gateway":
+            assert not wanted.keys() & env.keys()
+        else:
+            assert wanted.items() <= env.items()
+            assert "/models" in {m["mountPath"] for m in container["volumeMounts"]}
+
+
+def test_without_a_volume_nothing_is_said_of_caches() -> None:
+    text = dump(service("fleet", cache={"kind": "none"}))
+    assert not [name for name in caches.compiled("") | caches.downloads("") if name in text]
 
 
 def test_shared_memory_grows_with_the_gpus_and_stays_below_the_limit() -> None:
@@ -227,6 +268,13 @@ def test_auto_mode_has_its_own_labels_and_node_class() -> None:
     assert "karpenter.k8s.aws" not in text
     assert "eks.amazonaws.com/instance-gpu-name: h100" in text
     assert {d["kind"] for d in documents_} >= {"NodeClass", "NodePool"}
+    # The ingress names a class that Auto Mode does not bring.
+    (ingress,) = [d for d in documents_ if d["kind"] == "Ingress"]
+    (named,) = [d for d in documents_ if d["kind"] == "IngressClass"]
+    assert named["metadata"]["name"] == ingress["spec"]["ingressClassName"]
+    assert named["spec"]["controller"] == "eks.amazonaws.com/alb"
+    own = bundle("fleet", karpenter="auto-mode", node_role="my-nodes")
+    assert [d["spec"]["role"] for d in own if d["kind"] == "NodeClass"] == ["my-nodes"]
 
 
 def test_no_head_pdb_with_redis_and_a_strict_one_without() -> None:
@@ -326,7 +374,7 @@ def test_models_of_one_shape_share_the_machines_that_all_fit_on() -> None:
 def test_a_cpu_model_gets_a_pod_without_gpu_or_taint() -> None:
     one = one_model({}, resources={"device": "cpu", "num_cpus": 2})
     names = [(g.name, g.gpus, g.cpu) for g in groups_of(one, ClusterProfile())]
-    assert names == [("gateway", 0, 2), ("cpu", 0, 4)]
+    assert names == [("gateway", 0, 1), ("cpu", 0, 4)]
 
 
 @pytest.mark.parametrize(

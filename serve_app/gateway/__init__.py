@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.config import DEPLOYMENT, GatewayConfig, parse
+from serve_app.config import DEPLOYMENT, GATEWAY_DEPLOYMENT, GatewayConfig, parse
 from serve_app.errors import ConfigError
 
 # A request costs Serve one slot for as long as it streams; vLLM is what bounds the load.
@@ -49,11 +49,13 @@ def app(args: dict[str, Any]) -> serve.Application:
     if nodes := os.environ.get(NODES_ENV):
         label, _, value = nodes.partition("=")
         options["ray_actor_options"]["label_selector"] = {label: value}
+        # The first node to come up would take them all, and the others have nothing to serve.
+        options["max_replicas_per_node"] = 1
     deployment: Any = GatewayServer
     return deployment.options(**options).bind(config.model_dump(exclude_unset=True))
 
 
-@serve.deployment(name="Gateway")
+@serve.deployment(name=GATEWAY_DEPLOYMENT)
 @serve.ingress()
 class GatewayServer:
     """One gateway process."""

@@ -53,8 +53,7 @@ def refuse_shortage(cluster: Cluster, needed: int) -> str:
     if count < needed:
         raise UserError(
             f"it needs {needed} more GPUs, but {count} can be had ({how}); raise the NodePool's "
-            "limits.nvidia.com/gpu, choose upgrade.strategy None or "
-            "NewClusterWithIncrementalUpgrade, or go ahead with --force"
+            "limits.nvidia.com/gpu"
         )
     return f"needs {needed} more GPUs; {how}"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -15,33 +17,102 @@ from serve_app.kuberay.reading import (
     Bundle,
     Document,
     Found,
+    byte_count,
+    container_of,
     get,
+    groups_of,
+    items,
+    mapping,
+    texts,
+    whole,
 )
 from serve_app.planner import hardware
 
 PLACEHOLDER = "REPLACE_ME"
-"""What secrets.template.yaml has in place of each value."""
+"""What is to be filled in: in secrets.template.yaml, and in the profiles of kuberay/."""
+
+
+def refuse_placeholders(documents: list[Document]) -> None:
+    """Refuse to deploy what nobody has filled in.
+
+    Raises:
+        UserError: the first value that is still a placeholder.
+    """
+    for document in documents:
+        for path, value in _leaves(document, ""):
+            if PLACEHOLDER in str(value):
+                kind, name = document.get("kind"), get(document, "metadata.name")
+                raise UserError(
+                    f"{kind}/{name}: {path} is '{value}'; put your own value into the profile"
+                )
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def secret(document: Document) -> Found:
     for field in ("data", "stringData"):
-        for key, value in (document.get(field) or {}).items():
+        for key, value in mapping(document, field).items():
             if value not in ("", None, PLACEHOLDER):
                 yield f"{field}.{key}", "puts a secret into a manifest; create it outside of git"
 
 
+READINESS_GATE = "elbv2.k8s.aws/pod-readiness-gate-inject"
+"""Label of a namespace: a pod behind a load balancer is Ready only when that one says so."""
+
+_IMAGE_DISK = 60 * 2**30
+"""Bytes of disk that the image takes while it unpacks, with the system's own."""
+
+
+def namespace(document: Document, bundle: Bundle) -> Found:
+    if mapping(document, "metadata.labels").get(READINESS_GATE) != "enabled":
+        return
+    for service in bundle.services:
+        # KubeRay's Service selects every worker, and the controller gates whatever it selects;
+        # but only a pod with the port becomes a target that can get healthy.
+        for _, group in groups_of(service):
+            ports = {p.get("name") for p in items(container_of(group), "ports")}
+            if "groupName" in group and "serve" not in ports:
+                yield (
+                    f"metadata.labels.{READINESS_GATE}",
+                    f"makes pods of '{group['groupName']}' wait for ever to be healthy targets: "
+                    "they have no port 'serve'; remove the label",
+                )
+                return
+
+
+def node_class(document: Document) -> Found:
+    disks = [("spec.ephemeralStorage.size", get(document, "spec.ephemeralStorage.size"))]
+    disks += [
+        (f"spec.blockDeviceMappings[{i}].ebs.volumeSize", get(disk, "ebs.volumeSize"))
+        for i, disk in enumerate(items(document, "spec.blockDeviceMappings"))
+    ]
+    for where, size in disks:
+        given = byte_count(size)
+        if given is not None and given < _IMAGE_DISK:
+            yield where, f"is {size}, but the image alone needs 60Gi while it unpacks"
+
+
 def ingress(document: Document, bundle: Bundle) -> Found:
-    annotations = get(document, "metadata.annotations") or {}
+    annotations = mapping(document, "metadata.annotations")
     prefix = "alb.ingress.kubernetes.io"
     serving = {
         f"{get(s, 'metadata.name')}-serve-svc": s
         for s in bundle.services
         if get(s, "spec.upgradeStrategy.type") != "NewClusterWithIncrementalUpgrade"
     }
-    for i, rule in enumerate(get(document, "spec.rules") or []):
-        for j, entry in enumerate(get(rule, "http.paths") or []):
+    for i, rule in enumerate(items(document, "spec.rules")):
+        for j, entry in enumerate(items(rule, "http.paths")):
             name = str(get(entry, "backend.service.name"))
-            port = get(entry, "backend.service.port") or {}
+            port = mapping(entry, "backend.service.port")
             where = f"spec.rules[{i}].http.paths[{j}].backend.service"
             if name.endswith("-head-svc") or 8265 in port.values() or "dashboard" in port.values():
                 yield where, "opens Ray's dashboard: whoever reaches it can run code on the cluster"
@@ -59,8 +130,12 @@ def ingress(document: Document, bundle: Bundle) -> Found:
         for item in str(annotations.get(f"{prefix}/load-balancer-attributes") or "").split(",")
         if "=" in item
     )
-    idle = int(attributes.get("idle_timeout.timeout_seconds") or 60)
     where = f"metadata.annotations.{prefix}/load-balancer-attributes"
+    given = attributes.get("idle_timeout.timeout_seconds", "60")
+    idle = whole(given)
+    if not idle:
+        yield where, f"idle_timeout.timeout_seconds is '{given}', which is no number of seconds"
+        return
     for service in serving.values():
         text = get(service, "spec.serveConfigV2")
         try:
@@ -90,7 +165,7 @@ def ingress(document: Document, bundle: Bundle) -> Found:
 
 
 def budget(document: Document, bundle: Bundle) -> Found:
-    if "ray.io/cluster" in (get(document, "spec.selector.matchLabels") or {}):
+    if "ray.io/cluster" in mapping(document, "spec.selector.matchLabels"):
         yield (
             "spec.selector.matchLabels.ray.io/cluster",
             "changes with every upgrade; select by app.kubernetes.io/instance",
@@ -104,23 +179,23 @@ def selector(document: Document, bundle: Bundle) -> Found:
     if not bundle.services:
         return
     field = "spec.podSelector" if document.get("kind") == "NetworkPolicy" else "spec.selector"
-    wanted = get(document, f"{field}.matchLabels") or {}
+    wanted = mapping(document, f"{field}.matchLabels")
     if not any(wanted.items() <= labels.items() for labels in bundle.pod_labels):
         shown = ", ".join(f"{k}={v}" for k, v in wanted.items())
         yield f"{field}.matchLabels", f"matches no pod of the RayService ({shown})"
 
 
 def node_pool(document: Document) -> Found:
-    for index, requirement in enumerate(get(document, "spec.template.spec.requirements") or []):
+    for index, requirement in enumerate(items(document, "spec.template.spec.requirements")):
         where = f"spec.template.spec.requirements[{index}]"
         prefix, _, name = str(requirement.get("key")).partition("/")
         if prefix == "karpenter.sh" and name not in KARPENTER_LABELS:
             yield f"{where}.key", f"is karpenter.sh/{name}, which is no label of Karpenter's"
         if requirement.get("key") == INSTANCE_TYPE:
-            for value in requirement.get("values") or []:
+            for value in texts(requirement, "values"):
                 # Families of GPU machines start so; the table does not have the others.
                 if value[:1] in "gp" and value not in hardware.instances():
                     yield f"{where}.values", f"names '{value}', which is no EC2 type with a GPU"
-    limits = get(document, "spec.limits") or {}
+    limits = mapping(document, "spec.limits")
     if get(document, "spec.template.spec.taints") and GPU not in limits:
         yield f"spec.limits.{GPU}", "is missing: nothing bounds the bill"

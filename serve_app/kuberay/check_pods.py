@@ -20,28 +20,39 @@ from serve_app.kuberay.reading import (
     container_of,
     containers,
     cores,
-    count,
     get,
     gpus_of,
     groups_of,
+    is_quantity,
     is_token,
+    items,
+    mapping,
     required_values,
     resources,
+    whole,
 )
 from serve_app.planner import hardware
 from serve_app.planner.hardware import Instance, with_accelerator
 
+HEAD_MEMORY = 5 * 2**30
+"""Bytes that a head needs at the least."""
+
+_DAEMONS_CPU_M, _DAEMONS_MIB = 300, 512
+"""What a node's DaemonSets take at the least: CNI, kube-proxy, device plugin, log shipper."""
+
+_WORKER_MEMORY = 4 * 2**30
+"""Bytes of host memory that one GPU's worker fills while it loads: CUDA, Python, a shard."""
+
 
 def head(document: Document) -> Found:
     where = "spec.rayClusterConfig.headGroupSpec"
-    head = get(document, "spec.rayClusterConfig.headGroupSpec") or {}
+    head = mapping(document, "spec.rayClusterConfig.headGroupSpec")
     container = container_of(head)
-    if (get(head, "rayStartParams") or {}).get("num-cpus") != "0" and (
-        head.get("resources") or {}
-    ).get("CPU") != "0":
+    told = mapping(head, "rayStartParams").get("num-cpus"), mapping(head, "resources").get("CPU")
+    if "0" not in told:
         yield f"{where}.rayStartParams.num-cpus", 'must be "0": replicas must not run on the head'
     memory = byte_count(get(container, "resources.limits.memory"))
-    if memory is None or memory < 5 * 2**30:
+    if memory is None or memory < HEAD_MEMORY:
         yield (
             f"{where}.template.spec.containers[0].resources.limits.memory",
             "must be 5Gi or more; the dashboard and the GCS end in OOM kills below (kuberay#4287)",
@@ -51,7 +62,7 @@ def head(document: Document) -> Found:
             f"{where}.template.spec.containers[0].resources",
             "asks for a GPU, which the head never uses",
         )
-    if "serve" not in {p.get("name") for p in container.get("ports") or []}:
+    if "serve" not in {p.get("name") for p in items(container, "ports")}:
         yield (
             f"{where}.template.spec.containers[0].ports",
             "has no port named 'serve'; without it KubeRay makes no Serve Service",
@@ -71,31 +82,33 @@ def images(document: Document) -> Found:
         image = str(container_of(group).get("image") or "")
         path = f"{where}.template.spec.containers[0].image"
         name, _, tag = image.rpartition(":")
+        version = str(get(document, "spec.rayClusterConfig.rayVersion"))
         if "@sha256:" not in image and (not name or "/" in tag or tag == "latest"):
             yield path, f"is '{image}'; name a fixed tag, or a digest"
-        images.setdefault(image, path)
-        version = str(get(document, "spec.rayClusterConfig.rayVersion"))
-        if re.match(r"(.*/)?rayproject/ray(-llm|-ml)?:\d", image) and not tag.startswith(version):
+        elif re.match(r"(.*/)?rayproject/ray(-llm|-ml)?:\d", image) and not tag.startswith(version):
             yield path, f"is '{image}', but rayVersion is {version}"
+        else:
+            images.setdefault(image, path)
     if len(images) > 1:
         first, second = list(images)[:2]
         yield images[second], f"is '{second}', the head's '{first}'; one image for all Ray nodes"
 
 
 def references(document: Document, bundle: Bundle) -> Found:
+    yield from _redis_password(document, bundle)
     for where, group in groups_of(document):
-        spec = get(group, "template.spec") or {}
+        spec = mapping(group, "template.spec")
         account = spec.get("serviceAccountName")
         if account and account not in bundle.names.get("ServiceAccount", {"default"}):
             yield f"{where}.template.spec.serviceAccountName", f"'{account}' is in no manifest"
-        for index, volume in enumerate(spec.get("volumes") or []):
+        for index, volume in enumerate(items(spec, "volumes")):
             claim = get(volume, "persistentVolumeClaim.claimName")
             if claim and claim not in bundle.names.get("PersistentVolumeClaim", set()):
                 yield (
                     f"{where}.template.spec.volumes[{index}].persistentVolumeClaim.claimName",
                     f"'{claim}' is in no manifest",
                 )
-        for index, env in enumerate(container_of(group).get("env") or []):
+        for index, env in enumerate(items(container_of(group), "env")):
             path = f"{where}.template.spec.containers[0].env[{index}]"
             secret = get(env, "valueFrom.secretKeyRef.name")
             if secret and bundle.secrets and secret not in bundle.secrets:
@@ -107,6 +120,15 @@ def references(document: Document, bundle: Bundle) -> Found:
                 )
 
 
+def _redis_password(document: Document, bundle: Bundle) -> Found:
+    where = "spec.rayClusterConfig.gcsFaultToleranceOptions.redisPassword"
+    if get(document, f"{where}.value"):
+        yield f"{where}.value", "puts a secret into the manifest; use valueFrom.secretKeyRef"
+    name = get(document, f"{where}.valueFrom.secretKeyRef.name")
+    if name and bundle.secrets and name not in bundle.secrets:
+        yield f"{where}.valueFrom.secretKeyRef.name", f"'{name}' is in no manifest"
+
+
 def pod(where: str, group: Document) -> Found:
     """Memory, shared memory and accelerators of one kind of pod."""
     container = container_of(group)
@@ -115,13 +137,13 @@ def pod(where: str, group: Document) -> Found:
     if memory is None:
         yield f"{path}.resources.limits.memory", "is missing; KubeRay tells Ray the memory by it"
     mount = next(
-        (m for m in container.get("volumeMounts") or [] if m.get("mountPath") == "/dev/shm"), None
+        (m for m in items(container, "volumeMounts") if m.get("mountPath") == "/dev/shm"), None
     )
     if mount is not None:
         index, volume = next(
             (
                 (i, v)
-                for i, v in enumerate(get(group, "template.spec.volumes") or [])
+                for i, v in enumerate(items(group, "template.spec.volumes"))
                 if v.get("name") == mount.get("name")
             ),
             (0, None),
@@ -141,10 +163,18 @@ def pod(where: str, group: Document) -> Found:
                 f"{volume_path}.emptyDir.sizeLimit",
                 "of /dev/shm is missing: half of the machine's memory is nobody's limit",
             )
+        elif "groupName" not in group and (memory or 0) < HEAD_MEMORY:
+            pass  # said of the head already
         elif memory is not None and size >= memory:
             yield (
                 f"{volume_path}.emptyDir.sizeLimit",
                 "of /dev/shm is not below the pod's memory limit, which counts it",
+            )
+        elif memory is not None and memory - size < _WORKER_MEMORY * gpus_of(group):
+            yield (
+                f"{path}.resources.limits.memory",
+                f"leaves {(memory - size) / 2**30:.0f} GiB beside /dev/shm; {gpus_of(group)} "
+                f"workers need {_WORKER_MEMORY * gpus_of(group) // 2**30} GiB while they load",
             )
         elif gpus_of(group) > 1 and size < 2 * 2**30 * gpus_of(group):
             yield (
@@ -158,17 +188,24 @@ def pod(where: str, group: Document) -> Found:
             "does not mount /dev/shm; tensor parallelism needs more than the default 64 MB",
         )
     limits, requests = resources(group, "limits"), resources(group, "requests")
+    for field, amounts in (("limits", limits), ("requests", requests)):
+        for key, amount in amounts.items():
+            if not is_quantity(amount):
+                yield f"{path}.resources.{field}.{key}", f"is '{amount}', which is no quantity"
+                return
     for device in (GPU, EFA):
         if requests.get(device) != limits.get(device):
             yield f"{path}.resources", f"asks for {device} in requests and limits differently"
-    told = (group.get("resources") or {}).get("GPU")
-    if told is not None and int(float(told)) != gpus_of(group):
+    told = mapping(group, "resources").get("GPU")
+    if told is not None and whole(told) != gpus_of(group):
         yield (
             f"{where}.resources.GPU",
             f"tells Ray of {told} GPUs, but the pod has {gpus_of(group)}",
         )
-    if gpus_of(group) and not any(
-        key.startswith("accelerator_type:") for key in (group.get("resources") or {})
+    if (
+        gpus_of(group)
+        and "groupName" in group
+        and not any(key.startswith("accelerator_type:") for key in mapping(group, "resources"))
     ):
         yield (
             f"{where}.resources",
@@ -180,7 +217,7 @@ def pod(where: str, group: Document) -> Found:
 def machines(where: str, group: Document, bundle: Bundle) -> Found:
     """Is there a machine for this pod, and a NodePool that makes it?"""
     path = f"{where}.template.spec"
-    selector = get(group, "template.spec.nodeSelector") or {}
+    selector = mapping(group, "template.spec.nodeSelector")
     for key in selector:
         prefix, _, name = key.partition("/")
         if prefix == "karpenter.sh" and name not in KARPENTER_LABELS:
@@ -193,10 +230,16 @@ def machines(where: str, group: Document, bundle: Bundle) -> Found:
         if kind not in ("spot", "on-demand", "reserved"):
             yield f"{path}.affinity", f"names the capacity type '{kind}'; spot, on-demand, reserved"
     gpus = gpus_of(group)
-    if not gpus:
+    if not gpus or "groupName" not in group:
         return
-    if not any(t.get("key") == GPU for t in get(group, "template.spec.tolerations") or []):
+    if not any(t.get("key") == GPU for t in items(group, "template.spec.tolerations")):
         yield f"{path}.tolerations", f"has none for {GPU}, the taint of GPU nodes"
+        return
+    if cores(container_of(group), "requests") < gpus:
+        yield (
+            f"{path}.containers[0].resources.requests.cpu",
+            f"is below {gpus}: each GPU's worker keeps a core busy",
+        )
     types = affinity_values(group, INSTANCE_TYPE)
     known = [hardware.instances()[t] for t in types if t in hardware.instances()]
     for name in types:
@@ -205,25 +248,15 @@ def machines(where: str, group: Document, bundle: Bundle) -> Found:
     accelerator = accelerator_of(group)
     if accelerator and known:
         right = {i.name for i in with_accelerator(accelerator, where)}
-        for instance in known:
-            if instance.name not in right:
-                yield f"{path}.affinity", f"names {instance.name}, which has no {accelerator}"
+        wrong = [i.name for i in known if i.name not in right]
+        if wrong:
+            yield f"{path}.affinity", f"names {wrong[0]}, which has no {accelerator}"
+            return
     reasons = [(i, _misfit(i, group)) for i in known]
     if known and all(reason for _, reason in reasons):
         instance, reason = reasons[-1]
         yield f"{path}.containers[0].resources", f"fits on none of its machines: {reason}"
-    elif len(known) == 1:
-        most = count(group, "maxReplicas") * gpus
-        idle = -most % known[0].gpus if most else 0
-        if idle:
-            yield (
-                f"{where}.maxReplicas",
-                Warn(
-                    f"uses {most} GPUs at most and leaves {idle} of the {known[0].gpus} GPUs "
-                    f"of the last {known[0].name} idle"
-                ),
-            )
-    efa = int(resources(group, "limits").get(EFA) or 0)
+    efa = whole(resources(group, "limits").get(EFA))
     for instance in known:
         if efa > instance.efa:
             yield (
@@ -243,23 +276,29 @@ def _misfit(instance: Instance, group: Document) -> str:
     memory = sum(byte_count(get(c, "resources.requests.memory")) or 0 for c in containers(group))
     if instance.gpus % gpus:
         return f"{gpus} GPUs do not divide the {instance.gpus} of {instance.name}"
-    if cpu * 1000 > instance.allocatable_cpu_m:
-        return f"{cpu:g} cores, but {instance.name} gives {instance.allocatable_cpu_m / 1000:g}"
-    if memory > instance.allocatable_memory_mib * 2**20:
-        gib = instance.allocatable_memory_mib / 1024
-        return f"{memory / 2**30:.0f} GiB, but {instance.name} gives {gib:.0f} GiB"
-    if (
-        cpu * pods * 1000 > instance.allocatable_cpu_m
-        or memory * pods > instance.allocatable_memory_mib * 2**20
-    ):
+    cpu_there = (instance.allocatable_cpu_m - _DAEMONS_CPU_M) / 1000
+    memory_there = (instance.allocatable_memory_mib - _DAEMONS_MIB) * 2**20
+    beside = "beside its DaemonSets"
+    if cpu > cpu_there:
+        return f"{cpu:g} cores, but {instance.name} gives {cpu_there:g} {beside}"
+    if memory > memory_there:
+        asked, gives = memory / 2**30, memory_there / 2**30
+        return f"{asked:.1f} GiB, but {instance.name} gives {gives:.1f} GiB {beside}"
+    if cpu * pods > cpu_there or memory * pods > memory_there:
         return f"{pods} such pods would use its {instance.gpus} GPUs, but do not fit on one"
     return ""
 
 
 def _pools(path: str, group: Document, types: list[str], bundle: Bundle) -> Found:
     """Does a NodePool of the bundle make machines that this pod accepts?"""
-    pools = [p for p in bundle.node_pools if required_values(p, INSTANCE_TYPE) is not None]
-    selector = get(group, "template.spec.nodeSelector") or {}
+    # A pool with a type that does not exist is told of on its own.
+    pools = [
+        p
+        for p in bundle.node_pools
+        if (names := required_values(p, INSTANCE_TYPE)) is not None
+        and all(name in hardware.instances() for name in names)
+    ]
+    selector = mapping(group, "template.spec.nodeSelector")
     for pool in bundle.node_pools:
         owner = str(get(pool, "spec.template.spec.nodeClassRef.group"))
         other = {"karpenter.k8s.aws": "eks.amazonaws.com", "eks.amazonaws.com": "karpenter.k8s.aws"}
@@ -272,7 +311,7 @@ def _pools(path: str, group: Document, types: list[str], bundle: Bundle) -> Foun
                 return
     if not pools or not types:
         return
-    tolerated = list(get(group, "template.spec.tolerations") or [])
+    tolerated = items(group, "template.spec.tolerations")
     reasons = []
     for pool in pools:
         name = get(pool, "metadata.name")
@@ -285,7 +324,7 @@ def _pools(path: str, group: Document, types: list[str], bundle: Bundle) -> Foun
         if wanted and offered and not set(wanted) & set(offered):
             reasons.append(f"NodePool '{name}' offers only {', '.join(offered)} machines")
             continue
-        taints = get(pool, "spec.template.spec.taints") or []
+        taints = items(pool, "spec.template.spec.taints")
         missing = [t for t in taints if not any(_tolerates(x, t) for x in tolerated)]
         if missing:
             reasons.append(f"the taint {missing[0].get('key')} of NodePool '{name}' not tolerated")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,21 @@ import click
 from serve_app.errors import UserError
 
 _PATH = click.Path(path_type=Path)
+_NAMESPACE = "serve-app"
+
+
+class _Name(click.ParamType[str]):
+    """The name of a RayService: anything else would reach some other path of the API."""
+
+    name = "name"
+
+    def convert(self, value: str, param: object, ctx: object) -> str:
+        if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", value):
+            raise click.BadParameter(
+                f"'{value}' is no name of a RayService: lower-case letters, digits and '-'"
+            )
+        return value
+
 
 _cluster_option = click.option(
     "--cluster", "profile_path", type=_PATH, help="Cluster profile (YAML); defaults without."
@@ -103,7 +119,15 @@ _kubeconfig_option = click.option(
     "--kubeconfig", type=_PATH, help="Kubeconfig (default: $KUBECONFIG, ~/.kube/config)."
 )
 _namespace_option = click.option(
-    "-n", "--namespace", default="serve-app", show_default=True, help="Namespace of the RayService."
+    "-n", "--namespace", default=_NAMESPACE, show_default=True, help="Namespace of the RayService."
+)
+
+_timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=3600.0,
+    show_default=True,
+    help="Seconds to wait.",
 )
 
 
@@ -116,7 +140,7 @@ _namespace_option = click.option(
 @click.option("--dry-run", is_flag=True, help="Only say what it would do.")
 @click.option("--force", is_flag=True, help="Take over fields of others; go on without the GPUs.")
 @click.option("--wait/--no-wait", default=True, help="Watch until every model answers.")
-@click.option("--timeout", default=3600.0, show_default=True, help="Seconds to wait.")
+@_timeout_option
 def deploy(
     config: Path,
     profile_path: Path | None,
@@ -135,12 +159,14 @@ def deploy(
     from serve_app.config import load
     from serve_app.kuberay import deploy as deploying
     from serve_app.kuberay import render as rendering
+    from serve_app.kuberay.check_others import refuse_placeholders
     from serve_app.kuberay.client import Cluster
     from serve_app.kuberay.profile import load_profile
 
     fleet, profile = load(config), load_profile(profile_path)
     documents = rendering.documents(fleet, profile)
     _report(documents, crd)
+    refuse_placeholders(documents)
     cluster = Cluster.connect(kubeconfig, context)
     name = next(d["metadata"]["name"] for d in documents if d["kind"] == "RayService")
     change, _, _ = deploying.preview(cluster, documents, force=force)
@@ -154,7 +180,8 @@ def deploy(
     if dry_run:
         return
     number = deploying.apply(cluster, documents, force=force, tell=click.echo)
-    click.echo(f"revision {number}; back with: serve-app rollback {name}")
+    there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
+    click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
     if wait:
         _wait(cluster, name, profile.namespace, timeout)
 
@@ -196,7 +223,7 @@ def _ask_models(target: Any) -> None:
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", type=_Name())
 @_namespace_option
 @_kubeconfig_option
 @_context_option
@@ -250,13 +277,13 @@ def diff(
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", type=_Name())
 @click.option("--to", "number", type=int, help="Revision (default: the one before the last).")
 @_namespace_option
 @_kubeconfig_option
 @_context_option
 @click.option("--wait/--no-wait", default=True, help="Watch until every model answers.")
-@click.option("--timeout", default=3600.0, show_default=True, help="Seconds to wait.")
+@_timeout_option
 def rollback(
     name: str,
     number: int | None,
@@ -283,11 +310,13 @@ def rollback(
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", type=_Name())
 @click.argument("model", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
 @click.option("--previous", is_flag=True, help="What Ray said before its container ended.")
-@click.option("--tail", default=200, show_default=True, help="Lines of each pod.")
+@click.option(
+    "--tail", type=click.IntRange(min=0), default=200, show_default=True, help="Lines of each pod."
+)
 @_namespace_option
 @_kubeconfig_option
 @_context_option

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from serve_app.errors import UserError
+import yaml
+
+from serve_app.errors import UserError, did_you_mean
 
 FIELD_MANAGER = "serve-app"
 """Owner of every field that we apply, as the API server records it."""
@@ -108,10 +110,18 @@ class Cluster:
                 context=context,
                 client_configuration=configuration,
             )
-        except (ConfigException, TypeError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            where = kubeconfig or "kubeconfig"
+            raise UserError(f"{where}: cannot be read ({_first_line(str(error))})") from None
+        except (ConfigException, TypeError, KeyError, AttributeError, ValueError) as error:
             # Without a kubeconfig we may be a pod ourselves; a wrong context is the user's.
             if context is not None or kubeconfig is not None:
-                raise UserError(f"kubeconfig: {_first_line(str(error))}") from None
+                known = _contexts(kubeconfig)
+                if context is not None and known and context not in known:
+                    hint = did_you_mean(context, known) or f" (known: {', '.join(known)})"
+                    raise UserError(f"the kubeconfig has no context '{context}'{hint}") from None
+                where = kubeconfig or "kubeconfig"
+                raise UserError(f"{where}: no kubeconfig ({_first_line(str(error))})") from None
             try:
                 kubernetes.config.load_incluster_config(client_configuration=configuration)
             except ConfigException:
@@ -342,6 +352,19 @@ class Cluster:
         else:
             why = "it cannot be reached; check the kubeconfig's server and the network"
         return UserError(f"API server {self.host}: {why}")
+
+
+def _contexts(kubeconfig: Path | None) -> list[str]:
+    """The names of the contexts, or none where the file has none that can be read."""
+    import kubernetes
+
+    try:
+        found, _ = kubernetes.config.list_kube_config_contexts(
+            str(kubeconfig) if kubeconfig else None
+        )
+    except Exception:
+        return []
+    return [str(context["name"]) for context in found]
 
 
 def _path(kind: str, namespace: str | None, name: str | None = None) -> str:

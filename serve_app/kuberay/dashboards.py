@@ -274,9 +274,10 @@ GATEWAY: list[list[Panel]] = [
         Panel(
             "Gateway replicas",
             {
-                "{{pod}}": "sum by (pod) (ray_serve_deployment_replica_healthy"
+                "{{fleet}}": "sum by (fleet) (ray_serve_deployment_replica_healthy"
                 f'{{{_OWN},deployment="Gateway"}})'
             },
+            help="As Serve's controller counts them, on the head.",
         ),
         Panel(
             "Errors by model",

@@ -101,7 +101,10 @@ def check_capacity(cluster: Cluster, change: Plan, *, force: bool, tell: Tell) -
         # A first deployment waits for its nodes and harms nobody; a second cluster that never
         # comes up blocks every later change (kuberay#1476).
         if change.kind == "new cluster" and not force:
-            raise
+            raise UserError(
+                f"{shortage}, choose upgrade.strategy None or NewClusterWithIncrementalUpgrade, or "
+                "go ahead with --force"
+            ) from None
         tell(f"warning: {shortage}")
 
 

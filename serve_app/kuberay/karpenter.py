@@ -132,7 +132,7 @@ def node_class(profile: ClusterProfile) -> dict[str, Any]:
             "kind": "NodeClass",
             "metadata": {"name": NODE_CLASS},
             "spec": {
-                "role": f"AmazonEKSAutoNodeRole-{profile.cluster_name}",
+                "role": profile.node_role or "AmazonEKSAutoNodeRole",
                 "subnetSelectorTerms": discovery,
                 "securityGroupSelectorTerms": discovery,
                 "ephemeralStorage": {"size": "300Gi", "iops": 6000, "throughput": 600},
@@ -148,7 +148,7 @@ def node_class(profile: ClusterProfile) -> dict[str, Any]:
                 "With the NVIDIA driver. Pin a version in production: latest replaces nodes "
                 "whenever AWS publishes an image.",
             ),
-            "role": f"KarpenterNodeRole-{profile.cluster_name}",
+            "role": profile.node_role or f"KarpenterNodeRole-{profile.cluster_name}",
             "subnetSelectorTerms": discovery,
             "securityGroupSelectorTerms": note(
                 discovery,

@@ -55,9 +55,10 @@ _RELABELINGS = [
     note(
         {
             "action": "labeldrop",
-            "regex": "WorkerId|SessionName|JobId|Version|Component|otel_scope_.+",
+            "regex": "SessionName|Version|otel_scope_.+",
         },
-        "Change with every restart and tell nothing.",
+        "Tell nothing. WorkerId and Component stay: some series differ by nothing else, the "
+        "gateways' for one, and Prometheus would keep only one of them.",
     ),
 ]
 

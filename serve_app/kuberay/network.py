@@ -72,6 +72,28 @@ def ingress(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
     }
 
 
+def ingress_class(profile: ClusterProfile) -> list[dict[str, Any]]:
+    """The class `alb` on EKS Auto Mode, whose own controller comes without one."""
+    group = profile.instance_label_prefix
+    return [
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "IngressClassParams",
+            "metadata": {"name": "alb"},
+            "spec": {"scheme": profile.ingress.scheme},
+        },
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "IngressClass",
+            "metadata": {"name": "alb"},
+            "spec": {
+                "controller": f"{group}/alb",
+                "parameters": {"apiGroup": group, "kind": "IngressClassParams", "name": "alb"},
+            },
+        },
+    ]
+
+
 def gateway_api(profile: ClusterProfile) -> list[dict[str, Any]]:
     """The class from which KubeRay makes its Gateway, for incremental upgrades.
 

@@ -8,7 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from serve_app.errors import UserError
+from serve_app.errors import UserError, did_you_mean
+from serve_app.kuberay import state
 from serve_app.kuberay.client import Cluster
 from serve_app.kuberay.rayservice import labels
 
@@ -31,8 +32,13 @@ def stream(
     ``previous`` reads what Ray itself said before its container ended.
 
     Raises:
-        UserError: there is no pod.
+        UserError: there is no pod, or no such model.
     """
+    service = cluster.get("RayService", name, namespace)
+    models = state.models_of(service) if service else {}
+    if model is not None and models and model not in models:
+        hint = did_you_mean(model, models) or f" (models: {', '.join(models)})"
+        raise UserError(f"{name} has no model '{model}'{hint}")
     pods = [p["metadata"]["name"] for p in cluster.list("Pod", namespace, labels(name))]
     if not pods:
         raise UserError(f"{name} has no pods in namespace {namespace}")

@@ -6,13 +6,16 @@ manifests that works on an EKS cluster made as docs/eks.md says.
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from serve_app import yaml_files
 from serve_app.config import parse
+from serve_app.errors import ConfigError
 
 RAY_VERSION = "2.60.0"
 """The Ray in the image; KubeRay picks probes and features by it."""
@@ -20,8 +23,32 @@ RAY_VERSION = "2.60.0"
 KUBERAY_VERSION = "1.7.1"
 """The operator to install: the newest release when Ray 2.60 came out (2026-11-04)."""
 
-# A Kubernetes object's name, and a namespace's.
-_Name = Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
+
+def _a_name(text: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):
+        raise ValueError(f"'{text}' is no name; use lower-case letters, digits and '-', 63 at most")
+    return text
+
+
+def _an_image(text: str) -> str:
+    pinned = re.fullmatch(r"[^\s@]+(:[\w][\w.-]*|@sha256:[0-9a-f]{64})", text)
+    if not pinned or text.endswith(":latest"):
+        raise ValueError(f"'{text}' names no fixed version; write name:tag or name@sha256:…")
+    return text
+
+
+def _a_network(text: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text))
+    except ValueError:
+        raise ValueError(f"'{text}' is no network; write it as 10.0.0.0/16") from None
+
+
+_Name = Annotated[str, AfterValidator(_a_name)]
+"""Of a Kubernetes object, or of a namespace."""
+
+_Image = Annotated[str, AfterValidator(_an_image)]
+_Network = Annotated[str, AfterValidator(_a_network)]
 
 
 class _Profile(BaseModel):
@@ -31,7 +58,7 @@ class _Profile(BaseModel):
 class SecretKey(_Profile):
     """One key of a Secret; the Secret itself is made outside of these manifests."""
 
-    name: str = _Name
+    name: _Name
     key: str = Field(min_length=1)
 
 
@@ -41,8 +68,8 @@ class Cache(_Profile):
     kind: Literal["pvc", "none"] = "pvc"
     """``none`` when every model streams from S3 (``load_format: runai_streamer``)."""
 
-    claim: str = "model-cache"
-    storage_class: str = "efs-sc"
+    claim: _Name = "model-cache"
+    storage_class: _Name = "efs-sc"
     """Must offer ReadWriteMany: pods of every zone and of two clusters mount it at once."""
 
     size_gib: int = Field(default=1000, ge=1)
@@ -115,11 +142,11 @@ class GatewayPods(_Profile):
 class ClusterProfile(_Profile):
     """The settings of ``--cluster profile.yaml``."""
 
-    namespace: str = Field(default="serve-app", pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
+    namespace: _Name = "serve-app"
     cluster_name: str = Field(default="serve-app", min_length=1)
     """The EKS cluster's name; Karpenter finds subnets, security groups and its role by it."""
 
-    image: str = Field(default="serve-app:0.1.0", pattern=r"^\S+$")
+    image: _Image = "serve-app:0.1.0"
     """The image of this repo's Dockerfile, with its registry."""
 
     karpenter: Literal["self-managed", "auto-mode"] = "self-managed"
@@ -141,7 +168,11 @@ class ClusterProfile(_Profile):
     max_gpus: int = Field(default=16, ge=0)
     """The NodePool's limit. Room for two clusters is what an upgrade without downtime needs."""
 
-    service_account: str = Field(default="serve-app", min_length=1)
+    service_account: _Name = "serve-app"
+    node_role: str | None = None
+    """IAM role of the nodes that Karpenter starts; None takes the name that Karpenter's own guide
+    gives it, or in Auto Mode the one of EKS' console."""
+
     role_arn: str | None = None
     """IAM role for IRSA; leave it out with EKS Pod Identity, which needs no annotation."""
 
@@ -149,8 +180,11 @@ class ClusterProfile(_Profile):
     cache: Cache = Cache()
     redis: Redis | None = None
     ingress: Ingress = Ingress()
-    client_cidrs: list[str] = ["10.0.0.0/8"]
-    """Networks that may reach the endpoint: the load balancer's subnets at least."""
+    client_cidrs: list[_Network] = Field(
+        default=["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"], min_length=1
+    )
+    """Networks that may reach the endpoint: the cluster's VPC at least, where the load balancer
+    and the API server stand (eksctl's is 192.168.0.0/16). Every private one by default."""
 
     upgrade: Upgrade = Upgrade()
     head: Head = Head()
@@ -160,8 +194,8 @@ class ClusterProfile(_Profile):
     """Seconds that a replica's replacement may take when its machine is drained: a new machine,
     the image, the weights, the engine (6.5 minutes seen for 15 GiB on a fresh g6e.2xlarge)."""
 
-    operator_namespace: str = "kuberay-system"
-    monitoring_namespace: str = "monitoring"
+    operator_namespace: _Name = "kuberay-system"
+    monitoring_namespace: _Name = "monitoring"
 
     reserved_cpu_m: int = Field(default=1000, ge=0)
     """CPU that a node's DaemonSets take, in thousandths of a core (CNI, kube-proxy, device
@@ -184,4 +218,7 @@ def load_profile(path: Path | None) -> ClusterProfile:
     """
     if path is None:
         return ClusterProfile()
-    return parse(ClusterProfile, yaml_files.read(path), str(path))
+    value = yaml_files.read(path)
+    if not isinstance(value, dict | None):
+        raise ConfigError(f"{path}: a profile is a mapping of settings, such as 'max_gpus: 16'")
+    return parse(ClusterProfile, value, str(path))

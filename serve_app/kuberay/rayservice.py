@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+from serve_app import caches
 from serve_app.config import Fleet
 from serve_app.kuberay.profile import RAY_VERSION, ClusterProfile
 from serve_app.kuberay.workers import OBJECT_STORE_GIB, WorkerGroup
@@ -192,7 +193,7 @@ def _head(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
                 "KubeRay makes the Serve Service only when the head has a port of this name.",
             ),
         ],
-        "env": _env(profile, loads_models=False),
+        "env": _env(profile, None),
         "resources": {"requests": {**size}, "limits": {"memory": size["memory"]}},
         "securityContext": _container_security(),
         "volumeMounts": _mounts(profile, loads_models=False),
@@ -243,7 +244,11 @@ def _worker_group(
     document: dict[str, Any] = {
         "groupName": group.name,
         "minReplicas": group.min_pods,
-        "maxReplicas": group.max_pods,
+        "maxReplicas": note(
+            group.max_pods,
+            "One replica more than is ever asked for: when a machine is drained, its pod waits "
+            "for the replacement to run.",
+        ),
         "labels": note(
             {ROLE_LABEL: group.role},
             "Labels of the Ray node and of the pod. Gateways are placed by this one.",
@@ -286,7 +291,9 @@ def _worker_spec(
     name = instance_name(fleet)
     drain = drain_s(fleet, profile)
     loads_models = group.role != "gateway"
-    requests: dict[str, Any] = {"cpu": str(group.cpu), "memory": f"{group.memory_gib}Gi"}
+    # A gateway's pod has a core beside the gateway's for HAProxy and Ray.
+    cores = group.cpu + 1 if group.role == "gateway" else group.cpu
+    requests: dict[str, Any] = {"cpu": str(cores), "memory": f"{group.memory_gib}Gi"}
     limits: dict[str, Any] = {
         "memory": note(
             f"{group.memory_gib}Gi",
@@ -302,7 +309,8 @@ def _worker_spec(
         "name": "ray-worker",
         "image": profile.image,
         "ports": [{"containerPort": 8080, "name": "metrics"}],
-        "env": _env(profile, loads_models=loads_models) + (_efa_env() if group.efa else []),
+        "env": _env(profile, group.name if loads_models else None)
+        + (_efa_env() if group.efa else []),
         "resources": {"requests": requests | devices, "limits": limits | devices},
         "securityContext": _container_security(),
         "volumeMounts": _mounts(profile, loads_models=loads_models),
@@ -356,7 +364,11 @@ def _drain_script(drain_s: int) -> str:
     )
 
 
-def _env(profile: ClusterProfile, *, loads_models: bool) -> list[Any]:
+def _env(profile: ClusterProfile, group: str | None) -> list[Any]:
+    """The environment of Ray's container; ``group`` is the worker group's name where models load.
+
+    A config's own ``cache_dir`` and ``env`` go over it, model by model.
+    """
     env: list[Any] = [
         note(
             {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"},
@@ -369,21 +381,28 @@ def _env(profile: ClusterProfile, *, loads_models: bool) -> list[Any]:
         {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
         {"name": "VLLM_NO_USAGE_STATS", "value": "1"},
     ]
-    if not loads_models:
+    if group is None:
         return env
     if profile.cache.kind == "pvc":
-        env += [
-            {"name": "HF_HOME", "value": f"{CACHE_PATH}/huggingface"},
+        env += _pairs(caches.downloads(CACHE_PATH))
+        first, *others = _pairs(caches.compiled(f"{CACHE_PATH}/{group}"))
+        env.append(
             note(
-                {"name": "VLLM_CACHE_ROOT", "value": f"{CACHE_PATH}/vllm"},
-                "Compiled kernels: the second pod of a kind starts about half a minute sooner.",
-            ),
-        ]
+                first,
+                "What is compiled and measured at a first start, for the next pod of this kind; "
+                "other GPUs must not find it.",
+            )
+        )
+        env += others
     if profile.hf_token is not None:
         env.append(
             {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": profile.hf_token.model_dump()}}
         )
     return env
+
+
+def _pairs(variables: dict[str, str]) -> list[Any]:
+    return [{"name": name, "value": value} for name, value in variables.items()]
 
 
 def _efa_env() -> list[Any]:

@@ -53,8 +53,8 @@ class Bundle:
         for service in self.services:
             for _, group in groups_of(service):
                 labels = {
-                    **(get(group, "template.metadata.labels") or {}),
-                    **(group.get("labels") or {}),
+                    **mapping(group, "template.metadata.labels"),
+                    **mapping(group, "labels"),
                     "ray.io/is-ray-node": "yes",
                     "ray.io/node-type": "worker" if "groupName" in group else "head",
                     "ray.io/group": group.get("groupName", "headgroup"),
@@ -72,17 +72,40 @@ def get(value: Any, path: str) -> Any:
     return value
 
 
+def items(value: Any, path: str) -> list[Document]:
+    """The mappings in the list at a dotted path; what is none of these is no schema's business."""
+    found = get(value, path)
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def texts(value: Any, path: str) -> list[str]:
+    """The values of the list at a dotted path, as text."""
+    found = get(value, path)
+    return [str(item) for item in found] if isinstance(found, list) else []
+
+
+def mapping(value: Any, path: str) -> Document:
+    """The mapping at a dotted path, else an empty one."""
+    found = get(value, path)
+    return found if isinstance(found, dict) else {}
+
+
+def whole(value: Any) -> int:
+    """A count as manifests have it, a number or its text; 0 for anything else."""
+    text = str(value)
+    return int(text) if text.isdecimal() else 0
+
+
 def groups_of(document: Document) -> Iterator[tuple[str, Document]]:
-    cluster = get(document, "spec.rayClusterConfig") or {}
+    cluster = mapping(document, "spec.rayClusterConfig")
     if isinstance(cluster.get("headGroupSpec"), dict):
         yield "spec.rayClusterConfig.headGroupSpec", cluster["headGroupSpec"]
-    for index, group in enumerate(cluster.get("workerGroupSpecs") or []):
-        if isinstance(group, dict):
-            yield f"spec.rayClusterConfig.workerGroupSpecs[{index}]", group
+    for index, group in enumerate(items(cluster, "workerGroupSpecs")):
+        yield f"spec.rayClusterConfig.workerGroupSpecs[{index}]", group
 
 
 def containers(group: Document) -> list[Document]:
-    return [c for c in get(group, "template.spec.containers") or [] if isinstance(c, dict)]
+    return items(group, "template.spec.containers")
 
 
 def container_of(group: Document) -> Document:
@@ -91,54 +114,45 @@ def container_of(group: Document) -> Document:
 
 
 def resources(group: Document, field: str) -> Document:
-    return get(container_of(group), f"resources.{field}") or {}
+    return mapping(container_of(group), f"resources.{field}")
 
 
 def gpus_of(group: Document) -> int:
-    return int(resources(group, "limits").get(GPU) or 0)
+    return whole(resources(group, "limits").get(GPU))
 
 
 def accelerator_of(group: Document) -> str:
-    for key in group.get("resources") or {}:
+    for key in mapping(group, "resources"):
         if str(key).startswith("accelerator_type:"):
             return str(key).removeprefix("accelerator_type:")
     return ""
 
 
 def count(group: Document, field: str) -> int:
-    value = group.get(field)
-    number = value if isinstance(value, int) else 0
-    return number * int(group.get("numOfHosts") or 1)
+    return whole(group.get(field)) * (whole(group.get("numOfHosts")) or 1)
 
 
 def affinity_values(group: Document, key: str) -> list[str]:
-    required = (
-        get(
-            group,
-            "template.spec.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution",
-        )
-        or {}
-    )
+    required = "template.spec.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution"
     return [
-        str(value)
-        for term in required.get("nodeSelectorTerms") or []
-        for expression in term.get("matchExpressions") or []
+        value
+        for term in items(group, f"{required}.nodeSelectorTerms")
+        for expression in items(term, "matchExpressions")
         if expression.get("key") == key and expression.get("operator") == "In"
-        for value in expression.get("values") or []
+        for value in texts(expression, "values")
     ]
 
 
 def required_values(pool: Document, key: str) -> list[str] | None:
-    for requirement in get(pool, "spec.template.spec.requirements") or []:
+    for requirement in items(pool, "spec.template.spec.requirements"):
         if requirement.get("key") == key and requirement.get("operator") == "In":
-            return [str(value) for value in requirement.get("values") or []]
+            return texts(requirement, "values")
     return None
 
 
 def gpu_limit(bundle: Bundle) -> int | None:
-    limits = [get(p, "spec.limits") or {} for p in bundle.node_pools]
-    given = [int(limit[GPU]) for limit in limits if limit.get(GPU)]
-    return sum(given) if given else None
+    limits = [whole(mapping(pool, "spec.limits").get(GPU)) for pool in bundle.node_pools]
+    return sum(limits) or None
 
 
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
@@ -156,8 +170,19 @@ def byte_count(quantity: Any) -> int | None:
 
 
 def cores(container: Document, field: str) -> float:
-    text = str(get(container, f"resources.{field}.cpu") or "0")
-    return float(text[:-1]) / 1000 if text.endswith("m") else float(text)
+    return core_count(get(container, f"resources.{field}.cpu"))
+
+
+def core_count(quantity: Any) -> float:
+    """A Kubernetes quantity of CPU in cores; 0 for none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(quantity))
+    return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
+
+
+def is_quantity(value: Any) -> bool:
+    """Whether Kubernetes reads it as an amount: ``4``, ``500m``, ``16Gi``, ``1e3``."""
+    text = str(value)
+    return bool(re.fullmatch(r"\d+(\.\d+)?([eE]-?\d+|[munkMGTPE]|[KMGTPE]i)?", text))
 
 
 def seconds_of(duration: Any) -> int | None:

@@ -5,7 +5,8 @@
     DIR/base/               everything one fleet needs, fit for production
     DIR/overlays/dev/       the same, cheaper and without guarantees
     DIR/overlays/prod/      the same, with monitoring
-    DIR/nodes/              Karpenter's NodePools and NodeClass, for whoever runs the cluster
+    DIR/nodes/              Karpenter's NodePools and NodeClass, for whoever runs the cluster;
+                            on EKS Auto Mode the load balancer's class too
     DIR/secrets.template.yaml
 
 Rendering is a pure function: the same config and profile give the same bytes.
@@ -13,6 +14,7 @@ Rendering is a pure function: the same config and profile give the same bytes.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from serve_app.config import Fleet
 from serve_app.errors import ConfigError
 from serve_app.kuberay import karpenter, network, rayservice, support
 from serve_app.kuberay.monitoring import pod_monitors, prometheus_rules
+from serve_app.kuberay.operator_rules import MAX_NAME
 from serve_app.kuberay.profile import ClusterProfile
 from serve_app.kuberay.workers import WorkerGroup, groups_of
 from serve_app.kuberay.yamlfile import dump, note, plain
@@ -99,10 +102,14 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
             "import_path serve_app.gateway:app at route_prefix /"
         )
     name = rayservice.instance_name(fleet)
-    if len(name) > 47 or not name[0].isalpha():
+    if len(name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
-            f"{fleet.path}: the RayService would be called '{name}'; KubeRay takes names of 47 "
-            "characters at most that start with a letter: rename the file"
+            f"{fleet.path}: the RayService would be called '{name}'; KubeRay takes names of "
+            f"{MAX_NAME} letters, digits and '-' at most that start with a letter: rename the file"
+        )
+    if not fleet.models:
+        raise ConfigError(
+            f"{fleet.path}: no model: add an application with import_path serve_app.model:app"
         )
     host = (fleet.document.get("http_options") or {}).get("host", "0.0.0.0")
     if host not in ("0.0.0.0", "::"):
@@ -142,22 +149,21 @@ def _overlays(
     fleet: Fleet, profile: ClusterProfile, base: dict[str, list[dict[str, Any]]], source: str
 ) -> dict[str, str]:
     name = rayservice.instance_name(fleet)
-    repository, _, tag = profile.image.rpartition(":")
+    repository, at, digest = profile.image.partition("@")
+    if not at:
+        repository, _, tag = profile.image.rpartition(":")
     image = {
-        "name": repository or profile.image,
-        "newName": note(
-            repository or profile.image, "The registry that this environment pulls from."
-        ),
-        "newTag": tag,
+        "name": repository,
+        "newName": note(repository, "The registry that this environment pulls from."),
+        **({"digest": digest} if at else {"newTag": tag}),
     }
     cheaper: list[dict[str, Any]] = [
         {"op": "replace", "path": "/spec/upgradeStrategy", "value": {"type": "None"}}
     ]
     if profile.redis is not None:
         cheaper.append({"op": "remove", "path": "/spec/rayClusterConfig/gcsFaultToleranceOptions"})
-    without = [("policy", "v1", "PodDisruptionBudget", "poddisruptionbudget.yaml")]
-    if "ingress.yaml" in base:
-        without.append(("networking.k8s.io", "v1", "Ingress", "ingress.yaml"))
+    # The GatewayClass is the cluster's: two overlays would fight for it.
+    without = ("poddisruptionbudget.yaml", "ingress.yaml", "gateway-class.yaml")
     patches: list[Any] = [
         note(
             {
@@ -167,23 +173,21 @@ def _overlays(
             "No second cluster on a change (delete and deploy again), no Redis behind the head.",
         )
     ]
-    for group, version, kind, file in without:
-        for document in base[file]:
-            patches.append(
-                {
-                    "patch": dump(
-                        {
-                            "apiVersion": f"{group}/{version}",
-                            "kind": kind,
-                            "metadata": {
-                                "name": document["metadata"]["name"],
-                                "namespace": profile.namespace,
-                            },
-                            "$patch": "delete",
-                        }
-                    )
-                }
-            )
+    for document in (d for file in without for d in base.get(file, [])):
+        metadata = document["metadata"]
+        kept = {key: metadata[key] for key in ("name", "namespace") if key in metadata}
+        patches.append(
+            {
+                "patch": dump(
+                    {
+                        "apiVersion": document["apiVersion"],
+                        "kind": document["kind"],
+                        "metadata": kept,
+                        "$patch": "delete",
+                    }
+                )
+            }
+        )
     dev = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
@@ -215,20 +219,20 @@ def _overlays(
 
 
 def _nodes(profile: ClusterProfile, groups: list[WorkerGroup], source: str) -> dict[str, str]:
-    types = _instance_types(groups)
+    files = {
+        "nodepools.yaml": karpenter.node_pools(profile, _instance_types(groups), profile.max_gpus),
+        "nodeclass.yaml": [karpenter.node_class(profile)],
+    }
+    if profile.karpenter == "auto-mode" and profile.ingress.kind == "alb":
+        files["ingressclass.yaml"] = network.ingress_class(profile)
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": list(files),
+    }
     return {
-        "nodes/nodepools.yaml": dump(
-            *karpenter.node_pools(profile, types, profile.max_gpus), header=source
-        ),
-        "nodes/nodeclass.yaml": dump(karpenter.node_class(profile), header=source),
-        "nodes/kustomization.yaml": dump(
-            {
-                "apiVersion": "kustomize.config.k8s.io/v1beta1",
-                "kind": "Kustomization",
-                "resources": ["nodepools.yaml", "nodeclass.yaml"],
-            },
-            header=source,
-        ),
+        f"nodes/{name}": dump(*documents, header=source)
+        for name, documents in [*files.items(), ("kustomization.yaml", [kustomization])]
     }
 
 

@@ -17,14 +17,13 @@ def namespace(profile: ClusterProfile) -> dict[str, Any]:
         "kind": "Namespace",
         "metadata": {
             "name": profile.namespace,
+            # Not elbv2.k8s.aws/pod-readiness-gate-inject: KubeRay's Service selects GPU pods too,
+            # and those would wait for ever to become healthy targets.
             "labels": {
                 "pod-security.kubernetes.io/enforce": note(
                     "baseline", "Our pods would pass restricted; KubeRay's Redis clean-up job not."
                 ),
                 "pod-security.kubernetes.io/warn": "restricted",
-                "elbv2.k8s.aws/pod-readiness-gate-inject": note(
-                    "enabled", "A new pod is Ready only when the load balancer sends to it."
-                ),
             },
         },
     }

@@ -7,7 +7,8 @@ node has, timeouts that cut each other). An *error* cannot work; a *warning* wor
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ def load_documents(paths: Iterable[Path]) -> list[Document]:
     documents: list[Document] = []
     for file in files:
         found = yaml_files.read_all(file)
-        documents += [d for d in found if isinstance(d, dict) and "kind" in d]
+        documents += [d for d in found if isinstance(d, dict) and isinstance(d.get("kind"), str)]
     if not documents:
         raise ConfigError(
             f"{', '.join(map(str, paths)) or 'nothing'}: no Kubernetes manifest there"
@@ -62,15 +63,18 @@ def validate(documents: list[Document], crd: dict[str, Any] | None = None) -> li
     ``crd`` is :func:`schema.load_crd`'s; without it the spelling of the RayService's own fields
     and its pod templates are checked, but not every type.
     """
-    bundle = Bundle(documents)
+    refused = {id(d): list(_refused(d, crd)) for d in documents}
+    # What nobody would accept says nothing of the others: its names and pods will change.
+    bundle = Bundle([d for d in documents if not refused[id(d)]])
     problems: list[Problem] = []
     for document in documents:
         kind = str(document.get("kind"))
         name = str(get(document, "metadata.name") or "?")
-        for where, text in _check(document, bundle, crd):
+        for where, text in refused[id(document)] or _check(document, bundle):
             level: Literal["error", "warning"] = "warning" if isinstance(text, Warn) else "error"
             line = text.text if isinstance(text, Warn) else text
-            problem = Problem(level, f"{kind}/{name}: {where}", " ".join(line.split()))
+            place = f"{kind}/{name}: {where}"
+            problem = Problem(level, " ".join(place.split()), " ".join(line.split()))
             if problem not in problems:
                 problems.append(problem)
     return problems
@@ -88,27 +92,24 @@ def refuse_errors(problems: list[Problem]) -> None:
         raise UserError(f"{errors[0].where} {errors[0].text}{more}")
 
 
-def _check(document: Document, bundle: Bundle, crd: dict[str, Any] | None) -> Found:
-    kind = document.get("kind")
-    if kind == "RayService":
-        yield from _ray_service(document, bundle, crd)
+def _refused(document: Document, crd: dict[str, Any] | None) -> Iterator[Finding]:
+    """What the API server or KubeRay would refuse: no other check makes sense before."""
+    version = document.get("apiVersion")
+    if not re.fullmatch(r"([a-z][-a-z0-9.]*/)?v[0-9][a-z0-9]*", str(version)):
+        yield "apiVersion", f"is {version!r}; write it as apps/v1"
         return
-    yield from schema.builtin_findings(document)
-    if kind == "Secret":
-        yield from check_others.secret(document)
-    elif kind == "Ingress":
-        yield from check_others.ingress(document, bundle)
-    elif kind == "PodDisruptionBudget":
-        yield from check_others.budget(document, bundle)
-    elif kind in ("PodMonitor", "NetworkPolicy"):
-        yield from check_others.selector(document, bundle)
-    elif kind == "NodePool":
-        yield from check_others.node_pool(document)
-
-
-def _ray_service(document: Document, bundle: Bundle, crd: dict[str, Any] | None) -> Found:
+    if not str(document.get("kind")).isalnum():
+        yield "kind", f"is {document.get('kind')!r}, which is no kind"
+        return
+    if not isinstance(get(document, "metadata.name"), str):
+        yield "metadata.name", "is missing"
+        return
+    if document.get("kind") != "RayService":
+        yield from schema.builtin_findings(document)
+        return
     if document.get("apiVersion") != "ray.io/v1":
         yield "apiVersion", f"is {document.get('apiVersion')}; write ray.io/v1"
+        return
     structural: list[Finding] = []
     if crd is not None:
         structural += schema.crd_findings(crd, document)
@@ -120,8 +121,30 @@ def _ray_service(document: Document, bundle: Bundle, crd: dict[str, Any] | None)
     seen = {where for where, _ in operator}
     yield from operator
     yield from (finding for finding in structural if finding[0] not in seen)
-    if structural or any(where.startswith("spec.rayClusterConfig is") for where, _ in operator):
-        return  # the checks below take the shape for granted
+
+
+def _check(document: Document, bundle: Bundle) -> Found:
+    """What would be accepted, and not work."""
+    kind = document.get("kind")
+    if kind == "RayService":
+        yield from _ray_service(document, bundle)
+    elif kind == "Secret":
+        yield from check_others.secret(document)
+    elif kind == "Namespace":
+        yield from check_others.namespace(document, bundle)
+    elif kind == "Ingress":
+        yield from check_others.ingress(document, bundle)
+    elif kind == "PodDisruptionBudget":
+        yield from check_others.budget(document, bundle)
+    elif kind in ("PodMonitor", "NetworkPolicy"):
+        yield from check_others.selector(document, bundle)
+    elif kind == "NodePool":
+        yield from check_others.node_pool(document)
+    elif kind in ("EC2NodeClass", "NodeClass"):
+        yield from check_others.node_class(document)
+
+
+def _ray_service(document: Document, bundle: Bundle) -> Found:
     yield from check_pods.head(document)
     yield from check_pods.images(document)
     yield from check_pods.references(document, bundle)
@@ -130,5 +153,11 @@ def _ray_service(document: Document, bundle: Bundle, crd: dict[str, Any] | None)
         yield from check_pods.machines(where, group, bundle)
     fleet = yield from check_config.serve_config(document)
     if fleet is not None:
+        impossible = list(check_config.models(fleet))
+        yield from impossible
+        if any(not isinstance(text, Warn) for _, text in impossible):
+            return  # how many GPUs such a model takes says nothing
         yield from check_config.capacity(document, fleet, bundle)
+        yield from check_config.stages(document, fleet)
+        yield from check_config.caches(document, fleet)
         yield from check_config.drain(document, fleet, bundle)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from serve_app import placement
 from serve_app.config import Fleet, GatewayConfig, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.kuberay.profile import ClusterProfile
@@ -17,6 +18,11 @@ from serve_app.planner.hardware import Instance, with_accelerator
 
 OBJECT_STORE_GIB = 1
 """Ray's object store in each pod. Ray would take 30 % of the memory; tokens never go there."""
+
+SPARE = 1
+"""Replicas that a group has room for beyond those that its models ask for. A pod whose machine is
+drained counts until it is gone, and it waits for its replacement to run: without room for that
+one, both would wait for the deadline."""
 
 _SHM_PER_GPU_GIB = 4
 """NCCL's and vLLM's shared-memory queues for one tensor-parallel rank, with room to spare."""
@@ -51,6 +57,8 @@ class WorkerGroup:
     """``gateway``, ``gpu`` or ``cpu``; a pod label, and a label of the Ray node."""
 
     cpu: int
+    """Cores that Ray may give to actors."""
+
     memory_gib: int
     min_pods: int = 0
     max_pods: int = 0
@@ -83,6 +91,19 @@ def replicas_of(model: ModelConfig) -> tuple[int, int]:
     return count, count
 
 
+def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
+    """GPUs that must share a machine, groups of them in a rank, and ranks in a replica.
+
+    Raises:
+        ConfigError: engine arguments that cannot be placed.
+    """
+    try:
+        place = placement.of(model)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return int(place.stage["GPU"]), place.stages, place.ranks
+
+
 def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerShape:
     """The pods that one replica of ``model`` needs.
 
@@ -109,16 +130,15 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
                 f"{where}: no instance type of the profile has an {accelerator} "
                 f"(instance_types: {', '.join(profile.instance_types)})"
             )
-    tp, pp = model.tensor_parallel_size, model.pipeline_parallel_size
-    dp = int(model.engine.get("data_parallel_size") or 1)
+    stage, pp, dp = sizes_of(where, model)
     largest = max(i.gpus for i in instances)
     # What must share a machine, from the most to the least: all, a data-parallel rank, a stage.
-    splits = ((tp * pp * dp, 1), (tp * pp, dp), (tp, pp * dp))
+    splits = ((stage * pp * dp, 1), (stage * pp, dp), (stage, pp * dp))
     gpus, pods = next((split for split in splits if split[0] <= largest), (0, 0))
     if not gpus:
         raise ConfigError(
-            f"{where}: a replica takes {tp * pp * dp} GPUs (tensor {tp}, pipeline {pp}, data "
-            f"{dp}), but the largest {accelerator} machine has {largest}; set "
+            f"{where}: a replica takes {stage * pp * dp} GPUs ({stage} that must share a machine, "
+            f"pipeline {pp}, data {dp}), but the largest {accelerator} machine has {largest}; set "
             f"engine.tensor_parallel_size to {largest} at most and engine.pipeline_parallel_size "
             "to the number of machines"
         )
@@ -211,6 +231,7 @@ def _gpu_group(
         group.min_pods += least * shape.pods_per_replica
         group.max_pods += most * shape.pods_per_replica
         group.models.append(name)
+    group.max_pods += SPARE * shape.pods_per_replica
     return group
 
 
@@ -219,10 +240,10 @@ def _gateway_group(gateway: GatewayConfig, profile: ClusterProfile) -> WorkerGro
     return WorkerGroup(
         name="gateway",
         role="gateway",
-        cpu=cores + 1,
+        cpu=cores,
         memory_gib=profile.gateway.memory_gib,
         min_pods=gateway.replicas,
-        max_pods=gateway.replicas,
+        max_pods=gateway.replicas + SPARE,
         shm_gib=OBJECT_STORE_GIB + 1,
     )
 
@@ -239,7 +260,7 @@ def _cpu_group(models: dict[str, ModelConfig]) -> WorkerGroup:
         cpu=max(4, cores + 1),
         memory_gib=memory + _MEMORY_BASE_GIB,
         min_pods=least,
-        max_pods=most,
+        max_pods=most + SPARE,
         shm_gib=OBJECT_STORE_GIB + 1,
         models=list(models),
     )
