@@ -283,9 +283,11 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     if kind == "value_error":
         text = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {text}" if key else text
-    if kind in ("dict_type", "model_type"):
-        inside = "names to values" if kind == "dict_type" else ", ".join(_keys_at(settings, loc))
-        return f"{key} is {value!r}, but should be a mapping of {inside}"
+    if kind == "dict_type":
+        return f"{key} is {value!r}, but must be a mapping of names to values"
+    if kind == "model_type":
+        keys = ", ".join(_keys_at(settings, loc))
+        return f"{key} is {value!r}, but must be a mapping with some of: {keys}"
     if key.split(".")[-1].isdigit() or kind == "string_pattern_mismatch":
         return f"{key} is {value!r}: {problem['msg'].lower()} (no spaces)"
     return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"

@@ -231,14 +231,14 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
             {"adapters": [LORA], "engine": {"enable_lora": False}},
             "adapters need engine.enable_lora; remove 'enable_lora: false'",
         ),
-        ({"env": [1]}, "env is [1], but should be a mapping of names to values"),
+        ({"env": [1]}, "env is [1], but must be a mapping of names to values"),
         ({"start_timeout_s": "soon"}, "start_timeout_s is 'soon', but should be a valid number"),
-        ({"engine": 5}, "engine is 5, but should be a mapping of names to values"),
+        ({"engine": 5}, "engine is 5, but must be a mapping of names to values"),
         (
             {"autoscaling": True},
-            "autoscaling is True, but should be a mapping of min_replicas, max_replicas, ",
+            "autoscaling is True, but must be a mapping with some of: min_replicas, max_replicas, ",
         ),
-        ({"adapters": ["z"]}, "adapters.0 is 'z', but should be a mapping of name, path"),
+        ({"adapters": ["z"]}, "adapters.0 is 'z', but must be a mapping with some of: name, path"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_what_is_allowed(args: dict[str, Any], why: str) -> None:
