@@ -381,7 +381,7 @@ def test_a_cpu_model_gets_a_pod_without_gpu_or_taint() -> None:
     ("change", "says"),
     [
         (lambda f: replace(f, gateway=None), "no gateway"),
-        (lambda f: replace(f, path=Path("a" * 50 + ".yaml")), "47 characters at most"),
+        (lambda f: replace(f, path=Path("a" * 50 + ".yaml")), "names of 47 letters, digits and"),
         (lambda f: replace(f, path=Path("70b.yaml")), "start with a letter"),
         (
             lambda f: replace(f, document={"http_options": {"host": "127.0.0.1"}}),
