@@ -405,7 +405,7 @@ def test_a_config_that_cannot_become_a_rayservice(change: Any, says: str) -> Non
         ("ingress: {request_timeout_s: 5000}", "ingress.request_timeout_s is 5000"),
         ("upgrade: {step_percent: 60, max_surge_percent: 50}", "above max_surge_percent"),
         ("head: {memory_gib: 2}", "head.memory_gib is 2"),
-        ("a: [", "cannot be read as YAML"),
+        ("a: [", "line 1, column 5"),
     ],
 )
 def test_a_wrong_profile_is_one_line(tmp_path: Path, text: str, says: str) -> None:
