@@ -20,7 +20,7 @@ import psutil
 import yaml
 
 from benchmarks import load
-from serve_app import engine_args, processes
+from serve_app import engine_args, haproxy, processes
 from serve_app.config import ModelConfig
 from serve_app.errors import UserError
 from serve_app.model import environment
@@ -148,7 +148,7 @@ ARMS = {
     for arm in (
         Arm("bare", "bare `vllm serve`", _bare, profiled=("vllm.entrypoints.cli.main",)),
         Arm("python", "serve_app, Serve's Python proxy", _ours, _RAY, (*_OURS, "ProxyActor")),
-        Arm("haproxy", "serve_app, HAProxy", _ours, _RAY | _HAPROXY, _OURS),
+        Arm("haproxy", "serve_app, HAProxy", _ours, _RAY | _HAPROXY | haproxy.environment(), _OURS),
         Arm(
             "rayllm",
             "Ray Serve LLM, multi-model path",

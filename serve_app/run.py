@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from serve_app import processes
+from serve_app import haproxy, processes
 from serve_app.config import Fleet, ModelConfig
 from serve_app.errors import UserError
 
@@ -98,6 +98,7 @@ def _start(fleet: Fleet, log: Path | None) -> subprocess.Popen[bytes]:
         env.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Ray runs its workers at nice 15, behind whatever else the machine does.
         env.setdefault("RAY_worker_niceness", "0")
+        env = haproxy.environment() | env
     output = log.open("wb") if log else None
     try:
         return subprocess.Popen(

