@@ -14,9 +14,8 @@ from serve_app.kuberay.profile import ClusterProfile, load_profile
 from serve_app.kuberay.render import render
 
 ROOT = Path(__file__).resolve().parent.parent
-CRD = ROOT.parent / "shared/data/rayservice-v1-crd.schema.json"
-if not CRD.exists():  # a worktree stands one folder deeper
-    CRD = ROOT.parent.parent / "shared/data/rayservice-v1-crd.schema.json"
+CRD = ROOT / "tests/data/rayservice-v1-crd.schema.json"
+"""The schema of KubeRay's own CRD (Apache 2.0), ray.io/v1 RayService."""
 
 NAMES = ("llama70b", "llama70b-2node", "qwen3-32b-fp8", "fleet")
 """Configs of which kuberay/ holds a rendering."""
