@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING
 
 from serve_app.config import DEPLOYMENT
 from serve_app.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from serve_app.engine import Engine
+
 ACTIONS = ("sleep", "wake", "reset-prefix-cache")
 
 
-async def act(llm: Any, action: str, level: int) -> str:
+async def act(engine: Engine, action: str) -> str:
     """Do ``action`` on one engine; what to say about it.
 
-    ``level`` of sleep: 1 moves the weights to host memory and drops the KV cache, 2 drops both.
+    Sleep is vLLM's level 1: the weights go to host memory, the KV cache is dropped. Level 2 drops
+    the weights too, and an engine that wakes from it speaks nonsense until they are loaded again.
     """
+    llm, load = engine.llm, engine.load
     if action == "sleep":
         if not llm.vllm_config.model_config.enable_sleep_mode:
             return "refused: sleep needs engine.enable_sleep_mode: true"
-        await llm.sleep(level)
-        return f"asleep (level {level})"
+        load.asleep = True  # from now on new requests are refused; those that run are finished
+        try:
+            await llm.sleep(level=1, mode="wait")
+        except Exception:
+            load.asleep = False
+            raise
+        return "asleep"
     if action == "wake":
         await llm.wake_up()
         return "awake"
@@ -29,7 +40,7 @@ async def act(llm: Any, action: str, level: int) -> str:
     raise UserError(f"there is no action '{action}'{did_you_mean(action, ACTIONS)}")
 
 
-def broadcast(model: str, action: str, *, level: int, address: str | None) -> list[tuple[str, str]]:
+def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str, str]]:
     """Run ``action`` on all replicas of the application ``model``: (replica id, result) each.
 
     Raises:
@@ -38,6 +49,7 @@ def broadcast(model: str, action: str, *, level: int, address: str | None) -> li
     import ray
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError:
@@ -50,7 +62,7 @@ def broadcast(model: str, action: str, *, level: int, address: str | None) -> li
                 f"(applications: {', '.join(names) or 'none'})"
             )
         handle = serve.get_deployment_handle(DEPLOYMENT, model)
-        results = handle.broadcast("admin", action, level).results()
+        results = handle.broadcast("admin", action).results()
     finally:
         ray.shutdown()
     if not results:

@@ -68,13 +68,15 @@ def fetch(what: str, into: Path) -> None:
 @cli.command()
 @click.argument("model")
 @click.argument("action", type=click.Choice(["sleep", "wake", "reset-prefix-cache"]))
-@click.option("--level", type=click.IntRange(0, 2), default=1, show_default=True, help="Of sleep.")
 @click.option("--address", help="Of the Ray cluster; the local one where it is left out.")
-def admin(model: str, action: str, level: int, address: str | None) -> None:
-    """Run ACTION on every replica of MODEL; one line each."""
+def admin(model: str, action: str, address: str | None) -> None:
+    """Run ACTION on every replica of MODEL; one line each.
+
+    Asleep, a replica has given its GPU memory back; its weights wait in host memory.
+    """
     from serve_app.admin import broadcast
 
-    for replica, said in broadcast(model, action, level=level, address=address):
+    for replica, said in broadcast(model, action, address=address):
         click.echo(f"{replica}: {said}")
 
 

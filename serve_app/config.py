@@ -135,7 +135,8 @@ class ModelConfig(_Settings):
     """Seconds that an engine may take to load and compile before its replica is given up."""
 
     hang_timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds without a step of a busy engine after which its replica is replaced."""
+    """Seconds without a step of a busy engine after which its replica is replaced; 300 at least
+    until the engine has finished its first request, which may compile."""
 
     @field_validator("engine")
     @classmethod

@@ -24,7 +24,8 @@ from serve_app.config import ModelConfig
 from serve_app.engine_load import EngineLoad
 from serve_app.engine_process import PHASE, REASON, START_FOLDER, tie_children
 from serve_app.errors import UserError, envelope
-from serve_app.progress import Progress
+from serve_app.progress import FIRST, Progress
+from serve_app.start_watch import StartWatch
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -108,6 +109,7 @@ class Engine:
         with (
             tempfile.TemporaryDirectory(prefix="serve-app-") as folder,
             Progress(replica, Path(folder) / PHASE),
+            StartWatch(ids[0], replica, config.start_timeout_s) as watch,
         ):
             rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
             args = parse_args(config, ids, rank)
@@ -120,11 +122,15 @@ class Engine:
                 adapters = Adapters(llm, app.state.openai_serving_models)
             except Exception as error:
                 logger.exception("the engine did not start")
+                if watch.overdue:
+                    phase = Path(folder) / PHASE
+                    doing = phase.read_text() if phase.exists() else FIRST
+                    raise UserError(start_errors.too_slow(doing, config)) from None
                 text = f"{type(error).__name__}: {error}"
                 if reason.exists():
                     text = reason.read_text()
                 raise UserError(start_errors.explain(text, config)) from None
-        guard = Guard(app, credential, lambda: llm.errored)
+        guard = Guard(app, credential, lambda: llm.errored, lambda: load.asleep)
         sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, 0))
@@ -218,12 +224,19 @@ async def _build_app(llm: AsyncLLM, args: Namespace) -> Any:
 
 
 class Guard:
-    """ASGI middleware around everything: the credential, and a count of running requests."""
+    """ASGI middleware around everything: who may ask, when, and a count of running requests."""
 
-    def __init__(self, app: ASGIApp, credential: bytes, dead: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        credential: bytes,
+        dead: Callable[[], bool],
+        asleep: Callable[[], bool],
+    ) -> None:
         self._app = app
         self._credential = credential
         self._dead = dead
+        self._asleep = asleep
         self.running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -235,7 +248,10 @@ class Guard:
             if name == CREDENTIAL_HEADER:
                 given = value
         if not hmac.compare_digest(given, self._credential):
-            await _refuse(scope, send)
+            await _refuse(scope, send, 401, _NOT_THE_GATEWAY)
+            return
+        if self._asleep():
+            await _refuse(scope, send, 503, _ASLEEP)
             return
 
         async def send_unless_dead(message: MutableMapping[str, Any]) -> None:
@@ -253,17 +269,26 @@ class Guard:
             self.running -= 1
 
 
-async def _refuse(scope: Scope, send: Send) -> None:
+_NOT_THE_GATEWAY = envelope(
+    "This port belongs to the gateway; send requests there.",
+    "authentication_error",
+    code="invalid_internal_credential",
+)
+# An engine that sleeps would keep the request until somebody wakes it.
+_ASLEEP = envelope(
+    "The model is asleep; 'serve-app admin MODEL wake' wakes it.",
+    "server_error",
+    code="model_asleep",
+)
+
+
+async def _refuse(scope: Scope, send: Send, status: int, error: dict[str, Any]) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    body = json.dumps(
-        envelope(
-            "This port belongs to the gateway; send requests there.",
-            "authentication_error",
-            code="invalid_internal_credential",
-        )
-    ).encode()
+    body = json.dumps(error).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
+    if status == 503:
+        headers.append((b"retry-after", b"30"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

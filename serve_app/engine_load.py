@@ -71,7 +71,11 @@ class EngineLoad:
         self.last_step = clock()
         """When the engine last made a step, in the clock's seconds."""
         self.asleep = False
-        """Whether requests wait until the engine is woken."""
+        """Whether the engine has been put to sleep, or is on its way there."""
+
+        self.proven = False
+        """Whether it has finished a request: until then a step may hold compilers up."""
+
         self._watch = PreemptionWatch()
 
     def attach(self, vllm_config: Any, engine_index: int = 0) -> EngineLoad:
@@ -117,6 +121,7 @@ class EngineLoad:
         if iteration_stats is None:
             return
         self._tokens += iteration_stats.num_generation_tokens
+        self.proven = self.proven or bool(iteration_stats.finished_requests)
         if preempted := iteration_stats.num_preempted_reqs:
             self._preemptions += preempted
             if count := self._watch.add(preempted, self._clock()):

@@ -16,6 +16,8 @@ from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
+from serve_app.processes import exit_with_parent
+
 START_FOLDER = "SERVE_APP_START_FOLDER"
 """Environment variable: the folder in which processes tell the replica of the engine's start."""
 
@@ -56,8 +58,9 @@ _LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 def prepare() -> None:
     """Tie this process to its parent, and have its start and the reason of a failure written down.
 
-    Called by vLLM in every process. In the replica itself, and in workers that Ray started, there
-    is nothing to tie and no reason to find.
+    Called by vLLM in every process, also in those that are not ours (a `vllm serve` of the same
+    environment). The replica itself and workers that Ray started are children of the raylet: the
+    kernel's tie is not for them, and why they fail reaches the replica as an exception.
     """
     folder = Path(os.environ.get(START_FOLDER, os.devnull))
     logging.getLogger("vllm").addHandler(_Phase(folder / PHASE))
@@ -65,6 +68,8 @@ def prepare() -> None:
         logging.getLogger(name).setLevel(logging.DEBUG)
     parent = multiprocessing.parent_process()
     if parent is None:
+        if START_FOLDER in os.environ:
+            exit_with_parent()
         return
     _die_with(parent.pid)
     tie_children()

@@ -63,6 +63,24 @@ async def join(stages: int, timeout_s: float) -> dict[str, Any]:
     }
 
 
+async def drained(timeout_s: float) -> None:
+    """Say that this member has no request left, and wait until the others say it too.
+
+    Every step of a mixture of experts takes all ranks, so one that ended early would take the
+    requests of the others with it.
+    """
+    gang = serve.get_replica_context().gang_context
+    if gang is None:
+        return
+    keys = [f"serve_app/gang/{gang.gang_id}/drained/{n}".encode() for n in range(gang.world_size)]
+    internal_kv._internal_kv_put(keys[gang.rank], b"", overwrite=True)
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while not all(map(internal_kv._internal_kv_exists, keys)):
+        if asyncio.get_running_loop().time() > deadline:
+            return
+        await asyncio.sleep(0.2)
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import os
 import sys
+import time
 from typing import Any
 
 import ray
 from ray import serve
 
-from serve_app import admin, autoscaling, caches, capacity, cluster, placement, processes
+from serve_app import admin, autoscaling, caches, capacity, cluster, gang, placement, processes
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import engine as planner_engine
@@ -21,6 +22,10 @@ logger = logging.getLogger("ray.serve")
 
 # Serve never sees the requests, so its own cap must not be what bounds them.
 _UNBOUNDED = 1_000_000
+
+_FIRST_REQUEST_S = 300.0
+"""Seconds that an engine may go without a step until it has finished a request: what no warm-up
+covers is compiled and tuned then. vLLM gives up by itself after as long."""
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -110,7 +115,9 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
 
 def environment(config: ModelConfig) -> dict[str, str]:
     """Environment variables of a replica on this node: the config's, over what vLLM needs."""
-    env = {"VLLM_ENGINE_READY_TIMEOUT_S": str(int(config.start_timeout_s))}
+    # StartWatch bounds the start. vLLM's own limit covers only a part of it, and is a part of the
+    # key of what it compiles: with start_timeout_s here, to edit that would compile all anew.
+    env = {"VLLM_ENGINE_READY_TIMEOUT_S": "604800"}
     if config.cache_dir:
         env |= caches.downloads(config.cache_dir) | caches.compiled(config.cache_dir)
     if config.adapters or config.engine.get("enable_lora"):
@@ -166,10 +173,10 @@ class ModelServer:
         live = parse(LiveConfig, user_config, "user_config")
         await self._engine.adapters.apply(live.adapters)
 
-    async def admin(self, action: str, level: int) -> tuple[str, str]:
+    async def admin(self, action: str) -> tuple[str, str]:
         """One replica's part of ``serve-app admin``: its id, and what it did."""
         try:
-            said = await admin.act(self._engine.llm, action, level)
+            said = await admin.act(self._engine, action)
         except Exception as error:
             said = f"failed: {error}"
         return serve.get_replica_context().replica_id.unique_id, said
@@ -200,7 +207,10 @@ class ModelServer:
             # An idle engine owes no steps.
             silent = silent + 0.2 if self._engine.busy and last_step == seen else 0.0
             seen = last_step
-            if silent > self._config.hang_timeout_s:
+            patience = self._config.hang_timeout_s
+            if not self._engine.load.proven:
+                patience = max(patience, _FIRST_REQUEST_S)
+            if silent > patience:
                 logger.error(
                     f"the engine made no step for {silent:.0f} s with requests running; this "
                     "replica exits so that Serve replaces it"
@@ -212,6 +222,8 @@ class ModelServer:
         engine = getattr(self, "_engine", None)
         if engine is None:
             return
+        began = time.monotonic()
         await engine.drain(self._config.graceful_shutdown_timeout_s)
+        await gang.drained(self._config.graceful_shutdown_timeout_s - (time.monotonic() - began))
         self._watch.cancel()  # not before: nothing waits for an engine that dies in the meantime
         await engine.stop()

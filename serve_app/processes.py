@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
@@ -65,10 +66,11 @@ def _name_if_ours(entry: Path) -> str | None:
     return None
 
 
+@cache  # once in a process
 def exit_with_parent() -> None:
     """End this process within a second of its parent, whatever it is doing.
 
-    For a replica, whose parent is the raylet: a worker of Ray outlives a raylet that was killed.
+    For what Ray started, whose parent is the raylet: it outlives a raylet that was killed.
     Not the kernel's way (PR_SET_PDEATHSIG), which is about the thread that started a process, and
     that one is inside Ray.
     """

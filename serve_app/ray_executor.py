@@ -11,6 +11,8 @@ Imported where the engine is built (it imports vLLM), and in EngineCore, which u
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -19,6 +21,9 @@ from vllm.v1.executor import ray_executor_v2
 from vllm.v1.executor.abstract import Executor
 
 from serve_app.placement import STAGES_ENV, stage_bundles
+
+FAILED_S = 3.0
+"""Seconds that EngineCore has to end by itself after a worker died."""
 
 
 def executor_class(vllm_config: Any, member: int = 0) -> type[Executor]:
@@ -53,6 +58,22 @@ class StageExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]
         module.initialize_ray_cluster = _connect
         module.get_bundles_sorted_by_node = lambda group: _bundles_of_ranks(group, group_size)
         super()._init_executor()
+
+    def register_failure_callback(self, callback: Callable[[], None]) -> None:
+        """End EngineCore soon after a worker died, also when it is not there to be told.
+
+        It learns of it from its queue of inputs. Where it waits for the step of a worker on
+        another node, that is minutes later (``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS``), and until
+        then no client gets a word.
+        """
+
+        def told() -> None:
+            callback()
+            last_word = threading.Timer(FAILED_S, os._exit, (1,))
+            last_word.daemon = True
+            last_word.start()
+
+        super().register_failure_callback(told)
 
 
 def _connect(parallel_config: Any, require_gpu_on_driver: bool = False) -> None:

@@ -22,6 +22,15 @@ def explain(error: str, config: ModelConfig) -> str:
     return f"the engine of '{model}' did not start: {_one_line(error)}"
 
 
+def too_slow(phase: str, config: ModelConfig) -> str:
+    """The sentence for a start that was broken off while it was doing ``phase``."""
+    return (
+        f"'{config.model}' did not start within start_timeout_s ({config.start_timeout_s:g} s); it "
+        f"was {phase}; the replica's log says how far it came; if it only needs longer, raise "
+        "start_timeout_s, and set cache_dir so that the next start need not do all of it again"
+    )
+
+
 def _numbers(config: ModelConfig) -> dict[str, object]:
     return {
         "tp": config.tensor_parallel_size,
@@ -33,6 +42,21 @@ def _numbers(config: ModelConfig) -> dict[str, object]:
 
 # Most telling first: an out-of-memory error may hold the words of others.
 _KNOWN: tuple[tuple[str, str], ...] = (
+    (
+        r"node running low on memory",  # Ray's, and an OutOfMemoryError by its type
+        "the node ran out of host memory while '{model}' loaded; set resources.memory_gib to what "
+        "it needs, so that it gets a node with as much, or give the nodes more",
+    ),
+    (
+        r"/dev/shm",  # NCCL's, and "no space left on device" by its words
+        "/dev/shm of the node is too small for the workers of '{model}' (tensor_parallel_size "
+        "{tp}); make it larger (in a pod: an emptyDir with medium: Memory mounted there)",
+    ),
+    (
+        r"ActorDiedError|actor died unexpectedly",
+        "a worker of '{model}' died while it loaded; mostly the node ran out of host memory (dmesg "
+        "says so: set resources.memory_gib), else its log on that node has the reason",
+    ),
     (
         r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
         "'{model}' does not fit: the GPU ran out of memory while it loaded; raise "

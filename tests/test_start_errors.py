@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serve_app.config import ModelConfig
-from serve_app.start_errors import explain
+from serve_app.start_errors import explain, too_slow
 
 MODEL = ModelConfig.model_validate({"model": "org/model", "engine": {"max_num_seqs": 64}})
 
@@ -46,6 +46,28 @@ FROM_A_WORKER = (
             "secret that the RayService refers to)",
         ),
         (
+            "OutOfMemoryError: Task was killed due to the node running low on memory.\n"
+            "Memory on the node was 30.8GB / 31.0GB (0.99)",
+            "the node ran out of host memory while 'org/model' loaded; set resources.memory_gib to "
+            "what it needs, so that it gets a node with as much, or give the nodes more",
+        ),
+        (
+            FROM_A_WORKER.format(
+                "NCCL error: unhandled system error. Last error: Error while creating shared "
+                "memory segment /dev/shm/nccl-Ab12 (size 9637892), error: No space left on device"
+            ),
+            "/dev/shm of the node is too small for the workers of 'org/model' "
+            "(tensor_parallel_size 1); make it larger (in a pod: an emptyDir with medium: Memory "
+            "mounted there)",
+        ),
+        (
+            "ActorDiedError: The actor died unexpectedly before finishing this task.\n"
+            "\tclass_name: RayWorkerProc\n\tactor_id: ab12\nThe actor is dead because its worker "
+            "process has died. Worker exit type: SYSTEM_ERROR",
+            "a worker of 'org/model' died while it loaded; mostly the node ran out of host memory "
+            "(dmesg says so: set resources.memory_gib), else its log on that node has the reason",
+        ),
+        (
             FROM_A_WORKER.format("something nobody has seen"),
             "the engine of 'org/model' did not start: ValueError: something nobody has seen",
         ),
@@ -53,6 +75,13 @@ FROM_A_WORKER = (
 )
 def test_the_sentence_that_matters(error: str, said: str) -> None:
     assert explain(error, MODEL) == said
+
+
+def test_a_start_that_was_broken_off_says_what_it_was_doing() -> None:
+    said = too_slow("loading weights", MODEL)
+    assert said.startswith(
+        "'org/model' did not start within start_timeout_s (3600 s); it was loading weights; "
+    )
 
 
 def test_a_long_unknown_error_is_cut_on_one_line() -> None:

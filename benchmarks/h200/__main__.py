@@ -1,0 +1,337 @@
+"""``python -m benchmarks.h200 MODEL``: absolute numbers on a machine with GPUs; dummy weights.
+
+MODEL is a folder with a model's config and tokenizer (an 8B shape). Each step writes its part of
+one JSON file. Run it where the GPUs are, with ``tests`` on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.h200 import failures
+from benchmarks.h200.server import (
+    HAPROXY,
+    MODEL,
+    RAY,
+    Server,
+    application,
+    bare,
+    completion,
+    gpu_memory_mib,
+    ready,
+    serve_run,
+    shaped,
+)
+
+SHAPES = Path(__file__).parents[2] / "serve_app/data/models"
+LARGE = SHAPES / "RedHatAI--Llama-3.3-70B-Instruct-FP8-dynamic/config.json"
+LARGE_BF16 = SHAPES / "meta-llama--Llama-3.3-70B-Instruct/config.json"
+MOE = SHAPES / "Qwen--Qwen3-30B-A3B/config.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a step works with: the 8B shape, a folder, the end of the time, the first port."""
+
+    model: Path
+    folder: Path
+    deadline: float
+    port: int
+
+    @property
+    def cache(self) -> str:
+        """A cache folder that later steps (and a later run) find filled."""
+        return str(Path(tempfile.gettempdir()) / "h200-cache")
+
+    def ours(self, name: str, model: Path, engine: dict[str, Any], **args: Any) -> Server:
+        """Our server with one model, once it answers; its log is kept under ``name``."""
+        command = serve_run(self.folder, self.port, application(MODEL, model, engine, **args))
+        return Server(command, self.port, self.folder / f"{name}.log", **RAY).wait()
+
+
+def bench(at: Machine, port: int, concurrency: int, prompts: int) -> dict[str, float]:
+    """``vllm bench serve`` in this process: its import takes longer than the measurement."""
+    from vllm.benchmarks.serve import add_cli_args, main_async
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    arguments = parser.parse_args([
+        "--backend", "openai", "--base-url", f"http://127.0.0.1:{port}", "--model", MODEL,
+        "--tokenizer", str(at.model), "--dataset-name", "random", "--random-input-len", "512",
+        "--random-output-len", "128", "--num-prompts", str(prompts),
+        "--max-concurrency", str(concurrency), "--ignore-eos", "--disable-tqdm",
+        "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99",
+        "--num-warmups", "0",
+    ])  # fmt: skip
+    with (at.folder / "bench.log").open("a") as out, contextlib.redirect_stdout(out):
+        raw = asyncio.run(main_async(arguments))
+    keys = ("output_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms",
+            "mean_tpot_ms", "median_tpot_ms", "p99_itl_ms", "completed", "failed")  # fmt: skip
+    return {key: round(raw[key], 2) for key in keys if key in raw}
+
+
+LOADS = {1: 12, 64: 256, 256: 768}
+"""Requests at once, and requests in all."""
+
+
+def compare(at: Machine) -> dict[str, Any]:
+    """Bare ``vllm serve`` and ours behind HAProxy on one GPU, measured in turn."""
+    # Its size is given, so that the engines can start at the same time: none measures the
+    # memory that another one takes.
+    engine = {
+        "max_model_len": 8192,
+        "gpu_memory_utilization": 0.4,  # what must be free at the start, with 40 GiB given or not
+        "kv_cache_memory_bytes": 38 << 30,
+    }
+    model = application(MODEL, at.model, engine)
+    commands = {
+        "bare": (bare(at.model, at.port, load_format="dummy", **engine), {}),
+        "serve_app": (serve_run(at.folder, at.port + 1, model, gateways=2), HAPROXY),
+    }
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+        servers = {}
+        for port, (name, (command, env)) in enumerate(commands.items(), at.port):
+            servers[name] = Server(command, port, at.folder / f"compare-{name}.log", **env)
+            stack.callback(servers[name].stop)
+        list(pool.map(Server.wait, servers.values()))
+        for server in servers.values():
+            bench(at, server.port, 64, 64)  # warm
+        rounds: list[dict[str, Any]] = []
+        longest = 0.0
+        while len(rounds) < 5 and time.monotonic() + longest < at.deadline:
+            began = time.monotonic()
+            rounds.append({})
+            for concurrency, prompts in LOADS.items():
+                for name, server in servers.items():
+                    measured = bench(at, server.port, concurrency, prompts)
+                    rounds[-1].setdefault(name, {})[f"c{concurrency}"] = measured
+            print(json.dumps(rounds[-1]), flush=True)
+            longest = time.monotonic() - began
+        return {
+            "engine": engine,
+            "starts": {name: s.start_report() for name, s in servers.items()},
+            "rounds": rounds,
+            "serve_app_over_bare": _ratios(rounds),
+        }
+
+
+def _ratios(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ours over bare in the same round: min, median, max."""
+    found: dict[str, Any] = {}
+    for load in (f"c{c}" for c in LOADS):
+        for figure in ("output_throughput", "median_ttft_ms", "median_tpot_ms", "p99_itl_ms"):
+            pairs = [r["serve_app"][load][figure] / r["bare"][load][figure] for r in rounds]
+            spread = min(pairs), statistics.median(pairs), max(pairs)
+            found.setdefault(load, {})[figure] = [round(ratio, 3) for ratio in spread]
+    return found
+
+
+def start(at: Machine) -> dict[str, Any]:
+    """A cold and a warm start by phase, with one ``cache_dir``; then ``serve run`` is killed."""
+    found: dict[str, Any] = {}
+    cache = str(at.folder / "cache")
+    for name in ("cold", "warm"):
+        server = at.ours(name, at.model, {"max_model_len": 8192}, cache_dir=cache)
+        found[name] = server.start_report()
+        print(name, json.dumps(found[name]), flush=True)
+        if name == "warm":
+            found["kill -9 of serve run"] = failures.gone(
+                server, signal.SIGKILL, ("ray.serve.scripts",)
+            )
+        server.stop()
+    return found
+
+
+def sleep(at: Machine) -> dict[str, Any]:
+    """``serve-app admin``: asleep the GPU is free, awake the model says the same as before."""
+    engine = {"max_model_len": 8192, "enable_sleep_mode": True}
+    server = at.ours("sleep", at.model, engine, cache_dir=at.cache)
+    gcs = next(
+        word.removeprefix("--gcs-address=")
+        for process in server.processes("/raylet/raylet")
+        for word in process.cmdline()
+        if word.startswith("--gcs-address=")
+    )
+
+    def admin(*action: str) -> dict[str, Any]:
+        began = time.monotonic()
+        command = [sys.executable, "-c", "from serve_app.cli import main; main()", "admin", MODEL]
+        run = subprocess.run([*command, *action, "--address", gcs], capture_output=True, text=True)
+        return {
+            "said": (run.stdout or run.stderr).strip().splitlines()[-1:],
+            "seconds": round(time.monotonic() - began, 1),
+            "gpu_mib": max(gpu_memory_mib()),
+        }
+
+    try:
+        found: dict[str, Any] = {"gpu_mib_before": max(gpu_memory_mib())}
+        before = completion(server.port)["choices"][0]["text"]
+        found["sleep"] = admin("sleep")
+        try:
+            completion(server.port)
+        except urllib.error.HTTPError as refused:
+            found["a_request_meanwhile"] = f"{refused.code} {refused.read().decode()}"
+        found["wake"] = admin("wake")
+        after = completion(server.port)["choices"][0]["text"]
+        found["says_the_same_awake"] = after == before
+        found["reset-prefix-cache"] = admin("reset-prefix-cache")
+        return found
+    finally:
+        server.stop()
+
+
+def _describe(at: Machine, server: Server, *, gpus: int) -> dict[str, Any]:
+    """What a model on several GPUs is and does; then its replica is killed."""
+    began = time.monotonic()
+    answer = completion(server.port, tokens=64)
+    return {
+        "start": server.start_report(),
+        "gpu_mib_in_use": gpu_memory_mib(),
+        "workers": [" ".join(p.cmdline())[:60] for p in server.processes(*failures.WORKER)],
+        "one_request": {
+            "tokens": answer["usage"]["completion_tokens"],
+            "seconds": round(time.monotonic() - began, 2),
+        },
+        "c64": bench(at, server.port, 64, 128),
+        f"kill -9 of the replica ({gpus} GPUs)": failures.gone(
+            server, signal.SIGKILL, failures.REPLICA
+        ),
+    }
+
+
+def _split(at: Machine, name: str, model: Path, gpus: int, **engine: Any) -> dict[str, Any]:
+    server = at.ours(name, model, {"max_model_len": 8192, **engine}, cache_dir=at.cache)
+    try:
+        return _describe(at, server, gpus=gpus)
+    finally:
+        server.stop()
+
+
+def large(at: Machine) -> dict[str, Any]:
+    """A 70B shape in fp8 on one GPU, through the Ray executor."""
+    return _split(at, "large", shaped(at.model, LARGE, at.folder), 1, enforce_eager=True)
+
+
+def tp2(at: Machine) -> dict[str, Any]:
+    """The 70B shape on two GPUs of a node, as one tensor-parallel group."""
+    return _split(at, "tp2", shaped(at.model, LARGE, at.folder), 2, tensor_parallel_size=2)
+
+
+def pp2(at: Machine) -> dict[str, Any]:
+    """The 70B shape on two GPUs as two pipeline stages, each a bundle of its own."""
+    model = shaped(at.model, LARGE, at.folder)
+    return _split(at, "pp2", model, 2, pipeline_parallel_size=2, enforce_eager=True)
+
+
+def dp2(at: Machine) -> dict[str, Any]:
+    """A mixture of experts: two data-parallel ranks, experts spread over both."""
+    model = shaped(at.model, MOE, at.folder)
+    engine = {"data_parallel_size": 2, "enable_expert_parallel": True, "enforce_eager": True}
+    return _split(at, "dp2", model, 2, **engine)
+
+
+def pair(at: Machine) -> dict[str, Any]:
+    """Two replicas under load, of which one loses a process; at the end the node's raylet."""
+    engine = {"max_model_len": 8192, "enforce_eager": True}
+    server = at.ours(
+        "pair", at.model, engine, replicas=2, cache_dir=at.cache, hang_timeout_s=20
+    )  # fmt: skip
+    found: dict[str, Any] = {}
+    try:
+        for name, number, titles in (
+            ("kill -9 of a worker", signal.SIGKILL, failures.WORKER),
+            ("kill -9 of a replica", signal.SIGKILL, failures.REPLICA),
+            ("SIGSTOP of a worker (hang_timeout_s: 20)", signal.SIGSTOP, failures.WORKER),
+            ("kill -9 of an engine", signal.SIGKILL, failures.ENGINE),
+        ):
+            if time.monotonic() + 90 > at.deadline:
+                break
+            found[name] = failures.hit(server, number, titles)
+            print(name, json.dumps(found[name]), flush=True)
+        found["kill -9 of the raylet"] = failures.gone(server, signal.SIGKILL, failures.RAYLET)
+        return found
+    finally:
+        server.stop()
+
+
+def refusals(at: Machine) -> dict[str, Any]:
+    """Models that cannot start, side by side: the sentence that ``GET /ready`` has for each."""
+    big = shaped(at.model, LARGE_BF16, at.folder)
+    tight = {"gpu_memory_utilization": 0.2, "max_model_len": 131072, "enforce_eager": True}
+    models = [
+        application("too-large", big, {"max_model_len": 8192, "enforce_eager": True}),
+        application("no-kv-cache", at.model, tight),
+    ]
+    command = serve_run(at.folder, at.port, *models)
+    server = Server(command, at.port, at.folder / "refusals.log", **RAY)
+    began = time.monotonic()
+    found: dict[str, Any] = {}
+    try:
+        while len(found) < len(models) and time.monotonic() - began < 240:
+            for name, model in ready(at.port).get("models", {}).items():
+                if model["status"] == "DEPLOY_FAILED" and name not in found:
+                    seconds = round(time.monotonic() - began, 1)
+                    found[name] = {"after_s": seconds, "message": model["message"]}
+            time.sleep(1)
+        return found
+    finally:
+        server.stop()
+
+
+STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
+    step.__name__: step
+    for step in (compare, start, sleep, large, tp2, pp2, dp2, pair, refusals)
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--only", default=",".join(STEPS), help="steps, by commas")
+    parser.add_argument("--budget-s", type=float, default=1500)
+    parser.add_argument("--port", type=int, default=8000, help="the first port to use")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/h200.json"))
+    options = parser.parse_args()
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="h200-"))
+    at = Machine(options.model, folder, time.monotonic() + options.budget_s, options.port)
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    gpus = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    report: dict[str, Any] = {}
+    if options.results.is_file():
+        report = json.loads(options.results.read_text())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
+    try:
+        for name in options.only.split(","):
+            began = time.monotonic()
+            try:
+                report[name] = STEPS[name](at)
+            except (SystemExit, Exception) as failure:
+                report[name] = {"failed": f"{type(failure).__name__}: {failure}"}
+            report[name] |= {"gpus": gpus, "step_s": round(time.monotonic() - began, 1)}
+            print(name, json.dumps(report[name])[:6000], flush=True)
+            options.results.write_text(json.dumps(report, indent=1) + "\n")
+    finally:
+        for log in folder.glob("*.log"):
+            shutil.copy(log, options.results.parent / f"h200-{log.name}")
+
+
+if __name__ == "__main__":
+    main()
