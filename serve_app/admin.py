@@ -33,6 +33,7 @@ async def act(engine: Engine, action: str) -> str:
         return "asleep"
     if action == "wake":
         await llm.wake_up()
+        load.asleep = False  # vLLM would tell its own stat loggers, and does not tell ours
         return "awake"
     if action == "reset-prefix-cache":
         done = await llm.reset_prefix_cache()

@@ -134,10 +134,6 @@ class EngineLoad:
     def log_engine_initialized(self) -> None:
         """vLLM calls it once the engine runs."""
 
-    def record_sleep_state(self, sleep: int, level: int) -> None:
-        """vLLM calls it when the engine falls asleep (1) or wakes (0)."""
-        self.asleep = bool(sleep)
-
 
 class PreemptionWatch:
     """Counts preemptions within a window, and tells when it is time to warn."""

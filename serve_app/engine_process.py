@@ -35,6 +35,8 @@ LINES = {
     "Time spent downloading weights": "loading weights",
     "Filesystem type for checkpoints": "loading weights",
     "Loading weights took": "profiling memory",
+    "Model loading took": "profiling memory",  # with dummy weights there is only this one
+    "Start compiling function": "compiling",
     "Using cache directory: %s for vLLM's torch.compile": "compiling",
     "Warming up model for the compilation": "compiling",
     "torch.compile took": "profiling memory",
@@ -46,8 +48,12 @@ LINES = {
 }
 """How those lines of vLLM 0.29's log begin that begin a phase of its start, and the phase."""
 
-# Two of these lines are for debugging. vLLM's own handler still drops them.
-_DETAILS = ("vllm.model_executor.model_loader.weight_utils", "vllm.v1.worker.gpu.cudagraph_utils")
+# Some of these lines are for debugging. vLLM's own handler still drops them.
+_DETAILS = (
+    "vllm.compilation.decorators",
+    "vllm.model_executor.model_loader.weight_utils",
+    "vllm.v1.worker.gpu.cudagraph_utils",
+)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

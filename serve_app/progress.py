@@ -73,7 +73,8 @@ class Progress:
         began = time.monotonic()
         told = ""
         while True:
-            phase = (self._file.exists() and self._file.read_text()) or FIRST
+            # Empty while it is being written.
+            phase = (self._file.exists() and self._file.read_text()) or told or FIRST
             if phase != told:
                 told = phase
                 logger.info(f"start: {phase} (after {time.monotonic() - began:.0f} s)")

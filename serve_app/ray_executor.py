@@ -79,7 +79,8 @@ class StageExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]
 def _connect(parallel_config: Any, require_gpu_on_driver: bool = False) -> None:
     """Join the replica's cluster; its placement group is already in ``parallel_config``."""
     if not ray.is_initialized():
-        ray.init(runtime_env=parallel_config.ray_runtime_env)
+        # Its workers' lines would come twice: the replica's driver has them already.
+        ray.init(runtime_env=parallel_config.ray_runtime_env, log_to_driver=False)
 
 
 def _bundles_of_ranks(placement_group: Any, group_size: int) -> list[tuple[int, str, str]]:

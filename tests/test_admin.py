@@ -21,6 +21,9 @@ class Engine:
         self.slept: list[Any] = []
         self._fails = fails
 
+    async def wake_up(self) -> None:
+        assert self.load.asleep
+
     async def sleep(self, level: int, mode: str) -> None:
         self.slept.append((level, mode, self.load.asleep))
         if self._fails:
@@ -32,6 +35,8 @@ async def test_new_requests_are_refused_before_an_engine_falls_asleep() -> None:
     assert await admin.act(engine, "sleep") == "asleep"
     assert engine.slept == [(1, "wait", True)]
     assert engine.load.asleep
+    assert await admin.act(engine, "wake") == "awake"
+    assert not engine.load.asleep
 
 
 async def test_an_engine_that_cannot_sleep_serves_on() -> None:

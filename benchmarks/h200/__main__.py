@@ -231,7 +231,8 @@ def large(at: Machine) -> dict[str, Any]:
 
 def tp2(at: Machine) -> dict[str, Any]:
     """The 70B shape on two GPUs of a node, as one tensor-parallel group."""
-    return _split(at, "tp2", shaped(at.model, LARGE, at.folder), 2, tensor_parallel_size=2)
+    model = shaped(at.model, LARGE, at.folder)
+    return _split(at, "tp2", model, 2, tensor_parallel_size=2, enforce_eager=True)
 
 
 def pp2(at: Machine) -> dict[str, Any]:

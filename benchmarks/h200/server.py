@@ -73,8 +73,10 @@ def ready(port: int) -> dict[str, Any]:
 
 
 def gpu_memory_mib() -> list[int]:
-    """Memory in use on each GPU, in MiB."""
+    """Memory in use on each GPU that this process may use, in MiB."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if mine := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={mine}")
     shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout
     return [int(line) for line in shown.split()]
 
@@ -101,7 +103,7 @@ class Server:
                 command, stdout=out, stderr=out, start_new_session=True, env=os.environ | env
             )
 
-    def wait(self, limit_s: float = 400) -> Server:
+    def wait(self, limit_s: float = 600) -> Server:
         """Until it answers.
 
         Raises:
