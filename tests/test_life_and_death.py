@@ -282,6 +282,25 @@ def test_admin_has_a_line_from_every_replica(pair: Cluster, action: str, said: s
     assert answer.ending == "whole", answer
 
 
+# --- an engine that starts and is not wanted any more ------------------------------------------
+
+
+def test_a_model_that_is_removed_while_it_starts_gives_back_what_it_has(
+    pair: Cluster, split: dict[str, Any]
+) -> None:
+    pair.deploy(split)
+    assert eventually(lambda: len(family(pair)[1]) >= 3, BACK_S)  # EngineCore and its first worker
+    assert not pair.replicas(SPLIT)
+    replica, below = family(pair)
+    before = pair.deployed()
+    del before["applications"][1]
+    since = time.monotonic()
+    pair.deploy(before)
+    # Not after its graceful_shutdown_timeout_s, which is ten minutes.
+    assert eventually(lambda: not any(map(title, {replica, *below})), 60)
+    print(f"\nMEASURED removal at start-up: {time.monotonic() - since:.1f} s to the last process")
+
+
 # --- an engine of several processes ----------------------------------------------------------
 
 

@@ -5,10 +5,12 @@ One cluster for the whole module: nodes a, b and c with 8, 8 and 4 GPUs. Fillers
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,12 +22,13 @@ from typing import Any
 
 import pytest
 import ray
+from harness.processes import title
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from serve_app import capacity, gang, placement
+from serve_app import capacity, engine_process, gang, placement
 from serve_app.config import ModelConfig, Resources
 from serve_app.errors import ConfigError
 
@@ -267,8 +270,11 @@ def test_vllms_executor_starts_each_rank_in_its_stages_bundle(
     assert len({(rank["node"], rank["gpu"]) for rank in ranks}) == 6
 
 
-def test_a_gang_is_placed_as_one_and_its_members_find_rank_0(cluster: dict[str, str]) -> None:
+def test_a_gang_is_placed_as_one_and_its_members_find_rank_0(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
     """Two data-parallel ranks of TP 2, PP 2, deployed by Serve."""
+    last_request, ends = tmp_path / "last request", tmp_path / "the other ends"
     model = ModelConfig(
         model="m",
         engine={"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "data_parallel_size": 2},
@@ -291,6 +297,14 @@ def test_a_gang_is_placed_as_one_and_its_members_find_rank_0(cluster: dict[str, 
         def __call__(self) -> dict[str, Any]:
             return self.joined
 
+        async def __del__(self) -> None:
+            if gang.member() == 1:
+                await asyncio.sleep(3)  # still has requests
+                last_request.touch()
+            await gang.drained(60)
+            if gang.member() == 0:
+                ends.write_text(f"after the last request: {last_request.exists()}")
+
     serve.start(proxy_location="Disabled")
     handle = serve.run(Member.bind(), name="gang", route_prefix=None)
     members: dict[int, dict[str, Any]] = {}
@@ -309,4 +323,27 @@ def test_a_gang_is_placed_as_one_and_its_members_find_rank_0(cluster: dict[str, 
     assert members[0]["gpus"] == members[1]["gpus"] == 0  # its workers take them, not it
     assert sum(TOTAL.values()) - sum(free_gpus().values()) == 8
     serve.delete("gang")
+    # A rank that ended while the other one has requests would take those along.
+    assert ends.read_text() == "after the last request: True"
     until(lambda: free_gpus() == TOTAL, "GPUs given back")
+
+
+def test_an_engines_worker_does_not_outlive_its_raylet(cluster: dict[str, str]) -> None:
+    """The last test of this file: it costs a node."""
+
+    @ray.remote(num_cpus=0, resources={"accelerator_type:L40S": 0.001})
+    class Worker:
+        """As vLLM starts its workers: by name they are the engine's, and they load its plugins."""
+
+        def __init__(self) -> None:
+            os.environ[engine_process.START_FOLDER] = "/nowhere"
+            engine_process.prepare()
+
+        def pids(self) -> tuple[int, int]:
+            return os.getpid(), os.getppid()
+
+    worker = Worker.remote()
+    pid, raylet = ray.get(worker.pids.remote())
+    assert "raylet" in title(raylet)
+    os.kill(raylet, signal.SIGKILL)
+    until(lambda: not title(pid), "end of the worker")
