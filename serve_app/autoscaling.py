@@ -65,7 +65,7 @@ def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> flo
 
     Args:
         metrics: by name of a statistic, its average by replica.
-        queued: requests that wait at the gateways for a replica to be chosen.
+        queued: what waits at the gateways for a replica, one at a time for each gateway.
     """
     capacities = {replica: most for replica, most in metrics.get("capacity", {}).items() if most}
     if not capacities:
