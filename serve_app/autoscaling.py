@@ -45,10 +45,12 @@ class LoadPolicy:
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
         """The number of replicas to have; state is not needed."""
         target: int = ctx.target_num_replicas
-        if ctx.current_num_replicas == 0:
-            # Cold, or all still starting: nothing tells how much one more would take on.
+        metrics = ctx.aggregated_metrics or {}
+        if not any(metrics.get("capacity", {}).values()):
+            # Cold, all still starting, or too busy to report: nothing tells how much one more
+            # would take on, and silence is not idleness.
             return (max(target, 1) if ctx.total_queued_requests else target), {}
-        load = total_load(ctx.aggregated_metrics or {}, ctx.total_queued_requests or 0.0)
+        load = total_load(metrics, ctx.total_queued_requests or 0.0)
         enough = replicas_for(load, self.target_load)
         if enough >= target:
             return enough, {}
@@ -65,7 +67,7 @@ def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> flo
 
     Args:
         metrics: by name of a statistic, its average by replica.
-        queued: requests that wait at the gateways for a replica to be chosen.
+        queued: what waits at the gateways for a replica, one at a time for each gateway.
     """
     capacities = {replica: most for replica, most in metrics.get("capacity", {}).items() if most}
     if not capacities:

@@ -83,10 +83,12 @@ class EngineLoad:
         self._config = vllm_config
         return self
 
-    def stats(self) -> dict[str, float]:
+    def stats(self, answering: int = 0) -> dict[str, float]:
         """What ``record_autoscaling_stats`` returns; see :mod:`serve_app.autoscaling`.
 
-        Requests ``running`` and ``waiting`` in the engine, its ``capacity`` (``max_num_seqs``),
+        Requests ``running`` in the engine and ``waiting`` in it or, of the ``answering`` that the
+        server has, in front of it (the first ones wait while vLLM imports what it needs for
+        them, others for a download or the tokenizer); its ``capacity`` (``max_num_seqs``),
         ``kv_cache_usage`` (0 to 1), ``preemptions`` so far, and ``tokens_per_s`` generated since
         the call before.
         """
@@ -96,7 +98,7 @@ class EngineLoad:
         capacity = self._config.scheduler_config.max_num_seqs if self._config else 0
         return {
             "running": self._running,
-            "waiting": self._waiting,
+            "waiting": max(self._waiting, answering - self._running),
             "capacity": capacity,
             "kv_cache_usage": self._kv_cache_usage,
             "preemptions": self._preemptions,

@@ -183,7 +183,7 @@ class ModelServer:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`serve_app.autoscaling.LoadPolicy` decides on."""
-        return self._engine.load.stats()
+        return self._engine.load.stats(self._engine.requests_running)
 
     async def check_health(self) -> None:
         """Raise when the engine is dead."""

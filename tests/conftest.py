@@ -34,6 +34,7 @@ def cluster(
     finally:
         left = cluster.interrupt()
     assert not left, f"Ctrl-C left {left}"
+    assert "Controller failed to shut down" not in cluster.tail()  # Serve gave up, after 30 s
     assert processes.is_port_free(cluster.port)
 
 

@@ -112,6 +112,11 @@ def test_replicas_that_are_all_still_starting_are_left_alone() -> None:
     assert decide(LoadPolicy(0.7), target=3, running=0, queued=500) == 3
 
 
+def test_replicas_that_run_but_do_not_report_are_left_alone() -> None:
+    assert decide(LoadPolicy(0.7), target=2, running=2) == 2
+    assert decide(LoadPolicy(0.7), target=2, running=2, capacity=0.0) == 2
+
+
 # Inside Serve
 
 
@@ -310,6 +315,8 @@ def test_an_engine_reports_its_latest_step_and_its_rates() -> None:
         "preemptions": 1,
         "tokens_per_s": 50.0,
     }
+    assert load.stats(answering=9)["waiting"] == 6  # three are not in the engine yet
+    assert load.stats(answering=2)["waiting"] == 3  # one request may be several to the engine
     load.record(step(), None)
     now[0] += 2
     assert load.stats()["tokens_per_s"] == 0.0

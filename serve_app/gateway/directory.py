@@ -123,13 +123,11 @@ class Directory:
             found.append({"replica": start.replica, "phase": phase.name, "seconds": seconds})
         return found
 
-    def handle(self, model: Model) -> DeploymentHandle:
+    def handle(self, name: str) -> DeploymentHandle:
         """A Serve handle: the way to wait for a model without replicas, and to wake it."""
-        if model.name not in self._handles:
-            self._handles[model.name] = serve.get_deployment_handle(
-                DEPLOYMENT, model.name, _check_exists=False
-            )
-        return self._handles[model.name]
+        if name not in self._handles:
+            self._handles[name] = serve.get_deployment_handle(DEPLOYMENT, name, _check_exists=False)
+        return self._handles[name]
 
     def find(self, id: str) -> Model | None:
         """The model that answers to ``id``."""

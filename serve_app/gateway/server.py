@@ -9,6 +9,7 @@ import logging
 import posixpath
 import re
 import uuid
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from serve_app.config import GatewayConfig
 from serve_app.errors import did_you_mean
 from serve_app.gateway import body as request_body
-from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.directory import REFRESH_S, Directory, Model
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.metrics import Measured
 from serve_app.gateway.relay import Answer, Headers, NotStarted, Relay, Request, Send
@@ -65,6 +66,8 @@ class Gateway:
         self._directory = directory
         self._relay = relay
         self._max_body = int(config.max_body_mib * 2**20)
+        self._turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By model: held by whoever is choosing its replica, which takes long only without one."""
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -200,7 +203,7 @@ class Gateway:
     ) -> int:
         """Relay to one replica; where it fails before its first byte, once to another."""
         for last in (False, True):
-            replica = self._board.choose(model.name) or await self._wait_for_replica(model)
+            replica = await self._replica_for(model)
             try:
                 return await self._relay.send(replica, request, answer)
             except NotStarted as error:
@@ -213,30 +216,12 @@ class Gateway:
             "please send it again."
         )
 
-    async def _wait_for_replica(self, model: Model) -> Replica:
-        """Wait for a model that has no live replica; if it is scaled to zero, this wakes it."""
-        if model.broken:
-            raise unavailable(
-                f"The model '{model.name}' failed to start: {model.message}", retry_after_s=60
-            )
+    async def _replica_for(self, model: Model) -> Replica:
+        """The replica to send to; requests that wait for one get it in the order they came in."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.cold_start_timeout_s):
-                while True:
-                    try:
-                        async with self._directory.handle(model).choose_replica() as chosen:
-                            found = chosen.replica_metadata
-                    except DeploymentUnavailableError:
-                        raise unavailable(
-                            f"The model '{model.name}' cannot start; GET /ready says why.",
-                            retry_after_s=30,
-                        ) from None
-                    replica = self._board.add(
-                        model.name, chosen.replica_id, found["host"], found["port"]
-                    )
-                    if replica is not None:
-                        return replica
-                    # Either Serve has not noticed yet that it is dead, or it is not.
-                    await asyncio.sleep(0.1)
+            # A lock is first come, first served, also for those who come while it is passed on.
+            async with asyncio.timeout(self._config.cold_start_timeout_s), self._turn[model.name]:
+                return self._board.choose(model.name) or await self._wake(model.name)
         latest = self._directory.find(model.name) or model
         doing = [f"{s['phase']} ({s['seconds']} s)" for s in self._directory.starting(latest)]
         raise unavailable(
@@ -245,6 +230,41 @@ class Gateway:
             + (f"it is {doing[0]}." if doing else "it may still be loading."),
             retry_after_s=30,
         )
+
+    async def _wake(self, name: str) -> Replica:
+        """Wait for a model without a live replica; if it is scaled to zero, this wakes it.
+
+        One request at a time does this for all that wait behind it: Serve, which counts who
+        waits, starts one replica for one as for many.
+        """
+        asking = asyncio.create_task(self._ask_serve(name))
+        try:
+            while not asking.done():
+                model = self._find(name)  # Serve lets those wait on whose model fails or goes
+                if model.broken:
+                    raise unavailable(
+                        f"The model '{name}' failed to start: {model.message}", retry_after_s=60
+                    )
+                await asyncio.wait([asking], timeout=REFRESH_S)
+            return asking.result()
+        finally:
+            asking.cancel()
+
+    async def _ask_serve(self, name: str) -> Replica:
+        """The first live replica that Serve has."""
+        while True:
+            try:
+                async with self._directory.handle(name).choose_replica() as chosen:
+                    found = chosen.replica_metadata
+            except DeploymentUnavailableError:
+                raise unavailable(
+                    f"The model '{name}' cannot start; GET /ready says why.", retry_after_s=30
+                ) from None
+            replica = self._board.add(name, chosen.replica_id, found["host"], found["port"])
+            if replica is not None:
+                return replica
+            # Either Serve has not noticed yet that it is dead, or it is not.
+            await asyncio.sleep(0.1)
 
 
 def _is_closed(path: str) -> bool:

@@ -144,7 +144,7 @@ class _Models(Directory):
         self._phases: dict[str, Phase] = {}
         self._board = board
 
-    def handle(self, model: Model) -> Any:
+    def handle(self, name: str) -> Any:
         return _Handle()
 
 

@@ -185,11 +185,12 @@ class Cluster:
 
         return dict(ServeSubmissionClient(self.dashboard).get_serve_details()["applications"])
 
-    def replicas(self, name: str) -> dict[str, int]:
-        """Pids by id of a model's running replicas."""
+    def replicas(self, name: str, *states: str, deployment: str = DEPLOYMENT) -> dict[str, int]:
+        """Pids by id of a model's running replicas, or of those in other states."""
         deployments = self.applications().get(name, {}).get("deployments", {})
-        listed = deployments.get(DEPLOYMENT, {}).get("replicas", ())
-        return {r["replica_id"]: r["pid"] for r in listed if r["state"] == "RUNNING"}
+        listed = deployments.get(deployment, {}).get("replicas", ())
+        wanted = states or ("RUNNING",)
+        return {r["replica_id"]: r.get("pid", 0) for r in listed if r["state"] in wanted}
 
     @contextmanager
     def ray(self) -> Iterator[None]:
@@ -224,8 +225,8 @@ class ModelPort:
         )
 
 
-def model_port(name: str) -> ModelPort:
-    """The port of the first replica of a model; needs :meth:`Cluster.ray`."""
+def model_ports(name: str) -> dict[str, ModelPort]:
+    """The ports of a model's replicas, by replica id; needs :meth:`Cluster.ray`."""
     import ray
     from ray.serve._private.common import DeploymentID
     from ray.serve._private.long_poll import LongPollNamespace
@@ -239,10 +240,18 @@ def model_port(name: str) -> ModelPort:
     controller = cluster.controller()
     assert controller is not None
     reported = ray.get(controller.listen_for_change.remote({key: -1}), timeout=30)
-    where = reported[key].object_snapshot.running_replicas[0].replica_metadata
-    return ModelPort(
-        f"http://{where['host']}:{where['port']}", cluster.internal_credential().decode()
-    )
+    credential = cluster.internal_credential().decode()
+    ports = {}
+    for replica in reported[key].object_snapshot.running_replicas:
+        where = replica.replica_metadata
+        base_url = f"http://{where['host']}:{where['port']}"
+        ports[replica.replica_id.unique_id] = ModelPort(base_url, credential)
+    return ports
+
+
+def model_port(name: str) -> ModelPort:
+    """The port of the first replica of a model."""
+    return next(iter(model_ports(name).values()))
 
 
 class BareVllm:
