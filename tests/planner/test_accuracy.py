@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,32 @@ def test_within_the_promised_error_of_vllm() -> None:
     for c in comparisons:
         assert abs(c.weights_error) <= 0.01, (c.name, c.weights_error)
         assert abs(c.tokens_error) <= 0.03, (c.name, c.tokens_error)
+
+
+ON_TWO_GPUS = {
+    "tp2": ("RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic", {"tensor_parallel_size": 2}),
+    "pp2": ("RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic", {"pipeline_parallel_size": 2}),
+    "dp2": ("Qwen/Qwen3-30B-A3B", {"data_parallel_size": 2, "enable_expert_parallel": True}),
+}
+"""Steps of benchmarks/h200, which say what vLLM's log said; no constant was fitted on them."""
+
+
+@pytest.mark.parametrize("step", ON_TWO_GPUS)
+def test_as_close_on_two_gpus(step: str) -> None:
+    from tests.planner.helpers import kept, plan
+
+    log = "\n".join(json.loads((RECORDED.parent / "h200.json").read_text())[step]["start"]["log"])
+    weights = [float(gib) for gib in re.findall(r"Model loading took (\S+) GiB", log)]
+    tokens = re.findall(r"GPU KV cache size: (\S+) tokens", log)
+    name, parallel = ON_TWO_GPUS[step]
+    settings = {"max_model_len": 8192, "enforce_eager": True, **parallel}
+    found = plan(kept(name), **settings)
+    assert [s.weights / 2**30 for s in found.stages] == pytest.approx(
+        weights[: len(found.stages)], rel=0.01
+    )
+    # Each rank of a gang tells its own.
+    measured = int(tokens[0].replace(",", "")) * parallel.get("data_parallel_size", 1)
+    assert found.kv_cache_tokens == pytest.approx(measured, rel=0.03)
 
 
 def test_each_case_is_a_model_at_hand() -> None:
