@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from ray.experimental import internal_kv
+
+from serve_app.beside import Beside
 
 logger = logging.getLogger("ray.serve")
 
@@ -37,30 +36,13 @@ class Phase:
     """By ``time.time`` where the replica runs."""
 
 
-class Progress:
-    """Publishes the phases of a replica's start until its ``with`` block ends.
-
-    In a thread, because vLLM's constructor holds the event loop until the engine is up.
-    """
+class Progress(Beside):
+    """Publishes the phases of a replica's start until its ``with`` block ends."""
 
     def __init__(self, replica: str, file: Path) -> None:
+        super().__init__("progress")
         self._key = _key(replica)
         self._file = file
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
-        self._thread.join(timeout=5)
 
     def _run(self) -> None:
         try:

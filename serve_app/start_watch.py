@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import threading
 import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import ray
 
 from serve_app import cluster
+from serve_app.beside import Beside
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,30 +28,17 @@ GRACE_S = 30.0
 """Seconds in which a start that was broken off must have ended by itself."""
 
 
-class StartWatch:
+class StartWatch(Beside):
     """Watches the start of a replica until its ``with`` block ends."""
 
     def __init__(self, application: str, replica: str, limit_s: float) -> None:
+        super().__init__("start-watch")
         self.overdue = False
         """Whether the start was broken off because it took longer than ``limit_s`` seconds."""
 
         self._application = application
         self._replica = replica
         self._deadline = time.monotonic() + limit_s
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="start-watch", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._over.set()
 
     def _run(self) -> None:
         while True:
