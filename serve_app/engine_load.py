@@ -136,6 +136,9 @@ class EngineLoad:
     def log_engine_initialized(self) -> None:
         """vLLM calls it once the engine runs."""
 
+    def record_sleep_state(self, sleep: int, level: int) -> None:
+        """vLLM 0.29 calls it on its own loggers only; who sends the engine to sleep says so."""
+
 
 class PreemptionWatch:
     """Counts preemptions within a window, and tells when it is time to warn."""

@@ -296,8 +296,12 @@ def step(running: int = 0, waiting: int = 0, skipped: int = 0, usage: float = 0.
     )
 
 
-def iteration(tokens: int = 0, preempted: int = 0) -> Any:
-    return SimpleNamespace(num_generation_tokens=tokens, num_preempted_reqs=preempted)
+def iteration(tokens: int = 0, preempted: int = 0, finished: int = 0) -> Any:
+    return SimpleNamespace(
+        num_generation_tokens=tokens,
+        num_preempted_reqs=preempted,
+        finished_requests=[None] * finished,
+    )
 
 
 def test_an_engine_reports_its_latest_step_and_its_rates() -> None:
@@ -325,6 +329,15 @@ def test_an_engine_reports_its_latest_step_and_its_rates() -> None:
 
 def test_an_engine_that_has_not_started_reports_no_capacity() -> None:
     assert EngineLoad("m").stats()["capacity"] == 0
+
+
+def test_an_engine_is_proven_once_it_has_finished_a_request() -> None:
+    load = EngineLoad("m")
+    load.record(step(running=1), iteration(tokens=1))
+    assert not load.proven
+    load.record(step(), iteration(finished=1))
+    load.record(step(running=1), iteration(tokens=1))
+    assert load.proven
 
 
 def test_it_is_what_vllm_calls() -> None:
