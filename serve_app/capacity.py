@@ -148,7 +148,9 @@ def _remedy(placement: Placement, totals: Sequence[Resources]) -> str:
             placement, head=_without(placement.head, name), stage=_without(placement.stage, name)
         )
         if fits(other, totals):
-            return f"; {setting}"
+            there = sorted({type_of(node).strip() for node in totals} - {""})
+            types = f" (here: {', '.join(there)})" if name == TYPE and there else ""
+            return f"; {setting}{types}"
     gpus = int(placement.head.get("GPU", 0))
     if placement.in_process or not gpus:
         return ""

@@ -11,6 +11,9 @@ from ray.experimental import internal_kv
 CREDENTIAL_HEADER = b"x-serve-app-credential"
 """Request header that carries the credential from the gateway to a model server."""
 
+ASLEEP_HEADER = b"x-serve-app-asleep"
+"""On a model server's refusal of a request: its engine sleeps, another replica's may not."""
+
 _CREDENTIAL_KEY = b"serve_app/internal_credential"
 
 

@@ -31,7 +31,9 @@ ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Resources(_Settings):
@@ -40,8 +42,9 @@ class Resources(_Settings):
     device: Literal["gpu", "cpu"] = "gpu"
     """``cpu`` runs vLLM's CPU engine; then no GPU is asked for."""
 
-    accelerator_type: str | None = None
-    """A GPU type as Ray names it (``H100``, ``A100-80G``, ``L40S`` …); None takes any."""
+    accelerator_type: str | None = Field(default=None, min_length=1)
+    """A GPU type as Ray names it on a node (``H100``, ``L40S`` …); None takes any. Ray finds
+    ``A100`` on both sizes of it; the rendered manifests declare ``A100-40G`` and ``A100-80G``."""
 
     num_cpus: float = Field(default=1.0, ge=0)
     """CPU cores reserved on the replica's node, for the engine's front end."""
@@ -73,8 +76,10 @@ class Autoscaling(_Settings):
     @model_validator(mode="after")
     def _bounds(self) -> Autoscaling:
         if self.max_replicas < max(1, self.min_replicas):
+            default = "" if "max_replicas" in self.model_fields_set else " (the default)"
             raise ValueError(
-                f"max_replicas is {self.max_replicas}, below min_replicas ({self.min_replicas})"
+                f"max_replicas is {self.max_replicas}{default}, below min_replicas "
+                f"({self.min_replicas}); set it"
             )
         if self.initial_replicas is not None and not (
             self.min_replicas <= self.initial_replicas <= self.max_replicas
@@ -143,6 +148,14 @@ class ModelConfig(_Settings):
     def _engine(cls, engine: dict[str, Any]) -> dict[str, Any]:
         engine_args.check(engine)
         return engine
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _cache_dir(cls, folder: str | None) -> str | None:
+        """A replica's working folder is Ray's, and no shell is there to read ``~``."""
+        if folder is not None and not folder.startswith("/"):
+            raise ValueError(f"'{folder}' must be a folder's whole path, such as /mnt/models")
+        return folder
 
     @field_validator("env", mode="before")
     @classmethod
@@ -280,7 +293,15 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
             f" (known: {', '.join(known)})"
         )
     if kind == "missing":
-        return f"'{key}' is missing"
+        others = [e["loc"][-1] for e in error.errors() if e["type"] == "extra_forbidden"]
+        given = f" (there is '{others[0]}'; did you mean '{loc[-1]}'?)" if others else ""
+        return f"'{key}' is missing{given}"
+    if kind == "string_too_short":
+        return f"{key} is empty; give it a value or remove it"
+    if kind == "string_type":
+        return f"{key} is {value!r}, but must be text; put it in quotes, or remove it"
+    if kind == "float_parsing":
+        return f"{key} is {value!r}, but must be a number, without a unit"
     if kind == "value_error":
         text = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {text}" if key else text
@@ -289,8 +310,8 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     if kind == "model_type":
         keys = ", ".join(_keys_at(settings, loc))
         return f"{key} is {value!r}, but must be a mapping with some of: {keys}"
-    if key.split(".")[-1].isdigit() or kind == "string_pattern_mismatch":
-        return f"{key} is {value!r}: {problem['msg'].lower()} (no spaces)"
+    if kind == "string_pattern_mismatch":
+        return f"{key} is {value!r}, but an id has no spaces"
     return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
 
 
@@ -331,6 +352,15 @@ _APPLICATION_KEYS = (
     "name", "route_prefix", "import_path", "args", "deployments", "runtime_env",
     "logging_config", "autoscaling_policy", "external_scaler_enabled", "host", "port",
 )  # fmt: skip
+_DEPLOYMENT_KEYS = (
+    "name", "num_replicas", "max_ongoing_requests", "max_queued_requests", "backpressure_config",
+    "user_config", "autoscaling_config", "graceful_shutdown_wait_loop_s",
+    "graceful_shutdown_timeout_s", "health_check_period_s", "health_check_timeout_s",
+    "ray_actor_options", "placement_group_bundles", "placement_group_strategy",
+    "placement_group_bundle_label_selector", "max_replicas_per_node", "logging_config",
+    "request_router_config", "gang_scheduling_config", "deployment_actors",
+    "rolling_update_percentage", "max_surge_percent",
+)  # fmt: skip
 _DOCUMENT_KEYS = (
     "applications", "http_options", "grpc_options", "proxy_location", "logging_config",
     "target_capacity", "controller_options",
@@ -350,6 +380,7 @@ def parse_document(document: Any, path: Path) -> Fleet:
     if not isinstance(applications, list) or not applications:
         raise ConfigError(f"{path}: 'applications' must be a list with at least one model")
     models: dict[str, ModelConfig] = {}
+    answering: dict[str, ModelConfig] = {}
     gateway: GatewayConfig | None = None
     seen: set[str] = set()
     for position, application in enumerate(applications, 1):
@@ -360,13 +391,14 @@ def parse_document(document: Any, path: Path) -> Fleet:
         if application["import_path"] == MODEL_IMPORT_PATH:
             models[name] = parse(ModelConfig, application.get("args"), where)
             _check_model_application(where, application)
+            answering[name] = _with_live_adapters(where, models[name], application)
         elif application["import_path"] == GATEWAY_IMPORT_PATH:
             if gateway is not None:
                 raise ConfigError(f"{where}: a second gateway; one serves all models")
             gateway = parse(GatewayConfig, application.get("args"), where)
             if application.get("route_prefix", "/") != "/":
                 raise ConfigError(f"{where}: the gateway needs 'route_prefix: /'")
-    refuse_shared_ids(models, where=str(path))
+    refuse_shared_ids(answering, where=str(path))
     return Fleet(path, document, models, gateway)
 
 
@@ -384,7 +416,12 @@ def _check_application(path: Path, position: int, application: Any) -> tuple[str
     if not isinstance(application, dict):
         raise ConfigError(f"{path}: application {position} must be a mapping")
     name = application.get("name")
-    if not isinstance(name, str) or not name:
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(
+            f"{path}: the name of application {position} is {name!r}, but must be text; put it in "
+            "quotes"
+        )
+    if not name:
         raise ConfigError(f"{path}: application {position} has no name; for a model it is its id")
     where = f"{path}: application {name!r}"
     for key in application:
@@ -420,6 +457,21 @@ def _check_deployments(where: str, deployments: Any, known: str) -> None:
             name = str(deployment.get("name"))
             hint = did_you_mean(name, [known]) or f"; its one deployment is '{known}'"
             raise ConfigError(f"{where}: deployments names '{name}'{hint}")
+        for key in deployment:
+            if key not in _DEPLOYMENT_KEYS:
+                hint = did_you_mean(str(key), _DEPLOYMENT_KEYS)
+                raise ConfigError(f"{where}: '{key}' is not a key of a Serve deployment{hint}")
+
+
+def _with_live_adapters(where: str, model: ModelConfig, application: dict[str, Any]) -> ModelConfig:
+    """The model with the adapters of its ``user_config``, which take the place of its own."""
+    for deployment in application.get("deployments") or []:
+        if "user_config" in deployment:
+            live = parse(LiveConfig, deployment["user_config"], f"{where}: user_config")
+            if live.adapters and not (model.adapters or model.engine.get("enable_lora")):
+                raise ConfigError(f"{where}: adapters in user_config need engine.enable_lora: true")
+            return model.model_copy(update={"adapters": live.adapters})
+    return model
 
 
 def check_name(where: str, name: str) -> None:
@@ -454,7 +506,10 @@ def refuse_shared_ids(models: dict[str, ModelConfig], where: str) -> None:
     """
     owner: dict[str, str] = {}
     for name, model in models.items():
-        for id in ids_of(name, model):
+        ids = ids_of(name, model)
+        if twice := next((id for id in ids if ids.count(id) > 1), None):
+            raise ConfigError(f"{where}: '{name}' lists the id '{twice}' twice; remove one")
+        for id in ids:
             other = owner.setdefault(id, name)
             if other != name:
                 raise ConfigError(

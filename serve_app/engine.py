@@ -19,7 +19,7 @@ import uvicorn
 
 from serve_app import engine_args, gang, placement, start_errors
 from serve_app.adapters import Adapters
-from serve_app.cluster import CREDENTIAL_HEADER
+from serve_app.cluster import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.config import ModelConfig
 from serve_app.engine_load import EngineLoad
 from serve_app.engine_process import PHASE, REASON, START_FOLDER, tie_children
@@ -248,10 +248,10 @@ class Guard:
             if name == CREDENTIAL_HEADER:
                 given = value
         if not hmac.compare_digest(given, self._credential):
-            await _refuse(scope, send, 401, _NOT_THE_GATEWAY)
+            await _refuse(scope, send, 401, _NOT_THE_GATEWAY, [])
             return
         if self._asleep():
-            await _refuse(scope, send, 503, _ASLEEP)
+            await _refuse(scope, send, 503, _ASLEEP, [(ASLEEP_HEADER, b"1")])
             return
 
         async def send_unless_dead(message: MutableMapping[str, Any]) -> None:
@@ -275,20 +275,21 @@ _NOT_THE_GATEWAY = envelope(
     code="invalid_internal_credential",
 )
 # An engine that sleeps would keep the request until somebody wakes it.
-_ASLEEP = envelope(
-    "The model is asleep; 'serve-app admin MODEL wake' wakes it.",
-    "server_error",
-    code="model_asleep",
-)
+_ASLEEP = envelope("This replica is asleep.", "server_error", code="model_asleep")
 
 
-async def _refuse(scope: Scope, send: Send, status: int, error: dict[str, Any]) -> None:
+async def _refuse(
+    scope: Scope,
+    send: Send,
+    status: int,
+    error: dict[str, Any],
+    extra: list[tuple[bytes, bytes]],
+) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
     body = json.dumps(error).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    if status == 503:
-        headers.append((b"retry-after", b"30"))
+    headers += extra
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

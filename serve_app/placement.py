@@ -9,7 +9,7 @@ control plane reserves all bundles or none, in the order of asking; until then t
 pending placement group, which is also what a cluster autoscaler acts on.
 
 vLLM itself wants bundles of one GPU; :mod:`serve_app.ray_executor` is what bridges the two.
-Alternatives and measurements: docs/decisions.md, "Placement".
+Alternatives and measurements: docs/decisions-placement.md.
 """
 
 from __future__ import annotations

@@ -92,7 +92,18 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     (
         r"No space left on device",
         "no space is left on the disk that '{model}' is downloaded to; give the model cache "
-        "(HF_HOME) a larger volume",
+        "(cache_dir, else HF_HOME) a larger volume",
+    ),
+    (
+        r"cache is needed, which is larger than the available KV cache",
+        "the KV cache of '{model}' cannot hold one request of max_model_len (now {len}); lower it, "
+        "or raise gpu_memory_utilization (now {util}) or tensor_parallel_size (now {tp}); "
+        "serve-app plan says what fits",
+    ),
+    (
+        r"PermissionError",
+        "'{model}' may not read or write a folder that it needs, mostly cache_dir; give the user "
+        "that Ray runs as access to it",
     ),
     (
         r"trust_remote_code",

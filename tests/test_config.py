@@ -52,6 +52,10 @@ def refusal(content: Any) -> str:
     return message.removeprefix("c.yaml: ")
 
 
+def live(user_config: dict[str, Any]) -> dict[str, Any]:
+    return {"deployments": [{"name": "ModelServer", "user_config": user_config}]}
+
+
 def refused_args(**args: Any) -> str:
     return refusal(document(chat(**args))).removeprefix("application 'm': ")
 
@@ -75,7 +79,7 @@ def test_applications_must_be_a_list_with_something_in_it(applications: Any) -> 
     [
         ("m", "application 1 must be a mapping"),
         ({}, "application 1 has no name; for a model it is its id"),
-        ({"name": 5}, "application 1 has no name; for a model it is its id"),
+        ({"name": 5}, "the name of application 1 is 5, but must be text; put it in quotes"),
         (
             {"name": "m"},
             "application 'm': import_path is missing; a model has serve_app.model:app, "
@@ -106,6 +110,25 @@ def test_applications_must_be_a_list_with_something_in_it(applications: Any) -> 
             "application 'org/m:1.0': an application's name cannot hold '/' (Serve makes a file "
             "name of it); name it 'm:1.0' and list 'org/m:1.0' in args.served_as",
         ),
+        (
+            chat() | {"deployments": [{"name": "ModelServer", "num_replica": 2}]},
+            "application 'm': 'num_replica' is not a key of a Serve deployment; "
+            "did you mean 'num_replicas'?",
+        ),
+        (
+            chat() | live({"adapter": []}),
+            "application 'm': user_config: 'adapter' is not a setting; did you mean 'adapters'? "
+            "(known: adapters)",
+        ),
+        (
+            chat() | live({"adapters": [{"name": "poet", "path": "/p"}]}),
+            "application 'm': adapters in user_config need engine.enable_lora: true",
+        ),
+        (
+            chat(engine={"enable_lora": True}) | live({"adapters": [{"name": "m", "path": "/p"}]}),
+            "'m' lists the id 'm' twice; remove one",
+        ),
+        (chat(served_as=["m"]), "'m' lists the id 'm' twice; remove one"),
         (chat("a b"), "application 'a b': an application's name cannot hold spaces"),
         (chat() | {"args": 5}, "application 'm': args must be a mapping, not int"),
         (chat() | {"args": None}, "application 'm': 'model' is missing"),
@@ -186,11 +209,11 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
     ("args", "why"),
     [
         ({"modle": "x"}, "'modle' is not a setting; did you mean 'model'? (known: model, "),
-        ({"model": None}, "model is None, but should be a valid string"),
-        ({"model": ""}, "model is ''"),
+        ({"model": None}, "model is None, but must be text; put it in quotes, or remove it"),
+        ({"model": ""}, "model is empty; give it a value or remove it"),
         ({"served_as": "z"}, "served_as is 'z', but should be a valid list"),
         ({"served_as": ["a b"]}, "served_as.0 is 'a b'"),
-        ({"served_as": [""]}, "served_as.0 is ''"),
+        ({"served_as": [""]}, "served_as.0 is empty; give it a value or remove it"),
         ({"replicas": 0}, "replicas is 0, but should be greater than or equal to 1"),
         ({"replicas": "two"}, "replicas is 'two', but should be a valid integer"),
         (
@@ -232,7 +255,21 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
             "adapters need engine.enable_lora; remove 'enable_lora: false'",
         ),
         ({"env": [1]}, "env is [1], but must be a mapping of names to values"),
-        ({"start_timeout_s": "soon"}, "start_timeout_s is 'soon', but should be a valid number"),
+        ({"hang_timeout_s": float("inf")}, "hang_timeout_s is inf, but should be a finite number"),
+        ({"cache_dir": "~/models"}, "cache_dir: '~/models' must be a folder's whole path"),
+        ({"resources": {"accelerator_type": ""}}, "resources.accelerator_type is empty"),
+        (
+            {"autoscaling": {"min_replicas": 2}},
+            "autoscaling: max_replicas is 1 (the default), below min_replicas (2); set it",
+        ),
+        (
+            {"adapters": [{"name": "poet", "pth": "/x"}]},
+            "'adapters.0.path' is missing (there is 'pth'; did you mean 'path'?)",
+        ),
+        (
+            {"start_timeout_s": "soon"},
+            "start_timeout_s is 'soon', but must be a number, without a unit",
+        ),
         ({"engine": 5}, "engine is 5, but must be a mapping of names to values"),
         (
             {"autoscaling": True},

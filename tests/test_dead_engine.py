@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.cluster import CREDENTIAL_HEADER
+from serve_app.cluster import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.engine import Guard
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
@@ -50,5 +50,5 @@ async def test_a_sleeping_engine_gets_no_request_that_it_would_keep() -> None:
     await guard(scope, send, send)
     head, body = sent
     assert head["status"] == 503
-    assert (b"retry-after", b"30") in head["headers"]
+    assert (ASLEEP_HEADER, b"1") in head["headers"]
     assert json.loads(body["body"])["error"]["code"] == "model_asleep"

@@ -15,6 +15,7 @@ import pytest
 from harness.processes import free_port
 from harness.scripted import Exchange, GatewayProcess, Upstream, ok, until
 
+from serve_app.cluster import ASLEEP_HEADER
 from serve_app.gateway import replicas
 
 CHAT = "/v1/chat/completions"
@@ -168,6 +169,36 @@ async def test_two_replicas_that_fail_are_enough() -> None:
         assert error.keys() == ENVELOPE
         assert (error["type"], error["code"]) == ("server_error", "model_unavailable")
         assert (len(one.exchanges), len(two.exchanges), len(three.exchanges)) == (1, 1, 0)
+
+
+async def is_asleep(exchange: Exchange) -> None:
+    await exchange.head(f"{ASLEEP_HEADER.decode()}: 1", "content-length: 0", status="503 Asleep")
+
+
+async def test_a_replica_that_sleeps_leaves_requests_to_those_that_are_awake() -> None:
+    async with (
+        Upstream(is_asleep) as sleeps,
+        Upstream() as awake,
+        GatewayProcess(sleeps, awake) as gateway,
+    ):
+        for _ in range(5):
+            assert (await gateway.client.post(CHAT, json=ASK)).status_code == 200
+        assert len(sleeps.exchanges) <= 1
+
+
+async def test_a_model_whose_replicas_all_sleep_says_so_at_once() -> None:
+    async with (
+        Upstream(is_asleep) as one,
+        Upstream(is_asleep) as two,
+        GatewayProcess(one, two) as gateway,
+    ):
+        for _ in range(3):
+            answer = await gateway.client.post(CHAT, json=ASK)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
+            error = answer.json()["error"]
+            assert error["code"] == "model_asleep"
+            assert "'serve-app admin m wake'" in error["message"]
+        assert len(one.exchanges) + len(two.exchanges) == 6
 
 
 async def test_a_model_without_replicas_that_cannot_start_is_unavailable() -> None:

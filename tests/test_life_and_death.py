@@ -292,10 +292,9 @@ def test_a_model_that_is_removed_while_it_starts_gives_back_what_it_has(
     assert eventually(lambda: len(family(pair)[1]) >= 3, BACK_S)  # EngineCore and its first worker
     assert not pair.replicas(SPLIT)
     replica, below = family(pair)
-    before = pair.deployed()
-    del before["applications"][1]
+    others = [a for a in split["applications"] if a["name"] != SPLIT]
     since = time.monotonic()
-    pair.deploy(before)
+    pair.deploy(split | {"applications": others})
     # Not after its graceful_shutdown_timeout_s, which is ten minutes.
     assert eventually(lambda: not any(map(title, {replica, *below})), 60)
     print(f"\nMEASURED removal at start-up: {time.monotonic() - since:.1f} s to the last process")
@@ -349,11 +348,11 @@ def test_no_process_of_a_split_engine_outlives_its_replica(
             assert eventually(lambda: len(workers(pair)) == 2)
             answer = ask(pair.base_url, body | {"max_tokens": 8, "stream": False})
             assert answer.ending == "whole", answer
-        if moment == "mid-generation":
-            pool.submit(ask, pair.base_url, body, request)
-            assert eventually(lambda: request.is_streaming, 60)
         before = orphans()
         replica, below = family(pair)
+        if moment == "mid-generation":
+            pool.submit(ask, pair.base_url, body, request)
+            assert eventually(lambda: request.is_streaming, 60)  # for some ten seconds
         since = time.monotonic()
         os.kill(replica, signal.SIGKILL)
 

@@ -323,7 +323,7 @@ def test_a_refusal_for_the_type_names_the_types_there_are() -> None:
     text = refusal(found, gpus(8, kind="L40S"))
     assert "1 H100 GPU on one node" in text
     assert "8 of 8 L40S GPUs free" in text
-    assert text.endswith("change resources.accelerator_type")
+    assert text.endswith("change resources.accelerator_type (here: L40S)")
 
 
 def test_a_refusal_names_what_else_is_short() -> None:

@@ -68,6 +68,14 @@ FROM_A_WORKER = (
             "(dmesg says so: set resources.memory_gib), else its log on that node has the reason",
         ),
         (
+            "ValueError: To serve at least one request with the models's max seq len (131072), "
+            "(16.0 GiB KV cache is needed, which is larger than the available KV cache memory "
+            "(9.21 GiB). Based on the available memory, the estimated maximum model length is",
+            "the KV cache of 'org/model' cannot hold one request of max_model_len (now the model's "
+            "own); lower it, or raise gpu_memory_utilization (now 0.92) or tensor_parallel_size "
+            "(now 1); serve-app plan says what fits",
+        ),
+        (
             FROM_A_WORKER.format("something nobody has seen"),
             "the engine of 'org/model' did not start: ValueError: something nobody has seen",
         ),

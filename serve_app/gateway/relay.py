@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from serve_app.cluster import CREDENTIAL_HEADER
+from serve_app.cluster import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.replicas import Replica
 
@@ -76,6 +76,10 @@ class NotStarted(Exception):
     """The replica failed before it sent a byte of its answer: another one may have it."""
 
 
+class Asleep(NotStarted):
+    """The replica has been put to sleep; nothing is wrong with it."""
+
+
 class Relay:
     """The connections of this gateway to all replicas, kept open between requests."""
 
@@ -119,6 +123,8 @@ class Relay:
                 data=request.body or None,
                 allow_redirects=False,
             ) as response:
+                if ASLEEP_HEADER.decode() in response.headers:
+                    raise Asleep("asleep")
                 if not 200 <= response.status < 600:
                     raise NotStarted(f"status {response.status}")
                 headers = _to_client(response.raw_headers, replica.base_url.encode())

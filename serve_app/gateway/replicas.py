@@ -24,6 +24,9 @@ class Replica:
     inflight: int = 0
     """Requests that this gateway has running there."""
 
+    asleep_until: float = 0.0
+    """By ``time.monotonic``; until then one that is awake is better."""
+
     @property
     def base_url(self) -> str:
         return f"http://{self.host}:{self.port}"
@@ -54,6 +57,10 @@ class Board:
         """Do not choose it for a while; Serve takes longer to notice than a failed request."""
         self._avoid_until[replica.id] = time.monotonic() + AVOID_S
 
+    def asleep(self, replica: Replica) -> None:
+        """Choose it for a while only where all are asleep."""
+        replica.asleep_until = time.monotonic() + AVOID_S
+
     def add(self, application: str, id: str, host: str, port: int) -> Replica | None:
         """A replica that Serve named elsewhere; None where it is to be avoided."""
         if self._is_avoided(id):
@@ -71,6 +78,8 @@ class Board:
             live = [r for r in live if not self._is_avoided(r.id)]
         if len(live) < 2:
             return live[0] if live else None
+        now = time.monotonic()
+        live = [r for r in live if r.asleep_until < now] or live
         least = min(r.inflight for r in live)
         return random.choice([r for r in live if r.inflight == least])
 

@@ -23,7 +23,7 @@ from serve_app.gateway import body as request_body
 from serve_app.gateway.directory import REFRESH_S, Directory, Model
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.metrics import Measured
-from serve_app.gateway.relay import Answer, Headers, NotStarted, Relay, Request, Send
+from serve_app.gateway.relay import Answer, Asleep, Headers, NotStarted, Relay, Request, Send
 from serve_app.gateway.replicas import Board, Replica
 
 logger = logging.getLogger("ray.serve")
@@ -206,6 +206,17 @@ class Gateway:
             replica = await self._replica_for(model)
             try:
                 return await self._relay.send(replica, request, answer)
+            except Asleep:
+                self._board.asleep(replica)
+                if last:
+                    raise GatewayError(
+                        503,
+                        f"The model '{model.name}' is asleep until its operator wakes it "
+                        f"('serve-app admin {model.name} wake').",
+                        "server_error",
+                        code="model_asleep",
+                        headers={"retry-after": "30"},
+                    ) from None
             except NotStarted as error:
                 logger.warning(f"request {request.id}: {model.name}, replica {replica.id}: {error}")
                 self._board.avoid(replica)

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from serve_app import autoscaling, engine_args, placement, yaml_files
 from serve_app import config as settings
-from serve_app import engine_args, yaml_files
-from serve_app.config import Fleet
+from serve_app.config import Fleet, ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_deployment, check_model, metadata
+from serve_app.planner import check_deployment, check_model, hardware, metadata
 from serve_app.planner.finding import Finding
 from serve_app.planner.loading import load_model
 from serve_app.planner.manifests import Manifests
@@ -37,6 +37,9 @@ def static(path: Path, manifests: Manifests | None) -> list[Finding]:
         return findings
     for name, config in fleet.models.items():
         findings += check_model.model(name, config)
+        if why := _undeployable(config):
+            fix = "mend the setting: a deployment would refuse it, or wait in vain"
+            findings.append(Finding("placement", "fail", name, why, fix))
     findings += check_deployment.metrics(fleet, path, manifests)
     findings += check_deployment.autoscaling(fleet, manifests)
     findings += check_deployment.model_cache(fleet, manifests)
@@ -56,6 +59,8 @@ def refuse(fleet: Fleet) -> None:
         ConfigError: the first model that cannot start, and what to change.
     """
     for name, config in fleet.models.items():
+        if why := _undeployable(config):
+            raise ConfigError(f"{fleet.path}: application '{name}': {why}")
         if config.engine.keys() & metadata.OTHER_CONFIG:
             continue
         try:
@@ -64,6 +69,20 @@ def refuse(fleet: Fleet) -> None:
             continue
         if why := check_model.impossible(config, model):
             raise ConfigError(f"{fleet.path}: application '{name}': {why} (--no-check skips this)")
+
+
+def _undeployable(config: ModelConfig) -> str | None:
+    """What the model's application would refuse when it is built, or wait for in vain."""
+    try:
+        placement.of(config)
+        autoscaling.deployment_options(config)
+    except ConfigError as error:
+        return str(error)
+    asked = (config.resources.accelerator_type or "").lower()
+    for name in (gpu.ray_name for gpu in hardware.gpus().values()):
+        if name and asked == name.lower() and config.resources.accelerator_type != name:
+            return f"resources.accelerator_type is '{asked}', but Ray writes '{name}'"
+    return None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -57,6 +57,14 @@ def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
     [
         ({"engine": {"tensor_parallel_size": 1}}, "memory", "fail", "weights"),
         ({"engine": {"tensor_parallel_size": 6}}, "parallelism", "fail", "64 attention heads"),
+        ({"engine": {"data_parallel_backend": "ray"}}, "placement", "fail", "is not yours to set"),
+        ({"env": {"VLLM_RAY_BUNDLE_INDICES": "0,1"}}, "placement", "fail", "Ray places the ranks"),
+        (
+            {"resources": {"accelerator_type": "h100"}},
+            "placement",
+            "fail",
+            "accelerator_type is 'h100', but Ray writes 'H100'",
+        ),
         ({"engine": {"tensor_parallel_size": 16}}, "parallelism", "fail", "8 GPUs of the largest"),
         ({"engine": {"max_model_len": 200_000}}, "context length", "fail", "the model's 131072"),
         (
