@@ -92,6 +92,13 @@ async def test_a_broken_model_is_not_listed_and_says_why_to_who_asks_for_it() ->
         }
 
 
+async def test_a_model_whose_update_failed_is_listed_as_long_as_it_serves() -> None:
+    async with GatewayProcess(applications={"m": reported(status="DEPLOY_FAILED")}) as gateway:
+        listed = await gateway.client.get("/v1/models")
+        assert [m["id"] for m in listed.json()["data"]] == ["m"]
+        assert (await gateway.client.get("/ready")).json()["waiting_for"] == ["m"]
+
+
 async def test_a_traceback_is_cut_down_to_its_sentence() -> None:
     frames = 'Traceback (most recent call last):\n  File "x.py", line 1'
     trace = f"{frames}\nserve_app.errors.UserError: {SENTENCE}\n"

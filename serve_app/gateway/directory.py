@@ -138,8 +138,11 @@ class Directory:
         return list(self._models.values())
 
     def ids(self) -> list[str]:
-        """Every id that a client can send, except those of models that failed to deploy."""
-        return [id for id, model in self._by_id.items() if not model.broken]
+        """Every id that a client can send, except those of models that failed to deploy.
+
+        One whose update failed serves on with the replicas from before.
+        """
+        return [id for id, model in self._by_id.items() if model.replicas or not model.broken]
 
 
 def _phases(models: Collection[Model], before: Mapping[str, Phase]) -> dict[str, Phase]:
