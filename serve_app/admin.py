@@ -11,6 +11,9 @@ from serve_app.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from serve_app.engine import Engine
 
+DRAIN_S = 600.0
+"""Seconds that running requests get to finish before an engine sleeps."""
+
 ACTIONS = ("sleep", "wake", "reset-prefix-cache")
 
 
@@ -20,25 +23,38 @@ async def act(engine: Engine, action: str) -> str:
     Sleep is vLLM's level 1: the weights go to host memory, the KV cache is dropped. Level 2 drops
     the weights too, and an engine that wakes from it speaks nonsense until they are loaded again.
     """
-    llm, load = engine.llm, engine.load
+    llm = engine.llm
     if action == "sleep":
         if not llm.vllm_config.model_config.enable_sleep_mode:
             return "refused: sleep needs engine.enable_sleep_mode: true"
-        load.asleep = True  # from now on new requests are refused; those that run are finished
-        try:
-            await llm.sleep(level=1, mode="wait")
-        except Exception:
-            load.asleep = False
-            raise
-        return "asleep"
+        async with engine.falling_asleep:
+            return await _sleep(engine)
     if action == "wake":
-        await llm.wake_up()
-        load.asleep = False  # vLLM would tell its own stat loggers, and does not tell ours
+        # Not while it falls asleep: vLLM would go on with that at its first idle moment.
+        async with engine.falling_asleep:
+            await llm.wake_up()
+            engine.load.asleep = False  # vLLM tells its own stat loggers, and not ours
         return "awake"
     if action == "reset-prefix-cache":
         done = await llm.reset_prefix_cache()
         return "prefix cache reset" if done else "not reset: requests still hold blocks of it"
     raise UserError(f"there is no action '{action}'{did_you_mean(action, ACTIONS)}")
+
+
+async def _sleep(engine: Engine) -> str:
+    engine.load.asleep = True  # from now on new requests are refused
+    try:
+        # vLLM would wait for those that run, and keep those that wait until it is woken.
+        await engine.drain(DRAIN_S)
+        if engine.requests_running:
+            engine.load.asleep = False
+            return f"not asleep: {engine.requests_running} requests still run; try again"
+        await engine.llm.sleep(level=1)
+    except BaseException:
+        await engine.llm.wake_up()  # it has stopped to schedule, however far it came
+        engine.load.asleep = False
+        raise
+    return "asleep"
 
 
 def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str, str]]:

@@ -52,8 +52,8 @@ class LoadPolicy:
             return (max(target, 1) if ctx.total_queued_requests else target), {}
         load = total_load(metrics, ctx.total_queued_requests or 0.0)
         enough = replicas_for(load, self.target_load)
-        if enough >= target:
-            return enough, {}
+        if enough >= target or len(metrics["capacity"]) < ctx.current_num_replicas:
+            return max(enough, target), {}  # fewer only where all have told what they do
         return min(target, replicas_for(load, self.target_load * (1 - self.slack))), {}
 
 
@@ -83,6 +83,7 @@ def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> flo
             capacity=capacity,
             kv_cache_usage=of("kv_cache_usage", replica),
         )
+        + of("in_front", replica) / capacity
         for replica, capacity in capacities.items()
     ]
     return sum(loads) + queued / (sum(capacities.values()) / len(capacities))

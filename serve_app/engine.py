@@ -90,6 +90,9 @@ class Engine:
         self.adapters = adapters
         self.host = host
         self.port = port
+        self.falling_asleep = asyncio.Lock()
+        """Held while the engine is put to sleep or woken."""
+
         self._server = server
         self._guard = guard
         self._serving: asyncio.Task[None] | None = None
@@ -166,7 +169,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether the engine has requests that it should be making progress on."""
-        return bool(self.llm.output_processor.has_unfinished_requests()) and not self.load.asleep
+        return bool(self.llm.output_processor.has_unfinished_requests())
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until no request is running, ``timeout_s`` seconds at most."""

@@ -86,8 +86,8 @@ class EngineLoad:
     def stats(self, answering: int = 0) -> dict[str, float]:
         """What ``record_autoscaling_stats`` returns; see :mod:`serve_app.autoscaling`.
 
-        Requests ``running`` in the engine and ``waiting`` in it or, of the ``answering`` that the
-        server has, in front of it (the first ones wait while vLLM imports what it needs for
+        Requests ``running`` and ``waiting`` in the engine and, of the ``answering`` that the
+        server has, ``in_front`` of it (the first ones wait while vLLM imports what it needs for
         them, others for a download or the tokenizer); its ``capacity`` (``max_num_seqs``),
         ``kv_cache_usage`` (0 to 1), ``preemptions`` so far, and ``tokens_per_s`` generated since
         the call before.
@@ -98,7 +98,8 @@ class EngineLoad:
         capacity = self._config.scheduler_config.max_num_seqs if self._config else 0
         return {
             "running": self._running,
-            "waiting": max(self._waiting, answering - self._running),
+            "waiting": self._waiting,
+            "in_front": max(0, answering - self._running - self._waiting),
             "capacity": capacity,
             "kv_cache_usage": self._kv_cache_usage,
             "preemptions": self._preemptions,

@@ -66,6 +66,8 @@ async def join(stages: int, timeout_s: float) -> dict[str, Any]:
 async def drained(timeout_s: float) -> None:
     """Say that this member has no request left, and wait until the others say it too.
 
+    A member that never came up says it with ``timeout_s`` 0, so that nobody waits for it.
+
     Every step of a mixture of experts takes all ranks, so one that ended early would take the
     requests of the others with it.
     """

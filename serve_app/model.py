@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import sys
@@ -221,9 +222,14 @@ class ModelServer:
         """Called once by Serve when it stops the replica: drain, then end the engine."""
         engine = getattr(self, "_engine", None)
         if engine is None:
+            await gang.drained(0)
             return
         began = time.monotonic()
         await engine.drain(self._config.graceful_shutdown_timeout_s)
-        await gang.drained(self._config.graceful_shutdown_timeout_s - (time.monotonic() - began))
+        left = self._config.graceful_shutdown_timeout_s - (time.monotonic() - began)
+        with contextlib.suppress(
+            Exception
+        ):  # the GCS may be gone; the engine must end all the same
+            await gang.drained(left)
         self._watch.cancel()  # not before: nothing waits for an engine that dies in the meantime
         await engine.stop()

@@ -59,6 +59,19 @@ def decide(policy: LoadPolicy, **kwargs: Any) -> int:
 # The policy alone
 
 
+def test_fewer_only_where_every_replica_has_told_what_it_does() -> None:
+    policy = LoadPolicy(target_load=0.5)
+    idle = context(target=3, running=3, capacity=10.0)
+    assert policy(idle)[0] == 0
+    del idle.aggregated_metrics["capacity"][1]
+    assert policy(idle)[0] == 3
+
+
+def test_what_is_in_front_of_an_engine_says_nothing_of_its_kv_cache() -> None:
+    seen = {"running": 1.0, "in_front": 15.0, "kv_cache_usage": 0.5, "capacity": 256.0}
+    assert decide(LoadPolicy(target_load=0.7), target=1, running=1, **seen) == 1
+
+
 @pytest.mark.parametrize(
     ("running", "waiting", "usage", "load"),
     [
@@ -314,13 +327,14 @@ def test_an_engine_reports_its_latest_step_and_its_rates() -> None:
     assert load.stats() == {
         "running": 3,
         "waiting": 3,
+        "in_front": 0,
         "capacity": 64,
         "kv_cache_usage": 0.25,
         "preemptions": 1,
         "tokens_per_s": 50.0,
     }
-    assert load.stats(answering=9)["waiting"] == 6  # three are not in the engine yet
-    assert load.stats(answering=2)["waiting"] == 3  # one request may be several to the engine
+    assert load.stats(answering=9)["in_front"] == 3
+    assert load.stats(answering=2)["in_front"] == 0  # one request may be several to the engine
     load.record(step(), None)
     now[0] += 2
     assert load.stats()["tokens_per_s"] == 0.0

@@ -138,6 +138,15 @@ async def test_all_are_told_that_serve_cannot_start_it() -> None:
     assert all("cannot start; GET /ready says why" in a.text for a in answers)
 
 
+async def test_a_replica_that_serve_never_names_is_found_on_the_gateways_own_list() -> None:
+    async with Upstream() as upstream, sleeping() as (gateway, cold):
+        waiting = await queue(gateway, range(3))
+        gateway.board.publish("m", {"new": ("127.0.0.1", upstream.port)})
+        assert {a.status_code for a in await asyncio.gather(*waiting)} == {200}
+        assert cold.waiting == 0
+    assert numbers(upstream) == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("becomes", "status", "sentence"),
     [

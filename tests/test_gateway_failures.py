@@ -198,7 +198,18 @@ async def test_a_model_whose_replicas_all_sleep_says_so_at_once() -> None:
             error = answer.json()["error"]
             assert error["code"] == "model_asleep"
             assert "'serve-app admin m wake'" in error["message"]
-        assert len(one.exchanges) + len(two.exchanges) == 6
+        assert len(one.exchanges) + len(two.exchanges) == 4  # the first request asked both
+
+
+async def test_of_many_replicas_the_one_that_is_awake_is_found() -> None:
+    async with (
+        Upstream(is_asleep) as one,
+        Upstream(is_asleep) as two,
+        Upstream(is_asleep) as three,
+        Upstream() as awake,
+        GatewayProcess(one, two, three, awake) as gateway,
+    ):
+        assert (await gateway.client.post(CHAT, json=ASK)).status_code == 200
 
 
 async def test_a_model_without_replicas_that_cannot_start_is_unavailable() -> None:

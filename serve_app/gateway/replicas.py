@@ -61,6 +61,11 @@ class Board:
         """Choose it for a while only where all are asleep."""
         replica.asleep_until = time.monotonic() + AVOID_S
 
+    def all_asleep(self, application: str) -> bool:
+        """Whether a request found each of its replicas asleep a moment ago."""
+        now = time.monotonic()
+        return all(r.asleep_until > now for r in self._replicas.get(application, {}).values())
+
     def add(self, application: str, id: str, host: str, port: int) -> Replica | None:
         """A replica that Serve named elsewhere; None where it is to be avoided."""
         if self._is_avoided(id):

@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from serve_app.config import GatewayConfig
 from serve_app.errors import did_you_mean
 from serve_app.gateway import body as request_body
-from serve_app.gateway.directory import REFRESH_S, Directory, Model
+from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.metrics import Measured
 from serve_app.gateway.relay import Answer, Asleep, Headers, NotStarted, Relay, Request, Send
@@ -29,6 +29,9 @@ from serve_app.gateway.replicas import Board, Replica
 logger = logging.getLogger("ray.serve")
 
 Receive = Callable[[], Awaitable[Any]]
+
+_LOOK_S = 0.25
+"""Seconds between two looks of a request that waits for a replica."""
 
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
@@ -201,14 +204,18 @@ class Gateway:
     async def _relay_to(
         self, model: Model, request: Request, answer: Answer, measured: Measured
     ) -> int:
-        """Relay to one replica; where it fails before its first byte, once to another."""
-        for last in (False, True):
+        """Relay to one replica; where it fails before its first byte, once to another.
+
+        One that sleeps has not failed: then it is the turn of those that are awake.
+        """
+        failed = False
+        while True:
             replica = await self._replica_for(model)
             try:
                 return await self._relay.send(replica, request, answer)
             except Asleep:
                 self._board.asleep(replica)
-                if last:
+                if self._board.all_asleep(model.name):
                     raise GatewayError(
                         503,
                         f"The model '{model.name}' is asleep until its operator wakes it "
@@ -220,12 +227,13 @@ class Gateway:
             except NotStarted as error:
                 logger.warning(f"request {request.id}: {model.name}, replica {replica.id}: {error}")
                 self._board.avoid(replica)
-                if not last:
-                    measured.retried(str(error))
-        raise unavailable(
-            f"The model '{model.name}' lost two replicas that had this request; "
-            "please send it again."
-        )
+                if failed:
+                    raise unavailable(
+                        f"The model '{model.name}' lost two replicas that had this request; "
+                        "please send it again."
+                    ) from None
+                failed = True
+                measured.retried(str(error))
 
     async def _replica_for(self, model: Model) -> Replica:
         """The replica to send to; requests that wait for one get it in the order they came in."""
@@ -246,17 +254,25 @@ class Gateway:
         """Wait for a model without a live replica; if it is scaled to zero, this wakes it.
 
         One request at a time does this for all that wait behind it: Serve, which counts who
-        waits, starts one replica for one as for many.
+        waits, starts one replica for one as for many. Serve may also never answer (its controller
+        is away, or the replica that it asks), so the gateway's own list and the directory are
+        watched meanwhile.
         """
         asking = asyncio.create_task(self._ask_serve(name))
         try:
             while not asking.done():
-                model = self._find(name)  # Serve lets those wait on whose model fails or goes
+                model = self._find(name)
+                if model.name != name:
+                    raise unavailable(
+                        f"The model '{name}' has just been replaced; please send the request again."
+                    )
                 if model.broken:
                     raise unavailable(
                         f"The model '{name}' failed to start: {model.message}", retry_after_s=60
                     )
-                await asyncio.wait([asking], timeout=REFRESH_S)
+                await asyncio.wait([asking], timeout=_LOOK_S)
+                if replica := self._board.choose(name):
+                    return replica
             return asking.result()
         finally:
             asking.cancel()
