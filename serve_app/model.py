@@ -227,9 +227,7 @@ class ModelServer:
         began = time.monotonic()
         await engine.drain(self._config.graceful_shutdown_timeout_s)
         left = self._config.graceful_shutdown_timeout_s - (time.monotonic() - began)
-        with contextlib.suppress(
-            Exception
-        ):  # the GCS may be gone; the engine must end all the same
+        with contextlib.suppress(Exception):  # without the GCS the engine must end as well
             await gang.drained(left)
         self._watch.cancel()  # not before: nothing waits for an engine that dies in the meantime
         await engine.stop()

@@ -68,8 +68,9 @@ def test_fewer_only_where_every_replica_has_told_what_it_does() -> None:
 
 
 def test_what_is_in_front_of_an_engine_says_nothing_of_its_kv_cache() -> None:
-    seen = {"running": 1.0, "in_front": 15.0, "kv_cache_usage": 0.5, "capacity": 256.0}
-    assert decide(LoadPolicy(target_load=0.7), target=1, running=1, **seen) == 1
+    seen = context(target=1, running=1, in_front=15.0, kv_cache_usage=0.5, capacity=256.0)
+    seen.aggregated_metrics["running"] = {0: 1.0}
+    assert LoadPolicy(target_load=0.7)(seen)[0] == 1
 
 
 @pytest.mark.parametrize(
