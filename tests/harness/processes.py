@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -42,9 +43,17 @@ def start(command: list[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **env},
-            # A test run in the background ignores Ctrl-C, and children inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=_ready_for_ctrl_c,
         )
+
+
+def _ready_for_ctrl_c() -> None:
+    """A test run in the background ignores Ctrl-C, and children inherit that.
+
+    A test run that is killed has its children get one.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ctypes.CDLL(None).prctl(1, signal.SIGINT, 0, 0, 0)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def in_session(leader: int) -> dict[int, str]:
