@@ -293,7 +293,8 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
             f" (known: {', '.join(known)})"
         )
     if kind == "missing":
-        others = [e["loc"][-1] for e in error.errors() if e["type"] == "extra_forbidden"]
+        beside = [e for e in error.errors() if e["loc"][:-1] == loc[:-1]]
+        others = [e["loc"][-1] for e in beside if e["type"] == "extra_forbidden"]
         given = f" (there is '{others[0]}'; did you mean '{loc[-1]}'?)" if others else ""
         return f"'{key}' is missing{given}"
     if kind == "string_too_short":

@@ -24,7 +24,7 @@ from serve_app.config import ModelConfig
 from serve_app.engine_load import EngineLoad
 from serve_app.engine_process import PHASE, REASON, START_FOLDER, tie_children
 from serve_app.errors import UserError, envelope
-from serve_app.progress import FIRST, Progress
+from serve_app.progress import Progress
 from serve_app.start_watch import StartWatch
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Engine:
         tie_children()
         with (
             tempfile.TemporaryDirectory(prefix="serve-app-") as folder,
-            Progress(replica, Path(folder) / PHASE),
+            Progress(replica, Path(folder) / PHASE) as progress,
             StartWatch(ids[0], replica, config.start_timeout_s) as watch,
         ):
             rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
@@ -126,9 +126,7 @@ class Engine:
             except Exception as error:
                 logger.exception("the engine did not start")
                 if watch.overdue:
-                    phase = Path(folder) / PHASE
-                    doing = phase.read_text() if phase.exists() else FIRST
-                    raise UserError(start_errors.too_slow(doing, config)) from None
+                    raise UserError(start_errors.too_slow(progress.phase, config)) from None
                 text = f"{type(error).__name__}: {error}"
                 if reason.exists():
                     text = reason.read_text()

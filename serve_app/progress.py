@@ -41,6 +41,9 @@ class Progress(Beside):
 
     def __init__(self, replica: str, file: Path) -> None:
         super().__init__("progress")
+        self.phase = ""
+        """The phase that was published last."""
+
         self._key = _key(replica)
         self._file = file
 
@@ -53,12 +56,11 @@ class Progress(Beside):
 
     def _follow(self) -> None:
         began = time.monotonic()
-        told = ""
         while True:
             # Empty while it is being written.
-            phase = (self._file.exists() and self._file.read_text()) or told or FIRST
-            if phase != told:
-                told = phase
+            phase = (self._file.exists() and self._file.read_text()) or self.phase or FIRST
+            if phase != self.phase:
+                self.phase = phase
                 logger.info(f"start: {phase} (after {time.monotonic() - began:.0f} s)")
                 value = json.dumps([phase, time.time()]).encode()
                 internal_kv._internal_kv_put(self._key, value, overwrite=True)

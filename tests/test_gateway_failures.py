@@ -201,6 +201,13 @@ async def test_a_model_whose_replicas_all_sleep_says_so_at_once() -> None:
         assert len(one.exchanges) + len(two.exchanges) == 4  # the first request asked both
 
 
+async def test_one_that_sleeps_is_not_asked_over_and_over_beside_one_that_is_lost() -> None:
+    async with Upstream(is_asleep) as sleeps, GatewayProcess(free_port(), sleeps) as gateway:
+        answer = await gateway.client.post(CHAT, json=ASK)
+        assert answer.json()["error"]["code"] == "model_asleep"
+        assert len(sleeps.exchanges) == 1
+
+
 async def test_of_many_replicas_the_one_that_is_awake_is_found() -> None:
     async with (
         Upstream(is_asleep) as one,

@@ -62,9 +62,9 @@ class Board:
         replica.asleep_until = time.monotonic() + AVOID_S
 
     def all_asleep(self, application: str) -> bool:
-        """Whether a request found each of its replicas asleep a moment ago."""
+        """Whether a request found each of its live replicas asleep a moment ago."""
         now = time.monotonic()
-        return all(r.asleep_until > now for r in self._replicas.get(application, {}).values())
+        return all(r.asleep_until > now for r in self._live(application))
 
     def add(self, application: str, id: str, host: str, port: int) -> Replica | None:
         """A replica that Serve named elsewhere; None where it is to be avoided."""
@@ -78,15 +78,20 @@ class Board:
 
         Ties are broken at random, so that several gateways do not all pick the same one.
         """
-        live = list(self._replicas.get(application, {}).values())
-        if self._avoid_until:
-            live = [r for r in live if not self._is_avoided(r.id)]
+        live = self._live(application)
         if len(live) < 2:
             return live[0] if live else None
         now = time.monotonic()
         live = [r for r in live if r.asleep_until < now] or live
         least = min(r.inflight for r in live)
         return random.choice([r for r in live if r.inflight == least])
+
+    def _live(self, application: str) -> list[Replica]:
+        """All but those that are to be avoided."""
+        replicas = list(self._replicas.get(application, {}).values())
+        if self._avoid_until:
+            replicas = [r for r in replicas if not self._is_avoided(r.id)]
+        return replicas
 
     def _is_avoided(self, id: str) -> bool:
         until = self._avoid_until.get(id)

@@ -78,9 +78,9 @@ def _undeployable(config: ModelConfig) -> str | None:
         autoscaling.deployment_options(config)
     except ConfigError as error:
         return str(error)
-    asked = (config.resources.accelerator_type or "").lower()
+    asked = config.resources.accelerator_type or ""
     for name in (gpu.ray_name for gpu in hardware.gpus().values()):
-        if name and asked == name.lower() and config.resources.accelerator_type != name:
+        if name and asked != name and asked.lower() == name.lower():
             return f"resources.accelerator_type is '{asked}', but Ray writes '{name}'"
     return None
 
