@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 
-from serve_app import engine_args, gang, placement, start_errors
+from serve_app import addresses, engine_args, gang, placement, start_errors
 from serve_app.adapters import Adapters
 from serve_app.cluster import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.config import ModelConfig
@@ -132,7 +132,7 @@ class Engine:
                     text = reason.read_text()
                 raise UserError(start_errors.explain(text, config)) from None
         guard = Guard(app, credential, lambda: llm.errored, lambda: load.asleep)
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock = socket.socket(addresses.family(host), socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((host, 0))
         server = uvicorn.Server(

@@ -17,6 +17,7 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.util import get_current_placement_group, placement_group_table
 
+from serve_app import addresses
 from serve_app.errors import UserError
 from serve_app.placement import data_parallel_rank
 
@@ -46,8 +47,9 @@ async def join(stages: int, timeout_s: float) -> dict[str, Any]:
     # A gang that is restarted has a new id, so nobody finds the address of the one before.
     key = f"serve_app/gang/{gang.gang_id}".encode()
     if rank == 0:
-        here = [ray.util.get_node_ip_address(), _free_port()]
-        internal_kv._internal_kv_put(key, json.dumps(here).encode(), overwrite=True)
+        host = ray.util.get_node_ip_address()
+        here = json.dumps([host, _free_port(host)]).encode()
+        internal_kv._internal_kv_put(key, here, overwrite=True)
     deadline = asyncio.get_running_loop().time() + timeout_s
     while (found := internal_kv._internal_kv_get(key)) is None:
         if asyncio.get_running_loop().time() > deadline:
@@ -83,8 +85,8 @@ async def drained(timeout_s: float) -> None:
         await asyncio.sleep(0.2)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
+def _free_port(host: str) -> int:
+    with socket.socket(addresses.family(host)) as probe:
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port

@@ -198,16 +198,18 @@ async def test_a_redirect_is_the_clients_to_follow() -> None:
 @pytest.mark.parametrize(
     ("path", "seen"), [("/v1/x?a=1", "/v1/x?a=1"), ("", None), ("//elsewhere/x", "/elsewhere/x")]
 )
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_a_redirect_to_the_replicas_own_address_becomes_one_to_a_path(
-    path: str, seen: str | None
+    host: str, path: str, seen: str | None
 ) -> None:
     """As FastAPI does for a path with one slash too many; clients cannot reach that address."""
 
     async def script(exchange: Exchange) -> None:
-        to = f"http://127.0.0.1:{upstream.port}{path}" if seen else "https://docs.example/x"
+        [host] = exchange.header("host")
+        to = f"http://{host}{path}" if seen else "https://docs.example/x"
         await exchange.answer(b"", f"Location: {to}", status="307 Temporary Redirect")
 
-    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+    async with Upstream(script, host) as upstream, GatewayProcess(upstream) as gateway:
         answer = await gateway.client.post(CHAT, json=ASK)
     assert answer.headers["location"] == (seen or "https://docs.example/x")
 

@@ -38,6 +38,8 @@ def said(command: str, *args: str) -> str:
         ("image: serve-app", "image: 'serve-app' names no fixed version"),
         ("image: r/serve-app:latest", "image: 'r/serve-app:latest' names no fixed version"),
         ("image: r/serve-app@sha256:abc", "names no fixed version; write name:tag or name@sha256"),
+        ("redis: {address: 'fd00::1:6379'}", "redis.address"),  # without brackets
+        ("client_cidrs: ['fd00::1/56']", "'fd00::1/56' is no network"),
         ("client_cidrs: [everywhere]", "client_cidrs.0: 'everywhere' is no network"),
         ("client_cidrs: []", "client_cidrs is []"),  # in a NetworkPolicy: from anywhere
         ("zones: us-east-1a", "zones is 'us-east-1a', but should be a valid list"),

@@ -56,6 +56,11 @@ def one_model(engine: dict[str, Any], **args: Any) -> Any:
     return parse_document({"applications": applications}, Path("one.yaml"))
 
 
+def on_ipv6(one: Any) -> Any:
+    """A fleet that listens on IPv6 too."""
+    return replace(one, document={"http_options": {"host": "::0"}})
+
+
 # --- the repo's own manifests -------------------------------------------------------------------
 
 
@@ -387,11 +392,49 @@ def test_a_cpu_model_gets_a_pod_without_gpu_or_taint() -> None:
             lambda f: replace(f, document={"http_options": {"host": "127.0.0.1"}}),
             "http_options.host is 127.0.0.1",
         ),
+        (
+            lambda f: replace(f, document={"http_options": {"host": "::"}}),
+            "of which Serve's HAProxy makes IPv4 alone; set ::0",
+        ),
+        (on_ipv6, "client_cidrs are all of IPv4"),
     ],
 )
 def test_a_config_that_cannot_become_a_rayservice(change: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         render(change(fleet("llama70b")), ClusterProfile())
+
+
+# --- IPv6 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("karpenter", ["self-managed", "auto-mode"])
+def test_an_ipv6_cluster_is_told_by_the_configs_host(karpenter: str) -> None:
+    """Ray is told the pod's address, and the load balancer takes such addresses as targets."""
+    vpc = "2600:1f18:1234:5600::/56"
+    wished = {"karpenter": karpenter, "client_cidrs": ["10.0.0.0/8", vpc], "max_gpus": 32}
+    files = render(on_ipv6(fleet("fleet")), ClusterProfile.model_validate(wished))
+    cluster = yaml.safe_load(files["base/rayservice.yaml"])["spec"]["rayClusterConfig"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "::"
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        assert group["rayStartParams"]["node-ip-address"] == "$POD_IP"
+        [address] = [
+            item["valueFrom"]
+            for item in group["template"]["spec"]["containers"][0]["env"]
+            if item["name"] == "POD_IP"
+        ]
+        assert address == {"fieldRef": {"fieldPath": "status.podIP"}}
+    annotations = yaml.safe_load(files["base/ingress.yaml"])["metadata"]["annotations"]
+    assert annotations["alb.ingress.kubernetes.io/ip-address-type"] == "dualstack"
+    assert f"cidr: {vpc}" in files["base/networkpolicy.yaml"]
+    if karpenter == "auto-mode":
+        assert "ipAddressType: dualstack" in files["nodes/ingressclass.yaml"]
+
+
+def test_an_ipv6_clusters_gateway_is_dualstack() -> None:
+    upgrade = {"strategy": "NewClusterWithIncrementalUpgrade"}
+    wished = {"client_cidrs": ["fd00::/8"], "upgrade": upgrade}
+    files = render(on_ipv6(fleet("fleet")), ClusterProfile.model_validate(wished))
+    assert "ipAddressType: dualstack" in files["base/gateway-class.yaml"]
 
 
 # --- profile, YAML and the command line ---------------------------------------------------------

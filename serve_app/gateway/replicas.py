@@ -6,6 +6,8 @@ import random
 import time
 from dataclasses import dataclass
 
+from serve_app import addresses
+
 AVOID_S = 3.0
 """Seconds for which a replica that failed a request is not chosen.
 
@@ -29,7 +31,7 @@ class Replica:
 
     @property
     def base_url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{addresses.join(self.host, self.port)}"
 
 
 class Board:

@@ -9,6 +9,7 @@ import yaml
 
 from serve_app.config import Fleet, ModelConfig, parse_document
 from serve_app.errors import ConfigError, UserError
+from serve_app.kuberay.network import why_unreachable
 from serve_app.kuberay.reading import (
     EFA,
     INSTANCE_TYPE,
@@ -57,9 +58,8 @@ def serve_config(
     except yaml.YAMLError as error:
         yield where, f"is not YAML ({getattr(error, 'problem', 'syntax')})"
         return None
-    host = get(config, "http_options.host") or "0.0.0.0"
-    if host not in ("0.0.0.0", "::"):
-        yield where, f"http_options.host is {host}, where no other pod can reach it; set 0.0.0.0"
+    if problem := why_unreachable(fleet.host):
+        yield where, problem
     if config.get("proxy_location") in ("HeadOnly", "Disabled"):
         yield (
             where,

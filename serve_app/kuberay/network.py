@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve_app.addresses import ANY_IPV6, V6_IS_V4
 from serve_app.config import Fleet
 from serve_app.kuberay.profile import ClusterProfile
 from serve_app.kuberay.rayservice import ROLE_LABEL, instance_name, labels
@@ -13,6 +14,28 @@ HEALTH_PATH = "/-/healthz"
 """Serve's proxy: 200 only while it has routes and is not draining."""
 
 GATEWAY_CLASS = "serve-app-alb"
+
+
+def why_unreachable(host: str) -> str | None:
+    """What is wrong with an ``http_options.host`` in pods; None where other pods reach it."""
+    if host in ("0.0.0.0", ANY_IPV6):
+        return None
+    if host == "::":
+        return f"http_options.host is {V6_IS_V4}"
+    return (
+        f"http_options.host is {host}, where no other pod can reach it; set 0.0.0.0, or {ANY_IPV6} "
+        "on a cluster of IPv6"
+    )
+
+
+def _ip_address_type(fleet: Fleet) -> dict[str, Any]:
+    if not fleet.on_ipv6:
+        return {}
+    return {
+        "ipAddressType": note(
+            "dualstack", "A load balancer of IPv4 alone takes no IPv6 address as a target."
+        )
+    }
 
 
 def ingress(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
@@ -42,6 +65,8 @@ def ingress(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
             "for round robin.",
         ),
     }
+    for kind in _ip_address_type(fleet).values():
+        annotations["alb.ingress.kubernetes.io/ip-address-type"] = kind
     if wish.certificate_arn:
         annotations["alb.ingress.kubernetes.io/listen-ports"] = '[{"HTTPS": 443}]'
         annotations["alb.ingress.kubernetes.io/certificate-arn"] = wish.certificate_arn
@@ -72,7 +97,7 @@ def ingress(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
     }
 
 
-def ingress_class(profile: ClusterProfile) -> list[dict[str, Any]]:
+def ingress_class(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
     """The class `alb` on EKS Auto Mode, whose own controller comes without one."""
     group = profile.instance_label_prefix
     return [
@@ -80,7 +105,7 @@ def ingress_class(profile: ClusterProfile) -> list[dict[str, Any]]:
             "apiVersion": f"{group}/v1",
             "kind": "IngressClassParams",
             "metadata": {"name": "alb"},
-            "spec": {"scheme": profile.ingress.scheme},
+            "spec": {"scheme": profile.ingress.scheme, **_ip_address_type(fleet)},
         },
         {
             "apiVersion": "networking.k8s.io/v1",
@@ -94,7 +119,7 @@ def ingress_class(profile: ClusterProfile) -> list[dict[str, Any]]:
     ]
 
 
-def gateway_api(profile: ClusterProfile) -> list[dict[str, Any]]:
+def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
     """The class from which KubeRay makes its Gateway, for incremental upgrades.
 
     KubeRay writes the Gateway and the HTTPRoute itself, without any of these settings, so they
@@ -127,6 +152,7 @@ def gateway_api(profile: ClusterProfile) -> list[dict[str, Any]]:
                 "scheme": note(
                     "internal", "KubeRay's Gateway has one plain HTTP listener: not for the open."
                 ),
+                **_ip_address_type(fleet),
                 "loadBalancerAttributes": [
                     {
                         "key": "idle_timeout.timeout_seconds",

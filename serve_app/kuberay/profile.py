@@ -79,7 +79,7 @@ class Cache(_Profile):
 class Redis(_Profile):
     """Where the head keeps its state, so that a lost head does not end the models."""
 
-    address: str = Field(pattern=r"^(rediss?://)?[^:/\s]+:\d+$")
+    address: str = Field(pattern=r"^(rediss?://)?(\[[\da-fA-F:]+\]|[^:/\s]+):\d+$")
     """``host:port`` or ``rediss://host:port`` of a Redis, Valkey or ElastiCache outside Ray."""
 
     password: SecretKey | None = None
@@ -184,7 +184,8 @@ class ClusterProfile(_Profile):
         default=["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"], min_length=1
     )
     """Networks that may reach the endpoint: the cluster's VPC at least, where the load balancer
-    and the API server stand (eksctl's is 192.168.0.0/16). Every private one by default."""
+    and the API server stand (eksctl's is 192.168.0.0/16). Every private one by default; on a
+    cluster of IPv6 also the VPC's IPv6 network."""
 
     upgrade: Upgrade = Upgrade()
     head: Head = Head()

@@ -193,7 +193,7 @@ def _head(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
                 "KubeRay makes the Serve Service only when the head has a port of this name.",
             ),
         ],
-        "env": _env(profile, None),
+        "env": _env(fleet, profile, None),
         "resources": {"requests": {**size}, "limits": {"memory": size["memory"]}},
         "securityContext": _container_security(),
         "volumeMounts": _mounts(profile, loads_models=False),
@@ -201,7 +201,8 @@ def _head(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
     return {
         "rayStartParams": {
             "num-cpus": note("0", "No replica is ever placed on the head."),
-            "dashboard-host": "0.0.0.0",
+            "dashboard-host": "::" if fleet.on_ipv6 else "0.0.0.0",
+            **_node_address(fleet),
             "object-store-memory": str(OBJECT_STORE_GIB * 2**30),
         },
         "template": {
@@ -260,7 +261,10 @@ def _worker_group(
         )
         if group.shape
         else resources,
-        "rayStartParams": {"object-store-memory": str(OBJECT_STORE_GIB * 2**30)},
+        "rayStartParams": {
+            **_node_address(fleet),
+            "object-store-memory": str(OBJECT_STORE_GIB * 2**30),
+        },
         "template": {
             "metadata": {
                 "labels": labels(name, group.role),
@@ -309,7 +313,7 @@ def _worker_spec(
         "name": "ray-worker",
         "image": profile.image,
         "ports": [{"containerPort": 8080, "name": "metrics"}],
-        "env": _env(profile, group.name if loads_models else None)
+        "env": _env(fleet, profile, group.name if loads_models else None)
         + (_efa_env() if group.efa else []),
         "resources": {"requests": requests | devices, "limits": limits | devices},
         "securityContext": _container_security(),
@@ -364,7 +368,19 @@ def _drain_script(drain_s: int) -> str:
     )
 
 
-def _env(profile: ClusterProfile, group: str | None) -> list[Any]:
+def _node_address(fleet: Fleet) -> dict[str, Any]:
+    if not fleet.on_ipv6:
+        return {}
+    return {
+        "node-ip-address": note(
+            "$POD_IP",
+            "Left to itself Ray takes the IPv4 address that EKS gives IPv6 pods for leaving the "
+            "cluster, where no other pod and no probe reaches it (kuberay#5215).",
+        )
+    }
+
+
+def _env(fleet: Fleet, profile: ClusterProfile, group: str | None) -> list[Any]:
     """The environment of Ray's container; ``group`` is the worker group's name where models load.
 
     A config's own ``cache_dir`` and ``env`` go over it, model by model.
@@ -385,6 +401,10 @@ def _env(profile: ClusterProfile, group: str | None) -> list[Any]:
         {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
         {"name": "VLLM_NO_USAGE_STATS", "value": "1"},
     ]
+    if fleet.on_ipv6:
+        env.append(
+            {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
+        )
     if group is None:
         return env
     if profile.cache.kind == "pvc":

@@ -61,7 +61,7 @@ def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
         header=source,
     )
     files |= _overlays(fleet, profile, base, source)
-    files |= _nodes(profile, groups, source)
+    files |= _nodes(fleet, profile, groups, source)
     secrets = support.secrets_template(profile)
     if secrets:
         files["secrets.template.yaml"] = dump(
@@ -111,11 +111,13 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
         raise ConfigError(
             f"{fleet.path}: no model: add an application with import_path serve_app.model:app"
         )
-    host = (fleet.document.get("http_options") or {}).get("host", "0.0.0.0")
-    if host not in ("0.0.0.0", "::"):
+    if problem := network.why_unreachable(fleet.host):
+        raise ConfigError(f"{fleet.path}: {problem}")
+    if fleet.on_ipv6 and not any(":" in cidr for cidr in profile.client_cidrs):
         raise ConfigError(
-            f"{fleet.path}: http_options.host is {host}, where no other pod can reach it; set "
-            "0.0.0.0"
+            f"{fleet.path}: http_options.host is {fleet.host}, but the profile's client_cidrs are "
+            "all of IPv4, from which no pod of an IPv6 cluster is reached; add the VPC's IPv6 "
+            "network, such as 2600:1f18:1234:5600::/56"
         )
     for id, model in fleet.models.items():
         if not model.model.startswith("/") and Path(model.model).is_dir():
@@ -139,7 +141,7 @@ def _base(
     if profile.cache.kind == "pvc":
         base["model-cache.yaml"] = [support.cache_claim(profile)]
     if profile.upgrade.strategy == INCREMENTAL:
-        base["gateway-class.yaml"] = network.gateway_api(profile)
+        base["gateway-class.yaml"] = network.gateway_api(fleet, profile)
     elif profile.ingress.kind == "alb":
         base["ingress.yaml"] = [network.ingress(fleet, profile)]
     return base
@@ -218,13 +220,15 @@ def _overlays(
     }
 
 
-def _nodes(profile: ClusterProfile, groups: list[WorkerGroup], source: str) -> dict[str, str]:
+def _nodes(
+    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup], source: str
+) -> dict[str, str]:
     files = {
         "nodepools.yaml": karpenter.node_pools(profile, _instance_types(groups), profile.max_gpus),
         "nodeclass.yaml": [karpenter.node_class(profile)],
     }
     if profile.karpenter == "auto-mode" and profile.ingress.kind == "alb":
-        files["ingressclass.yaml"] = network.ingress_class(profile)
+        files["ingressclass.yaml"] = network.ingress_class(fleet, profile)
     kustomization = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from serve_app import addresses
 from serve_app.errors import UserError
 
 
@@ -146,17 +147,27 @@ class KubernetesCluster:
         }
 
 
+def recorded_address() -> str | None:
+    """What the last ``ray start`` on this machine wrote down; its cluster may be gone."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    record = Path(folder) / "ray" / "ray_current_cluster"
+    return record.read_text().strip() if record.is_file() else None
+
+
 def _refuse_silent_gcs() -> None:
     """Ray waits minutes for the address of a cluster that is gone; a connection tells at once."""
     address = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://")
-    record = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-    if not address and record.is_file():
-        address = record.read_text().strip()
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
+    if address in ("", "auto"):
+        address = recorded_address() or ""
+    if not address:
         raise UserError("no Ray cluster runs here (RAY_ADDRESS is not set)")
+    found = addresses.split(address)
+    if found is None:
+        raise UserError(
+            f"RAY_ADDRESS is {address}; write it as host:port, an IPv6 address in brackets"
+        )
     try:
-        socket.create_connection((host, int(port)), timeout=3).close()
+        socket.create_connection(found, timeout=3).close()
     except OSError as error:
         raise UserError(f"no Ray cluster answers at {address} ({_first_line(error)})") from None
 

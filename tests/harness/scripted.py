@@ -95,13 +95,14 @@ class Upstream:
     """A server that answers each request by its script."""
 
     script: Script = ok
+    host: str = "127.0.0.1"
     port: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
     connections: int = 0
     _server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=2**26)
+        self._server = await asyncio.start_server(self._serve, self.host, 0, limit=2**26)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -180,10 +181,10 @@ class GatewayProcess:
         applications: dict[str, Any] | None = None,
         **config: Any,
     ) -> None:
-        ports = [r if isinstance(r, int) else r.port for r in replicas]
+        places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
-        self.board.publish("m", {f"r{n}": ("127.0.0.1", port) for n, port in enumerate(ports)})
+        self.board.publish("m", {f"r{n}": place for n, place in enumerate(places)})
         self.replicas: list[Replica] = list(self.board._replicas["m"].values())
         for order, replica in enumerate(self.replicas):
             replica.inflight = order

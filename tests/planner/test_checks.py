@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -383,9 +384,21 @@ def test_kubernetes_nodes_are_read() -> None:
     assert cluster.classes() == {"StorageClass/gp3", "CRD/rayservices.ray.io"}
 
 
-def test_a_cluster_that_is_gone_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
-    with pytest.raises(UserError, match=r"no Ray cluster answers at 127.0.0.1:9"):
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "[::1]:9"])
+def test_a_cluster_that_is_gone_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"no Ray cluster answers at {re.escape(address)} \("):
+        RayCluster.connect()
+
+
+@pytest.mark.parametrize("address", ["::1:9", "here"])
+def test_an_address_that_is_none_is_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=rf"RAY_ADDRESS is {address}; write it as host:port"):
         RayCluster.connect()
 
 
