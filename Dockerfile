@@ -64,7 +64,7 @@ USER 1000:1000
 EXPOSE 8000 8265 6379 8080
 # For `docker run`; Kubernetes has its own probes.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30m \
-  CMD ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:8000/-/healthz"]
+  CMD ["wget", "--no-proxy", "-q", "-O", "/dev/null", "http://127.0.0.1:8000/-/healthz"]
 CMD ["serve-app", "--help"]
 LABEL org.opencontainers.image.title="serve_app" \
       org.opencontainers.image.description="Many LLMs behind one OpenAI endpoint: Ray 2.60.0, vLLM 0.29.0, CUDA 13" \
@@ -113,5 +113,5 @@ RUN --mount=type=bind,from=uv,source=/uv,target=/usr/local/bin/uv \
 USER 1000:1000
 EXPOSE 8000 8265 6379 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10m \
-  CMD ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:8000/-/healthz"]
+  CMD ["wget", "--no-proxy", "-q", "-O", "/dev/null", "http://127.0.0.1:8000/-/healthz"]
 CMD ["serve-app", "--help"]

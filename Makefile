@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv demo test test-slow lint bench-quick bench lock engine-args metrics manifests clean-processes clean
+.PHONY: help venv demo test test-slow test-python lint bench-quick bench lock engine-args metrics manifests clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -30,15 +30,27 @@ demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=
 	@$(BIN)/serve-app fetch demo
 	@exec $(BIN)/serve-app run configs/demo.yaml --port $(PORT)
 
+TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
+
 test: venv  ## lint, types and every test that a CPU can run (under 20 minutes on 2 cores)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/serve-app fetch demo
-	@$(BIN)/python -m pytest -m "not slow" --ignore tests/test_placement_cluster.py
-	@$(BIN)/python -m pytest tests/test_placement_cluster.py  # a Ray of its own, so a process of its own
+	@rm -f .cache/left-out
+	@$(TESTS) -m "not slow" --ignore tests/test_placement_cluster.py
+	@$(TESTS) tests/test_placement_cluster.py  # a Ray of its own, so a process of its own
+	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
 
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
 	@$(BIN)/python -m pytest -m slow
+
+test-python: venv  ## the tests without engines on each supported Python that is here
+	@for minor in 11 12 13; do \
+	  for p in python3.$$minor "$$HOME"/.pyenv/versions/3.$$minor.*/bin/python ""; do "$$p" -c '' 2>/dev/null && break; done; \
+	  [ -n "$$p" ] || { echo "there is no Python 3.$$minor here"; continue; }; \
+	  "$$p" requirements/install.py .cache/python3.$$minor && .cache/python3.$$minor/bin/serve-app fetch demo && \
+	  .cache/python3.$$minor/bin/python -m pytest -q -m "not slow and not engine" --ignore tests/test_placement_cluster.py || exit 1; \
+	done
 
 lint: venv
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy

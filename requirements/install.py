@@ -14,12 +14,13 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -84,6 +85,7 @@ def install(into: Path) -> None:
             return  # another `make` did it meanwhile
         ready.unlink(missing_ok=True)
         shutil.rmtree(into, ignore_errors=True)
+        check_disk(into.parent, SMALLEST)
         uv = new_environment(into, lock)
         torch = choose_torch(uv)
         check_disk(into.parent, torch)
@@ -134,20 +136,20 @@ def _alone(into: Path) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Uv:
-    """uv, and what it is told by way of its environment."""
+    """``uv pip install`` into one environment, and what else it is told by way of its own."""
 
-    command: str
+    command: list[str]
     env: dict[str, str]
     lock: int
 
     def install(self, *arguments: str) -> None:
         """``uv pip install --no-deps``: the locks are complete."""
-        command = [self.command, "pip", "install", "-q", "--no-deps", *arguments]
+        command = [*self.command, *arguments]
         subprocess.run(command, env=self.env, check=True, pass_fds=[self.lock])
 
     def finds(self, *arguments: str) -> bool:
         """Whether it could be installed, asked for :data:`PROBE_S` at most."""
-        command = [self.command, "pip", "install", "-q", "--no-deps", "--dry-run", *arguments]
+        command = [*self.command, "--dry-run", *arguments]
         with contextlib.suppress(subprocess.TimeoutExpired):
             done = subprocess.run(command, env=self.env, capture_output=True, timeout=PROBE_S)
             return done.returncode == 0
@@ -172,19 +174,26 @@ def new_environment(into: Path, lock: int) -> Uv:
             f"pip could not install uv=={UV_VERSION}; check the network and pip's settings "
             "(python3 -m pip config list)"
         )
-    told = from_pip(run(*pip, "config", "list").stdout)
-    env = {**_cache(into), **told, **os.environ, "VIRTUAL_ENV": str(into)}
-    return Uv(str(into / "bin/uv"), env, lock)
+    config = run(*pip, "config", "list").stdout
+    return Uv(uv_command(into, config), {**_cache(into), **from_pip(config), **os.environ}, lock)
+
+
+def uv_command(into: Path, pip_config: str) -> list[str]:
+    """What installs into this environment, whatever UV_PYTHON and UV_SYSTEM_PYTHON say."""
+    command = [str(into / "bin/uv"), "pip", "install", "-q", "--no-deps"]
+    command += ["--python", str(into / "bin/python")]
+    alone = re.search(r"no-index='(1|true|yes|on)'", pip_config, re.IGNORECASE)
+    return [*command, "--no-index"] if alone else command
 
 
 def _cache(into: Path) -> dict[str, str]:
     """uv's cache where wheels can be linked from and need no second room on a disk."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
+        usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         usual.mkdir(parents=True, exist_ok=True)
         if os.access(usual, os.W_OK) and usual.stat().st_dev == into.parent.stat().st_dev:
             return {}
-    except OSError:
+    except (OSError, RuntimeError):  # no home at all
         pass
     return {"UV_CACHE_DIR": str(into.parent / ".cache/uv")}
 
@@ -206,7 +215,9 @@ def from_pip(config: str) -> dict[str, str]:
         "UV_INDEX": " ".join(settings.get("extra-index-url", ())),
         "UV_FIND_LINKS": ",".join(links),
         "UV_INSECURE_HOST": " ".join(settings.get("trusted-host", ())),
-        "SSL_CERT_FILE": " ".join(settings.get("cert", ())),
+        "SSL_CERT_FILE": " ".join(settings.get("cert", ()))
+        or os.environ.get("REQUESTS_CA_BUNDLE", ""),
+        "UV_SYSTEM_CERTS": "1",
         "ALL_PROXY": " ".join(settings.get("proxy", ())),
         # As pip does it: the best version wins, wherever it is.
         "UV_INDEX_STRATEGY": "unsafe-best-match",
@@ -221,6 +232,7 @@ def _is_there(place: str) -> bool:
 
 # ------------------------------------------------------------------------------------ PyTorch
 
+SMALLEST = Torch(f"{TORCH}+cpu", (), 2.5, 5)
 REGISTRY = Torch(
     f"{TORCH} from the package registry, a build for CUDA that runs here too", (), 5.7, 9
 )
@@ -235,7 +247,7 @@ def choose_torch(uv: Uv) -> Torch:
         (f"{TORCH}+cpu from {PYTORCH_INDEX}", ("--no-build", "--default-index", PYTORCH_INDEX)),
     ):
         if uv.finds(wanted, *arguments):
-            return Torch(told, arguments, 2.5, 5)
+            return replace(SMALLEST, told=told, arguments=arguments)
     return REGISTRY
 
 

@@ -4,7 +4,9 @@ about a minute on two cores. Tests that take ``cluster`` run once for each of Se
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import anthropic
 import httpx
@@ -12,6 +14,28 @@ import openai
 import pytest
 from harness import processes, servers
 from harness.servers import BareVllm, Cluster, ModelPort
+
+_ENGINES = {"cluster", "bare_chat", "bare_embed"}
+"""Fixtures that start real engines."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--left-out", type=Path, help="add what was skipped, and why, to this file")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _ENGINES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("engine")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    file = terminalreporter.config.getoption("--left-out")
+    skipped = terminalreporter.stats.get("skipped", [])
+    if file and skipped:
+        why = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+        with file.open("a") as out:
+            out.writelines(f"{count} tests: {reason}\n" for reason, count in why.items())
 
 
 @pytest.fixture(scope="session", params=["python", "haproxy"])

