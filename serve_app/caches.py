@@ -8,9 +8,9 @@ differ too.
 from __future__ import annotations
 
 
-def downloads(folder: str) -> dict[str, str]:
-    """Weights and tokenizers: the same for every machine."""
-    return {"HF_HOME": f"{folder}/huggingface"}
+def downloads(folder: str | None) -> dict[str, str]:
+    """Weights and tokenizers: the same for every machine. Nothing where there is no folder."""
+    return {"HF_HOME": f"{folder}/huggingface"} if folder else {}
 
 
 def compiled(folder: str) -> dict[str, str]:

@@ -36,17 +36,21 @@ def cli() -> None:
 @cli.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("-v", "--verbose", is_flag=True, help="Show Ray's and vLLM's own output.")
-@click.option("--no-check", is_flag=True, help="Start also what cannot fit its GPUs.")
-def run(config: Path, verbose: bool, no_check: bool) -> None:
-    """Run CONFIG in the foreground, as `serve run` does, and clean up at the end."""
+@click.option("--port", type=click.IntRange(1, 65535), help="In place of http_options.port.")
+@click.option("--no-check", is_flag=True, help="Start also what cannot work.")
+def run(config: Path, verbose: bool, port: int | None, no_check: bool) -> None:
+    """Run CONFIG in the foreground, as `serve run` does, and clean up at the end.
+
+    On a Ray of its own, unless RAY_ADDRESS names one that serves nothing yet.
+    """
     from serve_app.config import load
+    from serve_app.local.run import Terminal, run
     from serve_app.planner import checks
-    from serve_app.run import run
 
     fleet = load(config)
     if not no_check:
         checks.refuse(fleet)
-    sys.exit(run(fleet, _console, verbose=verbose))
+    sys.exit(run(fleet, Terminal(), port=port, verbose=verbose, check=not no_check))
 
 
 @cli.command()

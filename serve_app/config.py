@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app import engine_args, yaml_files
+from serve_app.addresses import ANY_IPV6
 from serve_app.errors import ConfigError, did_you_mean
 
 MODEL_IMPORT_PATH = "serve_app.model:app"
@@ -25,6 +26,9 @@ DEPLOYMENT = "ModelServer"
 
 GATEWAY_DEPLOYMENT = "Gateway"
 """The one deployment of the gateway's."""
+
+RUN_ID = "SERVE_APP_RUN_ID"
+"""In the environment of everything that one ``serve-app run`` started: GET /ready repeats it."""
 
 # Serve keeps an application's name in a log file's path, and refuses a blank one.
 ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
@@ -258,6 +262,21 @@ class Fleet:
     def port(self) -> int:
         """The port of the OpenAI endpoint (Serve's default is 8000)."""
         return int((self.document.get("http_options") or {}).get("port") or 8000)
+
+    @property
+    def host(self) -> str:
+        """What the OpenAI endpoint listens on (in a config file Serve's default is 0.0.0.0)."""
+        return str((self.document.get("http_options") or {}).get("host") or "0.0.0.0")
+
+    @property
+    def on_ipv6(self) -> bool:
+        """Whether pods have IPv6 addresses, to which this endpoint answers."""
+        return self.host == ANY_IPV6
+
+    def on_port(self, port: int) -> Fleet:
+        """The same with another ``http_options.port``."""
+        options = {**(self.document.get("http_options") or {}), "port": port}
+        return replace(self, document={**self.document, "http_options": options})
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

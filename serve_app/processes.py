@@ -49,15 +49,15 @@ def _parent(entry: Path) -> int:
 
 
 def _name_if_ours(entry: Path) -> str | None:
-    title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-    first = title.partition(" ")[0]
+    first, _, _ = (entry / "cmdline").read_bytes().decode(errors="replace").partition("\0")
     home = str(Path(sys.prefix).resolve()) + os.sep
     if first.startswith(home):
         # Not gcs_server, raylet or dashboard: those of `ray start` have no parent by design.
         return "haproxy" if Path(first).name == "haproxy" else None
     # Ray's workers and vLLM's processes rename themselves, and their title may lie where their
     # environment was. So either that tells, or the libraries that they have loaded.
-    if title.startswith(("ray::", "VLLM::")):
+    if first.startswith(("ray::", "VLLM::")):
+        first = first.split()[0]
         environment = (entry / "environ").read_bytes().decode(errors="replace")
         if f"VIRTUAL_ENV={sys.prefix}" in environment.split("\0") or home in environment:
             return first

@@ -11,10 +11,12 @@ from harness.processes import REPO
 from harness.servers import CHAT, EMBED, Cluster
 
 from serve_app import config
-from serve_app.run import how_to_ask
+from serve_app.local.endpoint import Endpoint
+from serve_app.local.run import how_to_ask
 
 README = (REPO / "README.md").read_text()
-PRINTED = how_to_ask(config.load(REPO / "configs/demo.yaml"))
+DEMO = config.load(REPO / "configs/demo.yaml")
+PRINTED = how_to_ask(DEMO, Endpoint.of(DEMO))
 
 
 def here(text: str, cluster: Cluster) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import posixpath
 import re
 import uuid
@@ -17,7 +18,7 @@ from urllib.parse import quote
 from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.middleware.cors import CORSMiddleware
 
-from serve_app.config import GatewayConfig
+from serve_app.config import RUN_ID, GatewayConfig
 from serve_app.errors import did_you_mean
 from serve_app.gateway import body as request_body
 from serve_app.gateway.directory import Directory, Model
@@ -160,7 +161,9 @@ class Gateway:
         models = self._directory.models()
         waiting_for = [m.name for m in models if m.must_be_up and not m.up]
         ready = bool(models) and not waiting_for
-        return 200 if ready else 503, {
+        run = os.environ.get(RUN_ID)
+        report: dict[str, Any] = {"run": run} if run else {}
+        return 200 if ready else 503, report | {
             "status": "ready" if ready else "not ready",
             "waiting_for": waiting_for,
             "models": {

@@ -41,19 +41,19 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
     Raises:
         UserError: not found, not allowed, no network, or unreadable metadata; one sentence.
     """
-    folder = Path(name).expanduser()
+    folder = as_folder(name)
     if folder.is_dir():
         return _from_folder(name, folder)
     for candidate in (name, *also_known_as):
         config = _kept(candidate)
         if config is not None:
             return _model(candidate, config, None, "config kept in serve_app")
-    if _is_path(name):
+    if is_path(name):
         raise UserError(f"{name}: no such folder (a hub id has the form organisation/name)")
-    snapshot = _snapshot(name, os.environ)
-    if list(snapshot.glob("*.safetensors")):
+    cached = snapshot(name, os.environ)
+    if list(cached.glob("*.safetensors")):
         with contextlib.suppress(UserError):  # fetched in part: the hub knows better
-            return _from_folder(name, snapshot)
+            return _from_folder(name, cached)
     if offline:
         raise UserError(f"{name}: its metadata is not at hand")
     return _from_hub(name)
@@ -65,9 +65,9 @@ def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | Non
     ``environment`` says where the Hugging Face cache is. Meant for a process that must not wait:
     it reads one small file.
     """
-    folder = Path(name).expanduser()
+    folder = as_folder(name)
     if not folder.is_dir():
-        folder = _snapshot(name, environment)
+        folder = snapshot(name, environment)
     try:
         config = folder / "config.json"
         found = _object(_text(config), str(config)) if config.is_file() else _kept(name)
@@ -76,7 +76,7 @@ def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | Non
         return None
 
 
-def _snapshot(name: str, environment: Mapping[str, str]) -> Path:
+def snapshot(name: str, environment: Mapping[str, str]) -> Path:
     """Where the Hugging Face cache has a model; the folder need not exist.
 
     By hand, because importing huggingface_hub takes longer than everything else here.
@@ -92,7 +92,16 @@ def _snapshot(name: str, environment: Mapping[str, str]) -> Path:
         return model
 
 
-def _is_path(name: str) -> bool:
+def as_folder(name: str) -> Path:
+    """The folder that ``name`` would be."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that does not exist
+        return Path(name)
+
+
+def is_path(name: str) -> bool:
+    """Whether ``name`` can only be a folder's, not a hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
 
 

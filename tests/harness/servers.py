@@ -17,8 +17,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness import processes
 from harness.processes import REPO
-from serve_app import engine_args, haproxy
+from serve_app import addresses, engine_args, haproxy
 from serve_app.config import DEPLOYMENT, ModelConfig
+from serve_app.local.instance import Instance
 from serve_app.model import environment
 from serve_app.processes import orphans
 
@@ -81,9 +82,16 @@ class Cluster:
     """A running `serve run`, and what a test wants to know of it."""
 
     def __init__(
-        self, proxy: Proxy, port: int, process: subprocess.Popen[bytes], log: Path, config: Path
+        self,
+        proxy: Proxy,
+        instance: Instance,
+        port: int,
+        process: subprocess.Popen[bytes],
+        log: Path,
+        config: Path,
     ) -> None:
         self.proxy = proxy
+        self._instance = instance
         self.port = port
         self.process = process
         self.log = log
@@ -99,17 +107,20 @@ class Cluster:
         path = folder / "config.yaml"
         path.write_text(as_yaml(config))
         log = folder / "serve.log"
+        port = config["http_options"]["port"]
+        instance = Instance(port)
         env = {
+            # Folders and ports that no other cluster on this machine has.
+            **instance.environment(),
             "RAY_SERVE_ENABLE_HA_PROXY": "1" if proxy == "haproxy" else "0",
-            # HAProxy's own two are fixed otherwise, and two clusters could not be up at once.
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(processes.free_port()),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(processes.free_port()),
             # Ray holds back what a second replica says until anything else is said.
             "RAY_DEDUP_LOGS": "0",
             **haproxy.environment(),
         }
-        process = processes.start([str(BIN / "serve"), "run", str(path)], log, **env)
-        return cls(proxy, config["http_options"]["port"], process, log, path)
+        # Never somebody else's Ray, whose models it would replace.
+        command = [*instance.serve(), "run", str(path), "--address", "local"]
+        process = processes.start(command, log, **env)
+        return cls(proxy, instance, port, process, log, path)
 
     def wait_until_ready(self, within_s: float = 300.0) -> None:
         def ready() -> bool:
@@ -140,6 +151,7 @@ class Cluster:
         finally:
             left = self.left()
             processes.kill_session(self.process.pid)
+            self._instance.close(keep=False)
         return left
 
     def left(self, within_s: float = 15.0) -> dict[int, str]:
@@ -158,7 +170,7 @@ class Cluster:
     @property
     def dashboard(self) -> str:
         """Where `serve deploy` sends a config."""
-        found = re.search(r"View the dashboard at \S*?(http://[\d.:]+)", self.log.read_text())
+        found = re.search(r"View the dashboard at \S*?(http://[^\s\x1b]+)", self.log.read_text())
         assert found, self.tail()
         return found[1]
 
@@ -244,7 +256,7 @@ def model_ports(name: str) -> dict[str, ModelPort]:
     ports = {}
     for replica in reported[key].object_snapshot.running_replicas:
         where = replica.replica_metadata
-        base_url = f"http://{where['host']}:{where['port']}"
+        base_url = f"http://{addresses.join(where['host'], where['port'])}"
         ports[replica.replica_id.unique_id] = ModelPort(base_url, credential)
     return ports
 

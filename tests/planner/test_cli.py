@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import serve_app.run
+import serve_app.local.run
 from serve_app.cli import cli
 from serve_app.errors import UserError
 from serve_app.planner.cli import check, plan
@@ -148,7 +148,9 @@ def test_run_checks_before_it_starts_unless_told_not_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
-    monkeypatch.setattr(serve_app.run, "run", lambda fleet, *_, **__: started.append(fleet) or 0)
+    monkeypatch.setattr(
+        serve_app.local.run, "run", lambda fleet, *_, **__: started.append(fleet) or 0
+    )
     config = tmp_path / "bad.yaml"
     config.write_text(Path(ONE_MODEL).read_text().replace("parallel_size: 4", "parallel_size: 3"))
     refused = run(cli, "run", str(config))

@@ -4,105 +4,169 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
+import secrets
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import yaml
 from rich.console import Console
 
 from serve_app import haproxy, processes
-from serve_app.config import Fleet, ModelConfig
+from serve_app.addresses import V6_IS_V4
+from serve_app.config import RUN_ID, Fleet, ModelConfig
 from serve_app.errors import UserError
+from serve_app.local import endpoint as endpoints
+from serve_app.local import reasons, weights
+from serve_app.local.endpoint import Endpoint
+from serve_app.local.instance import Instance
+from serve_app.local.named import NamedCluster, is_here, named_cluster
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def run(fleet: Fleet, console: Console, *, verbose: bool = False) -> int:
+def run(
+    fleet: Fleet,
+    console: Console,
+    *,
+    port: int | None = None,
+    verbose: bool = False,
+    check: bool = True,
+) -> int:
     """Run the config in the foreground until Ctrl-C; the exit status.
 
-    Ray's and vLLM's own output goes to a log file, or to the terminal with ``verbose``.
+    On a Ray of its own, unless RAY_ADDRESS names one. ``port`` takes the place of
+    ``http_options.port``. Ray's and vLLM's own output goes to a log file, or to the terminal with
+    ``verbose``. Without ``check`` nobody looks whether what is to be loaded is there.
 
     Raises:
-        UserError: the port is taken, or no model came up.
+        UserError: the port is taken, there is nothing to load, RAY_ADDRESS names a cluster that is
+            silent or serves something, no model came up, or ``serve run`` ended by itself.
     """
     if fleet.gateway is None:
         raise UserError(
             f"{fleet.path}: there is no gateway; add an application with "
             "import_path serve_app.gateway:app and route_prefix /"
         )
-    _refuse_taken_port(fleet.port)
-    log = None if verbose else _log_file()
+    if port is not None:
+        fleet = fleet.on_port(port)
+    cluster = named_cluster()
+    endpoint = _endpoint(fleet, cluster)
+    if check and cluster is None:  # on another machine it may be there
+        weights.refuse_missing(fleet)
+    instance = Instance(endpoint.port)
+    ours = secrets.token_hex(8) if cluster is None else None
+    env = _environment(instance, endpoint, ours)
     started = time.monotonic()
-    serve = _start(fleet, log)
+    log = None if verbose else instance.log
     stop = _Stop()
+    asked = False
+    serve = _start(fleet, instance, env, log)
     try:
         if log:
             console.print(f"starting {len(fleet.models)} models; full log: {log}", highlight=False)
-        if _wait_until_ready(fleet, serve, stop, console, started):
-            print(how_to_ask(fleet), flush=True)  # never wrapped: it is to be copied
+        ready = _wait_until_ready(fleet, endpoint, ours, serve, stop, console, started)
+        if serve.poll() is not None and not stop.asked and reasons.was_slow(log):
+            console.print("Ray did not start in its 30 s; starting it once more")
+            _end(serve, console)
+            serve = _start(fleet, instance, env, log)
+            ready = _wait_until_ready(fleet, endpoint, ours, serve, stop, console, started)
+        if ready:
+            told = how_to_ask(fleet, endpoint)  # never wrapped: it is to be copied
+            console.print(told, soft_wrap=True, markup=False, highlight=False)
         while serve.poll() is None and not stop.asked:
             time.sleep(0.2)
-        if not stop.asked:
-            where = f"; its log is {log}" if log else ""
-            raise UserError(f"serve run ended by itself with status {serve.returncode}{where}")
+        asked = stop.asked
+        if not asked:
+            raise UserError(reasons.why_it_ended(serve.returncode, log))
         return 0
     finally:
         _end(serve, console)
+        instance.close(keep=not asked)
+
+
+def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
+    """Where the server will answer.
+
+    Raises:
+        UserError: somebody else's answers there already.
+    """
+    endpoint = Endpoint.of(fleet)
+    if fleet.host == "::" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+        raise UserError(f"http_options.host is {V6_IS_V4}")
+    if cluster is not None and cluster.listens:
+        endpoint = Endpoint(*cluster.listens)  # Serve keeps to the options that it started with
+    elif cluster is None or is_here(cluster.host):
+        endpoint.refuse_if_taken()
+    if cluster is not None and not is_here(cluster.host):
+        if endpoint.host in ("localhost", "127.0.0.1", "::1") and endpoint.host == endpoint.bound:
+            raise UserError(
+                f"http_options.host is {endpoint.bound}, where the cluster at {cluster.host} "
+                "answers nobody else; set 0.0.0.0"
+            )
+        endpoint = dataclasses.replace(endpoint, bound=cluster.host)
+    return endpoint
+
+
+def _environment(instance: Instance, endpoint: Endpoint, ours: str | None) -> dict[str, str]:
+    proxy = endpoints.without_proxy(endpoint.host)
+    if ours is None:
+        return os.environ | proxy
+    return haproxy.environment() | instance.environment() | proxy | {RUN_ID: ours}
+
+
+class Terminal(Console):
+    """Standard output; where nobody reads it any more, the server goes on without it."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own way is to end the process."""
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich's, but a terminal that is gone (EIO) is none to end for."""
+        with contextlib.suppress(OSError):
+            super().print(*objects, **options)
 
 
 class _Stop:
-    """Ctrl-C and SIGTERM, noted; a second one is not needed and does nothing."""
+    """Ctrl-C, SIGTERM and a closed terminal, noted; a second one does nothing."""
 
     def __init__(self) -> None:
         self.asked = False
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            signal.signal(signal.SIGHUP, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
 
 
-def _refuse_taken_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise UserError(
-                f"port {port} is taken; stop what uses it, or set http_options.port in the config "
-                "(left over from a killed run? make clean-processes ends it)"
-            ) from None
-
-
-def _log_file() -> Path:
-    handle, name = tempfile.mkstemp(prefix="serve-app-", suffix=".log")
-    os.close(handle)
-    return Path(name)
-
-
-def _start(fleet: Fleet, log: Path | None) -> subprocess.Popen[bytes]:
-    env = os.environ.copy()
-    if not env.get("RAY_ADDRESS"):
-        # A Ray of its own stays on the loopback interface.
-        env.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # Ray runs its workers at nice 15, behind whatever else the machine does.
-        env.setdefault("RAY_worker_niceness", "0")
-        env = haproxy.environment() | env
+def _start(
+    fleet: Fleet, instance: Instance, env: dict[str, str], log: Path | None
+) -> subprocess.Popen[bytes]:
+    # Written anew: --port is in it.
+    config = instance.folder / "config.yaml"
+    config.touch(mode=0o600)  # models' env may hold secrets
+    config.write_text(yaml.safe_dump(fleet.document, sort_keys=False))
+    command = [*instance.serve(), "run", str(config)]
+    if RUN_ID in env:
+        # Never whatever Ray it finds on this machine: `serve run` would replace what runs there.
+        command += ["--address", "local"]
+        env.pop("RAY_ADDRESS", None)
     output = log.open("wb") if log else None
     try:
         return subprocess.Popen(
-            [str(Path(sys.executable).with_name("serve")), "run", str(fleet.path)],
+            command,
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
             stdin=subprocess.DEVNULL,
@@ -124,19 +188,25 @@ def _interrupt_when_parent_dies() -> None:
 
 
 def _wait_until_ready(
-    fleet: Fleet, serve: subprocess.Popen[bytes], stop: _Stop, console: Console, started: float
+    fleet: Fleet,
+    endpoint: Endpoint,
+    ours: str | None,
+    serve: subprocess.Popen[bytes],
+    stop: _Stop,
+    console: Console,
+    started: float,
 ) -> bool:
     """Say when each model is up; True when all are, False when asked to stop."""
     told: set[str] = set()
     with console.status("starting Ray") as status:
         while serve.poll() is None and not stop.asked:
-            report = _ask_ready(fleet.port) or {"models": {}, "waiting_for": []}
+            report = endpoint.ready(ours) or {"models": {}, "waiting_for": []}
             waiting = [n for n in fleet.models if n not in told]
             if report["models"]:
                 status.update("; ".join(_doing(n, report["models"].get(n, {})) for n in waiting))
             for name, model in report["models"].items():
                 seconds = time.monotonic() - started
-                if name in told:
+                if name in told or name not in fleet.models:
                     continue
                 if model["status"] == "DEPLOY_FAILED":
                     told.add(name)
@@ -158,26 +228,17 @@ def _doing(name: str, model: dict[str, Any]) -> str:
     return f"{name}: {starting[-1]['phase']}"
 
 
-def _ask_ready(port: int) -> dict[str, Any] | None:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5) as answer:
-            return dict(json.load(answer))
-    except urllib.error.HTTPError as error:
-        try:
-            body = json.load(error)
-        except ValueError:
-            return None  # Serve's own plain-text answer while there is no gateway yet
-        return body if "models" in body else None
-    except (OSError, ValueError):
-        return None
-
-
-def how_to_ask(fleet: Fleet) -> str:
+def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
     """A curl command and an OpenAI SDK snippet that work as they are."""
-    base = f"http://127.0.0.1:{fleet.port}/v1"
+    base = f"{endpoint.url}/v1"
     chat = next((n for n, m in fleet.models.items() if _chats(m)), None)
     embed = next((n for n, m in fleet.models.items() if m.engine.get("runner") == "pooling"), None)
     lines = [f"\nThe OpenAI endpoint is {base}\n"]
+    if endpoints.goes_through_proxy(endpoint.url):
+        lines += [
+            "# this shell sends HTTP through a proxy, which does not know this machine:",
+            f"export no_proxy={endpoints.without_proxy(endpoint.host)['no_proxy']}\n",
+        ]
     if chat:
         body = {
             "model": chat,
@@ -185,7 +246,7 @@ def how_to_ask(fleet: Fleet) -> str:
             "temperature": 0,  # a small model that samples soon talks nonsense, and for long
         }
         lines += [
-            f"curl -s {base}/chat/completions -H 'content-type: application/json' \\",
+            f"curl -gs {base}/chat/completions -H 'content-type: application/json' \\",
             f"  -d '{json.dumps(body)}'\n",
         ]
     lines += ["from openai import OpenAI", f'client = OpenAI(base_url="{base}", api_key="-")']

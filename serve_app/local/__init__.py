@@ -1,0 +1,1 @@
+"""``serve-app run``: one machine, which may be somebody else's too."""

@@ -1,0 +1,111 @@
+"""The address at which a server on this machine answers, and how it is asked."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import os
+import socket
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app import addresses
+from serve_app.config import Fleet
+from serve_app.errors import UserError
+
+# Nothing on this machine is behind a proxy, whatever HTTP_PROXY says.
+_open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where Serve's proxy listens (``bound``) and where it is asked (``host``)."""
+
+    bound: str
+    port: int
+
+    @classmethod
+    def of(cls, fleet: Fleet) -> Endpoint:
+        """As Serve reads ``http_options``."""
+        return cls(fleet.host, fleet.port)
+
+    @property
+    def host(self) -> str:
+        """An address of this machine; never a wildcard."""
+        try:
+            bound = ipaddress.ip_address(self.bound)
+        except ValueError:
+            return self.bound  # a name
+        if not bound.is_unspecified:
+            return self.bound
+        return "::1" if bound.version == 6 else "127.0.0.1"
+
+    @property
+    def url(self) -> str:
+        """``http://host:port``, for either family."""
+        return f"http://{addresses.join(self.host, self.port)}"
+
+    def refuse_if_taken(self) -> None:
+        """Raises UserError where somebody listens, or the address is not this machine's."""
+        try:
+            with socket.socket(addresses.family(self.bound)) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((self.bound, self.port))
+        except OSError as error:
+            raise UserError(self._why_not(error)) from None
+
+    def _why_not(self, error: OSError) -> str:
+        if error.errno == errno.EADDRINUSE:
+            return (
+                f"port {self.port} is taken; stop what uses it, or choose another with --port or "
+                "http_options.port (left over from a killed run? make clean-processes ends it)"
+            )
+        if error.errno == errno.EACCES:
+            return f"port {self.port} is for root only; choose one above 1023 with --port"
+        if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or isinstance(
+            error, socket.gaierror
+        ):
+            return (
+                f"http_options.host is {self.bound}, which is no address of this machine; "
+                "use 127.0.0.1, or 0.0.0.0 for all"
+            )
+        return f"{self.url} cannot be listened on: {error.strerror}; set http_options.host"
+
+    def ready(self, run: str | None = None) -> dict[str, Any] | None:
+        """What GET /ready reports; None while nothing of ours answers.
+
+        ``run`` is the id that a gateway of ours was given (:data:`serve_app.config.RUN_ID`): the
+        answer of any other server is none.
+        """
+        try:
+            with _open(f"{self.url}/ready", timeout=5) as answer:
+                body = json.load(answer)
+        except urllib.error.HTTPError as error:
+            try:
+                body = json.load(error)
+            except ValueError:
+                return None  # Serve's own plain-text answer while there is no gateway yet
+        except (OSError, ValueError):
+            return None
+        if not isinstance(body, dict) or not isinstance(body.get("models"), dict):
+            return None
+        return body if run is None or body.get("run") == run else None
+
+
+def without_proxy(*hosts: str) -> dict[str, str]:
+    """``no_proxy`` with this machine in it, in both spellings, where there is a proxy at all."""
+    given = ",".join(os.environ.get(variable, "") for variable in ("no_proxy", "NO_PROXY"))
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    if not urllib.request.getproxies_environment() or "*" in names:
+        return {}
+    names += [h for h in ("127.0.0.1", "localhost", "::1", *hosts) if h not in names]
+    return {"no_proxy": ",".join(names), "NO_PROXY": ",".join(names)}
+
+
+def goes_through_proxy(url: str) -> bool:
+    """Whether this shell's curl and Python would send ``url`` to a proxy."""
+    host = urllib.request.Request(url).host
+    return "http" in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)

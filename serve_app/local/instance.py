@@ -1,0 +1,203 @@
+"""What one ``serve-app run`` has to itself on a machine: a folder, and ports.
+
+Ray would put everything under ``/tmp/ray`` and HAProxy's files into ``/tmp/haproxy-serve``, whoever
+runs it, and a second instance or a second user would find another's files in its way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pwd
+import shlex
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from serve_app.errors import UserError
+
+LONGEST = min(
+    # Ray's longest socket is that of a part of its dashboard.
+    107 - len("/ray/session_2026-11-26_06-11-12_123456_4194304/sockets/dash_MetricsHead"),
+    # HAProxy binds a temporary name, longer by 10; Serve puts the node's id before it.
+    107 - 10 - len(f"/{56 * 'f'}/metrics.sock"),
+)
+"""Characters that the folder's path may have: Unix sockets are made under it, and Linux takes 107
+for the path of one (unix(7))."""
+
+_SHORT = ("/tmp", "/var/tmp", "/dev/shm")
+
+_KEEP_S = 7 * 86_400.0
+"""Seconds that the folder of an ended run, with its logs, is kept."""
+
+
+class Instance:
+    """A folder of this run's own, locked while it lives, and what its Ray is told.
+
+    ``folder`` is named by the port; it holds ``serve.log``, Ray's sessions and HAProxy's files.
+
+    Raises:
+        UserError: another run has this port, or no folder with a short enough path can be written.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._base = _base()
+        _forget_old(self._base)
+        self.folder = self._base / str(port)
+        self.folder.mkdir(exist_ok=True)
+        lock = _lock(self.folder)
+        if lock is None:  # it may be seconds from listening
+            raise UserError(f"port {port} is another serve-app run's; choose another with --port")
+        self._lock = lock
+        _empty(self.folder, but=("lock",))
+        self.log = self.folder / "serve.log"
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment, for a Ray of this run's own."""
+        defaults = {
+            # A Ray of its own stays on the loopback interface.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Ray runs its workers at nice 15, behind whatever else the machine does.
+            "RAY_worker_niceness": "0",
+            # Serve ends a proxy that is not up in three times 5 s, and `serve run` with it. On a
+            # slow or busy machine HAProxy's manager alone takes longer to import what it needs.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        }
+        apart = {
+            "RAY_TMPDIR": str(self.folder),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self.folder / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(self.folder / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(self.folder),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(self.folder / "server-state"),
+        }
+        return defaults | os.environ | apart | self._short_temporary_folder() | _home(self._base)
+
+    def serve(self) -> list[str]:
+        """The command ``serve`` of this Python.
+
+        Ray 2.60 puts the interpreter's path into a shell's command as it is
+        (``ray/_private/runtime_env/context.py``), where a space ends it: such a path gets a link.
+        """
+        python = Path(sys.executable)
+        if shlex.quote(str(python)) != str(python):
+            link = self.folder / "python"
+            if not link.is_symlink():
+                link.symlink_to(sys.prefix)
+            python = link / python.relative_to(sys.prefix)
+        return [str(python), "-m", "ray.serve.scripts"]
+
+    def _short_temporary_folder(self) -> dict[str, str]:
+        """vLLM and multiprocessing make sockets there too, with names of up to 40 characters."""
+        usual = _temporary_folder()
+        if usual and len(usual) <= 107 - 40:
+            return {}
+        (self.folder / "tmp").mkdir(exist_ok=True)
+        return {"TMPDIR": str(self.folder / "tmp")}
+
+    def close(self, *, keep: bool) -> None:
+        """Give the folder up; without ``keep`` only the log stays in it."""
+        (self.folder / "config.yaml").unlink(missing_ok=True)  # models' env may hold secrets
+        if not keep:
+            _empty(self.folder, but=("lock", self.log.name))
+        os.close(self._lock)
+
+
+def _empty(folder: Path, *, but: tuple[str, ...]) -> None:
+    for old in folder.iterdir():
+        if old.name in but:
+            continue
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink()
+
+
+def _base() -> Path:
+    """This user's folder for all runs, where sockets can be made."""
+    name = f"sa-{os.getuid()}"  # ids have up to ten digits
+    for parent in (os.environ.get("RAY_TMPDIR"), _temporary_folder(), *_SHORT):
+        base = Path(parent or "/nowhere") / name
+        # Ray puts paths into a shell's command as they are.
+        if len(str(base / "65535")) > LONGEST or shlex.quote(str(base)) != str(base):
+            continue
+        with contextlib.suppress(OSError):
+            base.mkdir(mode=0o700, exist_ok=True)
+            there = base.lstat()
+            # Not what another user has made in our place.
+            if stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid():
+                base.chmod(0o700)
+                tempfile.TemporaryFile(dir=base).close()
+                return base
+    raise UserError(
+        f"there is no folder for this run's sockets and logs: of TMPDIR, {', '.join(_SHORT)} none "
+        f"can be written under a path of at most {LONGEST} characters; set TMPDIR to one that can"
+    )
+
+
+def _temporary_folder() -> str | None:
+    try:
+        return tempfile.gettempdir()
+    except OSError:  # none that can be written
+        return None
+
+
+def _lock(folder: Path) -> int | None:
+    """Held as long as this process lives, whatever ends it; None where another has it."""
+    lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _forget_old(base: Path) -> None:
+    for folder in base.iterdir():
+        file = folder / "lock"
+        if file.exists() and time.time() - folder.stat().st_mtime > _KEEP_S:
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
+
+
+def _home(base: Path) -> dict[str, str]:
+    """A home where there is none that can be written: Ray keeps its token there, vLLM its caches.
+
+    What the real one has of the model hub stays in use.
+    """
+    env = {}
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:  # a container's arbitrary user: getpass and others fail without a name
+        env = {"USER": f"uid-{os.getuid()}", "LOGNAME": f"uid-{os.getuid()}"}
+    home = Path(os.environ.get("HOME", ""))
+    try:
+        home = home if home.is_absolute() else Path.home()
+        tempfile.TemporaryFile(dir=home).close()
+        return env
+    except (OSError, RuntimeError):  # read-only, or a user without one
+        pass
+    instead = base / "home"
+    instead.mkdir(exist_ok=True)
+    env["HOME"] = str(instead)
+    hub = home / ".cache/huggingface"
+    if hub.is_dir() and "HF_HOME" not in os.environ:
+        env["HF_HOME"] = str(hub)
+    return env
+
+
+def _free_port() -> int:
+    """Any: the usual ones, 9101 and 8404, may be another instance's, also one that just starts."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,118 @@
+"""Whether what a config wants to load is there, asked before anything starts.
+
+vLLM finds out after the imports and three starts, and then speaks of a hub that the user never
+meant: ``models/mine`` is a folder only for whoever stands beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+
+from serve_app import caches
+from serve_app.config import Fleet, ModelConfig
+from serve_app.errors import ConfigError
+from serve_app.planner import metadata
+
+_HUB_S = 5.0
+"""Seconds that the model hub gets to answer."""
+
+
+def refuse_missing(fleet: Fleet) -> None:
+    """Refuse a config with a model, tokenizer, adapter or template that is nowhere.
+
+    Raises:
+        ConfigError: the first one, and where it was looked for.
+    """
+    for name, config in fleet.models.items():
+        environment = os.environ | caches.downloads(config.cache_dir) | config.env
+        if _is_on(environment, "VLLM_USE_MODELSCOPE") or "download_dir" in config.engine:
+            continue  # neither the hub nor its cache is what counts
+        for setting, value in _named(config):
+            if why := _missing(value, environment):
+                raise ConfigError(
+                    f"{fleet.path}: application '{name}': {setting} is '{value}', but {why}"
+                )
+        if why := _missing_template(config.engine.get("chat_template")):
+            raise ConfigError(f"{fleet.path}: application '{name}': engine.chat_template: {why}")
+
+
+def _named(config: ModelConfig) -> Iterator[tuple[str, str]]:
+    """Every model or part of one that is named by a folder or a hub id."""
+    yield "model", config.model
+    for key in ("tokenizer", "hf_config_path"):
+        if isinstance(value := config.engine.get(key), str):
+            yield f"engine.{key}", value
+    draft = config.engine.get("speculative_config")
+    value = draft.get("model") if isinstance(draft, dict) else None
+    if isinstance(value, str) and value.strip("[]") != "ngram":  # vLLM's word for no model at all
+        yield "engine.speculative_config.model", value
+    for adapter in config.adapters:
+        yield f"the path of the adapter '{adapter.name}'", adapter.path
+
+
+def _missing(value: str, environment: Mapping[str, str]) -> str | None:
+    """Why ``value`` cannot be loaded, None where it may be."""
+    if "://" in value:
+        return None
+    path = metadata.as_folder(value)
+    try:
+        if path.is_dir():
+            return None if any(path.iterdir()) else f"the folder {path.absolute()} is empty"
+        if path.exists():
+            return None
+    except OSError as error:  # another user's
+        return f"it cannot be read ({error.strerror}); let this user read it, or correct it"
+    nowhere = f"there is no folder {path.absolute()}"
+    if metadata.is_path(value) and "/" in value:  # gpt2 is a hub id too
+        return f"{nowhere}; correct it, or give a hub id (organisation/name)"
+    if metadata.snapshot(value, environment).is_dir():
+        return None
+    hub = _ask_hub(value, environment)
+    if hub is None:
+        return None
+    return f"{nowhere}, and as a hub id it cannot be had: {hub}; correct it"
+
+
+def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
+    """Why the hub does not have the model, None where it does."""
+    if _is_on(environment, "HF_HUB_OFFLINE") or _is_on(environment, "TRANSFORMERS_OFFLINE"):
+        return "it is not in the cache, and HF_HUB_OFFLINE is set"
+    said: list[str | None] = []
+
+    def ask() -> None:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+        hub = HfApi(endpoint=environment.get("HF_ENDPOINT"), token=environment.get("HF_TOKEN"))
+        try:
+            hub.model_info(name, timeout=_HUB_S)
+            said.append(None)
+        except GatedRepoError:
+            said.append("it is gated; accept its terms on the hub and set HF_TOKEN")
+        except Exception as error:  # the hub's, its HTTP client's, a name that is no id
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status in (401, 403, 404):
+                said.append("the hub has no such model, or a private one (then set HF_TOKEN)")
+            else:
+                said.append(f"the hub cannot be reached ({status or type(error).__name__})")
+
+    # A thread, because the client's timeout does not cover the look-up of the host's name.
+    thread = threading.Thread(target=ask, name="ask-hub", daemon=True)
+    thread.start()
+    thread.join(2 * _HUB_S)
+    return said[0] if said else "the hub does not answer"
+
+
+def _is_on(environment: Mapping[str, str], variable: str) -> bool:
+    """As huggingface_hub reads its own."""
+    return environment.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _missing_template(value: object) -> str | None:
+    """As vLLM tells a file from a template: by the characters that Jinja has."""
+    if not isinstance(value, str) or set(value) & set("{}\n"):
+        return None
+    path = metadata.as_folder(value)
+    return None if path.is_file() else f"there is no file {path.absolute()}; correct it"
