@@ -483,6 +483,19 @@ def _check_deployments(where: str, deployments: Any, known: str) -> None:
                 raise ConfigError(f"{where}: '{key}' is not a key of a Serve deployment{hint}")
 
 
+def deployed(name: str, application: dict[str, Any]) -> ModelConfig:
+    """The settings of a model's application as Serve was given it, which nobody may have checked.
+
+    Its adapters are those of its ``user_config``, where it has one.
+
+    Raises:
+        ConfigError: they cannot work; prefixed with the application.
+    """
+    where = f"application {name!r}"
+    model = parse(ModelConfig, application.get("args"), where)
+    return _with_live_adapters(where, model, application)
+
+
 def _with_live_adapters(where: str, model: ModelConfig, application: dict[str, Any]) -> ModelConfig:
     """The model with the adapters of its ``user_config``, which take the place of its own."""
     for deployment in application.get("deployments") or []:

@@ -63,6 +63,46 @@ def test_a_model_scaled_to_zero_is_there_and_need_not_be_up() -> None:
     assert (models["needed"].must_be_up, models["needed"].up) == (True, False)
 
 
+NONSENSE: list[dict[str, Any]] = [
+    {"autoscaling": {"min_replicas": None}},
+    {"autoscaling": 3},
+    {"served_as": 5},
+    {"served_as": [None, {}]},
+    {"adapters": 1},
+    {"adapters": [{"name": ["x"], "path": "p"}]},
+    {"model": None},
+    {"engine": [1]},
+    {"engine": {"max_model_len": {"a": 1}, "tensor_parallel_size": [None]}},
+    {"env": 7},
+]
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=str)
+def test_nonsense_in_one_model_costs_only_that_one(nonsense: dict[str, Any]) -> None:
+    models = read(bad=reported(nonsense, status="DEPLOY_FAILED"), good=reported())
+    assert (models["bad"].ids, models["bad"].must_be_up) == (("bad",), True)
+    assert models["good"].up
+
+
+def test_nonsense_in_user_config_costs_only_that_one() -> None:
+    bad = reported({"served_as": ["org/x"]})
+    bad["deployed_app_config"]["deployments"] = [
+        {"name": "ModelServer", "user_config": {"adapters": 5}}
+    ]
+    models = read(bad=bad, good=reported())
+    assert models["bad"].ids == ("bad", "org/x")
+    assert models["bad"].up and models["good"].up
+
+
+def test_a_model_whose_update_is_nonsense_keeps_the_ids_that_its_replicas_have() -> None:
+    args = {"served_as": ["org/x"], "autoscaling": {"min_replicas": 0}}
+    before = read(x=reported(args))
+    update = reported({"served_as": 5, "model": "other"}, status="DEPLOY_FAILED")
+    [model] = read_details({"applications": {"x": update}}, before).values()
+    assert (model.ids, model.root, model.must_be_up) == (("x", "org/x"), "org/model", False)
+    assert model.broken
+
+
 # --- what clients see of it --------------------------------------------------------------------
 
 

@@ -95,7 +95,7 @@ def test_a_start_goes_on_without_the_store(
 
 def starting(args: dict[str, Any] | None = None, **replicas: str | None) -> dict[str, Any]:
     """An application whose replicas start, each on the node that is given."""
-    application = reported({"model": "org/model"} | (args or {}), status="DEPLOYING")
+    application = reported(args, status="DEPLOYING")
     application["deployments"]["ModelServer"]["replicas"] = [
         {"state": "STARTING", "replica_id": id, "start_time_s": time.time() - 42, "node_id": node}
         for id, node in replicas.items()

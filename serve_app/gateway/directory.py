@@ -8,6 +8,7 @@ a model that is deployed, changed or removed shows up here without a restart of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -18,8 +19,9 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app import capacity, cluster, placement, progress
+from serve_app import capacity, cluster, config, placement, progress
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, ModelConfig
+from serve_app.errors import ConfigError
 from serve_app.gateway.watcher import Watcher
 from serve_app.progress import Phase
 
@@ -66,7 +68,8 @@ class Model:
     """False for a model that may be scaled to zero."""
 
     starts: tuple[Start, ...]
-    args: dict[str, Any]
+    config: ModelConfig | None
+    """The last settings that could work; None where there were none yet."""
 
     @property
     def up(self) -> bool:
@@ -101,7 +104,8 @@ class Directory:
         controller = cluster.controller()
         if controller is None:
             return
-        models = read_details(await controller.get_serve_instance_details.remote())
+        details = await controller.get_serve_instance_details.remote()
+        models = read_details(details, self._models)
         for name in self._models.keys() - models.keys():
             logger.info(f"model '{name}' is gone")
             self._handles.pop(name, None)
@@ -166,8 +170,9 @@ def _phases(models: Collection[Model], before: Mapping[str, Phase]) -> dict[str,
 
 def _waits_for(model: Model) -> str | None:
     """What a replica needs that no node has free at the moment."""
-    needed = placement.of(ModelConfig.model_validate(model.args))
-    return capacity.waiting_for(needed, capacity.nodes())
+    if model.config is None:
+        return None
+    return capacity.waiting_for(placement.of(model.config), capacity.nodes())
 
 
 def _report(before: Model | None, now: Model) -> None:
@@ -189,48 +194,56 @@ def _by_id(models: dict[str, Model]) -> dict[str, Model]:
     return by_id
 
 
-def read_details(details: dict[str, Any]) -> dict[str, Model]:
-    """The models among the applications of ``get_serve_instance_details``."""
+def read_details(
+    details: dict[str, Any], before: Mapping[str, Model] | None = None
+) -> dict[str, Model]:
+    """The models among the applications of ``get_serve_instance_details``.
+
+    Serve reports what was deployed, also where it was refused. A model whose settings cannot work
+    keeps those that it had in ``before``: its replicas, if any, serve by them.
+    """
     found: dict[str, Model] = {}
     for name, application in details["applications"].items():
-        config = application.get("deployed_app_config") or {}
+        deployed = application.get("deployed_app_config") or {}
         status = _text(application["status"])
-        if config.get("import_path") != MODEL_IMPORT_PATH or status in _GONE:
+        if deployed.get("import_path") != MODEL_IMPORT_PATH or status in _GONE:
             continue
-        args = config.get("args") or {}
         deployment = (application.get("deployments") or {}).get(DEPLOYMENT) or {}
+        message = _one_line(deployment.get("message") or application.get("message") or "")
+        settings = _settings(name, deployed, (before or {}).get(name))
         running = [
             r for r in deployment.get("replicas") or () if _text(r.get("state")) == "RUNNING"
         ]
-        scaling = args.get("autoscaling") or {}
-        adapters = _adapters(config)
+        scaling = settings.autoscaling if settings else None
         found[name] = Model(
             name=name,
             status=status,
-            message=_one_line(deployment.get("message") or application.get("message") or ""),
-            ids=(name, *(args.get("served_as") or ()), *adapters),
-            adapters=adapters,
-            root=str(args.get("model", "")),
+            message=message,
+            ids=tuple(config.ids_of(name, settings)) if settings else (name,),
+            adapters=tuple(a.name for a in settings.adapters) if settings else (),
+            root=settings.model if settings else "",
             created=int(application.get("last_deployed_time_s") or 0),
             replicas=len(running),
-            must_be_up=scaling.get("min_replicas", 1) > 0,
+            must_be_up=scaling is None or scaling.min_replicas > 0,
             starts=tuple(
                 Start(r["replica_id"], r["start_time_s"], placed=bool(r.get("node_id")))
                 for r in deployment.get("replicas") or ()
                 if _text(r.get("state")) == "STARTING"
             ),
-            args=args,
+            config=settings,
         )
     return found
 
 
-def _adapters(config: dict[str, Any]) -> tuple[str, ...]:
-    """Adapters of a model: those of ``user_config`` take the place of those in ``args``."""
-    listed = (config.get("args") or {}).get("adapters")
-    for deployment in config.get("deployments") or ():
-        if deployment.get("name") == DEPLOYMENT and deployment.get("user_config"):
-            listed = deployment["user_config"].get("adapters")
-    return tuple(a["name"] for a in listed or () if isinstance(a, dict) and "name" in a)
+def _settings(name: str, deployed: dict[str, Any], before: Model | None) -> ModelConfig | None:
+    """What a model's replicas serve by: what was deployed, or what it takes the place of."""
+    with contextlib.suppress(ConfigError):
+        return config.deployed(name, deployed)
+    if before is not None:
+        return before.config
+    with contextlib.suppress(ConfigError):  # its user_config alone may be at fault
+        return config.deployed(name, {"args": deployed.get("args")})
+    return None
 
 
 def _text(value: Any) -> str:

@@ -164,7 +164,10 @@ def reported(args: dict[str, Any] | None = None, status: str = "RUNNING") -> dic
         "status": status,
         "message": "",
         "last_deployed_time_s": 1.0,
-        "deployed_app_config": {"import_path": MODEL_IMPORT_PATH, "args": args or {}},
+        "deployed_app_config": {
+            "import_path": MODEL_IMPORT_PATH,
+            "args": {"model": "org/model"} | (args or {}),
+        },
         "deployments": {"ModelServer": {"message": "", "replicas": [{"state": "RUNNING"}]}},
     }
 
