@@ -82,7 +82,7 @@ def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:
     for name, others_args in deployed.items():
         if name == myself:
             continue
-        others = {name, *_claims(others_args)}
+        others = _claims(name, others_args)
         for id in claimed:
             if id in others:
                 raise ConfigError(
@@ -91,9 +91,11 @@ def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:
                 )
 
 
-def _claims(args: dict[str, Any]) -> list[str]:
-    adapters = [a.get("name") for a in args.get("adapters") or [] if isinstance(a, dict)]
-    return [*(args.get("served_as") or []), *adapters]
+def _claims(name: str, args: dict[str, Any]) -> list[str]:
+    try:
+        return ids_of(name, parse(ModelConfig, args, name))
+    except ConfigError:  # refused, as this one may be: Serve reports it all the same
+        return [name]
 
 
 def _deployment_options(config: ModelConfig) -> dict[str, Any]:

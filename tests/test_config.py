@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -578,6 +579,50 @@ def test_a_builder_refuses_sizes_that_the_model_cannot_take(
     assert "tensor_parallel_size 6 does not divide the 64 attention heads" in str(raised.value)
     # The config that vLLM will read is another one.
     model.app({**args, "engine": {**args["engine"], "hf_overrides": {"num_attention_heads": 6}}})
+
+
+@pytest.fixture
+def deployed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The ``args`` of each model that Serve reports, by its application's name."""
+    args: dict[str, Any] = {}
+
+    def details() -> dict[str, Any]:
+        return {
+            "applications": {
+                name: {"deployed_app_config": {"import_path": MODEL_IMPORT_PATH, "args": given}}
+                for name, given in args.items()
+            }
+        }
+
+    controller = SimpleNamespace(get_serve_instance_details=SimpleNamespace(remote=details))
+    monkeypatch.setattr(model.cluster, "controller", lambda: controller)
+    monkeypatch.setattr(model.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(model.capacity, "refuse_impossible", lambda needed: None)
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
+    return args
+
+
+def test_a_builder_refuses_an_id_of_another_application(deployed: dict[str, Any]) -> None:
+    args = {"model": "org/model", "served_as": ["org/x"]}
+    deployed |= {"m": args, "other": {"model": "m", "adapters": [{"name": "org/x", "path": "p"}]}}
+    with pytest.raises(ConfigError, match="'org/x' belongs to both 'm' and 'other'"):
+        model.app(args)
+    del deployed["other"]
+    model.app(args)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [{"served_as": 5}, {"adapters": 5}, {"adapters": [{"name": {}}]}, {"served_as": [{}]}],
+    ids=str,
+)
+def test_nonsense_in_another_application_is_not_the_fault_of_this_one(
+    deployed: dict[str, Any], nonsense: dict[str, Any]
+) -> None:
+    deployed["bad"] = {"model": "org/model"} | nonsense
+    model.app({"model": "org/model", "served_as": ["org/x"]})
+    with pytest.raises(ConfigError, match="'bad' belongs to both"):
+        model.app({"model": "org/model", "served_as": ["bad"]})
 
 
 def test_the_same_settings_written_differently_build_the_same_deployment() -> None:
