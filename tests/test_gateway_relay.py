@@ -74,6 +74,7 @@ async def test_headers_of_one_hop_and_secrets_stop_at_the_gateway() -> None:
         ("upgrade", "h2c"),
         ("authorization", "Bearer sk-of-a-user"),
         ("x-serve-app-credential", "a-guess"),
+        ("endpoint-load-metrics-format", "JSON"),
         ("x-request-id", "r-1"),
         ("x-custom", "kept"),
         ("accept-encoding", "gzip"),

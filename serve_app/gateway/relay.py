@@ -33,7 +33,9 @@ _HOP_BY_HOP = {
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
 _NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CREDENTIAL_HEADER,
-                                 b"authorization", b"x-request-id"}  # fmt: skip
+                                 b"authorization", b"x-request-id",
+                                 # vLLM then adds the engine's load to its answer's headers.
+                                 b"endpoint-load-metrics-format"}  # fmt: skip
 # Serve puts these on every answer itself.
 _NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id", CREDENTIAL_HEADER}
 # Which web pages may ask is the gateway's to say (cors_allow_origins); vLLM allows all.
