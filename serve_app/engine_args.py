@@ -63,6 +63,9 @@ RENAMED = {
     "max_seq_len_to_capture": "max_cudagraph_capture_size",
     "guided_decoding_backend": "structured_outputs_config: {backend: …}",
     "disable_log_requests": "enable_log_requests: false",
+    "task": "runner: pooling to embed, classify or rerank (with convert: embed or classify where "
+    "the model was made to write text); nothing to generate",
+    "enable_reasoning": "reasoning_parser alone",
     "worker_use_ray": "distributed_executor_backend: ray",
     "tp": "tensor_parallel_size",
     "pp": "pipeline_parallel_size",

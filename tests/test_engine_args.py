@@ -43,6 +43,22 @@ def test_no_renamed_argument_is_back_in_vllm() -> None:
     assert not engine_args.RENAMED.keys() & TABLE.keys()
 
 
+@pytest.mark.parametrize(
+    ("engine", "hint"),
+    [
+        ({"task": "embed"}, "use runner: pooling"),
+        ({"enable_reasoning": True}, "use reasoning_parser alone"),
+    ],
+)
+def test_an_argument_of_an_older_vllm_is_said_in_todays_words(
+    engine: dict[str, Any], hint: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        engine_args.check(engine)
+    assert hint in str(raised.value)
+    assert "did you mean" not in str(raised.value)
+
+
 # --- what is written arrives -------------------------------------------------------------------
 
 SAMPLES: dict[str, list[tuple[Any, Any]]] = {
