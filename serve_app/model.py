@@ -145,6 +145,9 @@ def environment(config: ModelConfig) -> dict[str, str]:
 class ModelServer:
     """One replica: one AsyncLLM in process, on an HTTP port that only the gateway may use."""
 
+    _started = False
+    """Whether Serve has found this replica healthy: from then on it may have requests."""
+
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
         processes.exit_with_parent()
         self._config = ModelConfig.model_validate(args)
@@ -172,9 +175,19 @@ class ModelServer:
         return {"host": self._engine.host, "port": self._engine.port}
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Called by Serve at the start and when only ``user_config`` changed: no restart."""
-        live = parse(LiveConfig, user_config, "user_config")
-        await self._engine.adapters.apply(live.adapters)
+        """Called by Serve at the start and when only ``user_config`` changed: no restart.
+
+        Raises:
+            UserError: it cannot work. At the start only: Serve stops a replica for it, and one
+                that serves shall not end for a typo. The gateway says it (GET /ready).
+        """
+        try:
+            live = parse(LiveConfig, user_config, "user_config")
+            await self._engine.adapters.apply(live.adapters)
+        except UserError as error:
+            if not self._started:
+                raise
+            logger.error(f"{error}; until it is corrected the adapters stay as they are")
 
     async def admin(self, action: str) -> tuple[str, str]:
         """One replica's part of ``serve-app admin``: its id, and what it did."""
@@ -189,8 +202,9 @@ class ModelServer:
         return self._engine.load.stats(self._engine.requests_running)
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead."""
+        """Raise when the engine is dead. Serve's first call ends the start."""
         await self._engine.llm.check_health()
+        self._started = True
 
     async def _exit_with_engine(self) -> None:
         """End this process as soon as the engine is dead, or hangs.

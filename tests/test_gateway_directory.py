@@ -103,6 +103,19 @@ def test_a_model_whose_update_is_nonsense_keeps_the_ids_that_its_replicas_have()
     assert model.broken
 
 
+def test_a_wrong_user_config_is_said_while_the_replicas_keep_their_adapters() -> None:
+    application = reported({"engine": {"enable_lora": True}})
+    live = {"name": "ModelServer", "user_config": {"adapters": [{"name": "lora", "path": "p"}]}}
+    application["deployed_app_config"]["deployments"] = [live]
+    before = read(m=application)
+    assert (before["m"].adapters, before["m"].message) == (("lora",), "")
+    live["user_config"] = {"adaptors": [{"name": "lora", "path": "p2"}]}
+    [model] = read_details({"applications": {"m": application}}, before).values()
+    assert (model.adapters, model.up) == (("lora",), True)
+    expected = "application 'm': user_config: 'adaptors' is not a setting; did you mean 'adapters'?"
+    assert model.message.startswith(expected)
+
+
 # --- what clients see of it --------------------------------------------------------------------
 
 

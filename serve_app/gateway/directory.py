@@ -55,7 +55,7 @@ class Model:
     """Serve's ApplicationStatus."""
 
     message: str
-    """Why it is not running, in one line; empty while all is well."""
+    """Why it is not running, or not as it was deployed, in one line; empty while all is well."""
 
     ids: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -210,7 +210,7 @@ def read_details(
             continue
         deployment = (application.get("deployments") or {}).get(DEPLOYMENT) or {}
         message = _one_line(deployment.get("message") or application.get("message") or "")
-        settings = _settings(name, deployed, (before or {}).get(name))
+        settings, problem = _settings(name, deployed, (before or {}).get(name))
         running = [
             r for r in deployment.get("replicas") or () if _text(r.get("state")) == "RUNNING"
         ]
@@ -218,7 +218,7 @@ def read_details(
         found[name] = Model(
             name=name,
             status=status,
-            message=message,
+            message=message or problem,
             ids=tuple(config.ids_of(name, settings)) if settings else (name,),
             adapters=tuple(a.name for a in settings.adapters) if settings else (),
             root=settings.model if settings else "",
@@ -235,15 +235,19 @@ def read_details(
     return found
 
 
-def _settings(name: str, deployed: dict[str, Any], before: Model | None) -> ModelConfig | None:
-    """What a model's replicas serve by: what was deployed, or what it takes the place of."""
-    with contextlib.suppress(ConfigError):
-        return config.deployed(name, deployed)
+def _settings(
+    name: str, deployed: dict[str, Any], before: Model | None
+) -> tuple[ModelConfig | None, str]:
+    """What a model's replicas serve by, and what is wrong with what was deployed, if anything."""
+    try:
+        return config.deployed(name, deployed), ""
+    except ConfigError as error:
+        problem = str(error)
     if before is not None:
-        return before.config
+        return before.config, problem
     with contextlib.suppress(ConfigError):  # its user_config alone may be at fault
-        return config.deployed(name, {"args": deployed.get("args")})
-    return None
+        return config.deployed(name, {"args": deployed.get("args")}), problem
+    return None, problem
 
 
 def _text(value: Any) -> str:
