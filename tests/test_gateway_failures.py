@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 from collections.abc import Awaitable, Callable
@@ -16,7 +17,8 @@ from harness.processes import free_port
 from harness.scripted import Exchange, GatewayProcess, Upstream, ok, until
 
 from serve_app.cluster import ASLEEP_HEADER
-from serve_app.gateway import replicas
+from serve_app.gateway import metrics, replicas
+from serve_app.gateway.relay import Answer
 
 CHAT = "/v1/chat/completions"
 ASK: Any = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -550,6 +552,71 @@ async def test_a_cut_document_is_a_broken_connection_and_never_a_whole_answer(le
             await gateway.client.post(CHAT, json=ASK)
         assert other.exchanges == []
         assert (await gateway.client.get("/health")).status_code == 200
+
+
+# --- what is counted ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The status that each request for a model was counted under."""
+    codes: list[str] = []
+
+    class Requests:
+        def inc(self, tags: dict[str, str]) -> None:
+            codes.append(tags["code"])
+
+    monkeypatch.setattr(metrics, "_requests", Requests())
+    return codes
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
+async def test_a_replica_lost_in_the_middle_is_counted_as_an_error(
+    counted: list[str], kind: str
+) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.head(f"content-type: {kind}", "transfer-encoding: chunked")
+        await exchange.chunk(b"data: 1\n\n")
+        await asyncio.sleep(0.1)
+        exchange.die()
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            await gateway.client.post(CHAT, json=ASK)
+        assert await until(lambda: counted)
+    assert counted == ["502"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_an_exception_in_the_gateway_is_counted_as_an_error(
+    counted: list[str], begun: bool
+) -> None:
+    async def fails(replica: Any, request: Any, answer: Answer) -> int:
+        if begun:
+            await answer.send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("a bug")
+
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        gateway._relay.send = fails  # type: ignore[method-assign]
+        if begun:
+            with pytest.raises(httpx.RemoteProtocolError):
+                await gateway.client.post(CHAT, json=ASK)
+        else:
+            assert (await gateway.client.post(CHAT, json=ASK)).status_code == 500
+        assert await until(lambda: counted)
+    assert counted == ["500"]
+
+
+async def test_a_client_that_goes_away_is_counted_as_one(counted: list[str]) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(b"data: 1\n\n")
+        await exchange.client_gone()
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        async with gateway.client.stream("POST", CHAT, json=ASK) as answer:
+            await anext(answer.aiter_raw())
+        assert await until(lambda: counted)
+    assert counted == ["499"]
 
 
 # --- which replica ---------------------------------------------------------------------------

@@ -6,13 +6,15 @@ import time
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.relay import Answer
 
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 
 _requests = Counter(
     "serve_app_gateway_requests_total",
-    "Requests answered, by model and HTTP status (499: the client went away).",
+    "Requests answered, by model and HTTP status (499: the client went away; 502: the replica was "
+    "lost in the middle of an answer that had begun with another status).",
     tag_keys=("model", "code"),
 )
 _duration = Histogram(
@@ -48,14 +50,19 @@ class Measured:
         self._tags = {"model": model}
         self._answer = answer
         self.code = 499
+        """The status to count; what is cancelled before it has one was left by its client."""
 
     def __enter__(self) -> Measured:
         self._arrived = time.perf_counter()
         self._count(+1)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._count(-1)
+        if isinstance(error, GatewayError):
+            self.code = error.status
+        elif isinstance(error, Exception):  # not a CancelledError: that is a client's going away
+            self.code = 500
         _requests.inc(tags={**self._tags, "code": str(self.code)})
         _duration.observe(time.perf_counter() - self._arrived, tags=self._tags)
         if self._answer.started_at is not None:

@@ -114,6 +114,8 @@ class Relay:
 
         Raises:
             NotStarted: no byte of an answer came.
+            GatewayError: 504 for a replica that stays silent; 502 for one that is lost when a
+                part of its answer is sent, in which no error can be said.
         """
         events: _Events | None = None
         replica.inflight += 1
@@ -158,12 +160,12 @@ class Relay:
             if answer.started_at is None:
                 raise _before_first_byte(error) from error
             logger.warning(f"request {request.id}: replica {replica.id} lost: {error!r}")
+            lost = _lost()
             if events is None:
                 # The client was promised a length or a whole document: only a closed
                 # connection tells it that this is not it.
-                raise
+                raise lost from error
             gap = b"\n\n" if events.torn else b""
-            lost = _lost()
             await answer.send(_body(gap + lost.sse_event(request.path), more=False))
             return lost.status
         finally:

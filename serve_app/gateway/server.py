@@ -86,11 +86,12 @@ class Gateway:
         try:
             await self._answer(scope, receive, named, request_id, answer)
         except GatewayError as error:
-            if answer.started_at is None:
-                await _send_error(answer, error, scope["path"])
-        except Exception:
             if answer.started_at is not None:
                 raise  # the server then closes the connection: all that is left to say
+            await _send_error(answer, error, scope["path"])
+        except Exception:
+            if answer.started_at is not None:
+                raise
             logger.exception(f"request {request_id}: unexpected error in the gateway")
             failure = GatewayError(500, "The gateway failed on this request.", "server_error")
             await _send_error(answer, failure, scope["path"])
@@ -136,11 +137,7 @@ class Gateway:
             target += "?" + query.decode("latin-1")
         request = Request(request_id, method, target, scope["headers"], body)
         with Measured(model.name, answer) as measured:
-            try:
-                measured.code = await self._relay_to(model, request, answer, measured)
-            except GatewayError as error:
-                measured.code = error.status
-                raise
+            measured.code = await self._relay_to(model, request, answer, measured)
 
     def _own_route(self, path: str) -> tuple[int, dict[str, Any]] | None:
         """Status and body of a route that the gateway answers by itself."""
