@@ -1,8 +1,10 @@
-"""Which of vLLM's routes clients reach: each one is either for them or closed, none by accident."""
+"""Which routes clients reach: each of vLLM's is either for them or closed, none by accident; and
+what those are told who ask for one that there is not."""
 
 from __future__ import annotations
 
 import pytest
+from harness.scripted import Exchange, GatewayProcess, Upstream
 
 from serve_app.gateway.server import _CLOSED
 
@@ -37,3 +39,37 @@ def test_every_route_of_vllm_is_for_clients_or_closed(routes: set[str]) -> None:
     """A new vLLM that brings a new route makes someone decide which it is."""
     assert {path for path in routes if not _CLOSED.match(path)} == FOR_CLIENTS
     assert {"/collective_rpc", "/sleep", "/metrics", "/update_weights"} <= routes
+
+
+# --- behind a proxy that strips a prefix (http_options.root_path) -------------------------------
+
+
+@pytest.mark.parametrize("root", ["/llm", "/llm/", "/a/b"])
+async def test_routes_lie_below_the_root_path(root: str) -> None:
+    """The server puts it before each path, as Serve's does."""
+    async with Upstream() as upstream, GatewayProcess(upstream, root_path=root) as gateway:
+        for path in ("/health", "/ready", "/v1/models", "/v1/models/m"):
+            assert (await gateway.client.get(path)).status_code == 200, path
+        answer = await gateway.client.post("/v1/x%2Fy?a=%20", json={"model": "m"})
+        assert answer.status_code == 200
+        assert [e.target for e in upstream.exchanges] == ["/v1/x%2Fy?a=%20"]
+        closed = await gateway.client.get("/metrics?model=m")
+        assert closed.status_code == 404
+        assert "GET /metrics." in closed.json()["error"]["message"]
+        assert len(upstream.exchanges) == 1
+
+
+async def test_a_redirect_stays_below_the_root_path() -> None:
+    async def script(exchange: Exchange) -> None:
+        to = f"location: http://{exchange.header('host')[0]}/v1/x"
+        await exchange.answer(b"", to, status="307 Temporary Redirect")
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream, root_path="/llm") as gateway:
+        answer = await gateway.client.post("/v1/x/", json={"model": "m"})
+    assert answer.headers["location"] == "/llm/v1/x"
+
+
+async def test_anthropics_errors_are_its_own_below_the_root_path() -> None:
+    async with GatewayProcess(root_path="/llm") as gateway:
+        answer = await gateway.client.post("/v1/messages", json={"model": "x"})
+    assert answer.json().keys() == {"type", "error"}

@@ -53,6 +53,8 @@ class Request:
 
     headers: Headers
     body: bytes
+    root_path: str = ""
+    """What clients write before each path, where a proxy in front strips it."""
 
     @property
     def path(self) -> str:
@@ -131,7 +133,7 @@ class Relay:
                     raise Asleep("asleep")
                 if not 200 <= response.status < 600:
                     raise NotStarted(f"status {response.status}")
-                headers = _to_client(response.raw_headers, replica.base_url.encode())
+                headers = _to_client(response.raw_headers, replica.base_url, request.root_path)
                 if "content-encoding" in response.headers:
                     pass  # compressed: a document, whatever is in it
                 elif response.content_type == "text/event-stream":
@@ -299,24 +301,25 @@ def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
     return kept
 
 
-def _to_client(headers: Iterable[tuple[bytes, bytes]], base_url: bytes) -> Headers:
+def _to_client(headers: Iterable[tuple[bytes, bytes]], base_url: str, root_path: str) -> Headers:
     kept = [(k.lower(), v) for k, v in headers]
     drop = _NOT_TO_CLIENT | _named_by_connection(kept)
     return [
-        (k, _from_here(v, base_url) if k == b"location" else v)
+        (k, _from_here(v, base_url.encode(), root_path.encode()) if k == b"location" else v)
         for k, v in kept
         if k not in drop and not k.startswith(_CORS)
     ]
 
 
-def _from_here(location: bytes, base_url: bytes) -> bytes:
+def _from_here(location: bytes, base_url: bytes, root_path: bytes) -> bytes:
     """A redirect within the replica, which clients can reach by the gateway only, as a path.
 
     FastAPI answers a path with one slash too many by one to its own address.
     """
     if not location.startswith(base_url + b"/"):
         return location
-    return b"/" + location.removeprefix(base_url).lstrip(b"/")  # "//x" would be a host
+    path = b"/" + location.removeprefix(base_url).lstrip(b"/")  # "//x" would be a host
+    return root_path + path
 
 
 def _named_by_connection(headers: Headers) -> set[bytes]:

@@ -74,6 +74,8 @@ class Gateway:
         """By model: held by whoever is choosing its replica, which takes long only without one."""
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope = _below_root_path(scope)
         if scope["type"] == "websocket":
             await _refuse_websocket(scope, receive, send)
             return
@@ -135,7 +137,8 @@ class Gateway:
         target = (scope.get("raw_path") or quote(path).encode()).decode("latin-1")
         if query:
             target += "?" + query.decode("latin-1")
-        request = Request(request_id, method, target, scope["headers"], body)
+        root_path = scope.get("root_path", "").rstrip("/")
+        request = Request(request_id, method, target, scope["headers"], body, root_path)
         with Measured(model.name, answer) as measured:
             measured.code = await self._relay_to(model, request, answer, measured)
 
@@ -292,6 +295,20 @@ class Gateway:
                 return replica
             # Either Serve has not noticed yet that it is dead, or it is not.
             await asyncio.sleep(0.1)
+
+
+def _below_root_path(scope: Any) -> Any:
+    """The scope with the path as the client's proxy passed it on, as FastAPI's routes see it.
+
+    The server puts ``http_options.root_path`` before each path.
+    """
+    root, path = scope.get("root_path", ""), scope["path"]
+    below = path.removeprefix(root)
+    if below == path or not below.startswith("/"):
+        return scope
+    raw = scope.get("raw_path") or b""
+    raw_below = raw.removeprefix(root.encode()) if raw.startswith(root.encode()) else b""
+    return {**scope, "path": below, "raw_path": raw_below}
 
 
 def _is_closed(path: str) -> bool:

@@ -175,15 +175,18 @@ def reported(args: dict[str, Any] | None = None, status: str = "RUNNING") -> dic
 class GatewayProcess:
     """The gateway under uvicorn, in this event loop, in front of the model ``m``.
 
-    ``replicas`` are ports, tried in this order while nothing else is going on.
+    ``replicas`` are ports, tried in this order while nothing else is going on. ``root_path`` is
+    the one of Serve's ``http_options``.
     """
 
     def __init__(
         self,
         *replicas: Upstream | int,
         applications: dict[str, Any] | None = None,
+        root_path: str = "",
         **config: Any,
     ) -> None:
+        self._root_path = root_path
         places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
@@ -204,7 +207,12 @@ class GatewayProcess:
         self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(
-            uvicorn.Config(_CancelledOnDisconnect(self.app), lifespan="off", log_level="critical")
+            uvicorn.Config(
+                _CancelledOnDisconnect(self.app),
+                lifespan="off",
+                log_level="critical",
+                root_path=self._root_path,
+            )
         )
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
         assert await until(lambda: self._server.started)
