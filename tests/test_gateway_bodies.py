@@ -81,6 +81,70 @@ async def test_a_body_without_a_model_never_reaches_a_replica(body: bytes, code:
 
 
 @pytest.mark.parametrize(
+    "encoding",
+    ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"],
+)
+async def test_json_in_any_unicode_encoding_is_relayed_as_it_is(encoding: str) -> None:
+    """vLLM reads it by ``json.loads``, which knows them by their first bytes."""
+    body = json.dumps({"model": "org/m:1.0", "x": "é😀"}, ensure_ascii=False).encode(encoding)
+    assert json.loads(body)["x"] == "é😀"
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(CHAT, content=body, headers=JSON)
+        assert answer.status_code == 200, answer.text
+        assert upstream.bodies == [body]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model": "\xe9"}',
+        b"\xff\xfe{",
+        b"\x00{\x00",
+        b"\xff\xfe\x00\x00{",
+        '{"model": "m"}'.encode("utf-16")[:-1],
+        b'\xef\xbb\xbf{"model": "\xc3"}',
+    ],
+)
+async def test_bytes_in_no_unicode_encoding_are_refused_by_that_name(body: bytes) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        error = error_in(await gateway.client.post(CHAT, content=body, headers=JSON))
+        assert error["code"] == "invalid_json"
+        assert upstream.exchanges == []
+    assert "send it in UTF-8" in error["message"] or "not valid JSON" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "text", [r"\ud83d", r"a\ud83d b", r"\ude00", r"\ud83dA", r"\ud83d\ud83d", r"\uD83D\n"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+async def test_half_of_an_escaped_character_is_named_as_such(text: str, encoding: str) -> None:
+    """Clients make it when they cut a text within an emoji; vLLM refuses it too."""
+    body = f'{{"model": "m", "x": "{text}"}}'.encode(encoding)
+    json.loads(body)
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        error = error_in(await gateway.client.post(CHAT, content=body, headers=JSON))
+        assert error["code"] == "invalid_json"
+        assert "half of a surrogate pair" in error["message"]
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (rb'{"model": "m", "x": "\ud83d\ude00"', "truncated"),
+        (rb'{"model": "m", "x": "\\ud83d",}', "malformed"),
+    ],
+)
+async def test_json_that_is_broken_elsewhere_is_not_blamed_on_a_whole_character(
+    body: bytes, says: str
+) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        error = error_in(await gateway.client.post(CHAT, content=body, headers=JSON))
+        assert says in error["message"]
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize(
     "id", ["n", "M", "m ", " m", "m\n", "é", "😀", "../m", "m/m", "\x00", "x" * 10**6]
 )
 async def test_an_id_that_is_not_one_is_not_found_and_the_message_stays_short(id: str) -> None:
@@ -110,9 +174,16 @@ async def test_a_compressed_body_is_refused_by_name(encoding: str) -> None:
             CHAT, content=body, headers={"content-encoding": encoding}
         )
         assert error_in(answer, 415)["code"] == "unsupported_content_encoding"
-        plain = {"content-encoding": "identity"}
-        assert (await gateway.client.post(CHAT, json={"model": "m"}, headers=plain)).is_success
-        assert len(upstream.exchanges) == 1
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize("encoding", ["identity", "Identity", "", "utf-8", "UTF8"])
+async def test_a_content_encoding_that_compresses_nothing_changes_nothing(encoding: str) -> None:
+    """``utf-8`` is no content-encoding, but clients send it, and nobody else minds."""
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        headers = {"content-encoding": encoding}
+        answer = await gateway.client.post(CHAT, json={"model": "m"}, headers=headers)
+        assert answer.status_code == 200, answer.text
 
 
 async def test_a_body_of_many_small_pieces_costs_no_more_memory_than_one_piece() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs
@@ -83,15 +85,31 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     return model
 
 
+# The first escape of half a character: what is before it are characters and whole escapes.
+_HALF = re.compile(
+    r"(?:[^\\]++|\\[^u]|\\u(?![dD][89a-fA-F])|\\u[dD][89abAB]..\\u[dD][c-fC-F])*+"
+    r"(\\u[dD][89a-fA-F]..)",
+    re.DOTALL,
+)
+
+
 def _in_json(body: bytes) -> Any:
+    # vLLM reads the body by json.loads, which knows UTF-16, UTF-32 and a byte order mark.
+    encoding = json.detect_encoding(body)
     try:
-        return _decoder.decode(body).model
+        return _decoder.decode(body if encoding == "utf-8" else body.decode(encoding)).model
     except msgspec.ValidationError:
-        raise invalid("The request body must be a JSON object.", code="invalid_json") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise invalid(
-            f"The request body is not valid JSON: {error}.", code="invalid_json"
-        ) from None
+        problem = "must be a JSON object"
+    except UnicodeDecodeError:
+        problem = f"is no text in {encoding.upper()}; send it in UTF-8"
+    except (msgspec.DecodeError, RecursionError) as error:
+        problem = f"is not valid JSON: {error}"
+        if half := _HALF.match(body.decode(encoding, "replace")):
+            problem = (
+                f"holds '{half[1]}', half of a surrogate pair: a character such as an emoji was "
+                "cut in two; send it whole"
+            )
+    raise invalid(f"The request body {problem}.", code="invalid_json")
 
 
 _MAX_PARTS = 1000  # as Starlette, which reads the body next, in vLLM

@@ -44,6 +44,9 @@ _CLOSED = re.compile(
     r"|v1/(un)?load_lora_adapter|(\w+_)?weights?(_\w+)?|get_world_size)(/|$)"
 )
 
+# Some clients send the charset as the content-encoding, or an empty one.
+_UNCOMPRESSED = (b"", b"identity", b"utf-8", b"utf8")
+
 
 def build(config: GatewayConfig, directory: Directory, board: Board, relay: Relay) -> Any:
     """The whole ASGI app: the gateway, and around it what web pages need if any may ask."""
@@ -122,7 +125,7 @@ class Gateway:
                 return
         if not path.startswith("/") or _is_closed(path):
             raise _no_route(method, path)
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        if headers.get(b"content-encoding", b"").strip().lower() not in _UNCOMPRESSED:
             raise GatewayError(
                 415,
                 "The request body is compressed; send it without a content-encoding.",
