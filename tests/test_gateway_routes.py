@@ -3,10 +3,12 @@ what those are told who ask for one that there is not."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from harness.scripted import Exchange, GatewayProcess, Upstream
 
-from serve_app.gateway.server import _CLOSED
+from serve_app.gateway.server import _CLOSED, route_meant
 
 FOR_CLIENTS = {
     "/detokenize", "/generative_scoring", "/health", "/inference/v1/generate", "/invocations",
@@ -73,3 +75,57 @@ async def test_anthropics_errors_are_its_own_below_the_root_path() -> None:
     async with GatewayProcess(root_path="/llm") as gateway:
         answer = await gateway.client.post("/v1/messages", json={"model": "x"})
     assert answer.json().keys() == {"type", "error"}
+
+
+# --- a route written not quite right -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "meant"),
+    [
+        ("GET", "/models", "/v1/models"),
+        ("GET", "/models/", "/v1/models"),
+        ("GET", "/models/m", "/v1/models/m"),
+        ("GET", "/v1//models", "/v1/models"),
+        ("GET", "//v1/models", "/v1/models"),
+        ("GET", "/v1/v1/models", "/v1/models"),
+        ("GET", "/openai/v1/models", "/v1/models"),
+        ("POST", "/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1//chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/api/v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/completions", "/v1/completions"),
+        ("POST", "/embeddings", "/v1/embeddings"),
+        ("POST", "/responses", "/v1/responses"),
+        ("POST", "/messages", "/v1/messages"),
+        ("POST", "/audio/transcriptions", "/v1/audio/transcriptions"),
+    ],
+)
+async def test_a_route_without_its_prefix_or_with_too_much_of_it_is_told_which_was_meant(
+    method: str, path: str, meant: str
+) -> None:
+    body: Any = {"json": {"model": "m"}} if method == "POST" else {}
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.request(method, path, **body)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not_found"
+        assert f"did you mean {meant}?" in answer.json()["error"]["message"]
+        assert upstream.exchanges == []
+
+
+def test_no_route_of_vllm_is_taken_for_another(routes: set[str]) -> None:
+    assert {path: meant for path in routes if (meant := route_meant(path))} == {}
+
+
+@pytest.mark.parametrize("path", ["/v1/nothing", "/", "/completions/x", "/v1/chat/completions/"])
+async def test_any_other_route_is_the_models_to_know(path: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        assert (await gateway.client.post(path, json={"model": "m"})).status_code == 200
+        assert [e.target for e in upstream.exchanges] == [path]
+
+
+async def test_the_list_of_models_is_had_with_a_slash_too_many() -> None:
+    async with GatewayProcess() as gateway:
+        plain = await gateway.client.get("/v1/models")
+        slash = await gateway.client.get("/v1/models/")
+    assert (slash.status_code, slash.json()) == (200, plain.json())

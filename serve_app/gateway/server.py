@@ -47,6 +47,12 @@ _CLOSED = re.compile(
 # Some clients send the charset as the content-encoding, or an empty one.
 _UNCOMPRESSED = (b"", b"identity", b"utf-8", b"utf8")
 
+# Clients write these without /v1, or with more before it, when their base URL is wrong.
+_UNDER_V1 = {
+    "audio/transcriptions", "audio/translations", "chat/completions", "completions", "embeddings",
+    "messages", "models", "responses",
+}  # fmt: skip
+
 
 def build(config: GatewayConfig, directory: Directory, board: Board, relay: Relay) -> Any:
     """The whole ASGI app: the gateway, and around it what web pages need if any may ask."""
@@ -123,7 +129,7 @@ class Gateway:
             if own is not None:
                 await _send_json(answer, *own)
                 return
-        if not path.startswith("/") or _is_closed(path):
+        if not path.startswith("/") or _is_closed(path) or route_meant(path):
             raise _no_route(method, path)
         if headers.get(b"content-encoding", b"").strip().lower() not in _UNCOMPRESSED:
             raise GatewayError(
@@ -151,7 +157,7 @@ class Gateway:
             return 200, {"status": "ok"}
         if path == "/ready":
             return self._ready()
-        if path == "/v1/models":
+        if path.rstrip("/") == "/v1/models":
             data = [self._card(id) for id in self._directory.ids()]
             return 200, {"object": "list", "data": data}
         if path.startswith("/v1/models/"):
@@ -320,11 +326,29 @@ def _is_closed(path: str) -> bool:
     return bool(_CLOSED.match(path) or _CLOSED.match(tidy))
 
 
+def route_meant(path: str) -> str | None:
+    """The OpenAI route that was meant, where its ``/v1`` is missing or not all of the path's start.
+
+    One slash too many at the end is FastAPI's to mend, by a redirect.
+    """
+    tidy = "/" + "/".join(part for part in path.split("/") if part)
+    route = tidy.rpartition("/v1/")[2].lstrip("/")
+    if route not in _UNDER_V1 and not route.startswith("models/"):
+        return None
+    meant = "/v1/" + route
+    return meant if meant != path.rstrip("/") else None
+
+
 def _no_route(method: str, path: str) -> GatewayError:
+    meant = route_meant(path)
+    hint = (
+        f"; did you mean {meant[:200]}?"
+        if meant
+        else ". A request without a body names its model as '?model=<id>'."
+    )
     return GatewayError(
         404,
-        f"There is no route {method} {path[:200]}. A request without a body names its model as "
-        "'?model=<id>'.",
+        f"There is no route {method} {path[:200]}{hint}",
         "invalid_request_error",
         code="not_found",
     )
