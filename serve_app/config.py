@@ -214,6 +214,13 @@ class GatewayConfig(_Settings):
     max_body_mib: float = Field(default=64.0, gt=0, le=1024)
     """Largest request body, in MiB; a larger one is answered with 413."""
 
+    max_bodies_mib: float = Field(default=1024.0, gt=0)
+    """Largest sum, in MiB, of the bodies of all requests that one gateway process has, which it
+    keeps until their answers end; a request beyond it is answered with 503."""
+
+    body_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds that a request's body may take to arrive; then 408."""
+
     connect_timeout_s: float = Field(default=5.0, gt=0)
     """Seconds to connect to a replica before another is tried."""
 
@@ -229,6 +236,15 @@ class GatewayConfig(_Settings):
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as
     ``https://chat.example.com``; ``*`` is any page. None are by default."""
+
+    @model_validator(mode="after")
+    def _one_body_has_room(self) -> GatewayConfig:
+        if self.max_bodies_mib < self.max_body_mib:
+            raise ValueError(
+                f"max_bodies_mib is {self.max_bodies_mib:g}, below max_body_mib "
+                f"({self.max_body_mib:g}); raise it, or lower max_body_mib"
+            )
+        return self
 
     @field_validator("cors_allow_origins")
     @classmethod

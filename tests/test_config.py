@@ -367,6 +367,7 @@ def test_a_wrong_engine_argument_is_refused_with_what_is_allowed(
             "max_body_mib is 0, but should be greater than 0",
         ),
         (GATEWAY | {"args": {"max_body_mib": 1e9}}, "max_body_mib is 1000000000.0"),
+        (GATEWAY | {"args": {"max_bodies_mib": 8}}, "max_bodies_mib is 8, below max_body_mib (64)"),
         (GATEWAY | {"args": {"request_timeout_s": 0}}, "request_timeout_s is 0"),
         (
             GATEWAY | {"args": {"cors_allow_origins": "*"}},

@@ -10,9 +10,10 @@ import tracemalloc
 from typing import Any
 
 import pytest
-from harness.scripted import GatewayProcess, Upstream, reported
+from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, until
 
 from serve_app.gateway import body as request_body
+from serve_app.gateway.errors import GatewayError
 
 TRANSCRIBE = "/v1/audio/transcriptions"
 CHAT = "/v1/chat/completions"
@@ -194,7 +195,8 @@ async def test_a_body_of_many_small_pieces_costs_no_more_memory_than_one_piece()
         return {"type": "http.request", "body": bytes(bytearray(2)), "more_body": more}
 
     tracemalloc.start()
-    body = await request_body.read(receive, None, 2**20)
+    async with request_body.Bodies(2**20, 2**20, 60).read(receive, None) as body:
+        pass
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert body == bytes(400_002)
@@ -418,6 +420,89 @@ async def test_a_body_of_just_the_limit_is_relayed_however_it_is_sent() -> None:
         assert error["code"] == "request_too_large"
         assert "1 MiB" in error["message"]
         assert upstream.bodies == [body, body]
+
+
+async def test_bodies_beyond_their_sum_are_refused_until_others_are_done() -> None:
+    body = b'{"model":"m"}'.ljust(2**20)
+    release = asyncio.Event()
+
+    async def script(exchange: Exchange) -> None:
+        await release.wait()
+        await ok(exchange)
+
+    async def pieces() -> Any:
+        for n in range(0, len(body), 100_000):
+            yield body[n : n + 100_000]
+
+    async with (
+        Upstream(script) as upstream,
+        GatewayProcess(upstream, max_body_mib=1, max_bodies_mib=2.5) as gateway,
+    ):
+        asked = [asyncio.create_task(gateway.client.post(CHAT, content=body)) for _ in range(2)]
+        assert await until(lambda: len(upstream.exchanges) == 2)
+        for content in (body, pieces()):
+            over = await gateway.client.post(CHAT, content=content)
+            assert error_in(over, 503)["code"] == "gateway_overloaded"
+            assert over.headers["retry-after"].isdigit()
+        assert (await gateway.client.get("/v1/models")).status_code == 200  # it has no body
+        small = asyncio.create_task(gateway.client.post(CHAT, json={"model": "m"}))
+        assert await until(lambda: len(upstream.exchanges) == 3)
+        release.set()
+        assert [(await task).status_code for task in (*asked, small)] == [200] * 3
+        assert (await gateway.client.post(CHAT, content=body)).status_code == 200
+
+
+async def test_bodies_that_end_badly_are_not_held() -> None:
+    bodies = request_body.Bodies(100, 150, 0.05)
+    messages: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else await asyncio.Event().wait()
+
+    begun = {"type": "http.request", "body": bytes(60), "more_body": True}
+    for then, status in (
+        ([], 408),
+        ([{"type": "http.disconnect"}], 499),
+        ([begun], 413),
+    ):
+        messages[:] = [begun, *then]
+        with pytest.raises(GatewayError) as raised:
+            async with bodies.read(receive, None):
+                pass
+        assert (raised.value.status, bodies.held) == (status, 0)
+    messages[:] = [begun]
+    reading = asyncio.create_task(bodies.read(receive, None).__aenter__())
+    await asyncio.sleep(0.01)
+    reading.cancel()
+    await asyncio.wait([reading])
+    assert bodies.held == 0
+
+
+@pytest.mark.parametrize("pause_s", [0.1, 60])
+async def test_a_body_that_takes_too_long_is_a_timeout(pause_s: float) -> None:
+    """However often a piece of it comes."""
+
+    async def trickle() -> Any:
+        for byte in b'{"model":"m"}'.ljust(200):
+            yield bytes([byte])
+            await asyncio.sleep(pause_s)
+
+    async with Upstream() as upstream, GatewayProcess(upstream, body_timeout_s=0.5) as gateway:
+        reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
+        writer.write(b"POST /x HTTP/1.1\r\nhost: x\r\ncontent-length: 200\r\n\r\n")
+
+        async def send() -> None:
+            async for byte in trickle():
+                writer.write(byte)
+
+        sending = asyncio.create_task(send())
+        async with asyncio.timeout(10):
+            answer = await reader.readuntil(b"}}")
+        sending.cancel()
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'"code": "request_timeout"' in answer
+        assert upstream.exchanges == []
 
 
 @pytest.mark.parametrize("length", [b"-1", b"1e9", b"99999999999999999999", b"5, 5", b"x"])

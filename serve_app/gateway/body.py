@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -16,32 +18,85 @@ from serve_app.gateway.errors import GatewayError, invalid
 Receive = Callable[[], Awaitable[Any]]
 
 
-async def read(receive: Receive, declared: bytes | None, limit: int) -> bytes:
-    """The whole body, in bytes.
+class Bodies:
+    """Reads request bodies within bounds: of each, and of all that the gateway holds at once."""
 
-    It is kept because the model's name may stand anywhere in it, and because another replica
-    must be able to get it too.
+    def __init__(self, limit: int, limit_of_all: int, timeout_s: float) -> None:
+        self.held = 0
+        """Bytes of the bodies of all requests that are not over."""
 
-    Raises:
-        GatewayError: 413 as soon as more than ``limit`` bytes are declared or sent.
-    """
-    too_large = GatewayError(
-        413,
-        f"The request body is larger than {limit / 2**20:g} MiB; send less, or raise "
-        "max_body_mib in the gateway's args.",
-        "invalid_request_error",
-        code="request_too_large",
-    )
-    if declared and declared.isdigit() and int(declared) > limit:
-        raise too_large
+        self._limit = limit
+        self._limit_of_all = limit_of_all
+        self._timeout_s = timeout_s
+
+    @contextlib.asynccontextmanager
+    async def read(self, receive: Receive, declared: bytes | None) -> AsyncIterator[bytes]:
+        """The whole body; it counts as held until the context ends.
+
+        It is kept because the model's name may stand anywhere in it, and because another replica
+        must be able to get it too.
+
+        Raises:
+            GatewayError: 413 as soon as more bytes are declared or sent than one body may have;
+                503 where they are more than there is room for beside the other requests'; 408
+                where they take too long.
+        """
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            self._refuse(held, size)
+            held += size
+            self.held += size
+
+        if declared and declared.isdigit():
+            self._refuse(0, int(declared))
+        try:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    body = await _read(receive, hold)
+            except TimeoutError:
+                raise GatewayError(
+                    408,
+                    f"The request body did not arrive within {self._timeout_s:g} seconds; send it "
+                    "faster, or raise body_timeout_s in the gateway's args.",
+                    "invalid_request_error",
+                    code="request_timeout",
+                ) from None
+            yield body
+        finally:
+            self.held -= held
+
+    def _refuse(self, held: int, more: int) -> None:
+        """Refuse ``more`` bytes of a body that has ``held`` already, where they are too many."""
+        if held + more > self._limit:
+            raise GatewayError(
+                413,
+                f"The request body is larger than {self._limit / 2**20:g} MiB; send less, or raise "
+                "max_body_mib in the gateway's args.",
+                "invalid_request_error",
+                code="request_too_large",
+            )
+        if more and self.held + more > self._limit_of_all:
+            raise GatewayError(
+                503,
+                f"The bodies of all running requests would be larger than "
+                f"{self._limit_of_all / 2**20:g} MiB; please send the request again later. The "
+                "operator can add gateway replicas, or raise max_bodies_mib in the gateway's args.",
+                "server_error",
+                code="gateway_overloaded",
+                headers={"retry-after": "5"},
+            )
+
+
+async def _read(receive: Receive, hold: Callable[[int], None]) -> bytes:
     body = bytearray()  # not a list of pieces, of which a client could make millions
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise GatewayError(499, "The client went away.", "invalid_request_error")
         chunk = message.get("body", b"")
-        if len(body) + len(chunk) > limit:
-            raise too_large
+        hold(len(chunk))
         last = not message.get("more_body")
         if last and not body:
             return bytes(chunk)

@@ -78,7 +78,11 @@ class Gateway:
         self._board = board
         self._directory = directory
         self._relay = relay
-        self._max_body = int(config.max_body_mib * 2**20)
+        self._bodies = request_body.Bodies(
+            int(config.max_body_mib * 2**20),
+            int(config.max_bodies_mib * 2**20),
+            config.body_timeout_s,
+        )
         self._turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By model: held by whoever is choosing its replica, which takes long only without one."""
 
@@ -138,18 +142,20 @@ class Gateway:
                 "invalid_request_error",
                 code="unsupported_content_encoding",
             )
-        body = await request_body.read(receive, headers.get(b"content-length"), self._max_body)
-        query = scope.get("query_string", b"")
-        if not body and method in ("GET", "HEAD") and b"model=" not in query:
-            raise _no_route(method, path)
-        model = self._find(request_body.model_in(headers.get(b"content-type", b""), query, body))
-        target = (scope.get("raw_path") or quote(path).encode()).decode("latin-1")
-        if query:
-            target += "?" + query.decode("latin-1")
-        root_path = scope.get("root_path", "").rstrip("/")
-        request = Request(request_id, method, target, scope["headers"], body, root_path)
-        with Measured(model.name, answer) as measured:
-            measured.code = await self._relay_to(model, request, answer, measured)
+        async with self._bodies.read(receive, headers.get(b"content-length")) as body:
+            query = scope.get("query_string", b"")
+            if not body and method in ("GET", "HEAD") and b"model=" not in query:
+                raise _no_route(method, path)
+            model = self._find(
+                request_body.model_in(headers.get(b"content-type", b""), query, body)
+            )
+            target = (scope.get("raw_path") or quote(path).encode()).decode("latin-1")
+            if query:
+                target += "?" + query.decode("latin-1")
+            root_path = scope.get("root_path", "").rstrip("/")
+            request = Request(request_id, method, target, scope["headers"], body, root_path)
+            with Measured(model.name, answer) as measured:
+                measured.code = await self._relay_to(model, request, answer, measured)
 
     def _own_route(self, path: str) -> tuple[int, dict[str, Any]] | None:
         """Status and body of a route that the gateway answers by itself."""
