@@ -171,8 +171,12 @@ class ModelServer:
         self._watch = asyncio.create_task(self._exit_with_engine())
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Where the gateway reaches this replica."""
-        return {"host": self._engine.host, "port": self._engine.port}
+        """Where the gateway reaches this replica, and what it says of the model there."""
+        return {
+            "host": self._engine.host,
+            "port": self._engine.port,
+            "max_model_len": self._engine.llm.model_config.max_model_len,
+        }
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Called by Serve at the start and when only ``user_config`` changed: no restart.

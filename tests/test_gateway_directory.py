@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from harness.scripted import GatewayProcess, reported
@@ -10,6 +11,7 @@ from harness.scripted import GatewayProcess, reported
 from serve_app.gateway import replicas
 from serve_app.gateway.directory import Model, read_details
 from serve_app.gateway.replicas import Board
+from serve_app.gateway.watcher import Watcher
 
 CHAT = "/v1/chat/completions"
 
@@ -175,6 +177,43 @@ async def test_an_adapter_is_listed_with_its_base_model_as_parent() -> None:
     async with GatewayProcess(applications={"m": reported(args)}) as gateway:
         cards = (await gateway.client.get("/v1/models")).json()["data"]
     assert [(c["id"], c["parent"]) for c in cards] == [("m", None), ("lora", "m")]
+
+
+@pytest.mark.parametrize(
+    ("engine", "reported_by_replica", "listed"),
+    [
+        ({"max_model_len": 4096}, None, 4096),
+        ({"max_model_len": "8k"}, None, 8000),
+        ({"max_model_len": "8K"}, 4, 8192),
+        ({"max_model_len": "auto"}, 1234, 1234),
+        ({"max_model_len": -1}, 1234, 1234),
+        ({"max_model_len": -1}, None, None),
+        ({"max_model_len": ["x"]}, None, None),
+        ({}, 40960, 40960),
+        ({}, None, None),
+        (None, None, None),
+        ("nonsense", None, None),
+    ],
+)
+async def test_a_card_says_how_many_tokens_the_model_takes_where_that_is_known(
+    engine: Any, reported_by_replica: int | None, listed: int | None
+) -> None:
+    """By the config, or by a replica. LiteLLM takes its limits from there."""
+    args = {"engine": engine, "adapters": [{"name": "lora", "path": "p"}]}
+    async with GatewayProcess(applications={"m": reported(args)}) as gateway:
+        watcher = Watcher(gateway.board, "ModelServer")
+        watcher._clients["m"] = cast(Any, None)
+        place = {"host": "127.0.0.1", "port": 1}
+        if reported_by_replica:
+            place["max_model_len"] = reported_by_replica
+        replica = SimpleNamespace(
+            replica_id=SimpleNamespace(unique_id="r0"), replica_metadata=place
+        )
+        watcher._publish("m", SimpleNamespace(running_replicas=[replica]))
+        watcher._publish("m", SimpleNamespace(running_replicas=[]))  # scaled to zero
+        cards = (await gateway.client.get("/v1/models")).json()["data"]
+    assert [(c["id"], c["max_model_len"]) for c in cards] == [("m", listed), ("lora", listed)]
+    assert [c["permission"] for c in cards] == [[], []]
 
 
 async def test_a_working_model_keeps_an_alias_that_a_broken_one_claims() -> None:

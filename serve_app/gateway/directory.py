@@ -23,6 +23,7 @@ from serve_app import capacity, cluster, config, placement, progress
 from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.gateway.watcher import Watcher
+from serve_app.planner.engine import count
 from serve_app.progress import Phase
 
 logger = logging.getLogger("ray.serve")
@@ -74,6 +75,16 @@ class Model:
     @property
     def up(self) -> bool:
         return self.status == "RUNNING" and (self.replicas > 0 or not self.must_be_up)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Tokens of one request, by the config; None where that leaves it to vLLM."""
+        given = self.config.engine.get("max_model_len") if self.config else None
+        try:
+            length = count(given, "max_model_len")
+        except ConfigError:
+            return None
+        return length if length and length > 0 else None
 
     @property
     def broken(self) -> bool:

@@ -40,6 +40,8 @@ class Board:
     def __init__(self) -> None:
         self._replicas: dict[str, dict[str, Replica]] = {}
         self._avoid_until: dict[str, float] = {}
+        self.max_model_len: dict[str, int] = {}
+        """By application, as its last replica said; kept while it is scaled to zero."""
 
     def publish(self, application: str, running: dict[str, tuple[str, int]]) -> None:
         """Replace an application's replicas by ``{replica id: (host, port)}``."""
@@ -54,6 +56,7 @@ class Board:
         """Forget an application that was removed."""
         self.publish(application, {})
         del self._replicas[application]
+        self.max_model_len.pop(application, None)
 
     def avoid(self, replica: Replica) -> None:
         """Do not choose it for a while; Serve takes longer to notice than a failed request."""

@@ -202,6 +202,8 @@ class Gateway:
             "owned_by": "serve_app",
             "root": model.root,
             "parent": model.name if id in model.adapters else None,
+            "max_model_len": model.max_model_len or self._board.max_model_len.get(model.name),
+            "permission": [],
         }
 
     def _find(self, id: str) -> Model:

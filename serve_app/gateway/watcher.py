@@ -51,11 +51,14 @@ class Watcher:
     def _publish(self, application: str, targets: Any) -> None:
         if application not in self._clients:
             return
+        running = {
+            info.replica_id.unique_id: metadata
+            for info in targets.running_replicas
+            if "port" in (metadata := info.replica_metadata)
+        }
         self._board.publish(
-            application,
-            {
-                info.replica_id.unique_id: (metadata["host"], metadata["port"])
-                for info in targets.running_replicas
-                if "port" in (metadata := info.replica_metadata)
-            },
+            application, {id: (it["host"], it["port"]) for id, it in running.items()}
         )
+        for metadata in running.values():
+            if length := metadata.get("max_model_len"):
+                self._board.max_model_len[application] = length
