@@ -24,6 +24,7 @@ from serve_app.config import ModelConfig
 from serve_app.engine_load import EngineLoad
 from serve_app.engine_process import PHASE, REASON, START_FOLDER, tie_children
 from serve_app.errors import UserError, envelope
+from serve_app.no_route import NoRoute
 from serve_app.progress import Progress
 from serve_app.start_watch import StartWatch
 
@@ -218,6 +219,8 @@ async def _build_app(llm: AsyncLLM, args: Namespace) -> Any:
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
+    paths = {getattr(route, "path", "") for route in app.routes}
+    app.router.default = NoRoute(args.served_model_name[0], tasks, paths)
     # vLLM's error handler stops the server through this when the engine dies; here the
     # replica does that, for the whole process.
     app.state.server = types.SimpleNamespace()
