@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import logging
 import os
+import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,9 @@ class Adapters:
         serving_models.lora_resolvers.append(self)
 
     async def apply(self, adapters: list[Adapter]) -> None:
-        """Unload what is gone or moved, load what is new; one that fails leaves the others.
+        """Unload what is gone or moved, load what is new or has changed where it lies.
+
+        One that fails leaves the others.
 
         Raises:
             UserError: the engine was started without LoRA.
@@ -52,29 +56,36 @@ class Adapters:
         from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 
         loaded, path = self._serving_models.lora_requests, self._wanted[name]
-        if name in loaded:
-            return
         try:
             local = await asyncio.to_thread(fetch, path)
+            if name in loaded:
+                if loaded[name].lora_path == local:
+                    return
+                await self._unload(name)
             request = LoadLoRAAdapterRequest(lora_name=name, lora_path=local)
             answer = await self._serving_models.load_lora_adapter(request)
-            problem = answer if isinstance(answer, str) else answer.error.message
+            # A request may have loaded it in the meantime, which is refused here.
+            problem = "" if name in loaded else answer.error.message
         except Exception as error:
             problem = str(error)
-        if name in loaded:
+        if not problem:
             logger.info(f"adapter '{name}' is loaded from {path}")
         else:
             reason = " ".join(problem.split())
             logger.error(f"adapter '{name}' cannot be loaded from {path}: {reason}")
 
     async def _unload(self, name: str) -> None:
-        request = self._serving_models.lora_requests.pop(name, None)
-        if request is not None:
+        # The lock of vLLM's own handlers: a request that is loading the adapter at this moment
+        # would put it back.
+        async with self._serving_models.lora_resolver_lock[name]:
+            request = self._serving_models.lora_requests.pop(name, None)
+            if request is None:
+                return
             await self._llm.remove_lora(request.lora_int_id)
             # vLLM tells cached blocks apart by the adapter's name: without this, another one of
             # the same name would go on from this one's.
             await self._llm.reset_prefix_cache(reset_running_requests=True)
-            logger.info(f"adapter '{name}' is unloaded")
+        logger.info(f"adapter '{name}' is unloaded")
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any | None:
         """vLLM's question for an adapter by name; None for one that is not listed."""
@@ -95,6 +106,9 @@ class Adapters:
 def fetch(path: str) -> str:
     """A local folder or hub id as it is; anything with a scheme (``s3://``) downloaded.
 
+    What is there is looked at each time, and downloaded again where it has changed. While it
+    cannot be looked at, the last download will do.
+
     Raises:
         UserError: the address cannot be read.
     """
@@ -102,16 +116,42 @@ def fetch(path: str) -> str:
         return path
     import fsspec
 
-    target = _cache() / hashlib.sha256(path.encode()).hexdigest()[:16]
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}")
-        try:
-            system, remote = fsspec.core.url_to_fs(path)
-            system.get(remote.rstrip("/") + "/", str(partial) + "/", recursive=True)
-        except Exception as error:
+    versions = _cache() / hashlib.sha256(path.encode()).hexdigest()[:16]
+    try:
+        system, remote = fsspec.core.url_to_fs(path)
+        remote = remote.rstrip("/") + "/"
+        system.invalidate_cache()  # of its listings, which it keeps for ever
+        listed = sorted(system.find(remote, detail=True).items())
+        target = versions / hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+        if not target.exists():
+            _download(system, remote, target)
+    except Exception as error:
+        kept = [] if isinstance(error, FileNotFoundError) else _by_age(versions)
+        if not kept:
             raise UserError(f"{path} cannot be read: {error}") from None
-        partial.replace(target)
+        logger.warning(f"{path} cannot be read ({error}); its last download is used")
+        target = kept[-1]
     return str(target)
+
+
+def _download(system: Any, remote: str, target: Path) -> None:
+    """Into ``target``, which is there only when it is whole."""
+    partial = _cache() / f"partial-{uuid.uuid4().hex}"
+    try:
+        system.get(remote, f"{partial}/", recursive=True)
+        target.parent.mkdir(exist_ok=True)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():  # another request or replica of this node was first
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """What is in a folder, the newest last."""
+    return sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
 
 
 def _cache() -> Path:
