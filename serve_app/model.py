@@ -109,7 +109,7 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
     if config.env:
-        options["ray_actor_options"]["runtime_env"] = {"env_vars": config.env}
+        options["ray_actor_options"]["runtime_env"] = cluster.runtime_env(config.env)
     if config.adapters:
         # A user_config in the config's own `deployments` takes this one's place.
         options["user_config"] = {"adapters": [a.model_dump() for a in config.adapters]}

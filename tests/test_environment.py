@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
+import pytest
 from vllm import envs
 
+from serve_app import cluster, gateway, model
 from serve_app.config import ModelConfig
 from serve_app.model import environment
 
@@ -45,3 +49,23 @@ def test_the_folder_is_not_in_the_key_of_what_is_compiled() -> None:
     assert key == _compile_key(_config(cache_dir="/mnt/other"))
     assert key == _compile_key(_config())
     assert key != _compile_key(_config(env={"VLLM_USE_AOT_COMPILE": "0"}))
+
+
+@pytest.mark.parametrize("build", [model.app, gateway.app])
+def test_an_application_s_runtime_env_reaches_its_deployment(
+    monkeypatch: pytest.MonkeyPatch, build: Any
+) -> None:
+    """Serve builds the application in it, and leaves a deployment that has one alone."""
+    own = {"env_vars": {"HF_TOKEN": "hf_example", "MY_FLAG": "0"}, "py_modules": ["gcs://x.zip"]}
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
+    context = SimpleNamespace(runtime_env=own)
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(cluster, "controller", lambda: None)
+    monkeypatch.setattr(model.capacity, "refuse_impossible", lambda needed: None)
+    args = {"model": "org/model", "env": {"MY_FLAG": 1}} if build is model.app else {}
+    given = build(args)._bound_deployment.ray_actor_options["runtime_env"]
+    assert given["py_modules"] == ["gcs://x.zip"]
+    assert given["env_vars"]["HF_TOKEN"] == "hf_example"
+    if build is model.app:
+        assert given["env_vars"]["MY_FLAG"] == "1"
+    assert own["env_vars"] == {"HF_TOKEN": "hf_example", "MY_FLAG": "0"}

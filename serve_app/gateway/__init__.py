@@ -12,6 +12,7 @@ from typing import Any
 
 from ray import serve
 
+from serve_app import cluster
 from serve_app.config import DEPLOYMENT, GATEWAY_DEPLOYMENT, GatewayConfig, parse
 from serve_app.errors import ConfigError
 
@@ -43,7 +44,7 @@ def app(args: dict[str, Any]) -> serve.Application:
             "num_cpus": config.num_cpus,
             # Serve then calls this code in the loop that owns the sockets: no queue between
             # the two threads for every chunk, and the client's back-pressure reaches us.
-            "runtime_env": {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}},
+            "runtime_env": cluster.runtime_env({"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}),
         },
     }
     if nodes := os.environ.get(NODES_ENV):
@@ -61,7 +62,6 @@ class GatewayServer:
     """One gateway process."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
-        from serve_app import cluster
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
