@@ -179,6 +179,9 @@ async def test_an_adapter_is_listed_with_its_base_model_as_parent() -> None:
     assert [(c["id"], c["parent"]) for c in cards] == [("m", None), ("lora", "m")]
 
 
+UNREADABLE = {"max_model_len": ["x"]}
+
+
 @pytest.mark.parametrize(
     ("engine", "reported_by_replica", "listed"),
     [
@@ -188,7 +191,7 @@ async def test_an_adapter_is_listed_with_its_base_model_as_parent() -> None:
         ({"max_model_len": "auto"}, 1234, 1234),
         ({"max_model_len": -1}, 1234, 1234),
         ({"max_model_len": -1}, None, None),
-        ({"max_model_len": ["x"]}, None, None),
+        (UNREADABLE, None, None),
         ({}, 40960, 40960),
         ({}, None, None),
         (None, None, None),
@@ -212,8 +215,9 @@ async def test_a_card_says_how_many_tokens_the_model_takes_where_that_is_known(
         watcher._publish("m", SimpleNamespace(running_replicas=[replica]))
         watcher._publish("m", SimpleNamespace(running_replicas=[]))  # scaled to zero
         cards = (await gateway.client.get("/v1/models")).json()["data"]
-    assert [(c["id"], c["max_model_len"]) for c in cards] == [("m", listed), ("lora", listed)]
-    assert [c["permission"] for c in cards] == [[], []]
+    ids = ["m", "lora"] if isinstance(engine, dict) and engine != UNREADABLE else ["m"]
+    assert [(c["id"], c["max_model_len"]) for c in cards] == [(id, listed) for id in ids]
+    assert all(c["permission"] == [] for c in cards)
 
 
 async def test_a_working_model_keeps_an_alias_that_a_broken_one_claims() -> None:
