@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv demo test test-slow test-python lint bench-quick bench lock engine-args metrics manifests clean-processes clean
+.PHONY: help venv demo test test-unit test-slow test-python lint bench-quick bench lock engine-args metrics manifests clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,9 +36,12 @@ test: venv  ## lint, types and every test that a CPU can run (under 20 minutes o
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	@$(BIN)/serve-app fetch demo
 	@rm -f .cache/left-out
-	@$(TESTS) -m "not slow" --ignore tests/test_placement_cluster.py
-	@$(TESTS) tests/test_placement_cluster.py  # a Ray of its own, so a process of its own
+	@$(TESTS) -m "not slow" --ignore tests/cluster/test_placement_cluster.py
+	@$(TESTS) tests/cluster/test_placement_cluster.py  # a Ray of its own, so a process of its own
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
+
+test-unit: venv  ## the tests without Ray, engines and network (under a minute)
+	@$(BIN)/python -m pytest -q tests/unit
 
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
@@ -49,7 +52,7 @@ test-python: venv  ## the tests without engines on each supported Python that is
 	  for p in python3.$$minor "$$HOME"/.pyenv/versions/3.$$minor.*/bin/python ""; do "$$p" -c '' 2>/dev/null && break; done; \
 	  [ -n "$$p" ] || { echo "there is no Python 3.$$minor here"; continue; }; \
 	  "$$p" requirements/install.py .cache/python3.$$minor && .cache/python3.$$minor/bin/serve-app fetch demo && \
-	  .cache/python3.$$minor/bin/python -m pytest -q -m "not slow and not engine" --ignore tests/test_placement_cluster.py || exit 1; \
+	  .cache/python3.$$minor/bin/python -m pytest -q -m "not slow and not engine" --ignore tests/cluster/test_placement_cluster.py || exit 1; \
 	done
 
 lint: venv
@@ -75,7 +78,7 @@ lock: venv  ## refresh the locks from pyproject.toml
 	  -o requirements/cuda.lock
 
 engine-args: venv  ## refresh the table of engine arguments from the installed vLLM
-	@$(BIN)/python -m serve_app.engine_args
+	@$(BIN)/python -m tools.engine_args_table
 
 metrics: venv  ## refresh the list of metrics that a real run exports (dashboards are checked by it)
 	@$(BIN)/serve-app fetch demo

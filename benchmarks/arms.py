@@ -20,10 +20,11 @@ import psutil
 import yaml
 
 from benchmarks import load
-from serve_app import engine_args, haproxy, processes
-from serve_app.config import ModelConfig
+from serve_app.config import engine_args
+from serve_app.config.environment import environment
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.model import environment
+from serve_app.local import haproxy, orphans
 
 ENGINE: dict[str, Any] = {
     "max_model_len": 2048,
@@ -221,7 +222,7 @@ class Running:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
-        processes.end(processes.orphans())
+        orphans.end(orphans.orphans())
 
 
 @contextlib.contextmanager

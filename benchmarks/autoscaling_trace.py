@@ -26,8 +26,13 @@ from ray.serve._private.common import TimeStampedValue
 from ray.serve._private.metrics_utils import time_weighted_average
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from serve_app.autoscaling import LOOK_BACK_S, REPORT_INTERVAL_S, LoadPolicy, deployment_options
-from serve_app.config import Autoscaling, ModelConfig
+from serve_app.cluster.autoscaling import (
+    LOOK_BACK_S,
+    REPORT_INTERVAL_S,
+    LoadPolicy,
+    deployment_options,
+)
+from serve_app.config.settings import Autoscaling, ModelConfig
 
 TICK_S = 1.0
 """Simulated seconds between two decisions (Serve takes one every 0.1 s)."""

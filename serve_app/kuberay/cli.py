@@ -62,11 +62,11 @@ def render(
     crd: Path | None,
 ) -> None:
     """Write the Kubernetes manifests for CONFIG: RayService, network, budgets, nodes, alerts."""
-    from serve_app.config import load
-    from serve_app.kuberay import clusterwide
-    from serve_app.kuberay import render as rendering
-    from serve_app.kuberay.profile import load_profile
-    from serve_app.kuberay.yamlfile import dump
+    from serve_app.config.document import load
+    from serve_app.config.yaml_files import dump
+    from serve_app.kuberay.render import clusterwide
+    from serve_app.kuberay.render import files as rendering
+    from serve_app.kuberay.render.profile import load_profile
 
     if cluster_wide == (config is not None):
         raise UserError("render: give a CONFIG, or --cluster-wide")
@@ -94,7 +94,7 @@ def render(
 @_crd_option
 def validate(paths: tuple[Path, ...], crd: Path | None) -> None:
     """Check manifests (files or folders) without a cluster: one line for each mistake."""
-    from serve_app.kuberay.validate import load_documents
+    from serve_app.kuberay.validate.checks import load_documents
 
     documents = load_documents(paths)
     _report(documents, crd)
@@ -103,9 +103,9 @@ def validate(paths: tuple[Path, ...], crd: Path | None) -> None:
 
 def _report(documents: list[dict[str, Any]], crd: Path | None) -> None:
     """Print every problem; end with the first error."""
-    from serve_app.kuberay import schema
-    from serve_app.kuberay.validate import refuse_errors
-    from serve_app.kuberay.validate import validate as judge
+    from serve_app.kuberay.validate import schema
+    from serve_app.kuberay.validate.checks import refuse_errors
+    from serve_app.kuberay.validate.checks import validate as judge
 
     problems = judge(documents, schema.load_crd(crd) if crd else None)
     for problem in problems:
@@ -156,12 +156,12 @@ def deploy(
 
     Ctrl-C stops the waiting, not the deployment.
     """
-    from serve_app.config import load
-    from serve_app.kuberay import deploy as deploying
-    from serve_app.kuberay import render as rendering
-    from serve_app.kuberay.check_others import refuse_placeholders
-    from serve_app.kuberay.client import Cluster
-    from serve_app.kuberay.profile import load_profile
+    from serve_app.config.document import load
+    from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live.client import Cluster
+    from serve_app.kuberay.render import files as rendering
+    from serve_app.kuberay.render.profile import load_profile
+    from serve_app.kuberay.validate.check_others import refuse_placeholders
 
     fleet, profile = load(config), load_profile(profile_path)
     documents = rendering.documents(fleet, profile)
@@ -189,7 +189,7 @@ def deploy(
 def _wait(cluster: Any, name: str, namespace: str, timeout_s: float) -> None:
     import time
 
-    from serve_app.kuberay import deploy as deploying
+    from serve_app.kuberay.live import deploy as deploying
 
     def tell(line: str) -> None:
         click.echo(f"{time.strftime('%H:%M:%S')} {line}")
@@ -209,8 +209,8 @@ def _ask_models(target: Any) -> None:
     Raises:
         UserError: a model that runs but does not answer.
     """
-    from serve_app.kuberay import deploy as deploying
-    from serve_app.kuberay.client import Forbidden
+    from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live.client import Forbidden
 
     try:
         silent = deploying.unanswered(target, target.require())
@@ -229,9 +229,9 @@ def _ask_models(target: Any) -> None:
 @_context_option
 def status(name: str, namespace: str, kubeconfig: Path | None, context: str | None) -> None:
     """Applications, pods and troubles of the RayService NAME; exit status 1 until it is ready."""
-    from serve_app.kuberay import deploy as deploying
-    from serve_app.kuberay import reasons, revisions, state
-    from serve_app.kuberay.client import Cluster
+    from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live import reasons, revisions, state
+    from serve_app.kuberay.live.client import Cluster
 
     cluster = Cluster.connect(kubeconfig, context)
     target = deploying.Target(cluster, name, namespace)
@@ -262,11 +262,11 @@ def diff(
     config: Path, profile_path: Path | None, kubeconfig: Path | None, context: str | None
 ) -> None:
     """What `deploy` would change, and how KubeRay would go about it. Exit status 1 if anything."""
-    from serve_app.config import load
-    from serve_app.kuberay import deploy as deploying
-    from serve_app.kuberay import render as rendering
-    from serve_app.kuberay.client import Cluster
-    from serve_app.kuberay.profile import load_profile
+    from serve_app.config.document import load
+    from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live.client import Cluster
+    from serve_app.kuberay.render import files as rendering
+    from serve_app.kuberay.render.profile import load_profile
 
     documents = rendering.documents(load(config), load_profile(profile_path))
     cluster = Cluster.connect(kubeconfig, context)
@@ -294,9 +294,9 @@ def rollback(
     timeout: float,
 ) -> None:
     """Apply an earlier revision of the RayService NAME again."""
-    from serve_app.kuberay import deploy as deploying
-    from serve_app.kuberay import revisions
-    from serve_app.kuberay.client import Cluster
+    from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live import revisions
+    from serve_app.kuberay.live.client import Cluster
 
     cluster = Cluster.connect(kubeconfig, context)
     service = revisions.find(cluster, name, namespace, number)
@@ -331,8 +331,8 @@ def logs(
     context: str | None,
 ) -> None:
     """Logs of the RayService NAME, or of one MODEL of it."""
-    from serve_app.kuberay import podlogs
-    from serve_app.kuberay.client import Cluster
+    from serve_app.kuberay.live import podlogs
+    from serve_app.kuberay.live.client import Cluster
 
     cluster = Cluster.connect(kubeconfig, context)
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app import addresses
-from serve_app.config import Fleet
+from serve_app.config.document import Fleet
 from serve_app.errors import UserError
 
 # Nothing on this machine is behind a proxy, whatever HTTP_PROXY says.
@@ -77,8 +77,8 @@ class Endpoint:
     def ready(self, run: str | None = None) -> dict[str, Any] | None:
         """What GET /ready reports; None while nothing of ours answers.
 
-        ``run`` is the id that a gateway of ours was given (:data:`serve_app.config.RUN_ID`): the
-        answer of any other server is none.
+        ``run`` is the id that a gateway of ours was given
+        (:data:`serve_app.config.document.RUN_ID`): the answer of any other server is none.
         """
         try:
             with _open(f"{self.url}/ready", timeout=5) as answer:

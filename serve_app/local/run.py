@@ -20,12 +20,12 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from serve_app import haproxy, processes
 from serve_app.addresses import V6_IS_V4
-from serve_app.config import RUN_ID, Fleet, ModelConfig
+from serve_app.config.document import RUN_ID, Fleet
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
-from serve_app.local import reasons, weights
+from serve_app.local import haproxy, orphans, reasons, weights
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.instance import Instance
 from serve_app.local.named import NamedCluster, is_here, named_cluster
@@ -286,7 +286,7 @@ def _end(serve: subprocess.Popen[bytes], console: Console) -> None:
             break
     for pid in _in_session(serve.pid):
         _kill(pid)
-    processes.end(processes.orphans())
+    orphans.end(orphans.orphans())
 
 
 def _moments(seconds: float) -> Iterator[None]:

@@ -10,10 +10,11 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 
-from serve_app import caches
-from serve_app.config import Fleet, ModelConfig
+from serve_app.config import caches
+from serve_app.config.document import Fleet
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.planner import metadata
+from serve_app.planner.model import metadata
 
 _HUB_S = 5.0
 """Seconds that the model hub gets to answer."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from serve_app.config import Fleet
+from serve_app.config.document import Fleet
 from serve_app.errors import UserError, did_you_mean
-from serve_app.planner import engine as engine_module
 from serve_app.planner import hardware
 from serve_app.planner.check_deployment import gpus_needed, reach
 from serve_app.planner.cluster import Cluster, Node
 from serve_app.planner.finding import Finding
 from serve_app.planner.manifests import Manifests
+from serve_app.planner.vllm import defaults as engine_module
 
 
 def on_cluster(fleet: Fleet, cluster: Cluster, manifests: Manifests | None) -> list[Finding]:

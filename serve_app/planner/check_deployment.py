@@ -11,13 +11,15 @@ from typing import Any
 
 import yaml
 
-from serve_app import __version__, engine_args
-from serve_app.config import Fleet, ModelConfig
-from serve_app.planner import engine as engine_module
-from serve_app.planner import memory
+from serve_app import __version__
+from serve_app.config import engine_args
+from serve_app.config.document import Fleet
+from serve_app.config.settings import ModelConfig
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.hardware import GIB
 from serve_app.planner.manifests import Manifests
+from serve_app.planner.vllm import defaults as engine_module
+from serve_app.planner.vllm import memory
 
 # Names that vLLM used to export, with today's (vllm/v1/metrics/loggers.py).
 RENAMED_METRICS = {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from serve_app.config import ModelConfig
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose, engine, hardware, parallelism, report
+from serve_app.planner import choose, hardware, report
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB
 from serve_app.planner.loading import cpu_plan, load_model
-from serve_app.planner.memory import Model, Plan
-from serve_app.planner.quantization import FP8_HARDWARE_CAPABILITY
+from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY
+from serve_app.planner.vllm import defaults, parallelism
+from serve_app.planner.vllm.memory import Model, Plan
 
 
 def model(name: str, config: ModelConfig) -> Iterator[Finding]:
@@ -74,7 +75,7 @@ def impossible(config: ModelConfig, model: Model) -> str | None:
     but not activations or a KV cache that seem too large, nor what EC2 does not offer.
     """
     arguments = choose.arguments_of(config)
-    for why, remedy in parallelism.remedies(model.shape, engine.parallelism(arguments)):
+    for why, remedy in parallelism.remedies(model.shape, defaults.parallelism(arguments)):
         return f"engine.{why}; {remedy}"
     asked = config.resources.accelerator_type
     if asked is None or config.resources.device == "cpu":

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serve_app import autoscaling, engine_args, placement, yaml_files
-from serve_app import config as settings
-from serve_app.config import Fleet, ModelConfig
+from serve_app.cluster import autoscaling, placement
+from serve_app.config import engine_args, yaml_files
+from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_deployment, check_model, hardware, metadata
+from serve_app.planner import check_deployment, check_model, hardware
 from serve_app.planner.finding import Finding
 from serve_app.planner.loading import load_model
 from serve_app.planner.manifests import Manifests
+from serve_app.planner.model import metadata
 
 
 def static(path: Path, manifests: Manifests | None) -> list[Finding]:
@@ -30,7 +32,7 @@ def static(path: Path, manifests: Manifests | None) -> list[Finding]:
     findings = list(_engine_arguments(document, path))
     broken = [finding for finding in findings if finding.status == "fail"]
     try:
-        fleet = settings.parse_document(document, path)
+        fleet = parse_document(document, path)
     except ConfigError as error:
         if not broken:
             findings.append(Finding("config", "fail", str(path), str(error), "mend the config"))
@@ -100,13 +102,13 @@ def _engine_arguments(document: dict[str, Any], path: Path) -> Iterator[Finding]
     for application in document["applications"]:
         if not isinstance(application, dict):
             continue
-        if application.get("import_path") != settings.MODEL_IMPORT_PATH:
+        if application.get("import_path") != MODEL_IMPORT_PATH:
             continue
         name = str(application.get("name"))
         given = application.get("args")
         arguments = given.get("engine") if isinstance(given, dict) else None
         if not isinstance(arguments, dict):
-            continue  # said by settings.parse_document
+            continue  # said by parse_document
         wrong = 0
         for key, value in arguments.items():
             plain = str(key).lstrip("-").replace("-", "_")

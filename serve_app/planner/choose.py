@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve_app import yaml_files
-from serve_app.config import ModelConfig
+from serve_app.config import yaml_files
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import engine as engine_module
-from serve_app.planner import hardware, memory, parallelism, quantization
+from serve_app.planner import hardware
 from serve_app.planner.hardware import GPU, Instance
-from serve_app.planner.memory import Model, Plan
-from serve_app.planner.quantization import FP8_HARDWARE_CAPABILITY, Quantization
-from serve_app.planner.sharding import Parallelism
+from serve_app.planner.model import quantization
+from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
+from serve_app.planner.vllm import defaults as engine_module
+from serve_app.planner.vllm import memory, parallelism
+from serve_app.planner.vllm.memory import Model, Plan
+from serve_app.planner.vllm.sharding import Parallelism
 
 MAX_NODES = 4
 """Machines that one replica may span while searching; more is asked for explicitly."""

@@ -11,25 +11,17 @@ import click
 import yaml
 from rich.console import Console
 
-from serve_app import config as settings
-from serve_app import engine_args
-from serve_app.config import ModelConfig
+from serve_app.config import engine_args
+from serve_app.config.document import load
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.planner import (
-    check_cluster,
-    checks,
-    choose,
-    cluster,
-    hardware,
-    manifests,
-    metadata,
-    report,
-)
+from serve_app.planner import check_cluster, checks, choose, cluster, hardware, manifests, report
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.loading import cpu_plan, load_model
-from serve_app.planner.memory import Model
+from serve_app.planner.model import metadata
 from serve_app.planner.report import Report
+from serve_app.planner.vllm.memory import Model
 
 _TYPICAL_LENGTH = 2048
 
@@ -125,7 +117,7 @@ def _targets(
         config = ModelConfig(model=target, engine=overrides)
         sized = bool({"tensor_parallel_size", "pipeline_parallel_size"} & set(overrides))
         return [(target, load_model(config), config, sized)]
-    fleet = settings.load(path)
+    fleet = load(path)
     names = [only] if only else list(fleet.models)
     if not names:
         raise ConfigError(f"{path}: has no model to plan")
@@ -212,7 +204,7 @@ def check(
         documents = manifests.find(path, given)
         findings = checks.static(path, documents)
         if asked is not None and not any(f.check == "config" for f in findings):
-            findings += check_cluster.on_cluster(settings.load(path), asked, documents)
+            findings += check_cluster.on_cluster(load(path), asked, documents)
         by_config[str(path)] = findings
     failed = any(f.status == "fail" for findings in by_config.values() for f in findings)
     if json_:

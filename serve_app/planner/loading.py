@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serve_app.config import ModelConfig
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import choose, hardware, memory, metadata
-from serve_app.planner import engine as engine_module
-from serve_app.planner.memory import Model, Plan
+from serve_app.planner import choose, hardware
+from serve_app.planner.model import metadata
+from serve_app.planner.vllm import defaults as engine_module
+from serve_app.planner.vllm import memory
+from serve_app.planner.vllm.memory import Model, Plan
 
 
 def load_model(config: ModelConfig, *, offline: bool = False) -> Model:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serve_app import yaml_files
+from serve_app.config import yaml_files
 from serve_app.errors import ConfigError
 
 Document = dict[str, Any]

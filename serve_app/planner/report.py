@@ -12,8 +12,8 @@ from rich.text import Text
 from serve_app.planner import choose
 from serve_app.planner.choose import Choice, Lighter, Machines, RefusedInstance
 from serve_app.planner.hardware import GIB
-from serve_app.planner.memory import GPUMemory, Plan
-from serve_app.planner.tensors import PRECISION_BITS, parameter_bytes
+from serve_app.planner.model.tensors import PRECISION_BITS, parameter_bytes
+from serve_app.planner.vllm.memory import GPUMemory, Plan
 
 TIGHT_SHARE = 0.03
 """A plan whose KV cache exceeds what one request needs by less than this share of the GPU is

@@ -2,7 +2,7 @@
 
 ``make metrics`` runs a fleet on this CPU, does to it all that makes a metric appear (load that
 preempts, a shared prefix, a killed replica), and writes what Ray's agent then exports to
-tests/data/exported_metrics.txt: one line a metric, with its type and the labels of its samples.
+tests/kube/data/exported_metrics.txt: one line a metric, its type and its samples' labels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from harness import processes, servers
 from harness.processes import REPO
 from harness.servers import CHAT, EMBED, Cluster
 
-RECORDED = REPO / "tests/data/exported_metrics.txt"
+RECORDED = REPO / "tests/kube/data/exported_metrics.txt"
 _CONSTANT = "# Labels with one value: "
 
 

@@ -21,13 +21,14 @@ import httpx
 import uvicorn
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve_app.config import MODEL_IMPORT_PATH, GatewayConfig
+from serve_app.cluster.progress import Phase
+from serve_app.config.document import MODEL_IMPORT_PATH
+from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import directory
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board, Replica
-from serve_app.gateway.server import build
-from serve_app.progress import Phase
+from serve_app.gateway.routes import build
 
 CREDENTIAL = "the-internal-credential"
 

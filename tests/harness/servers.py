@@ -17,11 +17,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness import processes
 from harness.processes import REPO
-from serve_app import addresses, engine_args, haproxy
-from serve_app.config import DEPLOYMENT, ModelConfig
+from serve_app import addresses
+from serve_app.config import engine_args
+from serve_app.config.document import DEPLOYMENT
+from serve_app.config.environment import environment
+from serve_app.config.settings import ModelConfig
+from serve_app.local import haproxy
 from serve_app.local.instance import Instance
-from serve_app.model import environment
-from serve_app.processes import orphans
+from serve_app.local.orphans import orphans
 
 Proxy = Literal["python", "haproxy"]
 
@@ -243,16 +246,17 @@ def model_ports(name: str) -> dict[str, ModelPort]:
     from ray.serve._private.common import DeploymentID
     from ray.serve._private.long_poll import LongPollNamespace
 
-    from serve_app import cluster
+    from serve_app.cluster.credential import internal_credential
+    from serve_app.cluster.serve import running_controller
 
     key = (
         LongPollNamespace.DEPLOYMENT_TARGETS,
         DeploymentID(name=DEPLOYMENT, app_name=name),
     )
-    controller = cluster.controller()
+    controller = running_controller()
     assert controller is not None
     reported = ray.get(controller.listen_for_change.remote({key: -1}), timeout=30)
-    credential = cluster.internal_credential().decode()
+    credential = internal_credential().decode()
     ports = {}
     for replica in reported[key].object_snapshot.running_replicas:
         where = replica.replica_metadata

@@ -1,0 +1,137 @@
+"""How many replicas a model gets, from the load that its engines report.
+
+Requests reach an engine without passing through Serve, so Serve's own count of ongoing requests
+is always 0 here. Each replica instead reports what its engine runs and what waits in it
+(``record_autoscaling_stats``, :mod:`serve_app.replica.load`), and Serve's controller asks
+:class:`LoadPolicy` ten times a second how many replicas that calls for. Around the policy Serve
+applies the delays, the bounds, and the start of one replica for whatever waits at zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from serve_app.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray.serve.config import AutoscalingContext
+
+    from serve_app.config.settings import ModelConfig
+
+LOOK_BACK_S = 10.0
+"""Seconds over which reports are averaged."""
+
+REPORT_INTERVAL_S = 2.0
+"""Seconds between two reports of a replica, and of what waits at a gateway."""
+
+
+class LoadPolicy:
+    """Replicas such that each runs about ``target_load`` of what its engine can run at once.
+
+    A replica is added as soon as the load per replica passes the target, and one is taken away
+    only when the load would stay ``slack`` below the target without it. Between the two the
+    number stays, so that a load that wavers around a boundary changes nothing.
+
+    Serve copies the class into its controller by value, and creates it there from
+    ``policy_kwargs``; it may use nothing but this module.
+    """
+
+    def __init__(self, target_load: float, slack: float = 0.2) -> None:
+        self.target_load = target_load
+        self.slack = slack
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of replicas to have; state is not needed."""
+        target: int = ctx.target_num_replicas
+        metrics = ctx.aggregated_metrics or {}
+        if not any(metrics.get("capacity", {}).values()):
+            # Cold, all still starting, or too busy to report: nothing tells how much one more
+            # would take on, and silence is not idleness.
+            return (max(target, 1) if ctx.total_queued_requests else target), {}
+        load = total_load(metrics, ctx.total_queued_requests or 0.0)
+        enough = replicas_for(load, self.target_load)
+        if enough >= target or len(metrics["capacity"]) < ctx.current_num_replicas:
+            return max(enough, target), {}  # fewer only where all have told what they do
+        return min(target, replicas_for(load, self.target_load * (1 - self.slack))), {}
+
+
+def replicas_for(load: float, target_load: float) -> int:
+    """The fewest replicas on which ``load`` is at most ``target_load`` each."""
+    return math.ceil(load / target_load - 1e-9)
+
+
+def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> float:
+    """The model's load, in engines that it would fill.
+
+    Args:
+        metrics: by name of a statistic, its average by replica.
+        queued: what waits at the gateways for a replica, one at a time for each gateway.
+    """
+    capacities = {replica: most for replica, most in metrics.get("capacity", {}).items() if most}
+    if not capacities:
+        return 0.0
+
+    def of(name: str, replica: Any) -> float:
+        return metrics.get(name, {}).get(replica, 0.0)
+
+    loads = [
+        engine_load(
+            running=of("running", replica),
+            waiting=of("waiting", replica),
+            capacity=capacity,
+            kv_cache_usage=of("kv_cache_usage", replica),
+        )
+        + of("in_front", replica) / capacity
+        for replica, capacity in capacities.items()
+    ]
+    return sum(loads) + queued / (sum(capacities.values()) / len(capacities))
+
+
+def engine_load(running: float, waiting: float, capacity: float, kv_cache_usage: float) -> float:
+    """One engine's load as a share of what it can run; above 1 where requests wait in it.
+
+    An engine is full when it runs ``capacity`` requests (``max_num_seqs``), or sooner when its
+    KV cache is (``kv_cache_usage`` is 1). In the second case the requests that it runs are all
+    that it can run, and those that wait count in proportion.
+    """
+    by_number = (running + waiting) / capacity
+    if running < 1:
+        return by_number
+    return max(by_number, kv_cache_usage * (running + waiting) / running)
+
+
+def deployment_options(model: ModelConfig) -> dict[str, Any]:
+    """Serve's options for the number of replicas: ``num_replicas`` or ``autoscaling_config``.
+
+    With data parallelism Serve counts ranks, and each of a model's replicas is a gang of them.
+
+    Raises:
+        ConfigError: engine arguments under which an engine reports no load.
+    """
+    ranks = int(model.engine.get("data_parallel_size") or 1)
+    autoscaling = model.autoscaling
+    if autoscaling is None:
+        return {"num_replicas": (model.replicas or 1) * ranks}
+    if model.engine.get("disable_log_stats"):
+        raise ConfigError(
+            "engine.disable_log_stats is true, but autoscaling needs the engine's statistics; "
+            "remove one of the two"
+        )
+    first = autoscaling.initial_replicas
+    return {
+        "autoscaling_config": {
+            "min_replicas": autoscaling.min_replicas * ranks,
+            "max_replicas": autoscaling.max_replicas * ranks,
+            "initial_replicas": None if first is None else first * ranks,
+            "upscale_delay_s": autoscaling.upscale_delay_s,
+            "downscale_delay_s": autoscaling.downscale_delay_s,
+            "look_back_period_s": LOOK_BACK_S,
+            "metrics_interval_s": REPORT_INTERVAL_S,
+            "policy": {
+                "policy_function": f"{__name__}:{LoadPolicy.__name__}",
+                "policy_kwargs": {"target_load": autoscaling.target_load},
+            },
+        }
+    }

@@ -1,0 +1,208 @@
+"""Where a model's GPUs come from: one placement-group bundle for each pipeline stage.
+
+vLLM's tensor-parallel ranks talk at every layer, so they must share a node; its pipeline stages
+may lie on different ones. Ray has no placement strategy for that, but its unit of placement, the
+bundle, is never split between nodes. So a replica asks for one bundle of
+``tensor_parallel_size`` GPUs for each stage, with the strategy PACK: all stages on one node where
+one has room, else on as few as possible, and a tensor-parallel group never straddles. Ray's
+control plane reserves all bundles or none, in the order of asking; until then the request is a
+pending placement group, which is also what a cluster autoscaler acts on.
+
+vLLM itself wants bundles of one GPU; :mod:`serve_app.replica.executor` is what bridges the two.
+Alternatives and measurements: docs/decisions-placement.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from serve_app.config.settings import ModelConfig
+from serve_app.errors import ConfigError
+
+STAGES_ENV = "SERVE_APP_STAGE_BUNDLES"
+"""Environment variable of an engine: its stages' bundle indices in pipeline order (``0,2,1``)."""
+
+_IN_PROCESS = ("mp", "uni")
+_EPSILON = 0.001  # Ray's convention for "on a node that has this resource"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the replicas of one model reserve, and how Serve is told.
+
+    ``head`` holds the resources of a replica's first bundle, where the replica itself and
+    pipeline stage 0 run; ``stage`` those of each of the ``stages - 1`` others. Resources have
+    Ray's names; memory is in bytes.
+    """
+
+    head: Mapping[str, float]
+    stage: Mapping[str, float]
+    stages: int = 1
+    ranks: int = 1
+    """Data-parallel ranks: a gang of as many replicas, placed and restarted together."""
+
+    in_process: bool = False
+    """The replica's own process tree runs the GPUs (vLLM's ``mp`` or ``uni`` executor)."""
+
+    engine_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Engine arguments that the placement implies, where the config does not set them."""
+
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """One replica's bundles, stage 0 first."""
+        return [dict(self.head), *(dict(self.stage) for _ in range(self.stages - 1))]
+
+    @property
+    def uses_group(self) -> bool:
+        """Whether a placement group is asked for (else the actor holds the resources)."""
+        return bool(self.stage.get("GPU")) and not self.in_process
+
+    def options(self) -> dict[str, Any]:
+        """Options for ``serve.deployment(...).options(**)``."""
+        actor: dict[str, Any] = {
+            "num_cpus": self.head.get("CPU", 0),
+            "num_gpus": 0 if self.uses_group else self.head.get("GPU", 0),
+        }
+        if "memory" in self.head:
+            actor["memory"] = self.head["memory"]
+        types = {name: amount for name, amount in self.head.items() if name.startswith(TYPE)}
+        if types and not self.uses_group:
+            actor["resources"] = types
+        options: dict[str, Any] = {"ray_actor_options": actor}
+        if self.uses_group:
+            options["placement_group_bundles"] = self.bundles
+        if self.ranks > 1:
+            options["gang_scheduling_config"] = {
+                "gang_size": self.ranks,
+                "gang_placement_strategy": "PACK",
+                "runtime_failure_policy": "RESTART_GANG",
+            }
+        elif self.uses_group:
+            options["placement_group_strategy"] = "PACK"
+        return options
+
+    def __str__(self) -> str:
+        """What is needed, for a sentence."""
+        gpus = int(self.head.get("GPU", 0))
+        groups = self.ranks * self.stages
+        text = f"{gpus}{type_of(self.head)} GPU{'' if gpus == 1 else 's'}"
+        if not gpus:
+            text = "a node"
+        elif groups == 1:
+            text += " on one node"
+        else:
+            text = f"{groups} groups of {text}, each group on one node"
+        rest = [f"{self.head['CPU']:g} CPU"] if self.head.get("CPU") else []
+        if "memory" in self.head:
+            rest.append(f"{self.head['memory'] / 2**30:g} GiB of memory")
+        return f"{text} with {' and '.join(rest)}" if rest else text
+
+
+TYPE = "accelerator_type:"
+"""Prefix of the resource that Ray adds to a node for the type of GPU it finds there."""
+
+
+def type_of(resources: Mapping[str, float]) -> str:
+    """The type of GPU with a space before it, or nothing."""
+    return next((f" {name[len(TYPE) :]}" for name in resources if name.startswith(TYPE)), "")
+
+
+def of(config: ModelConfig) -> Placement:
+    """The placement that a model's engine arguments and resources ask for.
+
+    Raises:
+        ConfigError: an executor or a data-parallel mode that cannot be placed.
+    """
+    engine = config.engine
+    _refuse_other_launchers(engine)
+    if "VLLM_RAY_BUNDLE_INDICES" in config.env:
+        raise ConfigError("env.VLLM_RAY_BUNDLE_INDICES is not yours to set: Ray places the ranks")
+    resources = config.resources
+    stages = config.pipeline_parallel_size
+    per_stage = config.tensor_parallel_size * int(engine.get("prefill_context_parallel_size") or 1)
+    ranks = int(engine.get("data_parallel_size") or 1)
+    own: dict[str, float] = {"CPU": resources.num_cpus} if resources.num_cpus else {}
+    if resources.memory_gib:
+        own["memory"] = int(resources.memory_gib * 2**30)
+    if resources.device == "cpu":
+        if engine.get("distributed_executor_backend") == "ray":
+            raise ConfigError(
+                "engine.distributed_executor_backend is 'ray', which vLLM cannot do on CPUs; "
+                "remove it"
+            )
+        backend = {"distributed_executor_backend": "mp"} if stages * per_stage > 1 else {}
+        return Placement(own, {}, ranks=ranks, in_process=True, engine_defaults=backend)
+    type_of_node: dict[str, float] = {}
+    if resources.accelerator_type:
+        # The resource, and not the node label ray.io/accelerator-type: a cluster autoscaler
+        # that scales a worker group up from zero reads the group's resources.
+        type_of_node[TYPE + resources.accelerator_type] = _EPSILON
+    if engine.get("distributed_executor_backend") in _IN_PROCESS:
+        world = {"GPU": float(stages * per_stage), **type_of_node}
+        return Placement(own | world, world, ranks=ranks, in_process=True)
+    stage = {"GPU": float(per_stage), **type_of_node}
+    return Placement(
+        own | stage,
+        stage,
+        stages=stages,
+        ranks=ranks,
+        engine_defaults={"distributed_executor_backend": "ray"},
+    )
+
+
+def _refuse_other_launchers(engine: Mapping[str, Any]) -> None:
+    backend = engine.get("distributed_executor_backend")
+    if backend not in (None, "ray", *_IN_PROCESS):
+        raise ConfigError(
+            f"engine.distributed_executor_backend is '{backend}', but a replica can run "
+            "'ray' (its GPUs may be on several nodes), 'mp' or 'uni' (all on the replica's node)"
+        )
+    for name in (
+        "data_parallel_size_local",
+        "data_parallel_hybrid_lb",
+        "data_parallel_external_lb",
+    ):
+        if engine.get(name):
+            raise ConfigError(
+                f"engine.{name} is not yours to set: each data-parallel rank is a replica of its "
+                "own, which the gateway balances; set data_parallel_size only"
+            )
+    if engine.get("data_parallel_backend") not in (None, "mp"):
+        raise ConfigError(
+            "engine.data_parallel_backend is not yours to set: Serve places the data-parallel "
+            "ranks as one gang; remove it"
+        )
+
+
+# Inside a replica: which bundle is which rank's.
+
+
+def by_node(nodes: Sequence[str]) -> list[int]:
+    """Positions grouped by node, nodes in the order of their first position.
+
+    ``["a", "b", "a"]`` gives ``[0, 2, 1]``. Neighbouring pipeline stages (and data-parallel
+    ranks) then share a node where they can, and position 0 stays first.
+    """
+    first: dict[str, int] = {}
+    for position, node in enumerate(nodes):
+        first.setdefault(node, position)
+    return sorted(range(len(nodes)), key=lambda position: first[nodes[position]])
+
+
+def stage_bundles(nodes: Sequence[str], stages: int, member: int = 0) -> list[int]:
+    """A replica's bundle indices in the order of its pipeline stages.
+
+    Args:
+        nodes: the node of each bundle of the placement group.
+        stages: bundles that each replica has.
+        member: the replica's position in its gang; its first bundle is the one it runs in.
+    """
+    mine = range(member * stages, (member + 1) * stages)
+    return [mine[position] for position in by_node([nodes[bundle] for bundle in mine])]
+
+
+def data_parallel_rank(nodes: Sequence[str], stages: int, member: int) -> int:
+    """vLLM's rank of a gang's member, so that ranks on one node are consecutive."""
+    return by_node(nodes[::stages]).index(member)

@@ -1,0 +1,250 @@
+"""The Serve config file: its models and its gateway, read and checked.
+
+It is what ``serve run``, ``serve deploy`` and RayService's ``serveConfigV2`` take as it is. Each
+model is one application whose ``args`` are a :class:`ModelConfig`; the gateway is one more, with
+:class:`GatewayConfig`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from serve_app.addresses import ANY_IPV6
+from serve_app.config import yaml_files
+from serve_app.config.settings import GatewayConfig, LiveConfig, ModelConfig, ids_of, parse
+from serve_app.errors import ConfigError, did_you_mean
+
+MODEL_IMPORT_PATH = "serve_app.model:app"
+GATEWAY_IMPORT_PATH = "serve_app.gateway:app"
+DEPLOYMENT = "ModelServer"
+"""The one deployment of a model's application."""
+
+GATEWAY_DEPLOYMENT = "Gateway"
+"""The one deployment of the gateway's."""
+
+RUN_ID = "SERVE_APP_RUN_ID"
+"""In the environment of everything that one ``serve-app run`` started: GET /ready repeats it."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A config file that has been read and checked.
+
+    ``models`` holds each model's settings by its application's name, in the file's order;
+    ``document`` is the file's content, as Serve takes it.
+    """
+
+    path: Path
+    document: dict[str, Any]
+    models: dict[str, ModelConfig]
+    gateway: GatewayConfig | None
+
+    @property
+    def port(self) -> int:
+        """The port of the OpenAI endpoint (Serve's default is 8000)."""
+        return int((self.document.get("http_options") or {}).get("port") or 8000)
+
+    @property
+    def host(self) -> str:
+        """What the OpenAI endpoint listens on (in a config file Serve's default is 0.0.0.0)."""
+        return str((self.document.get("http_options") or {}).get("host") or "0.0.0.0")
+
+    @property
+    def on_ipv6(self) -> bool:
+        """Whether pods have IPv6 addresses, to which this endpoint answers."""
+        return self.host == ANY_IPV6
+
+    def on_port(self, port: int) -> Fleet:
+        """The same with another ``http_options.port``."""
+        options = {**(self.document.get("http_options") or {}), "port": port}
+        return replace(self, document={**self.document, "http_options": options})
+
+
+def load(path: str | Path) -> Fleet:
+    """Read a config file and check all that can be checked without a GPU or a cluster.
+
+    Raises:
+        ConfigError: the file, the application and the key, and what to change, in one line.
+    """
+    path = Path(path)
+    return parse_document(yaml_files.read(path), path)
+
+
+_APPLICATION_KEYS = (
+    "name", "route_prefix", "import_path", "args", "deployments", "runtime_env",
+    "logging_config", "autoscaling_policy", "external_scaler_enabled", "host", "port",
+)  # fmt: skip
+_DEPLOYMENT_KEYS = (
+    "name", "num_replicas", "max_ongoing_requests", "max_queued_requests", "backpressure_config",
+    "user_config", "autoscaling_config", "graceful_shutdown_wait_loop_s",
+    "graceful_shutdown_timeout_s", "health_check_period_s", "health_check_timeout_s",
+    "ray_actor_options", "placement_group_bundles", "placement_group_strategy",
+    "placement_group_bundle_label_selector", "max_replicas_per_node", "logging_config",
+    "request_router_config", "gang_scheduling_config", "deployment_actors",
+    "rolling_update_percentage", "max_surge_percent",
+)  # fmt: skip
+_DOCUMENT_KEYS = (
+    "applications", "http_options", "grpc_options", "proxy_location", "logging_config",
+    "target_capacity", "controller_options",
+)  # fmt: skip
+
+
+def parse_document(document: Any, path: Path) -> Fleet:
+    """Check a config that has been read already; ``path`` only names it in errors."""
+    if not isinstance(document, dict) or "applications" not in document:
+        raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
+    for key in document:
+        if key not in _DOCUMENT_KEYS:
+            hint = did_you_mean(str(key), _DOCUMENT_KEYS)
+            raise ConfigError(f"{path}: '{key}' is not a key of a Serve config{hint}")
+    _check_http_options(path, document.get("http_options"))
+    applications = document["applications"]
+    if not isinstance(applications, list) or not applications:
+        raise ConfigError(f"{path}: 'applications' must be a list with at least one model")
+    models: dict[str, ModelConfig] = {}
+    answering: dict[str, ModelConfig] = {}
+    gateway: GatewayConfig | None = None
+    seen: set[str] = set()
+    for position, application in enumerate(applications, 1):
+        where, name = _check_application(path, position, application)
+        if name in seen:
+            raise ConfigError(f"{where}: two applications have this name; rename one")
+        seen.add(name)
+        if application["import_path"] == MODEL_IMPORT_PATH:
+            models[name] = parse(ModelConfig, application.get("args"), where)
+            _check_model_application(where, application)
+            answering[name] = _with_live_adapters(where, models[name], application)
+        elif application["import_path"] == GATEWAY_IMPORT_PATH:
+            if gateway is not None:
+                raise ConfigError(f"{where}: a second gateway; one serves all models")
+            gateway = parse(GatewayConfig, application.get("args"), where)
+            if application.get("route_prefix", "/") != "/":
+                raise ConfigError(f"{where}: the gateway needs 'route_prefix: /'")
+    refuse_shared_ids(answering, where=str(path))
+    return Fleet(path, document, models, gateway)
+
+
+def _check_http_options(path: Path, options: Any) -> None:
+    if options is None:
+        return
+    if not isinstance(options, dict):
+        raise ConfigError(f"{path}: http_options must be a mapping, such as {{port: 8000}}")
+    port = options.get("port", 8000)
+    if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:
+        raise ConfigError(f"{path}: http_options.port is {port!r}, but must be 1 to 65535")
+
+
+def _check_application(path: Path, position: int, application: Any) -> tuple[str, str]:
+    if not isinstance(application, dict):
+        raise ConfigError(f"{path}: application {position} must be a mapping")
+    name = application.get("name")
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(
+            f"{path}: the name of application {position} is {name!r}, but must be text; put it in "
+            "quotes"
+        )
+    if not name:
+        raise ConfigError(f"{path}: application {position} has no name; for a model it is its id")
+    where = f"{path}: application {name!r}"
+    for key in application:
+        if key not in _APPLICATION_KEYS:
+            hint = did_you_mean(str(key), _APPLICATION_KEYS)
+            raise ConfigError(f"{where}: '{key}' is not a key of a Serve application{hint}")
+    if not isinstance(application.get("import_path"), str):
+        raise ConfigError(
+            f"{where}: import_path is missing; a model has {MODEL_IMPORT_PATH}, "
+            f"the gateway {GATEWAY_IMPORT_PATH}"
+        )
+    known = (MODEL_IMPORT_PATH, GATEWAY_IMPORT_PATH)
+    import_path = application["import_path"]
+    if import_path.startswith("serve_app.") and import_path not in known:
+        raise ConfigError(
+            f"{where}: import_path is '{import_path}'{did_you_mean(import_path, known)}"
+        )
+    own = {MODEL_IMPORT_PATH: DEPLOYMENT, GATEWAY_IMPORT_PATH: GATEWAY_DEPLOYMENT}
+    if import_path in own:
+        _check_deployments(where, application.get("deployments"), own[import_path])
+    check_name(where, name)
+    return where, name
+
+
+def _check_deployments(where: str, deployments: Any, known: str) -> None:
+    """Serve refuses overrides of a deployment that the application has not."""
+    if deployments is None:
+        return
+    if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
+        raise ConfigError(f"{where}: deployments must be a list such as [{{name: {known}}}]")
+    for deployment in deployments:
+        if deployment.get("name") != known:
+            name = str(deployment.get("name"))
+            hint = did_you_mean(name, [known]) or f"; its one deployment is '{known}'"
+            raise ConfigError(f"{where}: deployments names '{name}'{hint}")
+        for key in deployment:
+            if key not in _DEPLOYMENT_KEYS:
+                hint = did_you_mean(str(key), _DEPLOYMENT_KEYS)
+                raise ConfigError(f"{where}: '{key}' is not a key of a Serve deployment{hint}")
+
+
+def deployed(name: str, application: dict[str, Any]) -> ModelConfig:
+    """The settings of a model's application as Serve was given it, which nobody may have checked.
+
+    Its adapters are those of its ``user_config``, where it has one.
+
+    Raises:
+        ConfigError: they cannot work; prefixed with the application.
+    """
+    where = f"application {name!r}"
+    model = parse(ModelConfig, application.get("args"), where)
+    return _with_live_adapters(where, model, application)
+
+
+def _with_live_adapters(where: str, model: ModelConfig, application: dict[str, Any]) -> ModelConfig:
+    """The model with the adapters of its ``user_config``, which take the place of its own."""
+    for deployment in application.get("deployments") or []:
+        if "user_config" in deployment:
+            live = parse(LiveConfig, deployment["user_config"], f"{where}: user_config")
+            if live.adapters and not (model.adapters or model.engine.get("enable_lora")):
+                raise ConfigError(f"{where}: adapters in user_config need engine.enable_lora: true")
+            return model.model_copy(update={"adapters": live.adapters})
+    return model
+
+
+def check_name(where: str, name: str) -> None:
+    """Refuse what Serve 2.60 cannot deploy: it makes a log file's path from the name."""
+    if "/" in name:
+        short = name.rsplit("/", 1)[-1]
+        raise ConfigError(
+            f"{where}: an application's name cannot hold '/' (Serve makes a file name of it); "
+            f"name it '{short}' and list '{name}' in args.served_as"
+        )
+    if any(c.isspace() for c in name):
+        raise ConfigError(f"{where}: an application's name cannot hold spaces")
+
+
+def _check_model_application(where: str, application: dict[str, Any]) -> None:
+    if "route_prefix" not in application or application["route_prefix"] is not None:
+        raise ConfigError(
+            f"{where}: a model needs 'route_prefix: null'; clients reach it through the gateway"
+        )
+
+
+def refuse_shared_ids(models: dict[str, ModelConfig], where: str) -> None:
+    """Refuse two models that answer to one id, naming both.
+
+    Raises:
+        ConfigError: the id and the two applications.
+    """
+    owner: dict[str, str] = {}
+    for name, model in models.items():
+        ids = ids_of(name, model)
+        if twice := next((id for id in ids if ids.count(id) > 1), None):
+            raise ConfigError(f"{where}: '{name}' lists the id '{twice}' twice; remove one")
+        for id in ids:
+            other = owner.setdefault(id, name)
+            if other != name:
+                raise ConfigError(
+                    f"{where}: the model id '{id}' belongs to both '{other}' and '{name}'; "
+                    "change it in one of them"
+                )

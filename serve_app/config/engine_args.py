@@ -1,0 +1,209 @@
+"""vLLM's engine arguments: which exist, what each accepts, and how they reach vLLM.
+
+The table is read off vLLM's own argument parser and kept as package data, so that a config
+is checked in milliseconds on a machine without vLLM (a laptop, a head node); importing vLLM
+takes seconds. ``make engine-args`` refreshes it and a test fails when it drifts from the
+installed vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from serve_app.errors import ConfigError, did_you_mean
+
+VLLM_VERSION = "0.29.0"
+_TABLE = f"engine_args-{VLLM_VERSION}.json"
+
+# Arguments of `vllm serve` that the deployment decides, with what to use in their place.
+OWNED = {
+    "model": "set `model` beside `engine`, not in it",
+    "model_tag": "set `model` beside `engine`",
+    "served_model_name": "the application's name is the model id; list further ids in `served_as`",
+    "lora_modules": "list adapters in `adapters`",
+    "api_key": "the model server is closed to everything but the gateway",
+    "hf_token": "set HF_TOKEN in the environment, so that the token is in no config",
+    "host": "the model server binds to the node's address",
+    "port": "the model server takes a free port",
+    "data_parallel_address": "Ray places the ranks",
+    "data_parallel_rank": "Ray places the ranks",
+    "data_parallel_rpc_port": "Ray places the ranks",
+    "data_parallel_start_rank": "Ray places the ranks",
+    "device_ids": "Ray assigns the GPUs",
+    "master_addr": "Ray places the ranks",
+    "master_port": "Ray places the ranks",
+    "nnodes": "Ray places the ranks; set pipeline_parallel_size to span nodes",
+    "node_rank": "Ray places the ranks",
+}
+# Arguments of vLLM's own HTTP server and process set-up, which is not the one that runs.
+SERVER_ONLY = {
+    "help", "headless", "api_server_count", "config", "grpc", "uds", "uvicorn_log_level",
+    "disable_uvicorn_access_log", "disable_access_log_for_endpoints", "root_path", "middleware",
+    "allow_credentials", "allowed_origins", "allowed_methods", "allowed_headers",
+    "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "enable_ssl_refresh", "ssl_cert_reqs",
+    "ssl_ciphers", "h11_max_incomplete_event_size", "h11_max_header_count", "log_config_file",
+    "data_parallel_supervisor_port", "dp_supervisor_probe_interval_s",
+    "dp_supervisor_probe_timeout_s", "dp_supervisor_probe_failure_threshold",
+    "data_parallel_multi_port_external_lb", "enable_offline_docs", "disable_fastapi_docs",
+}  # fmt: skip
+
+# Spellings that people still have in their notes, with what vLLM 0.29 calls them.
+RENAMED = {
+    "speculative_model": "speculative_config: {model: …, num_speculative_tokens: …, method: …}",
+    "num_speculative_tokens": "speculative_config: {num_speculative_tokens: …}",
+    "num_scheduler_steps": "nothing; vLLM's scheduler no longer has it",
+    "swap_space": "nothing; vLLM no longer swaps, it recomputes",
+    "max_context_len_to_capture": "max_cudagraph_capture_size",
+    "max_seq_len_to_capture": "max_cudagraph_capture_size",
+    "guided_decoding_backend": "structured_outputs_config: {backend: …}",
+    "disable_log_requests": "enable_log_requests: false",
+    "task": "runner: pooling to embed, classify or rerank (with convert: embed or classify where "
+    "the model was made to write text); nothing to generate",
+    "enable_reasoning": "reasoning_parser alone",
+    "worker_use_ray": "distributed_executor_backend: ray",
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "dp": "data_parallel_size",
+}
+
+
+@dataclass(frozen=True)
+class EngineArg:
+    """One argument: the JSON types it accepts and, where it is a choice, the choices.
+
+    ``accepts`` holds ``boolean``, ``flag`` (a boolean that has no ``--no-`` form), ``integer``,
+    ``number``, ``string``, ``object``, ``array`` and ``count`` (an integer that may be
+    written ``8k``).
+    """
+
+    accepts: tuple[str, ...]
+    choices: tuple[Any, ...] = ()
+
+
+@cache
+def table() -> dict[str, EngineArg]:
+    """Every engine argument by vLLM's own name."""
+    raw = json.loads(resources.files("serve_app").joinpath("data", _TABLE).read_text())
+    return {
+        name: EngineArg(tuple(arg["accepts"]), tuple(arg.get("choices", ())))
+        for name, arg in raw["arguments"].items()
+    }
+
+
+def check(engine: dict[str, Any]) -> None:
+    """Refuse what vLLM would refuse.
+
+    Raises:
+        ConfigError: an unknown name (with a did-you-mean), a value of the wrong type or not
+            among the choices, or an argument that the deployment sets by itself.
+    """
+    for name, value in engine.items():
+        _check_one(name, value)
+
+
+def _check_one(name: str, value: Any) -> None:
+    if "-" in name or name.startswith("--"):
+        plain = name.lstrip("-").replace("-", "_")
+        raise ConfigError(f"engine.{name}: write it as '{plain}', without dashes")
+    if name in OWNED:
+        raise ConfigError(f"engine.{name} is not yours to set: {OWNED[name]}")
+    if name in RENAMED:
+        raise ConfigError(f"engine.{name} is not in vLLM {VLLM_VERSION}; use {RENAMED[name]}")
+    if name in SERVER_ONLY:
+        raise ConfigError(
+            f"engine.{name} belongs to vLLM's own server, which does not run here; remove it"
+        )
+    arg = table().get(name)
+    if arg is None:
+        raise ConfigError(
+            f"engine.{name} is not an argument of vLLM {VLLM_VERSION}{did_you_mean(name, table())}"
+        )
+    if value is None:
+        return  # vLLM's default
+    if isinstance(value, list) and "array" in arg.accepts:
+        if not value:
+            raise ConfigError(f"engine.{name} is an empty list; remove it or list something")
+        for item in value:
+            _check_value(name, item, arg)
+    else:
+        _check_value(name, value, arg)
+
+
+def _check_value(name: str, value: Any, arg: EngineArg) -> None:
+    if arg.choices and not isinstance(value, (list, dict)):
+        if value not in arg.choices:
+            known = [str(c) for c in arg.choices]
+            raise ConfigError(
+                f"engine.{name} is {value!r}, but must be one of {', '.join(known)}"
+                f"{did_you_mean(str(value), known)}"
+            )
+        return
+    if value == "auto" and name == "max_model_len":
+        return  # the one count that vLLM can choose by itself
+    if not any(_is(value, kind) for kind in arg.accepts):
+        raise ConfigError(
+            f"engine.{name} is {_shown(value)}, but must be "
+            f"{' or '.join(_KINDS[kind] for kind in arg.accepts)}"
+        )
+
+
+_KINDS = {
+    "boolean": "true or false",
+    "flag": "true or false",
+    "integer": "a whole number",
+    "count": "a whole number (8192 or 8k)",
+    "number": "a number",
+    "string": "a string",
+    "object": "a mapping",
+    "array": "a list",
+}
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in ("boolean", "flag"):
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if kind == "integer":
+        return isinstance(value, int)
+    if kind == "number":
+        return isinstance(value, (int, float))
+    if kind == "count":
+        return isinstance(value, int) or (isinstance(value, str) and _is_count(value))
+    return isinstance(value, {"string": str, "object": dict, "array": list}[kind])
+
+
+def _is_count(text: str) -> bool:
+    number = text[:-1] if text[-1:].lower() in ("k", "m", "g", "t") else text
+    return number.replace(".", "", 1).isdigit()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def to_argv(engine: dict[str, Any]) -> list[str]:
+    """The arguments as `vllm serve` takes them, so that vLLM's own parser reads them."""
+    argv: list[str] = []
+    for name, value in engine.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            if value:
+                argv.append(flag)
+            elif "flag" not in table()[name].accepts:
+                argv.append("--no-" + flag[2:])
+        elif isinstance(value, dict):
+            argv += [flag, json.dumps(value)]
+        elif isinstance(value, list):
+            argv += [flag, *(v if isinstance(v, str) else json.dumps(v) for v in value)]
+        else:
+            # One word, so that a value which starts with a dash (-1) is not taken for a flag.
+            argv.append(f"{flag}={value}")
+    return argv

@@ -1,0 +1,331 @@
+"""Every setting a user can write, and the loading of a config file.
+
+A config is a Ray Serve config file that `serve run`, `serve deploy` and RayService's
+`serveConfigV2` take as it is. Each model is one application whose ``args`` are a
+:class:`ModelConfig`; the gateway is one more, with :class:`GatewayConfig`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from serve_app.config import engine_args
+from serve_app.errors import ConfigError, did_you_mean
+
+# Serve keeps an application's name in a log file's path, and refuses a blank one.
+ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class Resources(_Settings):
+    """What one replica needs beyond the GPUs that its parallelism implies."""
+
+    device: Literal["gpu", "cpu"] = "gpu"
+    """``cpu`` runs vLLM's CPU engine; then no GPU is asked for."""
+
+    accelerator_type: str | None = Field(default=None, min_length=1)
+    """A GPU type as Ray names it on a node (``H100``, ``L40S`` …); None takes any. Ray finds
+    ``A100`` on both sizes of it; the rendered manifests declare ``A100-40G`` and ``A100-80G``."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPU cores reserved on the replica's node, for the engine's front end."""
+
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Host memory reserved for the replica, in GiB."""
+
+
+class Autoscaling(_Settings):
+    """Replicas follow the load that the engine reports."""
+
+    min_replicas: int = Field(default=1, ge=0)
+    """0 lets the model go cold; the next request wakes it."""
+
+    max_replicas: int = Field(default=1, ge=1)
+
+    initial_replicas: int | None = Field(default=None, ge=0)
+    """Replicas at first; None starts with ``min_replicas``."""
+
+    target_load: float = Field(default=0.7, gt=0, le=1)
+    """Load to aim for, as a share of what one engine runs at once (``max_num_seqs``)."""
+
+    upscale_delay_s: float = Field(default=10.0, ge=0)
+    """Seconds that the load must stay high before a replica is added."""
+
+    downscale_delay_s: float = Field(default=300.0, ge=0)
+    """Seconds that the load must stay low before a replica is removed."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Autoscaling:
+        if self.max_replicas < max(1, self.min_replicas):
+            default = "" if "max_replicas" in self.model_fields_set else " (the default)"
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}{default}, below min_replicas "
+                f"({self.min_replicas}); set it"
+            )
+        if self.initial_replicas is not None and not (
+            self.min_replicas <= self.initial_replicas <= self.max_replicas
+        ):
+            raise ValueError("initial_replicas must lie between min_replicas and max_replicas")
+        return self
+
+
+class Adapter(_Settings):
+    """A LoRA adapter, served under a model id of its own."""
+
+    name: ModelId
+    """The model id that clients send."""
+
+    path: str = Field(min_length=1)
+    """A local folder, a hub id or an ``s3://`` address."""
+
+
+class LiveConfig(_Settings):
+    """The ``user_config`` of a model's deployment: what can change without a restart."""
+
+    adapters: list[Adapter] = []
+
+
+class ModelConfig(_Settings):
+    """The ``args`` of a model's application; the application's name is the model id."""
+
+    model: str = Field(min_length=1)
+    """Hub id or local folder of the weights."""
+
+    served_as: list[ModelId] = []
+    """Further ids for the same model; ids with ``/`` belong here."""
+
+    engine: dict[str, Any] = {}
+    """vLLM's engine arguments by vLLM's own names."""
+
+    replicas: int | None = Field(default=None, ge=1)
+    """A fixed number of replicas (1 where neither this nor ``autoscaling`` is set)."""
+
+    autoscaling: Autoscaling | None = None
+    """Replicas between two bounds; excludes ``replicas``."""
+
+    resources: Resources = Resources()
+    adapters: list[Adapter] = []
+
+    cache_dir: str | None = Field(default=None, min_length=1)
+    """One folder for all that makes the next start faster: downloads, compiled code and kernels,
+    vLLM's start-up plan. Best on a disk that outlives the replica; one for each type of GPU.
+    None: each library's own place, under the home folder."""
+
+    env: dict[str, str] = {}
+    """Environment variables of the replica and its engine."""
+
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    """Seconds that running generations get to finish when a replica is stopped."""
+
+    start_timeout_s: float = Field(default=3600.0, gt=0)
+    """Seconds that an engine may take to load and compile before its replica is given up."""
+
+    hang_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds without a step of a busy engine after which its replica is replaced; 300 at least
+    until the engine has finished its first request, which may compile."""
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        engine_args.check(engine)
+        return engine
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _cache_dir(cls, folder: str | None) -> str | None:
+        """A replica's working folder is Ray's, and no shell is there to read ``~``."""
+        if folder is not None and not folder.startswith("/"):
+            raise ValueError(f"'{folder}' must be a folder's whole path, such as /mnt/models")
+        return folder
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _env(cls, env: Any) -> Any:
+        """YAML reads ``1`` and ``true`` as a number and a boolean; the environment has text."""
+        if isinstance(env, dict):
+            return {str(k): _as_text(v) for k, v in env.items()}
+        return env
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> ModelConfig:
+        if self.replicas is not None and self.autoscaling is not None:
+            raise ValueError("replicas and autoscaling exclude each other; keep one")
+        if self.adapters and self.engine.get("enable_lora") is False:
+            raise ValueError("adapters need engine.enable_lora; remove 'enable_lora: false'")
+        if self.resources.device == "cpu" and self.resources.accelerator_type:
+            raise ValueError("resources.accelerator_type needs device: gpu")
+        return self
+
+    @model_validator(mode="after")
+    def _ids_once(self) -> ModelConfig:
+        ids = ids_of("", self)[1:]
+        twice = next((id for id in ids if ids.count(id) > 1), None)
+        if twice is not None:
+            raise ValueError(f"the id '{twice}' is listed twice in served_as and adapters")
+        return self
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return int(self.engine.get("tensor_parallel_size") or 1)
+
+    @property
+    def pipeline_parallel_size(self) -> int:
+        return int(self.engine.get("pipeline_parallel_size") or 1)
+
+
+def _as_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, (int, float)) else value
+
+
+class GatewayConfig(_Settings):
+    """The ``args`` of the gateway's application."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Gateway processes; one relays a few thousand tokens per second and core."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPU cores reserved for each gateway process."""
+
+    max_body_mib: float = Field(default=64.0, gt=0, le=1024)
+    """Largest request body, in MiB; a larger one is answered with 413."""
+
+    max_bodies_mib: float = Field(default=1024.0, gt=0)
+    """Largest sum, in MiB, of the bodies of all requests that one gateway process has, which it
+    keeps until their answers end; a request beyond it is answered with 503."""
+
+    body_timeout_s: float = Field(default=300.0, gt=0)
+    """Seconds that a request's body may take to arrive; then 408."""
+
+    connect_timeout_s: float = Field(default=5.0, gt=0)
+    """Seconds to connect to a replica before another is tried."""
+
+    cold_start_timeout_s: float = Field(default=600.0, ge=0)
+    """Seconds that a request waits for a model that is starting; then 503."""
+
+    request_timeout_s: float | None = Field(default=None, gt=0)
+    """Seconds that a replica may stay silent within one request; None waits for ever."""
+
+    graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
+    """Seconds that running requests get to finish when a gateway is stopped."""
+
+    cors_allow_origins: list[str] = []
+    """Origins of the web pages that may call the API from a browser, such as
+    ``https://chat.example.com``; ``*`` is any page. None are by default."""
+
+    @model_validator(mode="after")
+    def _one_body_has_room(self) -> GatewayConfig:
+        if self.max_bodies_mib < self.max_body_mib:
+            raise ValueError(
+                f"max_bodies_mib is {self.max_bodies_mib:g}, below max_body_mib "
+                f"({self.max_body_mib:g}); raise it, or lower max_body_mib"
+            )
+        return self
+
+    @field_validator("cors_allow_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"'{origin}' is not an origin; write it as browsers send it, such as "
+                    "'https://chat.example.com' (lower case, no path), or '*' for any page"
+                )
+        return origins
+
+
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\sA-Z/]+")
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def parse(settings: type[_Model], value: Any, where: str) -> _Model:
+    """Validate ``value``, or say in one sentence what is wrong with it.
+
+    Raises:
+        ConfigError: prefixed with ``where``, naming the key and what is allowed.
+    """
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: args must be a mapping, not {type(value).__name__}")
+    try:
+        return settings.model_validate(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first_problem(settings, error)}") from None
+
+
+def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    loc = problem["loc"]
+    key = ".".join(str(part) for part in loc)
+    kind, value = problem["type"], problem.get("input")
+    if kind == "extra_forbidden":
+        known = _keys_at(settings, loc[:-1])
+        return (
+            f"'{key}' is not a setting{did_you_mean(str(loc[-1]), known)}"
+            f" (known: {', '.join(known)})"
+        )
+    if kind == "missing":
+        beside = [e for e in error.errors() if e["loc"][:-1] == loc[:-1]]
+        others = [e["loc"][-1] for e in beside if e["type"] == "extra_forbidden"]
+        given = f" (there is '{others[0]}'; did you mean '{loc[-1]}'?)" if others else ""
+        return f"'{key}' is missing{given}"
+    if kind == "string_too_short":
+        return f"{key} is empty; give it a value or remove it"
+    if kind == "string_type":
+        return f"{key} is {value!r}, but must be text; put it in quotes, or remove it"
+    if kind == "float_parsing":
+        return f"{key} is {value!r}, but must be a number, without a unit"
+    if kind == "value_error":
+        text = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {text}" if key else text
+    if kind == "dict_type":
+        return f"{key} is {value!r}, but must be a mapping of names to values"
+    if kind == "model_type":
+        keys = ", ".join(_keys_at(settings, loc))
+        return f"{key} is {value!r}, but must be a mapping with some of: {keys}"
+    if kind == "string_pattern_mismatch":
+        return f"{key} is {value!r}, but an id has no spaces"
+    return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _keys_at(settings: type[BaseModel], loc: Iterable[Any]) -> list[str]:
+    """The setting names of the (possibly nested) model that an error's location points to."""
+    for part in loc:
+        field = settings.model_fields.get(str(part))
+        nested = (
+            [t for t in _types_in(field.annotation) if issubclass(t, BaseModel)] if field else []
+        )
+        if nested:
+            settings = nested[0]
+    return list(settings.model_fields)
+
+
+def _types_in(annotation: Any) -> list[type]:
+    inner = getattr(annotation, "__args__", ())
+    if inner:
+        return [t for arg in inner for t in _types_in(arg)]
+    return [annotation] if isinstance(annotation, type) else []
+
+
+def ids_of(name: str, model: ModelConfig) -> list[str]:
+    """All ids that clients can send for a model, the application's name first."""
+    return [name, *model.served_as, *(adapter.name for adapter in model.adapters)]

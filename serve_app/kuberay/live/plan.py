@@ -1,0 +1,162 @@
+"""What applying a RayService would do, told before it is done.
+
+The rules are KubeRay's (``rayservice_controller.go``, 1.7): the hash of ``rayClusterConfig``
+without replica bounds, tolerations and a few others decides about a new cluster; groups appended
+at the end do not count; ``serveConfigV2`` is changed in place.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from serve_app.kuberay.live import state
+
+Document = dict[str, Any]
+Kind = Literal["create", "none", "in place", "new cluster", "ignored"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kind of change, and what changes, one line each."""
+
+    kind: Kind
+    changes: list[str]
+    gpus: int = 0
+    """GPUs that must be free for it, beside those in use."""
+
+    def __str__(self) -> str:
+        what = {
+            "create": "creates the RayService",
+            "none": "changes nothing",
+            "in place": "changes the running cluster in place",
+            "new cluster": "starts a second cluster beside the running one, then switches",
+            "ignored": "is IGNORED by KubeRay: upgradeStrategy is None; delete and deploy again",
+        }[self.kind]
+        gpus = f" ({self.gpus} GPUs)" if self.gpus else ""
+        return "\n".join([f"{what}{gpus}", *(f"  {change}" for change in self.changes)])
+
+
+def plan(live: Document | None, wanted: Document) -> Plan:
+    """Compare a live RayService with what it would be (the server's dry run, with defaults)."""
+    if live is None:
+        return Plan("create", [], gpus_of(wanted))
+    models = list(_models(live, wanted))
+    cluster = list(_paths(_hashed(live), _hashed(wanted), "rayClusterConfig"))
+    appended = _appended(live, wanted)
+    bounds = list(_bounds(live, wanted))
+    others = [
+        f"{key} changes"
+        for key in sorted({*live["spec"], *wanted["spec"]} - {"rayClusterConfig", "serveConfigV2"})
+        if live["spec"].get(key) != wanted["spec"].get(key)
+    ]
+    if cluster and appended is None:
+        strategy = (wanted["spec"].get("upgradeStrategy") or {}).get("type") or "NewCluster"
+        if strategy == "None":
+            return Plan("ignored", [*models, *cluster])
+        return Plan("new cluster", [*models, *cluster, *bounds], _needed(wanted, strategy))
+    grown = [f"worker group '{name}' is added" for name in appended or []]
+    changes = [*models, *grown, *bounds, *others]
+    if not changes and live["spec"].get("serveConfigV2") != wanted["spec"].get("serveConfigV2"):
+        changes = ["comments or order in serveConfigV2"]
+    more = max(0, gpus_of(wanted) - gpus_of(live))
+    return Plan("in place", changes, more) if changes else Plan("none", [])
+
+
+def gpus_of(document: Document, bound: str = "minReplicas") -> int:
+    """GPUs that the worker groups hold at their least (or, by ``maxReplicas``, at their most)."""
+    total = 0
+    for group in _groups(document):
+        container = group["template"]["spec"]["containers"][0]
+        limits = (container.get("resources") or {}).get("limits") or {}
+        pods = int(group.get(bound) or 0) * int(group.get("numOfHosts") or 1)
+        total += pods * int(limits.get("nvidia.com/gpu") or 0)
+    return total
+
+
+def _needed(wanted: Document, strategy: str) -> int:
+    """GPUs beside the running cluster's: all, or the surge; never less than a replica of each."""
+    if strategy != "NewClusterWithIncrementalUpgrade":
+        return gpus_of(wanted)
+    options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
+    surge = int(options.get("maxSurgePercent") or 100)
+    total = 0
+    for group in _groups(wanted):
+        one = copy.deepcopy(wanted)
+        one["spec"]["rayClusterConfig"]["workerGroupSpecs"] = [group]
+        whole = gpus_of(one)
+        pods = int(group.get("minReplicas") or 0) or 1
+        # Serve rounds a share of the replicas up to one whole replica.
+        total += max(whole // pods, -(-whole * surge // 100))
+    return total
+
+
+def _groups(document: Document) -> list[Document]:
+    return list(document["spec"]["rayClusterConfig"].get("workerGroupSpecs") or [])
+
+
+def _hashed(document: Document) -> Document:
+    """The part of ``rayClusterConfig`` whose change makes a new cluster."""
+    cluster: Document = copy.deepcopy(document["spec"]["rayClusterConfig"])
+    cluster.pop("suspend", None)
+    cluster.pop("upgradeStrategy", None)
+    for group in [cluster.get("headGroupSpec") or {}, *(cluster.get("workerGroupSpecs") or [])]:
+        for key in ("replicas", "minReplicas", "maxReplicas"):
+            group.pop(key, None)
+        (group.get("scaleStrategy") or {}).pop("workersToDelete", None)
+        spec = (group.get("template") or {}).get("spec") or {}
+        spec.pop("tolerations", None)
+        spec.pop("schedulingGates", None)
+    return cluster
+
+
+def _appended(live: Document, wanted: Document) -> list[str] | None:
+    """Names of groups added at the end, where that is the only change of the cluster."""
+    before, after = _hashed(live), _hashed(wanted)
+    old, new = before.pop("workerGroupSpecs", []), after.pop("workerGroupSpecs", [])
+    if before != after or new[: len(old)] != old:
+        return None
+    return [group["groupName"] for group in new[len(old) :]]
+
+
+def _models(live: Document, wanted: Document) -> Iterator[str]:
+    before, after = state.config_of(live), state.config_of(wanted)
+    for name in before.keys() - after.keys():
+        yield f"application '{name}' is removed"
+    for name, application in after.items():
+        if name not in before:
+            yield f"application '{name}' is added"
+        elif application != before[name]:
+            changed = ", ".join(_paths(before[name], application, ""))
+            yield f"application '{name}' is deployed anew: {changed}"
+
+
+def _bounds(live: Document, wanted: Document) -> Iterator[str]:
+    before = {group["groupName"]: group for group in _groups(live)}
+    for group in _groups(wanted):
+        old = before.get(group["groupName"])
+        for key in ("minReplicas", "maxReplicas"):
+            if old is not None and old.get(key) != group.get(key):
+                where = f"worker group '{group['groupName']}'"
+                yield f"{where}: {key} {old.get(key)} → {group.get(key)}"
+
+
+def _paths(before: Any, after: Any, path: str) -> Iterator[str]:
+    """The paths of values that differ, with short values themselves."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted({*before, *after}, key=str):
+            yield from _paths(
+                before.get(key), after.get(key), f"{path}.{key}" if path else str(key)
+            )
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for index, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from _paths(one, other, f"{path}[{index}]")
+    elif before != after:
+        yield f"{path} {_short(before)} → {_short(after)}"
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"

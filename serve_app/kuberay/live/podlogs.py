@@ -1,0 +1,90 @@
+"""The logs of a fleet's replicas, by way of the log shipper in each pod."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from serve_app.errors import UserError, did_you_mean
+from serve_app.kuberay.live import state
+from serve_app.kuberay.live.client import Cluster
+from serve_app.kuberay.render.rayservice import labels
+
+SHIPPER = "logs"
+"""The container that copies Serve's log files to its own output, as lines of JSON."""
+
+
+def stream(
+    cluster: Cluster,
+    name: str,
+    namespace: str,
+    *,
+    model: str | None,
+    follow: bool,
+    previous: bool,
+    tail: int,
+) -> Iterator[str]:
+    """``pod: line`` of every pod, or of the replicas of one model.
+
+    ``previous`` reads what Ray itself said before its container ended.
+
+    Raises:
+        UserError: there is no pod, or no such model.
+    """
+    service = cluster.get("RayService", name, namespace)
+    models = state.models_of(service) if service else {}
+    if model is not None and models and model not in models:
+        hint = did_you_mean(model, models) or f" (models: {', '.join(models)})"
+        raise UserError(f"{name} has no model '{model}'{hint}")
+    pods = [p["metadata"]["name"] for p in cluster.list("Pod", namespace, labels(name))]
+    if not pods:
+        raise UserError(f"{name} has no pods in namespace {namespace}")
+    lines: queue.Queue[str | UserError | None] = queue.Queue(maxsize=1000)
+
+    def read(pod: str) -> None:
+        container = SHIPPER
+        if previous:
+            container = "ray-head" if "-head-" in pod or pod.endswith("-head") else "ray-worker"
+        try:
+            for line in cluster.logs(
+                pod, namespace, container, follow=follow, previous=previous, tail=tail
+            ):
+                text = line if previous else readable(line, model)
+                if text is not None:
+                    lines.put(f"{pod}: {text}")
+        except UserError as error:
+            lines.put(error)
+        finally:
+            lines.put(None)
+
+    for pod in sorted(pods):
+        threading.Thread(target=read, args=(pod,), daemon=True).start()
+    left, problems, shown = len(pods), [], 0
+    while left:
+        item = lines.get()
+        if item is None:
+            left -= 1
+        elif isinstance(item, UserError):
+            problems.append(item)
+        else:
+            shown += 1
+            yield item
+    # A pod that is only starting has no log yet, which is no error beside those that have.
+    if problems and not shown:
+        raise problems[0]
+
+
+def readable(line: str, model: str | None) -> str | None:
+    """The text in a line of the shipper's; None for a line of another model."""
+    try:
+        record: Any = json.loads(line)
+        file, text = str(record.get("file") or ""), str(record["log"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return line if model is None else None
+    # Serve names the file replica_<application>_<deployment>_<id>.log.
+    if model is not None and f"replica_{model}_" not in file:
+        return None
+    return text

@@ -1,0 +1,106 @@
+"""Why a deployment does not come up: the pods' own words, and the cluster's warnings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.kuberay.live.client import Cluster
+from serve_app.kuberay.render.rayservice import ROLE_LABEL, labels
+
+Document = dict[str, Any]
+
+_STARTING = {"ContainerCreating", "PodInitializing"}
+
+_HINTS = {
+    "ErrImagePull": "is the image's name right, and may the nodes pull from its registry?",
+    "ImagePullBackOff": "is the image's name right, and may the nodes pull from its registry?",
+    "CreateContainerConfigError": "a Secret or its key is missing",
+    "OOMKilled": "raise resources.memory_gib",
+    "Unschedulable": "no machine takes it: NodePool limit, EC2 capacity, or labels",
+}
+
+
+def pod_lines(cluster: Cluster, name: str, namespace: str) -> list[str]:
+    """How many pods of each group are where; one line a group."""
+    groups: dict[str, dict[str, int]] = {}
+    for pod in cluster.list("Pod", namespace, labels(name)):
+        group = pod["metadata"]["labels"].get("ray.io/group") or pod["metadata"]["labels"].get(
+            ROLE_LABEL, "?"
+        )
+        counts = groups.setdefault(group, {})
+        stage = stage_of(pod)
+        counts[stage] = counts.get(stage, 0) + 1
+    return [
+        f"{group} pods: " + ", ".join(f"{n} {stage}" for stage, n in sorted(counts.items()))
+        for group, counts in sorted(groups.items())
+    ]
+
+
+def stage_of(pod: Document) -> str:
+    """One word for where a pod is on its way to Ready."""
+    status = pod.get("status") or {}
+    conditions = {c["type"]: c for c in status.get("conditions") or []}
+    if pod["metadata"].get("deletionTimestamp"):
+        return "stopping"
+    if conditions.get("Ready", {}).get("status") == "True":
+        return "ready"
+    if conditions.get("PodScheduled", {}).get("status") == "False":
+        return "waiting for a machine"
+    for container in _containers(status):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting.get("reason") and waiting["reason"] not in _STARTING:
+            return str(waiting["reason"])
+    return "running" if status.get("phase") == "Running" else "starting"
+
+
+def explain(cluster: Cluster, name: str, namespace: str) -> list[str]:
+    """One line for each pod in trouble, then the latest warnings about the RayService."""
+    lines = [
+        f"pod {pod['metadata']['name']}: {trouble}"
+        for pod in cluster.list("Pod", namespace, labels(name))
+        if (trouble := _trouble(pod))
+    ]
+    warnings = [
+        event
+        for event in cluster.list("Event", namespace)
+        if event.get("type") == "Warning"
+        and str((event.get("involvedObject") or {}).get("name", "")).startswith(name)
+    ]
+    warnings.sort(key=lambda event: str(event.get("lastTimestamp") or ""))
+    for event in warnings[-5:]:
+        target = event["involvedObject"]
+        text = " ".join(str(event.get("message") or "").split())
+        lines.append(f"{target.get('kind')} {target.get('name')}: {event.get('reason')}: {text}")
+    return list(dict.fromkeys(lines))
+
+
+def _trouble(pod: Document) -> str | None:
+    """What keeps a pod from being Ready; None where nothing does, or it is still early."""
+    status = pod.get("status") or {}
+    for condition in status.get("conditions") or []:
+        if condition["type"] == "PodScheduled" and condition.get("status") == "False":
+            return _hinted("Unschedulable", condition.get("message"))
+    for container in _containers(status):
+        state = container.get("state") or {}
+        waiting = state.get("waiting") or {}
+        ended = state.get("terminated") or (container.get("lastState") or {}).get("terminated")
+        if ended and (ended.get("reason") == "OOMKilled" or ended.get("exitCode")):
+            reason = str(ended.get("reason") or "Error")
+            text = f"container {container['name']} ended with {ended.get('exitCode')}"
+            return _hinted(reason, ended.get("message") or text)
+        if waiting.get("reason") and waiting["reason"] not in _STARTING:
+            return _hinted(str(waiting["reason"]), waiting.get("message"))
+    return None
+
+
+def _containers(status: Document) -> list[Document]:
+    return [
+        *(status.get("initContainerStatuses") or []),
+        *(status.get("containerStatuses") or []),
+    ]
+
+
+def _hinted(reason: str, message: Any) -> str:
+    text = " ".join(str(message or "").split())
+    hint = _HINTS.get(reason)
+    return f"{reason}: {text}" + (f" ({hint})" if hint else "")

@@ -1,0 +1,70 @@
+"""What was deployed before, kept on the cluster: the source of a rollback.
+
+Each deployment stores the RayService that it applied as a ControllerRevision, the kind that
+Kubernetes itself uses for this (StatefulSets, DaemonSets).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.errors import UserError
+from serve_app.kuberay.live.client import Cluster, Conflict
+from serve_app.kuberay.render.rayservice import labels
+
+KEEP = 10
+"""Revisions that stay; older ones are deleted."""
+
+Document = dict[str, Any]
+
+
+def history(cluster: Cluster, name: str, namespace: str) -> list[Document]:
+    """The revisions of a RayService, oldest first."""
+    found = cluster.list("ControllerRevision", namespace, labels(name))
+    return sorted(found, key=lambda revision: int(revision["revision"]))
+
+
+def record(cluster: Cluster, service: Document) -> int:
+    """Store what was applied, and return its number. The same again is not stored twice."""
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    past = history(cluster, name, namespace)
+    if past and past[-1]["data"] == service:
+        return int(past[-1]["revision"])
+    number = int(past[-1]["revision"]) + 1 if past else 1
+    revision = {
+        "apiVersion": "apps/v1",
+        "kind": "ControllerRevision",
+        "metadata": {
+            "name": f"{name}-r{number}",
+            "namespace": namespace,
+            "labels": labels(name),
+        },
+        "revision": number,
+        "data": service,
+    }
+    try:
+        cluster.create(revision)
+    except Conflict:
+        raise UserError(f"someone else deploys {name} at this moment; try again") from None
+    for old in past[: len(past) + 1 - KEEP]:
+        cluster.delete("ControllerRevision", old["metadata"]["name"], namespace)
+    return number
+
+
+def find(cluster: Cluster, name: str, namespace: str, number: int | None) -> Document:
+    """The RayService of a revision; without a number, the one before the last.
+
+    Raises:
+        UserError: there is none, with those that there are.
+    """
+    past = history(cluster, name, namespace)
+    numbers = [int(revision["revision"]) for revision in past]
+    if number is None:
+        if len(past) < 2:
+            raise UserError(f"{name} has no earlier revision in namespace {namespace}")
+        number = numbers[-2]
+    if number not in numbers:
+        known = ", ".join(map(str, numbers)) or "none"
+        raise UserError(f"{name} has no revision {number} (known: {known})")
+    service: Document = past[numbers.index(number)]["data"]
+    return service

@@ -1,0 +1,149 @@
+"""What a RayService's status says, and when it means that every model answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from serve_app.config.document import MODEL_IMPORT_PATH
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Application:
+    """One application as Serve reports it; ``status`` is Serve's own word."""
+
+    name: str
+    status: str
+    message: str = ""
+
+
+@dataclass
+class State:
+    """A RayService at one moment."""
+
+    name: str
+    seen: bool
+    """The operator has read the spec as it is now."""
+
+    active: str = ""
+    pending: str = ""
+    applications: dict[str, Application] = field(default_factory=dict)
+    pending_applications: dict[str, Application] = field(default_factory=dict)
+    conditions: dict[str, tuple[bool, str, str]] = field(default_factory=dict)
+    """Type -> whether it holds, reason, message."""
+
+    expected: list[str] = field(default_factory=list)
+    """Applications of the config that was applied last."""
+
+    @property
+    def upgrading(self) -> bool:
+        return any(self.holds(c) for c in ("UpgradeInProgress", "RollbackInProgress"))
+
+    def holds(self, condition: str) -> bool:
+        return self.conditions.get(condition, (False, "", ""))[0]
+
+    @property
+    def running(self) -> bool:
+        """Every expected application runs, and no change is under way.
+
+        KubeRay's own Ready only means that one endpoint exists.
+        """
+        return (
+            self.seen
+            and self.holds("Ready")
+            and not self.upgrading
+            and all(
+                self.applications.get(name, Application(name, "")).status == "RUNNING"
+                for name in self.expected
+            )
+        )
+
+    @property
+    def failure(self) -> str | None:
+        """Why it will not get better by waiting; None while it may."""
+        _, reason, message = self.conditions.get("Ready", (False, "", ""))
+        if reason in ("InitializingTimeout", "ValidationFailed") and not self.holds("Ready"):
+            return f"{reason}: {message}"
+        if not self.seen:
+            return None  # the statuses are still those of the spec before
+        where = self.pending_applications or self.applications
+        for application in where.values():
+            if application.status == "DEPLOY_FAILED":
+                return f"application '{application.name}': {_last_line(application.message)}"
+        return None
+
+    def lines(self) -> list[str]:
+        """The applications for a person, one each."""
+        shown = []
+        for title, found in (("", self.applications), ("next ", self.pending_applications)):
+            names = list(dict.fromkeys([*(self.expected if not title else []), *found]))
+            for name in names:
+                app = found.get(name, Application(name, "NOT_STARTED"))
+                text = f": {_last_line(app.message)}" if app.message else ""
+                shown.append(f"{title}{name}: {app.status}{text}")
+        return shown
+
+
+def of(document: Document) -> State:
+    """Read a RayService as the API server gives it."""
+    status = document.get("status") or {}
+    metadata = document.get("metadata") or {}
+    active, pending = status.get("activeServiceStatus"), status.get("pendingServiceStatus")
+    return State(
+        name=metadata.get("name", ""),
+        seen=int(status.get("observedGeneration") or 0) >= int(metadata.get("generation") or 0),
+        active=(active or {}).get("rayClusterName") or "",
+        pending=(pending or {}).get("rayClusterName") or "",
+        applications=_applications(active),
+        pending_applications=_applications(pending),
+        conditions={
+            c["type"]: (c.get("status") == "True", c.get("reason", ""), c.get("message", ""))
+            for c in status.get("conditions") or []
+        },
+        expected=list(config_of(document)),
+    )
+
+
+def config_of(document: Document) -> dict[str, Document]:
+    """The applications in a RayService's serveConfigV2, by name; empty when unreadable."""
+    try:
+        config = yaml.safe_load((document.get("spec") or {}).get("serveConfigV2") or "")
+        return {a["name"]: a for a in config["applications"]}
+    except (yaml.YAMLError, TypeError, KeyError):
+        return {}
+
+
+def models_of(document: Document) -> dict[str, Document]:
+    """Of these, the models."""
+    return {
+        name: application
+        for name, application in config_of(document).items()
+        if application.get("import_path") == MODEL_IMPORT_PATH
+    }
+
+
+def _applications(cluster: Document | None) -> dict[str, Application]:
+    found = {}
+    for name, entry in ((cluster or {}).get("applicationStatuses") or {}).items():
+        deployments = entry.get("serveDeploymentStatuses") or {}
+        # An application that is DEPLOYING says little; its unhealthy deployment says why.
+        messages = [entry.get("message") or ""] + [
+            d.get("message") or "" for d in deployments.values() if d.get("status") != "HEALTHY"
+        ]
+        found[name] = Application(
+            name,
+            entry.get("status") or "NOT_STARTED",
+            next((m for m in messages if m), ""),
+        )
+    return found
+
+
+def _last_line(message: str) -> str:
+    """Of a traceback, the sentence at its end."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    text = lines[-1] if lines else "no message"
+    return text if len(text) <= 300 else f"{text[:299]}…"

@@ -1,0 +1,271 @@
+"""A config and a profile become a folder of manifests that kustomize and kubectl take.
+
+::
+
+    DIR/base/               everything one fleet needs, fit for production
+    DIR/overlays/dev/       the same, cheaper and without guarantees
+    DIR/overlays/prod/      the same, with monitoring
+    DIR/nodes/              Karpenter's NodePools and NodeClass, for whoever runs the cluster;
+                            on EKS Auto Mode the load balancer's class too
+    DIR/secrets.template.yaml
+
+Rendering is a pure function: the same config and profile give the same bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from serve_app.config.document import Fleet
+from serve_app.config.yaml_files import dump, note, plain
+from serve_app.errors import ConfigError
+from serve_app.kuberay.render import karpenter, network, rayservice, support
+from serve_app.kuberay.render.monitoring import pod_monitors, prometheus_rules
+from serve_app.kuberay.render.profile import ClusterProfile
+from serve_app.kuberay.render.workers import WorkerGroup, groups_of
+from serve_app.kuberay.validate.operator_rules import MAX_NAME
+
+INCREMENTAL = "NewClusterWithIncrementalUpgrade"
+
+# The order in which they are applied: what the RayService refers to comes before it.
+_DEPLOYED = (
+    "namespace.yaml",
+    "serviceaccount.yaml",
+    "model-cache.yaml",
+    "networkpolicy.yaml",
+    "gateway-class.yaml",
+    "rayservice.yaml",
+    "poddisruptionbudget.yaml",
+    "ingress.yaml",
+)
+
+
+def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
+    """Every file of the folder, its text by its path.
+
+    Raises:
+        ConfigError: the config cannot become a RayService, with what to change.
+    """
+    groups = _groups(fleet, profile)
+    source = f"Rendered by `serve-app render {fleet.path.name}`; change that and render again."
+    base = _base(fleet, profile, groups)
+    files = {f"base/{name}": dump(*documents, header=source) for name, documents in base.items()}
+    files["base/kustomization.yaml"] = dump(
+        {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [name for name in _DEPLOYED if name in base],
+        },
+        header=source,
+    )
+    files |= _overlays(fleet, profile, base, source)
+    files |= _nodes(fleet, profile, groups, source)
+    secrets = support.secrets_template(profile)
+    if secrets:
+        files["secrets.template.yaml"] = dump(
+            *secrets,
+            header=(
+                "Not applied by any overlay: fill in outside of git, or let External Secrets make "
+                "them.\n"
+                f"kubectl create secret generic {secrets[0]['metadata']['name']} "
+                f"--namespace {profile.namespace} "
+                f"--from-literal={next(iter(secrets[0]['stringData']))}=…"
+            ),
+        )
+    return files
+
+
+def documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
+    """What `serve-app deploy` applies, in order: the base without comments.
+
+    Raises:
+        ConfigError: the config cannot become a RayService, with what to change.
+    """
+    base = _base(fleet, profile, _groups(fleet, profile))
+    return [plain(document) for name in _DEPLOYED if name in base for document in base[name]]
+
+
+def node_documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
+    """The NodePools and the NodeClass for this fleet."""
+    pools = karpenter.node_pools(
+        profile, _instance_types(_groups(fleet, profile)), profile.max_gpus
+    )
+    return [plain(document) for document in [*pools, karpenter.node_class(profile)]]
+
+
+def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
+    if fleet.gateway is None:
+        raise ConfigError(
+            f"{fleet.path}: no gateway: add an application with "
+            "import_path serve_app.gateway:app at route_prefix /"
+        )
+    name = rayservice.instance_name(fleet)
+    if len(name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        raise ConfigError(
+            f"{fleet.path}: the RayService would be called '{name}'; KubeRay takes names of "
+            f"{MAX_NAME} letters, digits and '-' at most that start with a letter: rename the file"
+        )
+    if not fleet.models:
+        raise ConfigError(
+            f"{fleet.path}: no model: add an application with import_path serve_app.model:app"
+        )
+    if problem := network.why_unreachable(fleet.host):
+        raise ConfigError(f"{fleet.path}: {problem}")
+    if fleet.on_ipv6 and not any(":" in cidr for cidr in profile.client_cidrs):
+        raise ConfigError(
+            f"{fleet.path}: http_options.host is {fleet.host}, but the profile's client_cidrs are "
+            "all of IPv4, from which no pod of an IPv6 cluster is reached; add the VPC's IPv6 "
+            "network, such as 2600:1f18:1234:5600::/56"
+        )
+    for id, model in fleet.models.items():
+        if not model.model.startswith("/") and Path(model.model).is_dir():
+            raise ConfigError(
+                f"{fleet.path}: application '{id}': model is the local folder {model.model}, which "
+                "no pod has; use a hub id, an s3:// address, or an absolute path in the image"
+            )
+    return groups_of(fleet, profile)
+
+
+def _base(
+    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
+) -> dict[str, list[dict[str, Any]]]:
+    base: dict[str, list[dict[str, Any]]] = {
+        "namespace.yaml": [support.namespace(profile)],
+        "serviceaccount.yaml": [support.service_account(profile)],
+        "networkpolicy.yaml": network.network_policies(fleet, profile),
+        "rayservice.yaml": [rayservice.rayservice(fleet, profile, groups)],
+        "poddisruptionbudget.yaml": support.disruption_budgets(fleet, profile, groups),
+    }
+    if profile.cache.kind == "pvc":
+        base["model-cache.yaml"] = [support.cache_claim(profile)]
+    if profile.upgrade.strategy == INCREMENTAL:
+        base["gateway-class.yaml"] = network.gateway_api(fleet, profile)
+    elif profile.ingress.kind == "alb":
+        base["ingress.yaml"] = [network.ingress(fleet, profile)]
+    return base
+
+
+def _overlays(
+    fleet: Fleet, profile: ClusterProfile, base: dict[str, list[dict[str, Any]]], source: str
+) -> dict[str, str]:
+    name = rayservice.instance_name(fleet)
+    repository, at, digest = profile.image.partition("@")
+    if not at:
+        repository, _, tag = profile.image.rpartition(":")
+    image = {
+        "name": repository,
+        "newName": note(repository, "The registry that this environment pulls from."),
+        **({"digest": digest} if at else {"newTag": tag}),
+    }
+    cheaper: list[dict[str, Any]] = [
+        {"op": "replace", "path": "/spec/upgradeStrategy", "value": {"type": "None"}}
+    ]
+    if profile.redis is not None:
+        cheaper.append({"op": "remove", "path": "/spec/rayClusterConfig/gcsFaultToleranceOptions"})
+    # The GatewayClass is the cluster's: two overlays would fight for it.
+    without = ("poddisruptionbudget.yaml", "ingress.yaml", "gateway-class.yaml")
+    patches: list[Any] = [
+        note(
+            {
+                "target": {"group": "ray.io", "kind": "RayService", "name": name},
+                "patch": dump(cheaper),
+            },
+            "No second cluster on a change (delete and deploy again), no Redis behind the head.",
+        )
+    ]
+    for document in (d for file in without for d in base.get(file, [])):
+        metadata = document["metadata"]
+        kept = {key: metadata[key] for key in ("name", "namespace") if key in metadata}
+        patches.append(
+            {
+                "patch": dump(
+                    {
+                        "apiVersion": document["apiVersion"],
+                        "kind": document["kind"],
+                        "metadata": kept,
+                        "$patch": "delete",
+                    }
+                )
+            }
+        )
+    dev = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "namespace": f"{profile.namespace}-dev",
+        "resources": ["../../base"],
+        "images": [image],
+        "patches": note(
+            patches, "Reached by `kubectl port-forward`; drained without asking anyone."
+        ),
+    }
+    prod = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": note(
+            ["../../base", "monitoring.yaml"],
+            "Dashboards are the cluster's, once: kuberay/monitoring.",
+        ),
+        "images": [image],
+    }
+    return {
+        "overlays/dev/kustomization.yaml": dump(dev, header=source),
+        "overlays/prod/kustomization.yaml": dump(prod, header=source),
+        "overlays/prod/monitoring.yaml": dump(
+            *pod_monitors(name, profile.namespace),
+            prometheus_rules(fleet, name, profile.namespace),
+            header=source,
+        ),
+    }
+
+
+def _nodes(
+    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup], source: str
+) -> dict[str, str]:
+    files = {
+        "nodepools.yaml": karpenter.node_pools(profile, _instance_types(groups), profile.max_gpus),
+        "nodeclass.yaml": [karpenter.node_class(profile)],
+    }
+    if profile.karpenter == "auto-mode" and profile.ingress.kind == "alb":
+        files["ingressclass.yaml"] = network.ingress_class(fleet, profile)
+    kustomization = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": list(files),
+    }
+    return {
+        f"nodes/{name}": dump(*documents, header=source)
+        for name, documents in [*files.items(), ("kustomization.yaml", [kustomization])]
+    }
+
+
+def _instance_types(groups: list[WorkerGroup]) -> list[str]:
+    return sorted({t for group in groups if group.shape for t in group.shape.instance_types})
+
+
+def write(files: dict[str, str], into: Path) -> list[Path]:
+    """Write the files, remove manifests of an earlier rendering, and return what changed.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    changed = []
+    # What this same rendering wrote before, and does not now: known by its first line.
+    ours = {text.partition("\n")[0] for text in files.values() if text.startswith("# Rendered")}
+    try:
+        for path in sorted(into.rglob("*.yaml")) if into.is_dir() else []:
+            with path.open() as file:
+                stale = file.readline().rstrip("\n") in ours
+            if stale and str(path.relative_to(into)) not in files:
+                path.unlink()
+                changed.append(path)
+        for name, text in files.items():
+            path = into / name
+            if not path.exists() or path.read_text() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+                changed.append(path)
+    except OSError as error:
+        raise ConfigError(f"{into}: cannot be written ({error.strerror})") from None
+    return changed

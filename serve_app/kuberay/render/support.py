@@ -1,0 +1,125 @@
+"""What the RayService leans on: namespace, identity, secrets, model cache, budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serve_app.config.document import Fleet
+from serve_app.config.yaml_files import note
+from serve_app.kuberay.render.profile import ClusterProfile
+from serve_app.kuberay.render.rayservice import ROLE_LABEL, instance_name, labels
+from serve_app.kuberay.render.workers import WorkerGroup
+
+
+def namespace(profile: ClusterProfile) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {
+            "name": profile.namespace,
+            # Not elbv2.k8s.aws/pod-readiness-gate-inject: KubeRay's Service selects GPU pods too,
+            # and those would wait for ever to become healthy targets.
+            "labels": {
+                "pod-security.kubernetes.io/enforce": note(
+                    "baseline", "Our pods would pass restricted; KubeRay's Redis clean-up job not."
+                ),
+                "pod-security.kubernetes.io/warn": "restricted",
+            },
+        },
+    }
+
+
+def service_account(profile: ClusterProfile) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"name": profile.service_account, "namespace": profile.namespace}
+    if profile.role_arn:
+        metadata["annotations"] = {
+            "eks.amazonaws.com/role-arn": note(profile.role_arn, "IRSA: reads the model bucket.")
+        }
+    document: dict[str, Any] = {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": metadata,
+    }
+    if not profile.role_arn:
+        document["metadata"] = note(
+            metadata,
+            "EKS Pod Identity needs nothing here but the name: aws eks "
+            f"create-pod-identity-association --namespace {profile.namespace} "
+            f"--service-account {profile.service_account} --role-arn …",
+        )
+    return document
+
+
+def cache_claim(profile: ClusterProfile) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": profile.cache.claim, "namespace": profile.namespace},
+        "spec": {
+            "accessModes": note(
+                ["ReadWriteMany"],
+                "Pods of every zone, and of two clusters during an upgrade, mount it at once; an "
+                "EBS volume would pin them to one zone.",
+            ),
+            "storageClassName": profile.cache.storage_class,
+            "resources": {"requests": {"storage": f"{profile.cache.size_gib}Gi"}},
+        },
+    }
+
+
+def secrets_template(profile: ClusterProfile) -> list[dict[str, Any]]:
+    """The Secrets that must exist, without their values: not part of any kustomization."""
+    wanted = [profile.hf_token, profile.redis.password if profile.redis else None]
+    return [
+        {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": {"name": secret.name, "namespace": profile.namespace},
+            "type": "Opaque",
+            "stringData": {secret.key: "REPLACE_ME"},
+        }
+        for secret in wanted
+        if secret is not None
+    ]
+
+
+def disruption_budgets(
+    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
+) -> list[dict[str, Any]]:
+    """KubeRay makes none (kuberay#5004): without them a drain takes every pod at once."""
+    name = instance_name(fleet)
+
+    def budget(suffix: str, selector: dict[str, str], allowed: Any) -> dict[str, Any]:
+        return {
+            "apiVersion": "policy/v1",
+            "kind": "PodDisruptionBudget",
+            "metadata": {
+                "name": f"{name}-{suffix}",
+                "namespace": profile.namespace,
+                "labels": labels(name),
+            },
+            "spec": {
+                "maxUnavailable": allowed,
+                "unhealthyPodEvictionPolicy": "AlwaysAllow",
+                "selector": {"matchLabels": selector},
+            },
+        }
+
+    budgets = [
+        budget(
+            group.name,
+            # Labels that stay: ray.io/cluster changes with every upgrade.
+            labels(name, group.role) | {"ray.io/group": group.name},
+            1,
+        )
+        for group in groups
+    ]
+    if profile.redis is None:
+        budgets.append(
+            budget(
+                "head",
+                {**labels(name), ROLE_LABEL: "head"},
+                note(0, "Without Redis the head takes every model with it."),
+            )
+        )
+    return budgets

@@ -1,0 +1,267 @@
+"""From models to pods: how many GPUs a pod gets, on which machines, and how many pods there are.
+
+One pod holds one replica, or one pipeline stage of it where a replica spans machines. Pods of
+the same shape form one worker group, whatever models they serve.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from serve_app.cluster import placement
+from serve_app.config.document import Fleet
+from serve_app.config.settings import GatewayConfig, ModelConfig
+from serve_app.errors import ConfigError
+from serve_app.kuberay.render.profile import ClusterProfile
+from serve_app.planner import hardware
+from serve_app.planner.hardware import Instance, with_accelerator
+
+OBJECT_STORE_GIB = 1
+"""Ray's object store in each pod. Ray would take 30 % of the memory; tokens never go there."""
+
+SPARE = 1
+"""Replicas that a group has room for beyond those that its models ask for. A pod whose machine is
+drained counts until it is gone, and it waits for its replacement to run: without room for that
+one, both would wait for the deadline."""
+
+_SHM_PER_GPU_GIB = 4
+"""NCCL's and vLLM's shared-memory queues for one tensor-parallel rank, with room to spare."""
+
+_MEMORY_PER_GPU_GIB = 12
+"""Least host memory for one rank: CUDA context, Python, and pinned buffers while loading."""
+
+_MEMORY_BASE_GIB = 8
+"""Raylet, Serve's proxy, the API server and the engine's front end."""
+
+
+@dataclass(frozen=True)
+class WorkerShape:
+    """What one replica needs of the cluster. The planner may compute it instead of this module.
+
+    ``instance_types`` are those a pod fits on, the smallest first; ``pods_per_replica`` is above
+    1 for a replica that spans machines.
+    """
+
+    accelerator: str
+    gpus_per_pod: int
+    pods_per_replica: int
+    instance_types: tuple[str, ...]
+
+
+@dataclass
+class WorkerGroup:
+    """Pods of one kind. CPU in cores, memory in GiB."""
+
+    name: str
+    role: str
+    """``gateway``, ``gpu`` or ``cpu``; a pod label, and a label of the Ray node."""
+
+    cpu: int
+    """Cores that Ray may give to actors."""
+
+    memory_gib: int
+    min_pods: int = 0
+    max_pods: int = 0
+    shm_gib: int = 1
+    shape: WorkerShape | None = None
+    models: list[str] = field(default_factory=list)
+
+    @property
+    def gpus(self) -> int:
+        return self.shape.gpus_per_pod if self.shape else 0
+
+    @property
+    def efa(self) -> int:
+        """Network adapters of a pod: its share of the machine's, if a replica spans machines."""
+        if self.shape is None or self.shape.pods_per_replica == 1:
+            return 0
+        machine = hardware.instances()[self.shape.instance_types[0]]
+        return machine.efa * self.gpus // machine.gpus
+
+    @property
+    def spans_machines(self) -> bool:
+        return bool(self.shape and self.shape.pods_per_replica > 1)
+
+
+def replicas_of(model: ModelConfig) -> tuple[int, int]:
+    """The least and the most replicas that Serve will ask for."""
+    if model.autoscaling is not None:
+        return model.autoscaling.min_replicas, model.autoscaling.max_replicas
+    count = model.replicas or 1
+    return count, count
+
+
+def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
+    """GPUs that must share a machine, groups of them in a rank, and ranks in a replica.
+
+    Raises:
+        ConfigError: engine arguments that cannot be placed.
+    """
+    try:
+        place = placement.of(model)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return int(place.stage["GPU"]), place.stages, place.ranks
+
+
+def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerShape:
+    """The pods that one replica of ``model`` needs.
+
+    A replica stays on one machine when any allowed type has GPUs enough; else every pipeline
+    stage gets a machine, because tensor-parallel traffic must not leave it.
+
+    Raises:
+        ConfigError: no accelerator is named, or no allowed type can hold the model.
+    """
+    accelerator = model.resources.accelerator_type or profile.default_accelerator
+    if accelerator is None:
+        raise ConfigError(
+            f"{where}: resources.accelerator_type is missing; name a GPU (L40S, H100 …) there, or "
+            "default_accelerator in the cluster profile"
+        )
+    instances = with_accelerator(accelerator, where)
+    if profile.instance_types:
+        unknown = [name for name in profile.instance_types if name not in hardware.instances()]
+        if unknown:
+            raise ConfigError(f"{where}: instance_types: '{unknown[0]}' is no EC2 type with a GPU")
+        instances = tuple(i for i in instances if i.name in profile.instance_types)
+        if not instances:
+            raise ConfigError(
+                f"{where}: no instance type of the profile has an {accelerator} "
+                f"(instance_types: {', '.join(profile.instance_types)})"
+            )
+    stage, pp, dp = sizes_of(where, model)
+    largest = max(i.gpus for i in instances)
+    # What must share a machine, from the most to the least: all, a data-parallel rank, a stage.
+    splits = ((stage * pp * dp, 1), (stage * pp, dp), (stage, pp * dp))
+    gpus, pods = next((split for split in splits if split[0] <= largest), (0, 0))
+    if not gpus:
+        raise ConfigError(
+            f"{where}: a replica takes {stage * pp * dp} GPUs ({stage} that must share a machine, "
+            f"pipeline {pp}, data {dp}), but the largest {accelerator} machine has {largest}; set "
+            f"engine.tensor_parallel_size to {largest} at most and engine.pipeline_parallel_size "
+            "to the number of machines"
+        )
+    fitting = tuple(i for i in instances if _fits(i, gpus, model, profile))
+    if not fitting:
+        raise ConfigError(
+            f"{where}: no {accelerator} machine holds a pod with {gpus} GPUs, {_cpus(model, gpus)} "
+            f"cores and {_memory_gib(model, gpus)} GiB; lower resources.num_cpus or "
+            "resources.memory_gib"
+        )
+    return WorkerShape(accelerator, gpus, pods, tuple(i.name for i in fitting))
+
+
+def _fits(instance: Instance, gpus: int, model: ModelConfig, profile: ClusterProfile) -> bool:
+    # Sizes that do not divide would leave GPUs that nothing can ever use.
+    if instance.gpus % gpus:
+        return False
+    cpu, memory = _share(instance, gpus, profile)
+    return cpu >= _cpus(model, gpus) and memory >= _memory_gib(model, gpus)
+
+
+def _share(instance: Instance, gpus: int, profile: ClusterProfile) -> tuple[int, int]:
+    """The cores and GiB that go with ``gpus`` of a machine's GPUs, whole numbers."""
+    cpu = (instance.allocatable_cpu_m - profile.reserved_cpu_m) * gpus / instance.gpus / 1000
+    mib = (instance.allocatable_memory_mib - profile.reserved_memory_mib) * gpus / instance.gpus
+    # The log shipper in the same pod has its share too.
+    return math.floor(cpu - 0.1), math.floor(mib / 1024 - 0.25)
+
+
+def _cpus(model: ModelConfig, gpus: int) -> int:
+    """Cores that a pod needs: one for each GPU's busy worker, the replica's own, one for Ray."""
+    return gpus + math.ceil(model.resources.num_cpus) + (1 if gpus > 1 else 0)
+
+
+def _memory_gib(model: ModelConfig, gpus: int) -> int:
+    asked = math.ceil(model.resources.memory_gib or 0)
+    return max(asked, _MEMORY_PER_GPU_GIB * gpus) + _MEMORY_BASE_GIB
+
+
+def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
+    """Every worker group of the RayService, in a stable order: gateway, CPU, then GPU shapes.
+
+    New shapes come last, because appending a group is the one change of groups that KubeRay
+    makes in place.
+
+    Raises:
+        ConfigError: a model that fits on no machine.
+    """
+    groups: list[WorkerGroup] = []
+    if fleet.gateway is not None:
+        groups.append(_gateway_group(fleet.gateway, profile))
+    on_cpu = {n: m for n, m in fleet.models.items() if m.resources.device == "cpu"}
+    if on_cpu:
+        groups.append(_cpu_group(on_cpu))
+    alike: dict[tuple[str, int, int], list[tuple[str, WorkerShape]]] = {}
+    for name, model in fleet.models.items():
+        if name not in on_cpu:
+            shape = shape_of(f"{fleet.path}: application '{name}'", model, profile)
+            key = (shape.accelerator, shape.gpus_per_pod, shape.pods_per_replica)
+            alike.setdefault(key, []).append((name, shape))
+    groups += [_gpu_group(members, fleet, profile) for members in alike.values()]
+    return groups
+
+
+def _gpu_group(
+    members: list[tuple[str, WorkerShape]], fleet: Fleet, profile: ClusterProfile
+) -> WorkerGroup:
+    """The group for models of one shape: on the machines that all of them fit on."""
+    shape = members[0][1]
+    types = tuple(t for t in shape.instance_types if all(t in m.instance_types for _, m in members))
+    if not types:
+        names = ", ".join(f"'{name}'" for name, _ in members)
+        raise ConfigError(f"{fleet.path}: no {shape.accelerator} machine fits each of {names}")
+    if shape.pods_per_replica > 1:
+        # A replica over several machines must find them alike.
+        types = types[:1]
+    shape = replace(shape, instance_types=types)
+    cpu, memory = _share(hardware.instances()[types[0]], shape.gpus_per_pod, profile)
+    name = f"{shape.accelerator.lower()}-x{shape.gpus_per_pod}"
+    group = WorkerGroup(
+        name=f"{name}-{shape.pods_per_replica}nodes" if shape.pods_per_replica > 1 else name,
+        role="gpu",
+        cpu=cpu,
+        memory_gib=memory,
+        shm_gib=OBJECT_STORE_GIB + _SHM_PER_GPU_GIB * shape.gpus_per_pod,
+        shape=shape,
+    )
+    for name, _ in members:
+        least, most = replicas_of(fleet.models[name])
+        group.min_pods += least * shape.pods_per_replica
+        group.max_pods += most * shape.pods_per_replica
+        group.models.append(name)
+    group.max_pods += SPARE * shape.pods_per_replica
+    return group
+
+
+def _gateway_group(gateway: GatewayConfig, profile: ClusterProfile) -> WorkerGroup:
+    cores = math.ceil(gateway.num_cpus) or 1
+    return WorkerGroup(
+        name="gateway",
+        role="gateway",
+        cpu=cores,
+        memory_gib=profile.gateway.memory_gib,
+        min_pods=gateway.replicas,
+        max_pods=gateway.replicas + SPARE,
+        shm_gib=OBJECT_STORE_GIB + 1,
+    )
+
+
+def _cpu_group(models: dict[str, ModelConfig]) -> WorkerGroup:
+    """One kind of CPU pod, large enough for the most demanding of the models."""
+    least = sum(replicas_of(model)[0] for model in models.values())
+    most = sum(replicas_of(model)[1] for model in models.values())
+    cores = max(math.ceil(model.resources.num_cpus) for model in models.values())
+    memory = max(math.ceil(model.resources.memory_gib or 8) for model in models.values())
+    return WorkerGroup(
+        name="cpu",
+        role="cpu",
+        cpu=max(4, cores + 1),
+        memory_gib=memory + _MEMORY_BASE_GIB,
+        min_pods=least,
+        max_pods=most + SPARE,
+        shm_gib=OBJECT_STORE_GIB + 1,
+        models=list(models),
+    )

@@ -1,0 +1,167 @@
+"""Types and spelling: the RayService CRD's own schema, and Kubernetes' for built-in kinds.
+
+The CRD is not ours to ship. ``serve-app validate --crd FILE`` takes it from the cluster
+(``kubectl get crd rayservices.ray.io -o yaml``) or from KubeRay's Helm chart. The schemas of the
+built-in kinds come with the optional package kubernetes-validate.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from serve_app.errors import ConfigError, did_you_mean
+from serve_app.kuberay.validate.operator_rules import Finding
+
+KUBERNETES_VERSION = "1.33"
+"""Oldest Kubernetes for these manifests (matchLabelKeys in pod affinity is stable since)."""
+
+
+def load_crd(path: Path) -> dict[str, Any]:
+    """The strict schema of a RayService, from a CRD in YAML or from its schema alone in JSON.
+
+    Raises:
+        ConfigError: the file has no schema for ray.io/v1 RayService.
+    """
+    try:
+        document = yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    if isinstance(document, dict) and document.get("kind") == "CustomResourceDefinition":
+        versions = (document.get("spec") or {}).get("versions") or []
+        v1: dict[str, Any] = next((v for v in versions if v.get("name") == "v1"), {})
+        document = (v1.get("schema") or {}).get("openAPIV3Schema")
+    if not isinstance(document, dict) or "rayClusterConfig" not in str(document)[:200_000]:
+        raise ConfigError(f"{path}: not the CRD of ray.io/v1 RayService")
+    schema: dict[str, Any] = _strict(document)
+    # The CRD says no more of metadata than that it is an object.
+    schema["properties"]["metadata"] = {"type": "object"}
+    return schema
+
+
+def _strict(schema: Any) -> Any:
+    """The schema as the API server applies it with fieldValidation=Strict."""
+    if isinstance(schema, list):
+        return [_strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {key: _strict(value) for key, value in schema.items()}
+    if strict.pop("x-kubernetes-int-or-string", False):
+        strict.pop("type", None)
+        strict.pop("anyOf", None)
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields")
+    if (
+        isinstance(schema.get("properties"), dict)
+        and schema.get("type") == "object"
+        and not (open_ended or "additionalProperties" in schema)
+    ):
+        strict["additionalProperties"] = False
+    return strict
+
+
+def with_defaults(schema: dict[str, Any], value: Any) -> Any:
+    """A copy of ``value`` with the schema's defaults, which the API server fills in first."""
+    if isinstance(value, dict):
+        properties = schema.get("properties") or {}
+        filled = {
+            key: with_defaults(properties.get(key) or schema.get("additionalProperties") or {}, v)
+            if isinstance(properties.get(key) or schema.get("additionalProperties") or {}, dict)
+            else v
+            for key, v in value.items()
+        }
+        for key, sub in properties.items():
+            if key not in filled and isinstance(sub, dict) and "default" in sub:
+                filled[key] = copy.deepcopy(sub["default"])
+        return filled
+    if isinstance(value, list):
+        items = schema.get("items")
+        return [with_defaults(items if isinstance(items, dict) else {}, item) for item in value]
+    return value
+
+
+def crd_findings(schema: dict[str, Any], document: dict[str, Any]) -> Iterator[Finding]:
+    """What the API server would refuse, given the CRD."""
+    validator = jsonschema.Draft202012Validator(schema)
+    for error in validator.iter_errors(with_defaults(schema, document)):
+        yield from _explain(error)
+
+
+def builtin_findings(document: dict[str, Any]) -> Iterator[Finding]:
+    """What the API server would refuse of a kind that Kubernetes itself has.
+
+    Nothing is found for kinds of other parties, nor where kubernetes-validate is not installed.
+    """
+    yield from _builtin(json.dumps(document, default=str))
+
+
+@cache
+def _builtin(text: str) -> tuple[Finding, ...]:
+    """Of one document as JSON. Kept, because the package reads its 2 MB of schemas every time."""
+    if find_spec("kubernetes_validate") is None:
+        return ()
+    import kubernetes_validate
+
+    try:
+        kubernetes_validate.validate(json.loads(text), KUBERNETES_VERSION, strict=True)
+    except kubernetes_validate.ValidationError as error:
+        return tuple(_explain(error))
+    except (kubernetes_validate.SchemaNotFoundError, FileNotFoundError):
+        pass
+    return ()
+
+
+def pod_findings(where: str, template: Any) -> Iterator[Finding]:
+    """The same for a pod template inside another kind."""
+    if not isinstance(template, dict):
+        return
+    probe = {
+        "apiVersion": "v1",
+        "kind": "PodTemplate",
+        "metadata": {"name": "probe"},
+        "template": template,
+    }
+    for path, text in builtin_findings(probe):
+        yield f"{where}{path.removeprefix('template')}", text
+
+
+def _explain(error: jsonschema.ValidationError) -> Iterator[Finding]:
+    """One line for one mistake, naming the field."""
+    path = _path(error.absolute_path)
+    if error.validator == "additionalProperties":
+        known = sorted((error.schema or {}).get("properties") or {})
+        for key in sorted(set(error.instance) - set(known)):
+            yield _join(path, key), f"is not a field{did_you_mean(str(key), known)}"
+    elif error.validator == "required":
+        missing = re.match(r"'([^']+)'", error.message)
+        yield _join(path, missing[1] if missing else "?"), "is missing"
+    elif error.validator == "type":
+        kinds = error.validator_value
+        wanted = " or ".join(kinds) if isinstance(kinds, list) else str(kinds)
+        yield path, f"is {_short(error.instance)}, but must be of type {wanted}"
+    else:
+        yield path, error.message if len(error.message) < 200 else f"fails {error.validator}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _path(parts: Any) -> str:
+    path = ""
+    for part in parts:
+        path = f"{path}[{part}]" if isinstance(part, int) else _join(path, str(part))
+    return path
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

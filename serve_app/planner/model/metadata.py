@@ -1,0 +1,264 @@
+"""Where a model's ``config.json`` and tensor list come from.
+
+In this order: a local folder; the configs kept as package data; the Hugging Face cache; the hub,
+of which only the config and the headers of the safetensors files are fetched. No weights are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from serve_app.errors import UserError, did_you_mean
+from serve_app.planner.model import derive, shape, tensors
+from serve_app.planner.model.shape import ModelShape
+from serve_app.planner.model.tensors import DTYPE_BITS, Tensor
+from serve_app.planner.vllm.memory import Model
+
+OTHER_CONFIG = frozenset({"hf_overrides", "hf_config_path", "config_format", "revision"})
+"""Engine arguments that may make vLLM read another config than the one found here."""
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_HUB_TIMEOUT_S = 10
+_MAX_HEADER = 100 << 20  # safetensors' own limit on a header, in bytes
+
+
+def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False) -> Model:
+    """The model called ``name``: a folder or a hub id.
+
+    ``also_known_as`` are hub ids of the same model, tried among the configs kept here when
+    ``name`` is a folder that is not there (the demo's models before they are fetched).
+    ``offline`` never asks the hub.
+
+    Raises:
+        UserError: not found, not allowed, no network, or unreadable metadata; one sentence.
+    """
+    folder = as_folder(name)
+    if folder.is_dir():
+        return _from_folder(name, folder)
+    for candidate in (name, *also_known_as):
+        config = _kept(candidate)
+        if config is not None:
+            return _model(candidate, config, None, "config kept in serve_app")
+    if is_path(name):
+        raise UserError(f"{name}: no such folder (a hub id has the form organisation/name)")
+    cached = snapshot(name, os.environ)
+    if list(cached.glob("*.safetensors")):
+        with contextlib.suppress(UserError):  # fetched in part: the hub knows better
+            return _from_folder(name, cached)
+    if offline:
+        raise UserError(f"{name}: its metadata is not at hand")
+    return _from_hub(name)
+
+
+def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | None:
+    """What is known of the model called ``name`` from a file on this machine, else None.
+
+    ``environment`` says where the Hugging Face cache is. Meant for a process that must not wait:
+    it reads one small file.
+    """
+    folder = as_folder(name)
+    if not folder.is_dir():
+        folder = snapshot(name, environment)
+    try:
+        config = folder / "config.json"
+        found = _object(_text(config), str(config)) if config.is_file() else _kept(name)
+        return shape.from_config(found) if found else None
+    except UserError:
+        return None
+
+
+def snapshot(name: str, environment: Mapping[str, str]) -> Path:
+    """Where the Hugging Face cache has a model; the folder need not exist.
+
+    By hand, because importing huggingface_hub takes longer than everything else here.
+    """
+    home = environment.get("HF_HOME") or (
+        Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    )
+    hub = Path(environment.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    model = hub / f"models--{name.replace('/', '--')}"
+    try:
+        return model / "snapshots" / (model / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return model
+
+
+def as_folder(name: str) -> Path:
+    """The folder that ``name`` would be."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ of a user that does not exist
+        return Path(name)
+
+
+def is_path(name: str) -> bool:
+    """Whether ``name`` can only be a folder's, not a hub id."""
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
+
+
+def kept_models() -> list[str]:
+    """The hub ids whose configs are kept as package data."""
+    folder = resources.files("serve_app").joinpath("data", "models")
+    return sorted(entry.name.replace("--", "/", 1) for entry in folder.iterdir() if entry.is_dir())
+
+
+def _kept(name: str) -> dict[str, Any] | None:
+    if name.count("/") != 1:
+        return None
+    file = resources.files("serve_app").joinpath(
+        "data", "models", name.replace("/", "--"), "config.json"
+    )
+    return _object(file.read_text(), f"{name}/config.json") if file.is_file() else None
+
+
+def _model(name: str, config: dict[str, Any], listed: list[Tensor] | None, source: str) -> Model:
+    try:
+        described = shape.from_config(config)
+        exact = listed is not None
+        found = listed if listed is not None else derive.tensors(described)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return Model(name, described, tuple(found), exact, source)
+
+
+# --- a local folder ----------------------------------------------------------------------------
+
+
+def _from_folder(name: str, folder: Path) -> Model:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{name}: the folder has no config.json")
+    config = _object(_text(path), str(path))
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / _INDEX
+    if index.is_file():
+        listed = _index_files(_object(_text(index), str(index)), str(index))
+        absent = [file for file in listed if not (folder / file).is_file()]
+        if absent and files:
+            raise UserError(
+                f"{name}: {len(absent)} of {len(listed)} files that {_INDEX} lists are missing "
+                f"(first: {absent[0]}); fetch the model again"
+            )
+        files = [] if absent else [folder / file for file in listed]
+    if not files:
+        return _model(name, config, None, f"{path} (no weights there)")
+    found = [tensor for file in files for tensor in _read_header(file)]
+    return _model(name, config, tensors.grouped(found), f"safetensors headers in {folder}")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON, or cut off (line {error.lineno})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return value
+
+
+def _index_files(index: dict[str, Any], where: str) -> list[str]:
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{where}: has no 'weight_map'; the index is cut off")
+    return sorted({str(file) for file in files.values()})
+
+
+def _read_header(path: Path) -> list[Tensor]:
+    """The tensors of one safetensors file: 8 bytes of length, then JSON."""
+    try:
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise UserError(f"{path}: cut off, no safetensors header")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > _MAX_HEADER:
+                raise UserError(f"{path}: not a safetensors file")
+            raw = file.read(length)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if len(raw) < length:
+        raise UserError(f"{path}: cut off inside its safetensors header")
+    return list(_tensors(_object(raw.decode("utf-8", "replace"), str(path)), str(path)))
+
+
+def _tensors(header: dict[str, Any], where: str) -> Iterable[Tensor]:
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = str(entry["dtype"]), tuple(int(n) for n in entry["shape"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{where}: the entry of tensor '{name}' is damaged") from None
+        if dtype not in DTYPE_BITS:
+            raise UserError(f"{where}: tensor '{name}' has the unknown type '{dtype}'")
+        yield Tensor(name, dtype, shape)
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+def _from_hub(name: str) -> Model:
+    """Config and headers only; ``HF_TOKEN`` and ``HF_ENDPOINT`` are honoured by the library."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    api = HfApi()
+    try:
+        api.model_info(name, timeout=_HUB_TIMEOUT_S)  # asked once; a download would retry
+        config = _object(
+            Path(hf_hub_download(name, "config.json")).read_text(), f"{name}/config.json"
+        )
+        try:
+            metadata = api.get_safetensors_metadata(name)
+        except NotASafetensorsRepoError:
+            return _model(name, config, None, f"config.json of {name} on the hub")
+    except UserError:
+        raise
+    except Exception as error:
+        raise _hub_error(name, error) from None
+    found = [
+        Tensor(tensor, info.dtype, tuple(info.shape))
+        for file in metadata.files_metadata.values()
+        for tensor, info in file.tensors.items()
+    ]
+    return _model(name, config, tensors.grouped(found), f"safetensors headers of {name} on the hub")
+
+
+def _hub_error(name: str, error: Exception) -> UserError:
+    """One sentence for whatever the hub's library raises, and what to do."""
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        return UserError(
+            f"{name}: the model is gated; accept its terms on the hub and set HF_TOKEN"
+        )
+    if kind in ("RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError"):
+        hint = did_you_mean(name, kept_models())
+        return UserError(
+            f"{name}: no such model on the hub, or a private one{hint or ' (then set HF_TOKEN)'}"
+        )
+    if kind in ("EntryNotFoundError", "RemoteEntryNotFoundError"):
+        return UserError(f"{name}: the repository has no config.json")
+    if kind in ("SafetensorsParsingError",):
+        return UserError(f"{name}: its safetensors metadata is damaged")
+    hint = did_you_mean(name, kept_models())
+    return UserError(
+        f"{name}: the hub cannot be reached ({kind}); give a local folder, or one of the models "
+        f"whose metadata is kept here{hint} (`serve-app plan --list`)"
+    )

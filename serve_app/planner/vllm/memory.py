@@ -1,0 +1,558 @@
+"""The memory budget of one GPU, line by line as vLLM measures it at start-up.
+
+vLLM asks for ``ceil(total × gpu_memory_utilization)``, loads the weights, runs one dummy batch,
+captures (a sample of) its CUDA graphs, and gives the KV cache what is left
+(``vllm/v1/worker/gpu_worker.py:513-673``)::
+
+    KV cache = requested - weights - non-torch - buffers - activation peak - CUDA graphs
+
+Weights, buffers and the KV cache follow from shapes exactly. The activation peak follows from
+the tensors that are alive at once in the widest place of a layer. Non-torch memory and CUDA
+graphs are the driver's, and are the named constants below, measured on an H200
+(docs/planner-accuracy.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from serve_app.planner.hardware import GIB, GPU, MIB
+from serve_app.planner.model import derive
+from serve_app.planner.model.quantization import Quantization
+from serve_app.planner.model.shape import ModelShape
+from serve_app.planner.model.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
+from serve_app.planner.vllm import allocator, kv_cache, sharding
+from serve_app.planner.vllm.defaults import Engine, LoRA
+from serve_app.planner.vllm.kv_cache import Group, KVCache
+from serve_app.planner.vllm.sharding import Parallelism
+
+# --- Measured on one H200 (benchmarks/results/planner_h200.json), unless said otherwise. --------
+
+NON_TORCH_BYTES = 230 * MIB
+"""Growth outside PyTorch's allocator from the first snapshot to after the dummy batch: modules
+that kernels are loaded from, library workspaces. The same for all models."""
+
+ALLOCATOR_SLACK_BYTES = 64 * MIB
+"""What PyTorch's allocator has reserved and not handed out by then: 6 to 123 MiB, 49 on average."""
+
+COMMUNICATION_BYTES = int(0.35 * GIB)
+"""An estimate: NCCL's and the custom all-reduce's buffers, where TP or PP is more than one GPU."""
+
+TORCH_STATE_BYTES = 32 * MIB
+"""Small persistent tensors that are not modelled one by one (cuBLAS workspaces, sampler state)."""
+
+ACTIVATION_FACTOR = 1.0
+"""Peak that PyTorch's allocator reports over the sum of the tensors that are alive."""
+
+CUDAGRAPH_BASE_BYTES = 150 * MIB
+"""The first graph's pool: activations of the largest captured batch."""
+
+CUDAGRAPH_BYTES_PER_GRAPH = int(1.0 * MIB)
+"""Each captured batch size; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
+
+CUDAGRAPH_BYTES_PER_LAYER = int(0.47 * MIB)
+"""Each layer of each captured batch size: a line through models of 32, 48 and 64 layers."""
+
+CONTEXT_BYTES = 527 * MIB
+"""What the CUDA context takes before the first snapshot. It is not part of the budget, but must
+be free beside it (vllm/v1/worker/utils.py:516)."""
+
+# ------------------------------------------------------------------------------------------------
+
+MLA_WORKSPACE_TOKENS = 64 * 1024  # mla_attention.py:2176
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be planned: its shape and the tensors of its checkpoint.
+
+    ``exact`` is False where the tensors were derived from the config, not read.
+    """
+
+    name: str
+    shape: ModelShape
+    tensors: tuple[Tensor, ...]
+    exact: bool
+    source: str
+    """Where the metadata came from, for the report."""
+    draft: Model | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model itself, counted before quantization where they can be."""
+        plain = derive.unquantized(self.shape) if self.shape.known else self.tensors
+        return sum(
+            tensor.elements
+            for tensor in plain
+            if sharding.is_loaded(tensor, self.shape) and "scale" not in tensor.name
+        )
+
+
+@dataclass(frozen=True)
+class GPUMemory:
+    """One GPU of one pipeline stage. All in bytes."""
+
+    total: int
+    requested: int
+    weights: int
+    non_torch: int
+    buffers: int
+    """Request state, sampler state and MoE workspaces that vLLM allocates once."""
+    activation: int
+    cudagraph: int
+    kv_cache: int
+    """What is left for the KV cache; below zero where the rest does not fit."""
+
+    @property
+    def without_kv(self) -> int:
+        return self.weights + self.non_torch + self.buffers + self.activation + self.cudagraph
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model takes on a GPU type, split in a given way."""
+
+    model: Model
+    engine: Engine
+    gpu: GPU
+    stages: tuple[GPUMemory, ...]
+    """One GPU of each pipeline stage, first to last."""
+    cache: KVCache
+    groups: tuple[Group, ...]
+    kv_bytes_per_token: int
+    """On one GPU of the stage that decides, over its layers that keep every token."""
+    fits: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def parallel(self) -> Parallelism:
+        return self.engine.parallel
+
+    @property
+    def tightest(self) -> GPUMemory:
+        """The stage that decides: the one with the least room for its share of the KV cache."""
+        return min(self.stages, key=lambda stage: stage.kv_cache)
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the replica's KV cache holds, over all its data-parallel ranks."""
+        return self.cache.tokens * self.parallel.data if self.fits else 0
+
+    def concurrency(self, length: int | None = None) -> float:
+        """Requests of ``length`` tokens (None: ``max_model_len``) that run at once."""
+        if not self.fits:
+            return 0.0
+        if not self.groups:  # no KV cache: the scheduler's own limit
+            return float(self.engine.max_num_seqs * self.parallel.data)
+        if length is None:
+            return self.cache.max_concurrency * self.parallel.data
+        blocks = sum(
+            group.spec.blocks_per_request(length, self.engine.in_flight_tokens)
+            for group in self.groups
+        )
+        return self.cache.num_blocks / blocks * self.parallel.data
+
+
+def plan(model: Model, engine: Engine, gpu: GPU) -> Plan:
+    """Lay ``model`` out on GPUs of one type as ``engine`` says.
+
+    Raises:
+        ConfigError: the KV cache's dtype or block size cannot be used for this model.
+    """
+    shape, parallel = model.shape, engine.parallel
+    parts = sharding.stages(shape.num_hidden_layers, parallel.pipeline)
+    requested = math.ceil(gpu.memory_bytes * engine.gpu_memory_utilization)
+    weights = weight_bytes(model, engine)
+    graphs = cudagraph_bytes(shape, engine)
+    alone = parallel.gpus == 1
+    stages = []
+    for index in range(parallel.pipeline):
+        first, last = index == 0, index == parallel.pipeline - 1
+        memory = GPUMemory(
+            total=gpu.memory_bytes,
+            requested=requested,
+            weights=weights[index],
+            non_torch=NON_TORCH_BYTES
+            + ALLOCATOR_SLACK_BYTES
+            + (0 if alone else COMMUNICATION_BYTES),
+            buffers=buffer_bytes(shape, engine, first=first, last=last),
+            activation=activation_bytes(shape, engine, last=last),
+            cudagraph=graphs,
+            kv_cache=0,
+        )
+        left = engine.kv_cache_memory_bytes or requested - memory.without_kv
+        stages.append(replace(memory, kv_cache=left))
+    specs = kv_cache.layer_specs(
+        shape,
+        tensor=parallel.tensor,
+        kv_dtype=engine.kv_dtype,
+        block_size=engine.block_size,
+        mamba_mode=engine.mamba_mode,
+        max_model_len=engine.max_model_len,
+    )
+    specs += _draft_specs(model, engine)
+    groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
+    # Draft layers come after the model's own and run on the last stage.
+    parts[-1] = range(parts[-1].start, shape.num_hidden_layers + len(specs))
+    free = [stage.kv_cache for stage in stages]
+    in_flight = engine.in_flight_tokens
+    longest = kv_cache.longest_model_len(
+        groups, parts, free, most=engine.max_model_len, in_flight=in_flight
+    )
+    if engine.fit_max_model_len and longest:
+        engine = replace(engine, max_model_len=longest)
+    cache = kv_cache.allocate(
+        groups,
+        parts,
+        free,
+        max_model_len=engine.max_model_len,
+        in_flight=in_flight,
+        override=engine.num_gpu_blocks_override,
+    )
+    reasons = _why_not(stages, groups, engine, longest, gpu)
+    token_bytes = max(
+        sum(
+            page // group.spec.block_size
+            for group in groups
+            if group.spec.kind == "full"
+            for layer, page in zip(group.layers, group.pages, strict=True)
+            if layer in part
+        )
+        for part in parts
+    )
+    return Plan(
+        model, engine, gpu, tuple(stages), cache, tuple(groups), token_bytes, not reasons, reasons
+    )
+
+
+def _why_not(
+    stages: Sequence[GPUMemory], groups: list[Group], engine: Engine, longest: int, gpu: GPU
+) -> tuple[str, ...]:
+    reasons = []
+    worst = min(stages, key=lambda stage: stage.kv_cache)
+    if worst.kv_cache <= 0 and (groups or worst.kv_cache < 0):
+        reasons.append(
+            f"weights, activations and CUDA graphs take {worst.without_kv / GIB:.1f} GiB per GPU, "
+            f"but {worst.requested / GIB:.1f} GiB of {gpu.name}'s {gpu.memory_gib:.1f} are "
+            f"vLLM's (gpu_memory_utilization {engine.gpu_memory_utilization:g})"
+        )
+    elif groups and longest < (1 if engine.fit_max_model_len else engine.max_model_len):
+        reasons.append(
+            f"the KV cache has {worst.kv_cache / GIB:.1f} GiB per GPU, which holds {longest} "
+            f"tokens of one request, but max_model_len is {engine.max_model_len}"
+        )
+    if gpu.memory_bytes - CONTEXT_BYTES < worst.requested:
+        reasons.append(
+            f"gpu_memory_utilization {engine.gpu_memory_utilization:g} leaves no room for the "
+            f"CUDA context; at most {(gpu.memory_bytes - CONTEXT_BYTES) / gpu.memory_bytes:.2f}"
+        )
+    return tuple(reasons)
+
+
+def element_bytes(engine: Engine) -> int:
+    """Bytes of one activation."""
+    return DTYPE_BITS[TORCH_DTYPES[engine.dtype]] // 8
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def weight_bytes(model: Model, engine: Engine) -> list[int]:
+    """What "Model loading took" reports, for one GPU of each pipeline stage."""
+    unsplit = [
+        allocator.unsplit_bytes(parameters.values())
+        for parameters in _parameters(
+            tensors_in_use(model, engine.quantization), model.shape, engine.parallel, engine.dtype
+        )
+    ]
+    return [sum(both) for both in zip(tensor_bytes(model, engine), unsplit, strict=True)]
+
+
+def tensor_bytes(model: Model, engine: Engine) -> list[int]:
+    """The same before the CUDA allocator rounds it up: parameters and lasting tables."""
+    tensors = tensors_in_use(model, engine.quantization)
+    shape, parallel = model.shape, engine.parallel
+    stages = _parameters(tensors, shape, parallel, engine.dtype)
+    totals = [sum(parameters.values()) for parameters in stages]
+    for index, part in enumerate(sharding.stages(shape.num_hidden_layers, parallel.pipeline)):
+        totals[index] += rope_bytes(shape, engine.dtype)
+        totals[index] += len(part) * mla_copy_bytes(shape, engine)
+    if engine.lora:
+        for index, extra in enumerate(_lora_bytes(shape, engine, engine.lora)):
+            totals[index] += extra
+    totals[-1] += draft_weight_bytes(model, engine)
+    return totals
+
+
+_parameters = lru_cache(maxsize=64)(sharding.stage_parameters)
+
+
+def tensors_in_use(model: Model, scheme: Quantization | None) -> tuple[Tensor, ...]:
+    """The checkpoint's tensors, quantized while loading where the engine is told to."""
+    if scheme is None or not scheme.online or model.shape.quantization is not None:
+        return model.tensors
+    return _quantized(model.tensors, scheme)
+
+
+@lru_cache(maxsize=64)
+def _quantized(tensors: tuple[Tensor, ...], scheme: Quantization) -> tuple[Tensor, ...]:
+    return tuple(derive.quantized(list(tensors), scheme))
+
+
+def rope_bytes(shape: ModelShape, dtype: str) -> int:
+    """The table of cosines and sines, shared by all layers (rotary_embedding/base.py:76)."""
+    if not shape.causal or not shape.num_attention_heads:
+        return 0
+    width = shape.mla.qk_rope_head_dim if shape.mla else shape.head_dim
+    width = int(width * float(shape.config.get("partial_rotary_factor") or 1))
+    tables = 2 if "sliding" in shape.layers and "full" in shape.layers else 1
+    return tables * shape.max_position_embeddings * width * DTYPE_BITS[TORCH_DTYPES[dtype]] // 8
+
+
+def mla_copy_bytes(shape: ModelShape, engine: Engine) -> int:
+    """Per layer: the 16-bit halves of a quantized ``kv_b_proj`` (mla_attention.py:1086-1188).
+
+    Without quantization they are views of the weight itself.
+    """
+    if shape.mla is None or engine.quantization is None:
+        return 0
+    heads = shape.num_attention_heads // engine.parallel.tensor
+    width = shape.mla.qk_nope_head_dim + shape.mla.v_head_dim
+    return shape.mla.kv_lora_rank * heads * width * 2
+
+
+def _lora_bytes(shape: ModelShape, engine: Engine, lora: LoRA) -> list[int]:
+    """Slots for adapters beside every linear layer (vllm/lora/layers/base_linear.py:100).
+
+    A column-parallel layer keeps A whole and B's share, a row-parallel one the reverse.
+    """
+    parallel = engine.parallel
+    parts = sharding.stages(shape.num_hidden_layers, parallel.pipeline)
+    totals = [0] * parallel.pipeline
+    for tensor in derive.unquantized(shape) if shape.known else ():
+        layer = sharding.layer_of(tensor.name)
+        if layer is None or layer >= shape.num_hidden_layers or not sharding.is_linear(tensor):
+            continue
+        out, inputs = tensor.shape
+        split = sharding.role(tensor.name)
+        tp = parallel.expert if split == "expert" else parallel.tensor
+        if split == "row":
+            inputs = math.ceil(inputs / tp)
+        elif split != "linear":
+            out = math.ceil(out / tp)
+        size = lora.max_loras * lora.max_lora_rank * (out + inputs) * tensor.count
+        stage = next(i for i, part in enumerate(parts) if layer in part)
+        totals[stage] += size * element_bytes(engine)
+    return totals
+
+
+def draft_weight_bytes(model: Model, engine: Engine) -> int:
+    """Weights that only speculative decoding needs, on one GPU of the last stage."""
+    draft = engine.draft
+    if draft is None:
+        return 0
+    if draft.in_checkpoint:
+        return sum(
+            sharding.rank_bytes(tensor, model.shape, engine.parallel, engine.dtype)
+            for tensor in model.tensors
+            if sharding.is_loaded(tensor, model.shape, draft=True)
+            and not sharding.is_loaded(tensor, model.shape)
+        )
+    if model.draft is None:
+        return 0
+    alone = replace(engine.parallel, pipeline=1)
+    return sum(
+        sharding.stage_weights(model.draft.tensors, model.draft.shape, alone, engine.dtype)
+    ) + rope_bytes(model.draft.shape, engine.dtype)
+
+
+def _draft_specs(model: Model, engine: Engine) -> list[tuple[int, kv_cache.LayerSpec]]:
+    """The draft's own KV cache layers, behind the model's."""
+    if engine.draft is None:
+        return []
+    first = model.shape.num_hidden_layers
+    if engine.draft.in_checkpoint:
+        shape, layers = model.shape, max(1, model.shape.draft_layers)
+    elif model.draft is not None:
+        shape, layers = model.draft.shape, model.draft.shape.num_hidden_layers
+    else:
+        return []
+    page = engine.block_size * kv_cache.attention_bytes_per_token(
+        shape, engine.parallel.tensor, engine.kv_dtype
+    )
+    spec = kv_cache.LayerSpec("full", engine.block_size, page)
+    return [(first + i, spec) for i in range(layers)]
+
+
+# --- buffers, activations, graphs --------------------------------------------------------------
+
+
+def buffer_bytes(shape: ModelShape, engine: Engine, *, first: bool, last: bool) -> int:
+    """Tensors that vLLM's model runner allocates once (vllm/v1/worker/gpu/, V2 runner)."""
+    seqs, tokens = engine.max_num_seqs, engine.max_num_batched_tokens
+    element = element_bytes(engine)
+    total = TORCH_STATE_BYTES
+    total += tokens * (4 + 8 + 1)  # input ids, positions, padding: input_batch.py:28
+    if last and not shape.pooling:
+        words = math.ceil(shape.vocab_size / 32)
+        total += seqs * (
+            4 * words  # tokens of the prompt, for penalties: sample/penalties.py:35
+            + 4 * shape.vocab_size  # counts of output tokens: sample/penalties.py:43
+            + 4 * words  # grammar bit mask: structured_outputs.py:55
+            + 4 * (3 * 1024 + 128)  # allowed ids, biases, stop ids: sample/logit_bias.py:10
+            + 4 * (1024 + 129)  # bad words: envs.py:1134-1140
+        )
+    if not first:
+        total += 2 * tokens * shape.hidden_size * element  # intermediate tensors of a PP stage
+    if shape.vision is not None and first:
+        total += tokens * shape.hidden_size * element  # input embeddings
+    return total + moe_workspace_bytes(shape, engine)
+
+
+def moe_workspace_bytes(shape: ModelShape, engine: Engine) -> int:
+    """The two work spaces of the fused experts (fused_moe/experts/triton_moe.py:218).
+
+    Kept from the dummy batch on (vllm/v1/worker/workspace.py). With data parallelism a rank
+    sees the tokens of all.
+    """
+    if shape.moe is None:
+        return 0
+    parallel = engine.parallel
+    share = 1 if parallel.expert_parallel else parallel.expert
+    inner = math.ceil(shape.moe.intermediate_size / share)
+    rows = engine.max_num_batched_tokens * parallel.data * shape.moe.top_k
+    hidden = shape.hidden_size
+    return rows * (max(inner, hidden) + max(2 * inner, hidden)) * element_bytes(engine)
+
+
+def activation_bytes(shape: ModelShape, engine: Engine, *, last: bool) -> int:
+    """Peak of the dummy batch (``profile_run``, v1/worker/gpu/model_runner.py:851).
+
+    The largest of: the MLP, attention, the experts, and on the last stage the logits. The
+    residual and the layer's input are alive in each.
+    """
+    tokens, tp = engine.max_num_batched_tokens, engine.parallel.tensor
+    element = element_bytes(engine)
+    hidden = shape.hidden_size
+    stream = 2 * tokens * hidden
+    places = [stream + tokens * (3 * math.ceil(shape.intermediate_size / tp) + hidden)]
+    heads = math.ceil(shape.num_attention_heads / tp)
+    if shape.mla:
+        mla = shape.mla
+        width = mla.qk_nope_head_dim + mla.v_head_dim
+        query = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+        latent = mla.kv_lora_rank + mla.qk_rope_head_dim + (mla.q_lora_rank or 0)
+        # The dummy batch reserves the up-projected context of chunked prefill
+        # (mla_attention.py:779, size by :2158).
+        context = min(
+            max(8 * engine.max_model_len, 4 * engine.max_num_seqs * engine.block_size),
+            MLA_WORKSPACE_TOKENS,
+        )
+        places.append(
+            stream + tokens * (query + latent + heads * mla.v_head_dim) + context * heads * width
+        )
+    elif heads:
+        kv = sharding.local_kv_heads(shape, tp)
+        places.append(stream + tokens * (shape.head_dim * (2 * heads + 2 * kv) + hidden))
+    if shape.moe:
+        shared = math.ceil(shape.moe.shared_intermediate_size / tp)
+        # Router logits are float32.
+        router = math.ceil(tokens * shape.moe.num_experts * 4 / element)
+        places.append(stream + tokens * (2 * hidden + 3 * shared) + router)
+    if shape.ssm:
+        inner = math.ceil((shape.ssm.conv_dim + 2 * shape.ssm.inner_size) / tp)
+        places.append(stream + tokens * 2 * inner)
+    if last and not shape.pooling:
+        requests = min(engine.max_num_seqs, tokens)
+        # All-gathered logits are a second copy (layers/logits_processor.py: _gather_logits).
+        copies = 1 if tp == 1 else 1 + 1 / tp
+        logits = math.ceil(requests * shape.vocab_size * copies)
+        places.append(tokens * hidden + requests * hidden + logits)
+    return math.ceil(max(places) * element * ACTIVATION_FACTOR)
+
+
+def cudagraph_bytes(shape: ModelShape, engine: Engine) -> int:
+    """vLLM's own estimate before capture (v1/worker/gpu/cudagraph_utils.py:718)."""
+    graphs = len(engine.cudagraph_sizes)
+    if not graphs:
+        return 0
+    layers = math.ceil(shape.num_hidden_layers / engine.parallel.pipeline)
+    per_size = CUDAGRAPH_BYTES_PER_GRAPH + layers * CUDAGRAPH_BYTES_PER_LAYER
+    return CUDAGRAPH_BASE_BYTES + graphs * per_size
+
+
+def shm_bytes(workers: int) -> int:
+    """/dev/shm that vLLM's message queues can fill on a node with that many workers.
+
+    One queue to the workers (10 × 16 MiB: envs.VLLM_MQ_MAX_CHUNK_BYTES_MB) and one from each
+    (10 × 24 MiB: shm_broadcast.py:472). NCCL's own segments come on top.
+    """
+    return 0 if workers == 1 else (160 + 240 * workers) * MIB
+
+
+# --- the CPU engine ----------------------------------------------------------------------------
+
+CPU_BLOCK_SIZE = 128  # vllm/platforms/cpu.py
+DEFAULT_CPU_KV_GIB = 1
+"""VLLM_CPU_KVCACHE_SPACE that serve_app sets where a config does not (serve_app/model.py)."""
+
+
+def plan_on_cpu(model: Model, engine: Engine, kv_gib: float, memory_gib: float | None) -> Plan:
+    """The CPU engine: its KV cache is what it is given, in host memory.
+
+    ``memory_gib`` is the host memory reserved for the replica; None leaves ``fits`` to the host.
+    """
+    engine = replace(engine, block_size=CPU_BLOCK_SIZE, cudagraph_sizes=())
+    specs = kv_cache.layer_specs(
+        model.shape,
+        tensor=engine.parallel.tensor,
+        kv_dtype=engine.kv_dtype,
+        block_size=engine.block_size,
+        mamba_mode=engine.mamba_mode,
+        max_model_len=engine.max_model_len,
+    )
+    groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
+    space = int(kv_gib * GIB) if groups else 0
+    part = [range(model.shape.num_hidden_layers)]
+    longest = kv_cache.longest_model_len(
+        groups, part, [space], most=engine.max_model_len, in_flight=engine.in_flight_tokens
+    )
+    stage = GPUMemory(
+        total=int((memory_gib or 0) * GIB),
+        requested=0,
+        weights=sum(tensor_bytes(model, engine)),
+        non_torch=0,
+        buffers=0,
+        activation=activation_bytes(model.shape, engine, last=True),
+        cudagraph=0,
+        kv_cache=space,
+    )
+    stage = replace(stage, requested=stage.without_kv + space)
+    reasons = []
+    if groups and longest < engine.max_model_len:
+        reasons.append(
+            f"VLLM_CPU_KVCACHE_SPACE is {kv_gib:g} GiB, which holds {longest} tokens of one "
+            f"request, but max_model_len is {engine.max_model_len}"
+        )
+    if memory_gib and stage.requested > stage.total:
+        reasons.append(
+            f"the engine needs about {stage.requested / GIB:.1f} GiB of host memory, but "
+            f"resources.memory_gib is {memory_gib:g}"
+        )
+    cache = kv_cache.allocate(
+        groups, part, [space], max_model_len=engine.max_model_len,
+        in_flight=engine.in_flight_tokens,
+    )  # fmt: skip
+    per_token = sum(
+        page // group.spec.block_size
+        for group in groups
+        for page in group.pages
+        if group.spec.kind == "full"
+    )
+    cpu = GPU("CPU", None, 0, stage.total, 0, None)
+    return Plan(
+        model, engine, cpu, (stage,), cache, tuple(groups), per_token, not reasons, tuple(reasons)
+    )

@@ -1,0 +1,243 @@
+"""Which part of a tensor one GPU holds, for tensor, pipeline and expert parallelism.
+
+vLLM decides by the layer class that a module is built with (``vllm/model_executor/layers/
+linear.py``, ``vocab_parallel_embedding.py``, ``fused_moe/``); here the module's name decides,
+which comes to the same for the names that checkpoints use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from serve_app.planner.model.shape import ModelShape
+from serve_app.planner.model.tensors import DTYPE_BITS, FLOATS, TORCH_DTYPES, Tensor
+from serve_app.planner.vllm.allocator import merged
+
+Role = Literal["vocab", "column", "kv", "qkv", "row", "expert", "linear", "tower", "replicated"]
+"""How a tensor is split. ``linear`` is a matrix that every rank holds whole."""
+
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(
+        ("embed_tokens", "lm_head", "word_embeddings", "wte", "tok_embeddings", "embed_in",
+         "position_embeddings", "token_type_embeddings", "head"), "vocab"),
+    **dict.fromkeys(
+        ("q_proj", "gate_proj", "up_proj", "gate_up_proj", "q_b_proj", "kv_b_proj", "query",
+         "w1", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h", "in_proj", "in_proj_qkvz",
+         "in_proj_ba", "in_proj_qkv", "in_proj_z", "conv1d", "A_log", "D", "dt_bias", "dt_proj",
+         "intermediate.dense"), "column"),
+    **dict.fromkeys(("k_proj", "v_proj", "key", "value"), "kv"),
+    **dict.fromkeys(("qkv_proj", "query_key_value", "Wqkv", "W_pack", "c_attn"), "qkv"),
+    **dict.fromkeys(
+        ("o_proj", "down_proj", "w2", "fc2", "fc_out", "c_proj", "out_proj", "dense_4h_to_h",
+         "x_proj", "output.dense", "self_attention.dense"), "row"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "eh_proj"), "linear"),
+}  # fmt: skip
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+_TOWER = re.compile(r"^(?:model\.)?(?:visual|vision_|multi_modal_projector|audio_|mm_|vit)")
+_PARAMETER = re.compile(
+    r"\.(?:weight|bias|qweight|qzeros|scales|g_idx|weight_scale(?:_inv|_2)?|weight_packed"
+    r"|weight_shape|input_scale|weight_zero_point|blocks|e_score_correction_bias)$"
+)
+
+VOCAB_PADDING = 64  # vocab_parallel_embedding.py:33 DEFAULT_VOCAB_PADDING_SIZE
+
+
+def role(name: str) -> Role:
+    """How vLLM splits the tensor called ``name``."""
+    if _TOWER.match(name):
+        return "tower"
+    module = _PARAMETER.sub("", name)
+    parts = module.split(".")
+    if "experts" in parts:
+        return "expert"
+    two = ".".join(parts[-2:])
+    return _ROLES.get(two) or _ROLES.get(parts[-1]) or "replicated"
+
+
+def is_linear(tensor: Tensor) -> bool:
+    """Whether a quantization scheme may pack this tensor."""
+    return (
+        tensor.name.endswith(".weight")
+        and len(tensor.shape) == 2
+        and role(tensor.name) in ("column", "kv", "qkv", "row", "expert", "linear")
+    )
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the transformer layer that a tensor belongs to."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found and not _TOWER.match(name) else None
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How one replica is split. GPUs = tensor × pipeline × data."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    expert_parallel: bool = False
+    context: int = 1
+    """Of the tensor ranks, those that share the KV cache of a head between them."""
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def expert(self) -> int:
+        """Ranks that share the experts of a layer: EP, or TP over all data-parallel ranks."""
+        return self.tensor * self.data
+
+    def __str__(self) -> str:
+        text = f"TP {self.tensor} × PP {self.pipeline}"
+        if self.data > 1:
+            text += f" × DP {self.data}"
+        return text + (" with EP" if self.expert_parallel else "")
+
+
+def stages(layers: int, pipeline: int) -> list[range]:
+    """The layers of each pipeline stage, as vllm/distributed/utils.py:127 splits them.
+
+    What is left over goes to the stages before the last, one each.
+    """
+    sizes = [layers // pipeline] * pipeline
+    for i in range(2, layers % pipeline + 2):
+        sizes[-i] += 1
+    starts = [sum(sizes[:i]) for i in range(pipeline)]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def local_kv_heads(shape: ModelShape, tensor: int) -> int:
+    """KV heads on one rank; below one per rank they are replicated (config/model.py:1517)."""
+    return max(1, shape.num_key_value_heads // tensor)
+
+
+def rank_bytes(tensor: Tensor, shape: ModelShape, parallel: Parallelism, dtype: str) -> int:
+    """Bytes of ``tensor`` on one GPU, once loaded with the engine's ``dtype``."""
+    nbytes = loaded_bytes(tensor, shape, dtype)
+    kind = role(tensor.name)
+    tp = parallel.tensor
+    if kind == "expert":
+        experts = _experts_in(tensor)
+        if parallel.expert_parallel:
+            # The first ranks hold one more (fused_moe/expert_map_manager.py:67).
+            return math.ceil(nbytes * math.ceil(experts / parallel.expert) / experts)
+        return math.ceil(nbytes / parallel.expert)
+    if tp == 1 and kind != "vocab":
+        return nbytes
+    if kind == "vocab":
+        if len(tensor.shape) < 2:
+            return nbytes
+        rows = tensor.shape[0]
+        padded = math.ceil(rows / VOCAB_PADDING) * VOCAB_PADDING
+        return math.ceil(nbytes * padded / rows / tp)
+    is_bias = tensor.name.endswith(".bias")
+    if kind == "column" or (kind == "row" and not is_bias):
+        return math.ceil(nbytes / tp)
+    kv = shape.num_key_value_heads
+    if kind == "kv":
+        return math.ceil(nbytes * local_kv_heads(shape, tp) / kv) if kv else nbytes
+    if kind == "qkv":
+        heads = shape.num_attention_heads
+        local = heads / tp + 2 * local_kv_heads(shape, tp)
+        return math.ceil(nbytes * local / (heads + 2 * kv))
+    return nbytes
+
+
+def _experts_in(tensor: Tensor) -> int:
+    """Experts that an entry holds: listed one by one, or stacked in its first axis."""
+    if tensor.count > 1:
+        return tensor.count
+    return tensor.shape[0] if len(tensor.shape) > 2 else 1
+
+
+def loaded_bytes(tensor: Tensor, shape: ModelShape, dtype: str) -> int:
+    """Bytes on a GPU that holds the whole tensor: floating weights take the engine's dtype."""
+    target = TORCH_DTYPES[dtype]
+    scale = "scale" in tensor.name.rsplit(".", 1)[-1]
+    if tensor.dtype in FLOATS and not scale:
+        return math.ceil(tensor.elements * DTYPE_BITS[target] / 8)
+    return tensor.nbytes
+
+
+def is_loaded(tensor: Tensor, shape: ModelShape, *, draft: bool = False) -> bool:
+    """Whether vLLM keeps this tensor of the checkpoint on the GPU.
+
+    ``draft`` also takes the multi-token-prediction layers, which only speculation loads.
+    """
+    name = tensor.name
+    layer = layer_of(name)
+    if layer is not None and layer >= shape.num_hidden_layers:
+        # They share the embedding and the head with the model (models/deepseek_mtp.py).
+        return draft and role(name) != "vocab"
+    if name.startswith("mtp."):
+        return draft
+    if name.endswith(("rotary_emb.inv_freq", ".weight_shape", "position_ids", ".masked_bias")):
+        return False
+    if name.startswith("lm_head.") and shape.tie_word_embeddings:
+        return False
+    scheme = shape.quantization
+    if scheme is not None and scheme.method == "gptq":
+        if name.endswith(".g_idx") and not scheme.desc_act:
+            return False
+        if name.endswith(".qzeros") and not scheme.zero_points:
+            return False
+    # An embedding model pools without BERT's pooler (models/bert.py, models/roberta.py).
+    return not (name.startswith("pooler.") and not shape.causal)
+
+
+def stage_weights(
+    tensors: Iterable[Tensor], shape: ModelShape, parallel: Parallelism, dtype: str
+) -> list[int]:
+    """Bytes of the checkpoint's weights on one GPU of each pipeline stage."""
+    held = stage_parameters(tensors, shape, parallel, dtype)
+    return [sum(parameters.values()) for parameters in held]
+
+
+def stage_parameters(
+    tensors: Iterable[Tensor], shape: ModelShape, parallel: Parallelism, dtype: str
+) -> list[dict[str, int]]:
+    """The parameters of vLLM on one GPU of each pipeline stage, and the bytes of each."""
+    parts = stages(shape.num_hidden_layers, parallel.pipeline)
+    held: list[dict[str, int]] = [{} for _ in range(parallel.pipeline)]
+    last = parallel.pipeline - 1
+    stage_by_layer = {layer: stage for stage, part in enumerate(parts) for layer in part}
+    for tensor in tensors:
+        if not is_loaded(tensor, shape):
+            continue
+        nbytes = rank_bytes(tensor, shape, parallel, dtype)
+        layer = layer_of(tensor.name)
+        holders = {last}
+        if layer is not None:
+            holders = {stage_by_layer[layer]}
+        elif shape.model_type in _WHOLE_ON_EVERY_STAGE and role(tensor.name) != "tower":
+            holders = set(range(parallel.pipeline))
+        elif _is_input(tensor.name):
+            holders = {0}
+            if shape.tie_word_embeddings and "embed_tokens" in tensor.name:
+                holders.add(last)  # the tied head (models/llama.py:373)
+        parameter = merged(tensor.name)
+        for stage in holders:
+            held[stage][parameter] = held[stage].get(parameter, 0) + nbytes
+    return held
+
+
+# Models whose class in vllm/model_executor/models/ builds the embedding, the last norm and the
+# head without asking which stage it is on; the others put them on the first and the last.
+_WHOLE_ON_EVERY_STAGE = {
+    "gemma", "gemma2", "gemma3", "gemma3_text", "granitemoe", "granitemoehybrid", "cohere",
+    "cohere2", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss", "stablelm", "jamba",
+    "nemotron_h", "mamba", "falcon_mamba", "mamba2", "zamba2", "lfm2",
+}  # fmt: skip
+
+
+def _is_input(name: str) -> bool:
+    return role(name) == "tower" or any(
+        part in name for part in ("embed_tokens", "embeddings", "wte", "wpe", "embed_in")
+    )

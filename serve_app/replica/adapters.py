@@ -1,0 +1,161 @@
+"""LoRA adapters of one engine: loaded, replaced and unloaded while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_app.config.settings import Adapter
+from serve_app.errors import UserError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger("ray.serve")
+
+
+class Adapters:
+    """Keeps the engine's adapters equal to what the config lists.
+
+    vLLM asks :meth:`resolve_lora` (its ``LoRAResolver`` interface) for an adapter that it does
+    not have, and lets the request wait for it; so a request that comes before the adapter is
+    loaded loads it.
+    """
+
+    def __init__(self, llm: AsyncLLM, serving_models: Any) -> None:
+        self._llm = llm
+        self._serving_models = serving_models
+        self._wanted: dict[str, str] = {}
+        serving_models.lora_resolvers.append(self)
+
+    async def apply(self, adapters: list[Adapter]) -> None:
+        """Unload what is gone or moved, load what is new or has changed where it lies.
+
+        One that fails leaves the others.
+
+        Raises:
+            UserError: the engine was started without LoRA.
+        """
+        wanted = {adapter.name: adapter.path for adapter in adapters}
+        if wanted and self._llm.vllm_config.lora_config is None:
+            raise UserError("adapters need engine.enable_lora: true from the start")
+        before, self._wanted = self._wanted, wanted
+        for name, path in before.items():
+            if wanted.get(name) != path:
+                await self._unload(name)
+        for name in wanted:
+            await self._load(name)
+
+    async def _load(self, name: str) -> None:
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        loaded, path = self._serving_models.lora_requests, self._wanted[name]
+        try:
+            local = await asyncio.to_thread(fetch, path)
+            if name in loaded:
+                if loaded[name].lora_path == local:
+                    return
+                await self._unload(name)
+            request = LoadLoRAAdapterRequest(lora_name=name, lora_path=local)
+            answer = await self._serving_models.load_lora_adapter(request)
+            # A request may have loaded it in the meantime, which is refused here.
+            problem = "" if name in loaded else answer.error.message
+        except Exception as error:
+            problem = str(error)
+        if not problem:
+            logger.info(f"adapter '{name}' is loaded from {path}")
+        else:
+            reason = " ".join(problem.split())
+            logger.error(f"adapter '{name}' cannot be loaded from {path}: {reason}")
+
+    async def _unload(self, name: str) -> None:
+        # The lock of vLLM's own handlers: a request that is loading the adapter at this moment
+        # would put it back.
+        async with self._serving_models.lora_resolver_lock[name]:
+            request = self._serving_models.lora_requests.pop(name, None)
+            if request is None:
+                return
+            await self._llm.remove_lora(request.lora_int_id)
+            # vLLM tells cached blocks apart by the adapter's name: without this, another one of
+            # the same name would go on from this one's.
+            await self._llm.reset_prefix_cache(reset_running_requests=True)
+        logger.info(f"adapter '{name}' is unloaded")
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any | None:
+        """vLLM's question for an adapter by name; None for one that is not listed."""
+        from vllm.lora.request import LoRARequest
+
+        path = self._wanted.get(lora_name)
+        if path is None:
+            return None
+        try:
+            path = await asyncio.to_thread(fetch, path)
+        except UserError as error:
+            # vLLM cannot load the address either, and tells the client that this adapter is there
+            # but does not load. An exception here would be a 500 that says nothing.
+            logger.error(f"adapter '{lora_name}': {error}")
+        return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=path)
+
+
+def fetch(path: str) -> str:
+    """A local folder or hub id as it is; anything with a scheme (``s3://``) downloaded.
+
+    What is there is looked at each time, and downloaded again where it has changed. While it
+    cannot be looked at, the last download will do.
+
+    Raises:
+        UserError: the address cannot be read.
+    """
+    if "://" not in path:
+        return path
+    import fsspec
+
+    versions = _cache() / hashlib.sha256(path.encode()).hexdigest()[:16]
+    try:
+        system, remote = fsspec.core.url_to_fs(path)
+        remote = remote.rstrip("/") + "/"
+        system.invalidate_cache()  # of its listings, which it keeps for ever
+        listed = sorted(system.find(remote, detail=True).items())
+        target = versions / hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+        if not target.exists():
+            _download(system, remote, target)
+    except Exception as error:
+        kept = [] if isinstance(error, FileNotFoundError) else _by_age(versions)
+        if not kept:
+            raise UserError(f"{path} cannot be read: {error}") from None
+        logger.warning(f"{path} cannot be read ({error}); its last download is used")
+        target = kept[-1]
+    return str(target)
+
+
+def _download(system: Any, remote: str, target: Path) -> None:
+    """Into ``target``, which is there only when it is whole."""
+    partial = _cache() / f"partial-{uuid.uuid4().hex}"
+    try:
+        system.get(remote, f"{partial}/", recursive=True)
+        target.parent.mkdir(exist_ok=True)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.exists():  # another request or replica of this node was first
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """What is in a folder, the newest last."""
+    return sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
+
+
+def _cache() -> Path:
+    root = os.environ.get("VLLM_CACHE_ROOT") or Path.home() / ".cache" / "vllm"
+    folder = Path(root) / "serve_app" / "adapters"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,199 @@
+"""What one engine is doing, for autoscaling, and a warning when its KV cache is too small.
+
+vLLM hands statistics of every step to its stat loggers; :class:`EngineLoad` is one of them. It
+keeps the latest numbers for ``record_autoscaling_stats`` and watches for preemptions: requests
+that vLLM throws out of a full KV cache and computes again later, which it does without a word.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger("ray.serve")
+
+WINDOW_S = 60.0
+"""Seconds over which preemptions are counted."""
+
+MANY_PREEMPTIONS = 10
+"""Preemptions within the window that are worth a warning."""
+
+QUIET_S = 600.0
+"""Seconds between two warnings of one engine."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The settings that decide how many requests an engine's KV cache has to hold."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    kv_cache_tokens: int | None = None
+    """Tokens that the KV cache holds; None before it has been measured."""
+
+    @staticmethod
+    def of(vllm_config: Any) -> Limits:
+        """Read the settings off an engine's resolved ``VllmConfig``."""
+        return Limits(
+            max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+            max_model_len=vllm_config.model_config.max_model_len,
+            tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
+            gpu_memory_utilization=vllm_config.cache_config.gpu_memory_utilization,
+            kv_cache_tokens=vllm_config.cache_config.kv_cache_size_tokens,
+        )
+
+
+class EngineLoad:
+    """A vLLM stat logger; pass :meth:`attach` to ``AsyncLLM(stat_loggers=[...])``.
+
+    It has the methods of vLLM's ``StatLoggerBase``, without importing vLLM. ``record`` is called
+    on the event loop for every step of the engine, so it only copies numbers.
+    """
+
+    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._model = model
+        self._clock = clock
+        self._config: Any = None
+        self._running = 0
+        self._waiting = 0
+        self._kv_cache_usage = 0.0
+        self._preemptions = 0
+        self._tokens = 0
+        self._asked = (clock(), 0)
+        self.last_step = clock()
+        """When the engine last made a step, in the clock's seconds."""
+        self.asleep = False
+        """Whether the engine has been put to sleep, or is on its way there."""
+
+        self.proven = False
+        """Whether it has finished a request: until then a step may hold compilers up."""
+
+        self._watch = PreemptionWatch()
+
+    def attach(self, vllm_config: Any, engine_index: int = 0) -> EngineLoad:
+        """vLLM's factory of stat loggers: one engine, so one logger."""
+        self._config = vllm_config
+        return self
+
+    def stats(self, answering: int = 0) -> dict[str, float]:
+        """What ``record_autoscaling_stats`` returns; see :mod:`serve_app.cluster.autoscaling`.
+
+        Requests ``running`` and ``waiting`` in the engine and, of the ``answering`` that the
+        server has, ``in_front`` of it (the first ones wait while vLLM imports what it needs for
+        them, others for a download or the tokenizer); its ``capacity`` (``max_num_seqs``),
+        ``kv_cache_usage`` (0 to 1), ``preemptions`` so far, and ``tokens_per_s`` generated since
+        the call before.
+        """
+        now = self._clock()
+        before, tokens = self._asked
+        self._asked = (now, self._tokens)
+        capacity = self._config.scheduler_config.max_num_seqs if self._config else 0
+        return {
+            "running": self._running,
+            "waiting": self._waiting,
+            "in_front": max(0, answering - self._running - self._waiting),
+            "capacity": capacity,
+            "kv_cache_usage": self._kv_cache_usage,
+            "preemptions": self._preemptions,
+            "tokens_per_s": (self._tokens - tokens) / max(now - before, 1e-3),
+        }
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        self.last_step = self._clock()
+        if scheduler_stats is not None:
+            self._running = scheduler_stats.num_running_reqs
+            # Those skipped wait as well: for a grammar, an adapter or remote KV blocks.
+            self._waiting = (
+                scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
+            )
+            self._kv_cache_usage = scheduler_stats.kv_cache_usage
+        if iteration_stats is None:
+            return
+        self._tokens += iteration_stats.num_generation_tokens
+        self.proven = self.proven or bool(iteration_stats.finished_requests)
+        if preempted := iteration_stats.num_preempted_reqs:
+            self._preemptions += preempted
+            if count := self._watch.add(preempted, self._clock()):
+                limits = Limits.of(self._config)
+                logger.warning(preemption_warning(self._model, count, self._running, limits))
+
+    def log(self) -> None:
+        """vLLM calls it now and then to have something logged; there is nothing."""
+
+    def log_engine_initialized(self) -> None:
+        """vLLM calls it once the engine runs."""
+
+    def record_sleep_state(self, sleep: int, level: int) -> None:
+        """vLLM 0.29 calls it on its own loggers only; who sends the engine to sleep says so."""
+
+
+class PreemptionWatch:
+    """Counts preemptions within a window, and tells when it is time to warn."""
+
+    def __init__(
+        self, many: int = MANY_PREEMPTIONS, window_s: float = WINDOW_S, quiet_s: float = QUIET_S
+    ) -> None:
+        self._many = many
+        self._window_s = window_s
+        self._quiet_s = quiet_s
+        self._recent: deque[tuple[float, int]] = deque()
+        self._warned = float("-inf")
+
+    def add(self, preempted: int, now: float) -> int:
+        """The preemptions in the window where a warning is due, else 0."""
+        self._recent.append((now, preempted))
+        while self._recent[0][0] <= now - self._window_s:
+            self._recent.popleft()
+        count = sum(number for _, number in self._recent)
+        if count < self._many or now - self._warned < self._quiet_s:
+            return 0
+        self._warned = now
+        return count
+
+
+def preemption_warning(model: str, count: int, running: int, limits: Limits) -> str:
+    """One line on what preempts requests of ``model`` and which settings help.
+
+    Args:
+        model: the model's id.
+        count: preemptions within the last :data:`WINDOW_S` seconds.
+        running: requests that the engine runs now: about what its KV cache does hold.
+        limits: the engine's settings.
+    """
+    holds = ""
+    if limits.kv_cache_tokens:
+        longest = limits.kv_cache_tokens / limits.max_model_len
+        holds = (
+            f" (it holds {limits.kv_cache_tokens:,} tokens, {longest:.1f} requests of "
+            f"max_model_len, and max_num_seqs lets {limits.max_num_seqs} in)"
+        )
+    remedies = []
+    if limits.gpu_memory_utilization < 0.95:
+        remedies.append(f"raise gpu_memory_utilization ({limits.gpu_memory_utilization:g}) to 0.95")
+    if 0 < running < limits.max_num_seqs:
+        remedies.append(f"lower max_num_seqs ({limits.max_num_seqs}) to {running}")
+    else:
+        remedies.append(f"lower max_num_seqs ({limits.max_num_seqs})")
+    remedies += [
+        f"lower max_num_batched_tokens ({limits.max_num_batched_tokens})",
+        f"raise tensor_parallel_size ({limits.tensor_parallel_size})",
+        f"lower max_model_len ({limits.max_model_len})",
+    ]
+    return (
+        f"{model}: {count} requests were preempted within {WINDOW_S:.0f} s and are computed twice, "
+        f"because the KV cache is too small{holds}; what helps, best first: {', '.join(remedies)}"
+    )

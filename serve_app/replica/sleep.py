@@ -1,0 +1,55 @@
+"""Calls to every replica of a model, over Ray: sleep, wake, prefix cache reset."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from serve_app.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from serve_app.replica.engine import Engine
+
+DRAIN_S = 600.0
+"""Seconds that running requests get to finish before an engine sleeps."""
+
+ACTIONS = ("sleep", "wake", "reset-prefix-cache")
+
+
+async def act(engine: Engine, action: str) -> str:
+    """Do ``action`` on one engine; what to say about it.
+
+    Sleep is vLLM's level 1: the weights go to host memory, the KV cache is dropped. Level 2 drops
+    the weights too, and an engine that wakes from it speaks nonsense until they are loaded again.
+    """
+    llm = engine.llm
+    if action == "sleep":
+        if not llm.vllm_config.model_config.enable_sleep_mode:
+            return "refused: sleep needs engine.enable_sleep_mode: true"
+        async with engine.falling_asleep:
+            return await _sleep(engine)
+    if action == "wake":
+        # Not while it falls asleep: vLLM would go on with that at its first idle moment.
+        async with engine.falling_asleep:
+            await llm.wake_up()
+            engine.load.asleep = False  # vLLM tells its own stat loggers, and not ours
+        return "awake"
+    if action == "reset-prefix-cache":
+        done = await llm.reset_prefix_cache()
+        return "prefix cache reset" if done else "not reset: requests still hold blocks of it"
+    raise UserError(f"there is no action '{action}'{did_you_mean(action, ACTIONS)}")
+
+
+async def _sleep(engine: Engine) -> str:
+    engine.load.asleep = True  # from now on new requests are refused
+    try:
+        # vLLM would wait for those that run, and keep those that wait until it is woken.
+        await engine.drain(DRAIN_S)
+        if engine.requests_running:
+            engine.load.asleep = False
+            return f"not asleep: {engine.requests_running} requests still run; try again"
+        await engine.llm.sleep(level=1)
+    except BaseException:
+        await engine.llm.wake_up()  # it has stopped to schedule, however far it came
+        engine.load.asleep = False
+        raise
+    return "asleep"

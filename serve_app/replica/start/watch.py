@@ -1,0 +1,77 @@
+"""Ends a start that takes too long, and one that nobody waits for any more.
+
+vLLM's constructor holds the replica's event loop until its engine is up, and waits for workers
+that hang (two GPUs that cannot reach each other) without end. Serve's order to stop waits for
+that loop too, so a model that is deleted while it loads would keep its GPUs for as long as a
+running one may drain. So a thread looks after both.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from typing import Any
+
+import ray
+
+from serve_app.cluster.serve import running_controller
+from serve_app.replica.start.beside import Beside
+
+logger = logging.getLogger("ray.serve")
+
+PERIOD_S = 5.0
+"""Seconds between two looks at Serve's report."""
+
+GRACE_S = 30.0
+"""Seconds in which a start that was broken off must have ended by itself."""
+
+
+class StartWatch(Beside):
+    """Watches the start of a replica until its ``with`` block ends."""
+
+    def __init__(self, application: str, replica: str, limit_s: float) -> None:
+        super().__init__("start-watch")
+        self.overdue = False
+        """Whether the start was broken off because it took longer than ``limit_s`` seconds."""
+
+        self._application = application
+        self._replica = replica
+        self._deadline = time.monotonic() + limit_s
+
+    def _run(self) -> None:
+        while True:
+            left = self._deadline - time.monotonic()
+            if self._over.wait(max(0.0, min(PERIOD_S, left))):
+                return
+            if left <= PERIOD_S:
+                self._break_off()
+                return
+            if self._is_stopping():
+                logger.info("this replica is not wanted any more; its start ends here")
+                os._exit(0)
+
+    def _break_off(self) -> None:
+        """End the engine's processes: vLLM's constructor then fails, and the replica says why."""
+        self.overdue = True
+        for child in multiprocessing.active_children():
+            child.kill()
+        if not self._over.wait(GRACE_S):
+            logger.error("the start took too long and cannot be broken off; this replica exits")
+            os._exit(1)
+
+    def _is_stopping(self) -> bool:
+        try:
+            controller = running_controller()
+            if controller is None:
+                return False
+            report = ray.get(controller.get_serve_instance_details.remote(), timeout=PERIOD_S)
+        except Exception:  # it is busy, or starts anew
+            return False
+        application: dict[str, Any] = report["applications"].get(self._application) or {}
+        return any(
+            replica["replica_id"] == self._replica and replica["state"] == "STOPPING"
+            for deployment in application.get("deployments", {}).values()
+            for replica in deployment["replicas"]
+        )

@@ -1,0 +1,304 @@
+"""What the gateway makes of Serve's report: which models there are, and which replicas."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from harness.scripted import GatewayProcess, reported
+
+from serve_app.cluster.replicas import Watcher
+from serve_app.gateway import replicas
+from serve_app.gateway.directory import Model, read_details
+from serve_app.gateway.replicas import Board
+
+CHAT = "/v1/chat/completions"
+
+
+def read(**applications: Any) -> dict[str, Model]:
+    return read_details({"applications": applications})
+
+
+# --- Serve's report --------------------------------------------------------------------------
+
+
+def test_a_running_model_is_up_under_all_its_ids() -> None:
+    args = {
+        "model": "org/base",
+        "served_as": ["org/x"],
+        "adapters": [{"name": "lora", "path": "p"}],
+    }
+    [model] = read(x=reported(args)).values()
+    assert (model.name, model.ids, model.adapters) == ("x", ("x", "org/x", "lora"), ("lora",))
+    assert (model.root, model.replicas, model.up, model.broken) == ("org/base", 1, True, False)
+
+
+def test_only_models_are_models() -> None:
+    gateway = reported()
+    gateway["deployed_app_config"]["import_path"] = "serve_app.gateway:app"
+    by_hand = reported() | {"deployed_app_config": None}
+    assert read(gateway=gateway, by_hand=by_hand) == {}
+
+
+@pytest.mark.parametrize("status", ["DELETING", "NOT_STARTED"])
+def test_a_model_that_is_being_removed_is_gone(status: str) -> None:
+    assert read(x=reported(status=status)) == {}
+
+
+@pytest.mark.parametrize("status", ["DEPLOYING", "RUNNING", "UNHEALTHY", "DEPLOY_FAILED"])
+def test_a_model_is_listed_in_every_other_state(status: str) -> None:
+    [model] = read(x=reported(status=status)).values()
+    assert model.up == (status == "RUNNING")
+    assert model.broken == (status == "DEPLOY_FAILED")
+
+
+def test_a_model_scaled_to_zero_is_there_and_need_not_be_up() -> None:
+    asleep = reported({"autoscaling": {"min_replicas": 0, "max_replicas": 2}})
+    asleep["deployments"]["ModelServer"]["replicas"] = []
+    needed = reported({"autoscaling": {"min_replicas": 1, "max_replicas": 2}})
+    needed["deployments"]["ModelServer"]["replicas"] = [
+        {"state": "STARTING", "replica_id": "r", "start_time_s": 0}
+    ]
+    models = read(asleep=asleep, needed=needed)
+    assert (models["asleep"].must_be_up, models["asleep"].up) == (False, True)
+    assert (models["needed"].must_be_up, models["needed"].up) == (True, False)
+
+
+NONSENSE: list[dict[str, Any]] = [
+    {"autoscaling": {"min_replicas": None}},
+    {"autoscaling": 3},
+    {"served_as": 5},
+    {"served_as": [None, {}]},
+    {"adapters": 1},
+    {"adapters": [{"name": ["x"], "path": "p"}]},
+    {"model": None},
+    {"engine": [1]},
+    {"engine": {"max_model_len": {"a": 1}, "tensor_parallel_size": [None]}},
+    {"env": 7},
+]
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=str)
+def test_nonsense_in_one_model_costs_only_that_one(nonsense: dict[str, Any]) -> None:
+    models = read(bad=reported(nonsense, status="DEPLOY_FAILED"), good=reported())
+    assert (models["bad"].ids, models["bad"].must_be_up) == (("bad",), True)
+    assert models["good"].up
+
+
+def test_nonsense_in_user_config_costs_only_that_one() -> None:
+    bad = reported({"served_as": ["org/x"]})
+    bad["deployed_app_config"]["deployments"] = [
+        {"name": "ModelServer", "user_config": {"adapters": 5}}
+    ]
+    models = read(bad=bad, good=reported())
+    assert models["bad"].ids == ("bad", "org/x")
+    assert models["bad"].up and models["good"].up
+
+
+def test_a_model_whose_update_is_nonsense_keeps_the_ids_that_its_replicas_have() -> None:
+    args = {"served_as": ["org/x"], "autoscaling": {"min_replicas": 0}}
+    before = read(x=reported(args))
+    update = reported({"served_as": 5, "model": "other"}, status="DEPLOY_FAILED")
+    [model] = read_details({"applications": {"x": update}}, before).values()
+    assert (model.ids, model.root, model.must_be_up) == (("x", "org/x"), "org/model", False)
+    assert model.broken
+
+
+def test_a_wrong_user_config_is_said_while_the_replicas_keep_their_adapters() -> None:
+    application = reported({"engine": {"enable_lora": True}})
+    live = {"name": "ModelServer", "user_config": {"adapters": [{"name": "lora", "path": "p"}]}}
+    application["deployed_app_config"]["deployments"] = [live]
+    before = read(m=application)
+    assert (before["m"].adapters, before["m"].message) == (("lora",), "")
+    live["user_config"] = {"adaptors": [{"name": "lora", "path": "p2"}]}
+    [model] = read_details({"applications": {"m": application}}, before).values()
+    assert (model.adapters, model.up) == (("lora",), True)
+    expected = "application 'm': user_config: 'adaptors' is not a setting; did you mean 'adapters'?"
+    assert model.message.startswith(expected)
+
+
+# --- what clients see of it --------------------------------------------------------------------
+
+
+def failed(message: str) -> dict[str, Any]:
+    return reported(status="DEPLOY_FAILED") | {"message": message, "deployments": {}}
+
+
+SENTENCE = "args: engine.max_modl_len is not an argument of vLLM 0.29.0"
+
+
+async def test_a_broken_model_is_not_listed_and_says_why_to_who_asks_for_it() -> None:
+    applications = {"m": reported(), "bad": failed(f"serve_app.errors.ConfigError: {SENTENCE}")}
+    async with GatewayProcess(applications=applications) as gateway:
+        listed = await gateway.client.get("/v1/models")
+        assert [m["id"] for m in listed.json()["data"]] == ["m"]
+        answer = await gateway.client.post(CHAT, json={"model": "bad"})
+        assert answer.status_code == 503
+        assert SENTENCE in answer.json()["error"]["message"]
+        ready = await gateway.client.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["waiting_for"] == ["bad"]
+        assert ready.json()["models"]["bad"] == {
+            "status": "DEPLOY_FAILED",
+            "replicas": 0,
+            "message": SENTENCE,
+            "starting": [],
+        }
+
+
+async def test_a_model_whose_update_failed_is_listed_as_long_as_it_serves() -> None:
+    async with GatewayProcess(applications={"m": reported(status="DEPLOY_FAILED")}) as gateway:
+        listed = await gateway.client.get("/v1/models")
+        assert [m["id"] for m in listed.json()["data"]] == ["m"]
+        assert (await gateway.client.get("/ready")).json()["waiting_for"] == ["m"]
+
+
+async def test_a_traceback_is_cut_down_to_its_sentence() -> None:
+    frames = 'Traceback (most recent call last):\n  File "x.py", line 1'
+    trace = f"{frames}\nserve_app.errors.UserError: {SENTENCE}\n"
+    async with GatewayProcess(applications={"bad": failed(trace)}) as gateway:
+        ready = (await gateway.client.get("/ready")).json()
+    assert ready["models"]["bad"]["message"] == SENTENCE
+
+
+async def test_no_model_at_all_is_not_ready() -> None:
+    async with GatewayProcess(applications={"x": reported(status="DELETING")}) as gateway:
+        ready = await gateway.client.get("/ready")
+        assert (ready.status_code, ready.json()["models"]) == (503, {})
+        answer = await gateway.client.post(CHAT, json={"model": "x"})
+        assert "Available: none yet" in answer.json()["error"]["message"]
+        assert (await gateway.client.get("/v1/models")).json()["data"] == []
+        assert (await gateway.client.get("/health")).status_code == 200
+
+
+async def test_an_adapter_is_listed_with_its_base_model_as_parent() -> None:
+    args = {"model": "org/base", "adapters": [{"name": "lora", "path": "p"}]}
+    async with GatewayProcess(applications={"m": reported(args)}) as gateway:
+        cards = (await gateway.client.get("/v1/models")).json()["data"]
+    assert [(c["id"], c["parent"]) for c in cards] == [("m", None), ("lora", "m")]
+
+
+UNREADABLE = {"max_model_len": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("engine", "reported_by_replica", "listed"),
+    [
+        ({"max_model_len": 4096}, None, 4096),
+        ({"max_model_len": "8k"}, None, 8000),
+        ({"max_model_len": "8K"}, 4, 8192),
+        ({"max_model_len": "auto"}, 1234, 1234),
+        ({"max_model_len": -1}, 1234, 1234),
+        ({"max_model_len": -1}, None, None),
+        (UNREADABLE, None, None),
+        ({}, 40960, 40960),
+        ({}, None, None),
+        (None, None, None),
+        ("nonsense", None, None),
+    ],
+)
+async def test_a_card_says_how_many_tokens_the_model_takes_where_that_is_known(
+    engine: Any, reported_by_replica: int | None, listed: int | None
+) -> None:
+    """By the config, or by a replica. LiteLLM takes its limits from there."""
+    args = {"engine": engine, "adapters": [{"name": "lora", "path": "p"}]}
+    async with GatewayProcess(applications={"m": reported(args)}) as gateway:
+        watcher = Watcher(gateway.board, "ModelServer")
+        watcher._clients["m"] = cast(Any, None)
+        place = {"host": "127.0.0.1", "port": 1}
+        if reported_by_replica:
+            place["max_model_len"] = reported_by_replica
+        replica = SimpleNamespace(
+            replica_id=SimpleNamespace(unique_id="r0"), replica_metadata=place
+        )
+        watcher._publish("m", SimpleNamespace(running_replicas=[replica]))
+        watcher._publish("m", SimpleNamespace(running_replicas=[]))  # scaled to zero
+        cards = (await gateway.client.get("/v1/models")).json()["data"]
+    ids = ["m", "lora"] if isinstance(engine, dict) and engine != UNREADABLE else ["m"]
+    assert [(c["id"], c["max_model_len"]) for c in cards] == [(id, listed) for id in ids]
+    assert all(c["permission"] == [] for c in cards)
+
+
+async def test_a_working_model_keeps_an_alias_that_a_broken_one_claims() -> None:
+    claims = reported({"served_as": ["z"]})["deployed_app_config"]
+    applications = {
+        "bad": failed("x") | {"deployed_app_config": claims},
+        "good": reported({"model": "right", "served_as": ["z"]}),
+    }
+    async with GatewayProcess(applications=applications) as gateway:
+        card = (await gateway.client.get("/v1/models/z")).json()
+    assert card["root"] == "right"
+
+
+async def test_a_name_beats_an_alias() -> None:
+    applications = {
+        "a": reported({"model": "wrong", "served_as": ["b"]}),
+        "b": reported({"model": "right"}),
+    }
+    async with GatewayProcess(applications=applications) as gateway:
+        assert (await gateway.client.get("/v1/models/b")).json()["root"] == "right"
+
+
+# --- the board of replicas ---------------------------------------------------------------------
+
+
+def board(*ids: str) -> Board:
+    board = Board()
+    board.publish("m", dict.fromkeys(ids, ("127.0.0.1", 1)))
+    return board
+
+
+def chosen(board: Board, times: int = 50) -> set[str]:
+    return {r.id for _ in range(times) if (r := board.choose("m"))}
+
+
+def test_nothing_is_chosen_where_nothing_runs() -> None:
+    assert Board().choose("m") is None
+    assert board().choose("m") is None
+
+
+def test_ties_are_broken_at_random() -> None:
+    assert chosen(board("a", "b", "c"), 200) == {"a", "b", "c"}
+
+
+def test_the_replica_with_the_fewest_requests_is_chosen() -> None:
+    three = board("a", "b", "c")
+    for replica in three._replicas["m"].values():
+        replica.inflight = {"a": 2, "b": 1, "c": 3}[replica.id]
+    assert chosen(three) == {"b"}
+
+
+def test_what_is_running_is_remembered_when_the_list_changes() -> None:
+    one = board("a", "b")
+    replica = next(r for r in one._replicas["m"].values() if r.id == "a")
+    replica.inflight = 5
+    one.publish("m", {"a": ("127.0.0.1", 1), "c": ("127.0.0.1", 2)})
+    assert chosen(one) == {"c"}
+    assert one._replicas["m"]["a"] is replica
+
+
+def test_a_replica_that_failed_is_avoided_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = board("a", "b")
+    first = two.choose("m")
+    assert first
+    two.avoid(first)
+    assert chosen(two) == {"a", "b"} - {first.id}
+    monkeypatch.setattr(replicas.time, "monotonic", lambda: 10.0**9)
+    assert chosen(two) == {"a", "b"}
+
+
+def test_the_only_replica_that_failed_is_avoided_too() -> None:
+    one = board("a")
+    replica = one.choose("m")
+    assert replica
+    one.avoid(replica)
+    assert one.choose("m") is None
+    assert one.add("m", "a", "127.0.0.1", 1) is None
+    assert one.add("m", "new", "127.0.0.1", 2) is one.choose("m")
+
+
+def test_a_removed_application_has_no_replicas() -> None:
+    one = board("a")
+    one.forget("m")
+    assert one.choose("m") is None

@@ -1,0 +1,495 @@
+"""A stand-in for a Kubernetes API server, over real HTTP on the loopback.
+
+No cluster can run on the machines that run these tests, so this imitates what deploying meets:
+bearer tokens, RBAC, discovery, plain 404 for unknown kinds against Status for missing objects,
+generations and resourceVersions, server-side apply with field ownership and conflicts, dry run,
+strict field validation and defaults from the real CRD, watches that end and expire, logs and the
+Service proxy. Real kubectl is run against it in test_kuberay_deploy.py, which is what keeps it
+honest. What it has not: admission, garbage collection, structural merge of keyed lists (every
+list is atomic, as the RayService CRD has it).
+
+The operator's part is played by the tests: they set statuses and pods.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path as FilePath
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+from serve_app.kuberay.validate import schema
+
+Document = dict[str, Any]
+Path = tuple[str, ...]
+"""Of a field: its keys from the top."""
+
+# group/version -> plural -> (kind, namespaced)
+RESOURCES: dict[str, dict[str, tuple[str, bool]]] = {
+    "v1": {
+        "namespaces": ("Namespace", False),
+        "nodes": ("Node", False),
+        "pods": ("Pod", True),
+        "events": ("Event", True),
+        "services": ("Service", True),
+        "serviceaccounts": ("ServiceAccount", True),
+        "persistentvolumeclaims": ("PersistentVolumeClaim", True),
+        "secrets": ("Secret", True),
+    },
+    "apps/v1": {"controllerrevisions": ("ControllerRevision", True)},
+    "networking.k8s.io/v1": {
+        "networkpolicies": ("NetworkPolicy", True),
+        "ingresses": ("Ingress", True),
+    },
+    "policy/v1": {"poddisruptionbudgets": ("PodDisruptionBudget", True)},
+    "ray.io/v1": {"rayservices": ("RayService", True), "rayclusters": ("RayCluster", True)},
+    "karpenter.sh/v1": {"nodepools": ("NodePool", False)},
+}
+
+
+class KubeAPI:
+    """The server's state, and what tests may do to it."""
+
+    def __init__(self, crd: Document | None = None) -> None:
+        self.resources = copy.deepcopy(RESOURCES)
+        self.objects: dict[tuple[str, str, str], Document] = {}
+        self.owners: dict[tuple[str, str, str], dict[Path, str]] = {}
+        self.forbidden: set[tuple[str, str]] = set()  # (verb, plural)
+        self.token: str | None = "let-me-in"  # None lets anyone in
+        self.logs: dict[tuple[str, str], list[str]] = {}  # (pod, container) -> lines
+        self.proxy: Callable[[str, str, str, Any], tuple[int, str]] | None = None
+        self.requests: list[tuple[str, str]] = []
+        self.delay_s = 0.0
+        self.expired_below = 0
+        self.crd = crd
+        self._version = 100
+        self._history: list[tuple[int, str, Document]] = []
+        self._changed = threading.Condition()
+        api = self
+
+        class Handler(_Handler):
+            kube = api
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def kubeconfig(
+        self, path: FilePath, *, server: str | None = None, token: str | None = None
+    ) -> FilePath:
+        """Write a kubeconfig for this server."""
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "clusters": [{"name": "here", "cluster": {"server": server or self.url}}],
+            "users": [{"name": "me", "user": {"token": token or self.token}}],
+            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        }
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    # --- objects ---
+
+    def get(self, plural: str, namespace: str, name: str) -> Document | None:
+        return self.objects.get((plural, namespace, name))
+
+    def store(self, plural: str, document: Document, manager: str = "operator") -> Document:
+        """Put an object there as another client would, and tell the watches."""
+        namespace = document["metadata"].get("namespace", "")
+        key = (plural, namespace, document["metadata"]["name"])
+        with self._changed:
+            old = self.objects.get(key)
+            self._version += 1
+            metadata = document["metadata"]
+            metadata["resourceVersion"] = str(self._version)
+            metadata.setdefault("uid", f"uid-{self._version}")
+            metadata.setdefault("creationTimestamp", "2026-11-23T10:00:00Z")
+            generation = int((old or {}).get("metadata", {}).get("generation", 0))
+            if old is None or old.get("spec") != document.get("spec"):
+                generation += 1
+            metadata["generation"] = generation
+            self.objects[key] = document
+            if old is None:
+                self.owners[key] = dict.fromkeys(
+                    _leaves({"spec": document.get("spec") or {}}), manager
+                )
+            kind = "MODIFIED" if old else "ADDED"
+            self._history.append((self._version, kind, copy.deepcopy(document)))
+            self._changed.notify_all()
+        return document
+
+    def change(self, plural: str, namespace: str, name: str, **changes: Any) -> Document:
+        """Replace top-level parts of an object (``status=…``), as a controller does."""
+        with self._changed:
+            document = copy.deepcopy(self.objects[(plural, namespace, name)])
+        document.update(changes)
+        return self.store(plural, document)
+
+    def remove(self, plural: str, namespace: str, name: str) -> Document | None:
+        with self._changed:
+            document = self.objects.pop((plural, namespace, name), None)
+            if document is not None:
+                self._version += 1
+                self._history.append((self._version, "DELETED", document))
+                self._changed.notify_all()
+        return document
+
+    def apply(
+        self, plural: str, wanted: Document, manager: str, *, force: bool, dry_run: bool
+    ) -> tuple[int, Document]:
+        """Server-side apply. Returns the HTTP status and the object or a Status."""
+        key = (plural, wanted["metadata"].get("namespace", ""), wanted["metadata"]["name"])
+        old = self.objects.get(key)
+        owners = dict(self.owners.get(key, {}))
+        mine = _leaves({"spec": wanted["spec"]} if "spec" in wanted else {})
+        crd = self.crd if plural == "rayservices" else None
+        complete = schema.with_defaults(crd, wanted) if crd else wanted
+        conflicts = [
+            (path, owners[path])
+            for path in mine
+            if owners.get(path, manager) != manager and _at(old, path) != _at(complete, path)
+        ]
+        if conflicts and not force:
+            by = ", ".join(
+                f'"{owner}" using {wanted["apiVersion"]}: .{".".join(p)}' for p, owner in conflicts
+            )
+            count = f"{len(conflicts)} conflict{'s' if len(conflicts) > 1 else ''}"
+            return _status(409, "Conflict", f"Apply failed with {count}: conflicts with {by}")
+        merged = copy.deepcopy(old) if old else {}
+        for path, owner in list(owners.items()):
+            if owner == manager and path not in mine:  # we owned it, and want it no more
+                _unset(merged, path)
+                del owners[path]
+        _merge(merged, wanted)
+        if crd:
+            merged = schema.with_defaults(crd, merged)
+        if dry_run:
+            return (200 if old else 201), merged
+        if old is not None and {**old, "metadata": None} == {**merged, "metadata": None}:
+            return 200, old
+        self.store(plural, merged, manager)
+        self.owners[key] = owners | dict.fromkeys(mine, manager)
+        return (200 if old else 201), merged
+
+    def events_since(self, version: int, deadline: float) -> list[tuple[int, str, Document]]:
+        """What happened after a version; waits for something until the deadline."""
+        with self._changed:
+            while True:
+                found = [event for event in self._history if event[0] > version]
+                left = deadline - time.monotonic()
+                if found or left <= 0:
+                    return found
+                self._changed.wait(left)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body are two writes: 40 ms for each answer
+    kube: KubeAPI
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._serve("GET")
+
+    def do_POST(self) -> None:
+        self._serve("POST")
+
+    def do_PATCH(self) -> None:
+        self._serve("PATCH")
+
+    def do_DELETE(self) -> None:
+        self._serve("DELETE")
+
+    def _serve(self, method: str) -> None:
+        kube = self.kube
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length).decode()
+        parts = urlsplit(self.path)
+        query = {k: v[-1] for k, v in parse_qs(parts.query).items()}
+        kube.requests.append((method, self.path))
+        time.sleep(kube.delay_s)
+        given = self.headers.get("Authorization")
+        if kube.token is not None and given != f"Bearer {kube.token}":
+            self._send(*_status(401, "Unauthorized", "Unauthorized"))
+            return
+        if self._discovery(parts.path):
+            return
+        match = re.fullmatch(
+            r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))"
+            r"(?:/namespaces/(?P<namespace>[^/]+)(?=/[a-z]))?"
+            r"/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>log|proxy)(?P<rest>/.*)?)?",
+            unquote(parts.path),
+        )
+        group = match and (match["core"] or match["group"])
+        if not match or match["plural"] not in kube.resources.get(str(group), {}):
+            self._text(404, "404 page not found\n")
+            return
+        plural, namespace, name = match["plural"], match["namespace"] or "", match["name"]
+        verbs = {"GET": "get" if name else "list", "POST": "create", "PATCH": "patch"}
+        verb = verbs.get(method, "delete")
+        if (verb, plural) in kube.forbidden or (
+            match["sub"] and ("get", match["sub"]) in kube.forbidden
+        ):
+            where = f' in the namespace "{namespace}"' if namespace else " at the cluster scope"
+            message = (
+                f'{plural} is forbidden: User "me" cannot {verb} resource "{plural}" in API group '
+                f'"{str(group).rpartition("/")[0]}"{where}'
+            )
+            self._send(*_status(403, "Forbidden", message))
+        elif match["sub"] == "log":
+            self._log(name, query)
+        elif match["sub"] == "proxy":
+            self._proxy(method, name, match["rest"] or "/", body)
+        elif method == "GET" and name:
+            found = kube.get(plural, namespace, name)
+            self._send(*((200, found) if found else _missing(plural, str(group), name)))
+        elif method == "GET" and query.get("watch") == "true":
+            self._watch(plural, namespace, query)
+        elif method == "GET":
+            self._list(plural, namespace, str(group), query)
+        elif method == "DELETE":
+            gone = kube.remove(plural, namespace, name)
+            self._send(*((200, gone) if gone else _missing(plural, str(group), name)))
+        else:
+            self._write(method, plural, namespace, str(group), name, query, body)
+
+    def _write(
+        self, method: str, plural: str, namespace: str, group: str, name: str | None,
+        query: dict[str, str], body: str,
+    ) -> None:  # fmt: skip
+        kube = self.kube
+        content_type = self.headers.get("Content-Type", "")
+        if method == "PATCH" and content_type != "application/apply-patch+yaml":
+            self._send(*_status(415, "UnsupportedMediaType", f"unsupported: {content_type}"))
+            return
+        document: Document = yaml.safe_load(body)
+        metadata = document.get("metadata") or {}
+        namespaced = kube.resources[group][plural][1]
+        if namespaced and ("namespaces", "", namespace) not in kube.objects:
+            self._send(*_missing("namespaces", "v1", namespace))
+            return
+        if name is not None and metadata.get("name") != name:
+            self._send(*_status(400, "BadRequest", "the name of the object does not match the URL"))
+            return
+        refused = self._refuse(plural, document, query)
+        if refused:
+            self._send(*refused)
+        elif method == "POST":
+            if kube.get(plural, namespace, metadata["name"]):
+                text = f'{plural} "{metadata["name"]}" already exists'
+                self._send(*_status(409, "AlreadyExists", text))
+            else:
+                if "dryRun" not in query:
+                    document = kube.store(plural, document, "poster")
+                self._send(201, document)
+        elif not query.get("fieldManager"):
+            self._send(
+                *_status(
+                    400,
+                    "BadRequest",
+                    "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value",
+                )
+            )
+        else:
+            self._send(
+                *kube.apply(
+                    plural,
+                    document,
+                    query["fieldManager"],
+                    force=query.get("force") == "true",
+                    dry_run=query.get("dryRun") == "All",
+                )
+            )
+
+    def _refuse(
+        self, plural: str, document: Document, query: dict[str, str]
+    ) -> tuple[int, Document] | None:
+        """What the CRD forbids: unknown fields (when asked to be strict), wrong types."""
+        if plural != "rayservices" or self.kube.crd is None:
+            return None
+        found = list(schema.crd_findings(self.kube.crd, document))
+        unknown = [path for path, text in found if "is not a field" in text]
+        if unknown and query.get("fieldValidation") == "Strict":
+            text = ", ".join(f'unknown field "{path}"' for path in unknown)
+            return _status(400, "BadRequest", f"strict decoding error: {text}")
+        wrong = [f"{path}: {text}" for path, text in found if path not in unknown]
+        if wrong:
+            name = document["metadata"]["name"]
+            return _status(422, "Invalid", f'RayService.ray.io "{name}" is invalid: {wrong[0]}')
+        return None
+
+    def _list(self, plural: str, namespace: str, group: str, query: dict[str, str]) -> None:
+        wanted = dict(
+            p.split("=", 1) for p in query.get("labelSelector", "").split(",") if "=" in p
+        )
+        items = [
+            document
+            for (kind, space, _), document in sorted(self.kube.objects.items())
+            if kind == plural
+            and (not namespace or space == namespace)
+            and wanted.items() <= (document["metadata"].get("labels") or {}).items()
+        ]
+        kind = self.kube.resources[group][plural][0]
+        meta = {"resourceVersion": str(self.kube._version)}
+        self._send(
+            200, {"kind": f"{kind}List", "apiVersion": group, "metadata": meta, "items": items}
+        )
+
+    def _watch(self, plural: str, namespace: str, query: dict[str, str]) -> None:
+        kube = self.kube
+        since = int(query.get("resourceVersion") or 0)
+        name = query.get("fieldSelector", "").removeprefix("metadata.name=")
+        deadline = time.monotonic() + float(query.get("timeoutSeconds") or 5)
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if since < kube.expired_below:
+            _, gone = _status(410, "Expired", "too old resource version")
+            self._chunk(json.dumps({"type": "ERROR", "object": gone}) + "\n")
+            self._chunk("")
+            return
+        while time.monotonic() < deadline:
+            for version, kind, document in kube.events_since(since, deadline):
+                since = version
+                metadata = document["metadata"]
+                if (metadata.get("namespace", ""), metadata["name"]) == (namespace, name):
+                    self._chunk(json.dumps({"type": kind, "object": document}) + "\n")
+        bookmark = {"metadata": {"resourceVersion": str(since)}}
+        self._chunk(json.dumps({"type": "BOOKMARK", "object": bookmark}) + "\n")
+        self._chunk("")
+
+    def _log(self, pod: str, query: dict[str, str]) -> None:
+        lines = self.kube.logs.get((pod, query.get("container", "")))
+        if query.get("previous") == "true":
+            lines = self.kube.logs.get((pod, f"{query.get('container')} previous"))
+        if lines is None:
+            text = f"container {query.get('container')} is not valid for pod {pod}"
+            self._send(*_status(400, "BadRequest", text))
+            return
+        tail = lines[-int(query["tailLines"]) :] if "tailLines" in query else lines
+        self._text(200, "".join(f"{line}\n" for line in tail))
+
+    def _proxy(self, method: str, service: str, path: str, body: str) -> None:
+        if self.kube.proxy is None:
+            text = f'no endpoints available for service "{service}"'
+            self._send(*_status(503, "ServiceUnavailable", text))
+            return
+        self._text(*self.kube.proxy(method, service, path, json.loads(body) if body else None))
+
+    def _discovery(self, path: str) -> bool:
+        kube = self.kube
+        if path == "/version":
+            self._send(200, {"major": "1", "minor": "33", "gitVersion": "v1.33.0"})
+        elif path == "/api":
+            self._send(200, {"kind": "APIVersions", "versions": ["v1"]})
+        elif path == "/apis":
+            groups = []
+            for group_version in kube.resources:
+                group, _, version = group_version.partition("/")
+                if version:
+                    entry = {"groupVersion": group_version, "version": version}
+                    groups.append({"name": group, "versions": [entry], "preferredVersion": entry})
+            self._send(200, {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
+        elif (group_version := re.sub(r"^/apis?/", "", path)) in kube.resources:
+            listed = [
+                {
+                    "name": plural,
+                    "singularName": kind.lower(),
+                    "kind": kind,
+                    "namespaced": namespaced,
+                    "verbs": ["create", "delete", "get", "list", "patch", "watch"],
+                }
+                for plural, (kind, namespaced) in kube.resources[group_version].items()
+            ]
+            self._send(
+                200,
+                {"kind": "APIResourceList", "groupVersion": group_version, "resources": listed},
+            )
+        else:
+            return False
+        return True
+
+    def _send(self, code: int, document: Document) -> None:
+        self._answer(code, json.dumps(document).encode(), "application/json")
+
+    def _text(self, code: int, text: str) -> None:
+        self._answer(code, text.encode(), "text/plain")
+
+    def _answer(self, code: int, data: bytes, content_type: str) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _chunk(self, text: str) -> None:
+        data = text.encode()
+        try:
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+            self.wfile.flush()
+        except OSError:  # the client has what it wanted
+            self.close_connection = True
+
+
+def _status(code: int, reason: str, message: str) -> tuple[int, Document]:
+    return code, {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "metadata": {},
+        "status": "Failure",
+        "message": message,
+        "reason": reason,
+        "code": code,
+    }
+
+
+def _missing(plural: str, group: str, name: str | None) -> tuple[int, Document]:
+    resource = plural if group == "v1" else f"{plural}.{group.rpartition('/')[0]}"
+    return _status(404, "NotFound", f'{resource} "{name}" not found')
+
+
+def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
+    """Paths of what has no fields below it; lists are whole, as in this CRD."""
+    if isinstance(value, dict) and value:
+        found: dict[Path, Any] = {}
+        for key, item in value.items():
+            found |= _leaves(item, (*path, key))
+        return found
+    return {path: value} if path else {}
+
+
+def _at(document: Any, path: Path) -> Any:
+    for key in path:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document
+
+
+def _unset(document: Any, path: Path) -> None:
+    parent = _at(document, path[:-1])
+    if isinstance(parent, dict):
+        parent.pop(path[-1], None)
+
+
+def _merge(into: Document, wanted: Document) -> None:
+    for key, value in wanted.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = copy.deepcopy(value)

@@ -1,0 +1,660 @@
+"""deploy, status, diff, rollback and logs against an API server over HTTP (kube_api.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
+
+import yaml
+from click.testing import CliRunner, Result
+from kube_api import KubeAPI
+from kuberay_fixtures import CRD, ROOT
+
+from serve_app.errors import UserError
+from serve_app.kuberay import cli
+from serve_app.kuberay.live import deploy, revisions
+from serve_app.kuberay.live.client import Cluster
+from serve_app.kuberay.validate import schema
+
+NAME, SPACE = "llama70b", "serve-app"
+CONFIG = ROOT / "configs/llama70b.yaml"
+
+
+@pytest.fixture(scope="module")
+def crd() -> dict[str, Any] | None:
+    return schema.load_crd(CRD)
+
+
+@pytest.fixture
+def api(crd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeAPI]:
+    server = KubeAPI(crd)
+    monkeypatch.setattr(deploy, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(deploy, "_LOOK_S", 0.5)
+    server.store("namespaces", {"metadata": {"name": SPACE}})
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def kubeconfig(api: KubeAPI, tmp_path: Path) -> Path:
+    return api.kubeconfig(tmp_path / "kubeconfig")
+
+
+@pytest.fixture
+def run(kubeconfig: Path) -> Callable[..., Result]:
+    """Run a command of the CLI; errors for users come out as exceptions."""
+
+    def run(command: str, *args: str) -> Result:
+        return CliRunner().invoke(
+            getattr(cli, command),
+            [*args, "--kubeconfig", str(kubeconfig)],
+            catch_exceptions=False,
+        )
+
+    return run
+
+
+def config(tmp_path: Path, *changes: tuple[str, str]) -> str:
+    text = CONFIG.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / f"{NAME}.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def service(api: KubeAPI) -> dict[str, Any]:
+    found = api.get("rayservices", SPACE, NAME)
+    assert found is not None
+    return found
+
+
+def set_status(
+    api: KubeAPI,
+    apps: dict[str, str],
+    *,
+    message: str = "",
+    active: str = "llama70b-abcde",
+    pending: dict[str, str] | None = None,
+    conditions: dict[str, tuple[str, str]] | None = None,
+) -> None:
+    """Play the operator: statuses for the spec as it is now."""
+
+    def part(cluster: str, statuses: dict[str, str]) -> dict[str, Any]:
+        entries = {n: {"status": s, "message": message} for n, s in statuses.items()}
+        return {"rayClusterName": cluster, "applicationStatuses": entries}
+
+    ready = all(s == "RUNNING" for s in apps.values()) and bool(apps)
+    default = {"Ready": ("True" if ready else "False", "NonZeroServeEndpoints")}
+    status = {
+        "observedGeneration": service(api)["metadata"]["generation"],
+        "activeServiceStatus": part(active, apps),
+        "conditions": [
+            {"type": kind, "status": value, "reason": reason, "message": message}
+            for kind, (value, reason) in {**default, **(conditions or {})}.items()
+        ],
+    }
+    if pending is not None:
+        status["pendingServiceStatus"] = part("llama70b-fghij", pending)
+    api.change("rayservices", SPACE, NAME, status=status)
+
+
+RUNNING = {"llama-3.3-70b": "RUNNING", "gateway": "RUNNING"}
+
+
+def later(api: KubeAPI, *steps: Callable[[], Any]) -> threading.Thread:
+    """Do things one after the other while a command waits for its RayService."""
+
+    def play() -> None:
+        while not any("watch=true" in path for _, path in api.requests):
+            time.sleep(0.05)
+        for step in steps:
+            step()
+            time.sleep(0.3)
+
+    thread = threading.Thread(target=play, daemon=True)
+    thread.start()
+    return thread
+
+
+def deployed(api: KubeAPI, run: Callable[..., Result]) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    set_status(api, RUNNING)
+
+
+def answers(api: KubeAPI) -> list[tuple[str, str, Any]]:
+    """Let the Service answer, and record what it was asked."""
+    asked: list[tuple[str, str, Any]] = []
+
+    def proxy(method: str, name: str, path: str, body: Any) -> tuple[int, str]:
+        asked.append((name, path, body))
+        return 200, "{}"
+
+    api.proxy = proxy
+    return asked
+
+
+def pod(name: str, role: str, **status: Any) -> dict[str, Any]:
+    labels = {
+        "app.kubernetes.io/part-of": "serve-app",
+        "app.kubernetes.io/instance": NAME,
+        "serve-app/role": role,
+        "ray.io/group": role,
+    }
+    return {
+        "metadata": {"name": name, "namespace": SPACE, "labels": labels},
+        "spec": {"containers": []},
+        "status": status,
+    }
+
+
+# --- deploy -------------------------------------------------------------------------------------
+
+
+def test_a_first_deployment_is_applied_watched_and_every_model_asked(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    asked = answers(api)
+    waiting = {"llama-3.3-70b": "DEPLOYING", "gateway": "RUNNING"}
+    later(
+        api,
+        lambda: api.store("pods", pod("llama70b-gpu-1", "gpu", phase="Pending")),
+        lambda: set_status(api, waiting, message="loading weights"),
+        lambda: set_status(api, RUNNING),
+    )
+    result = run("deploy", str(CONFIG))
+    out = result.output
+    assert result.exit_code == 0, out
+    assert f"llama70b in serve-app on {api.url}: this creates the RayService (4 GPUs)" in out
+    assert "warning: it needs 4 more GPUs, but 0 can be had" in out
+    assert "--force" not in out  # nothing is in the way of a first deployment
+    assert "applied RayService llama70b" in out and "revision 1; back with" in out
+    assert "llama-3.3-70b: DEPLOYING: loading weights" in out
+    assert "gpu pods: 1 starting" in out
+    assert out.rstrip().endswith("ready: every model answers")
+    # The model was asked by a real request through the Service; the gateway is no model.
+    body = {"model": "llama-3.3-70b", "prompt": "ready?", "max_tokens": 1}
+    assert asked == [("llama70b-serve-svc:serve", "/v1/completions", body)]
+    kinds = {kind for kind, _, _ in api.objects}
+    assert {"rayservices", "ingresses", "poddisruptionbudgets", "networkpolicies"} <= kinds
+
+
+def test_one_model_that_does_not_run_is_not_ready(api: KubeAPI, run: Callable[..., Result]) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    # KubeRay says Ready as soon as there is one endpoint.
+    set_status(
+        api,
+        {"llama-3.3-70b": "DEPLOYING", "gateway": "RUNNING"},
+        conditions={"Ready": ("True", "NonZeroServeEndpoints")},
+    )
+    with pytest.raises(UserError, match=r"is not ready after 1 s: llama-3.3-70b: DEPLOYING"):
+        run("deploy", str(CONFIG), "--timeout", "1")
+
+
+def test_a_model_that_runs_but_does_not_answer_is_an_error(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    api.proxy = lambda *_: (503, '{"error": {"message": "no replica"}}')
+    with pytest.raises(UserError, match=r"llama-3.3-70b answers HTTP 503: .*no replica"):
+        run("status", NAME)
+
+
+def test_statuses_of_the_spec_before_do_not_count(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    deployed(api, run)
+    answers(api)
+    changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
+    # The operator has not read the change yet: RUNNING is the old models'.
+    with pytest.raises(UserError, match="is not ready after 1 s"):
+        run("deploy", changed, "--timeout", "1")
+    set_status(api, RUNNING)
+    assert run("deploy", changed).output.rstrip().endswith("every model answers")
+
+
+def test_a_failing_application_ends_the_wait_with_its_reason_and_the_pods(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    message = "Traceback …\n  File x\nValueError: max_model_len 99999 is too large\n"
+    crashed = pod(
+        "llama70b-gpu-1",
+        "gpu",
+        phase="Running",
+        containerStatuses=[
+            {
+                "name": "ray-worker",
+                "state": {"terminated": {"reason": "OOMKilled", "exitCode": 137}},
+            }
+        ],
+    )
+    api.store("pods", crashed)
+    failed = {"llama-3.3-70b": "DEPLOY_FAILED", "gateway": "RUNNING"}
+    later(api, lambda: set_status(api, failed, message=message))
+    with pytest.raises(UserError) as caught:
+        run("deploy", str(CONFIG))
+    text = str(caught.value)
+    assert "application 'llama-3.3-70b': ValueError: max_model_len 99999 is too large" in text
+    assert "pod llama70b-gpu-1: OOMKilled: container ray-worker ended with 137" in text
+    assert "raise resources.memory_gib" in text and "\n" not in text
+
+
+def test_a_timed_out_initialization_is_final(api: KubeAPI, run: Callable[..., Result]) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    set_status(api, {}, message="30m", conditions={"Ready": ("False", "InitializingTimeout")})
+    with pytest.raises(UserError, match="failed: InitializingTimeout: 30m"):
+        run("deploy", str(CONFIG))
+
+
+def test_pods_without_a_machine_are_explained(api: KubeAPI, run: Callable[..., Result]) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    set_status(api, {"llama-3.3-70b": "DEPLOYING", "gateway": "RUNNING"})
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "message": "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+    }
+    api.store("pods", pod("llama70b-gpu-1", "gpu", phase="Pending", conditions=[condition]))
+    api.store(
+        "events",
+        {
+            "metadata": {"name": "e1", "namespace": SPACE},
+            "type": "Warning",
+            "reason": "FailedToCreateRayCluster",
+            "message": "quota exceeded",
+            "involvedObject": {"kind": "RayService", "name": NAME},
+        },
+    )
+    result = run("status", NAME)
+    assert result.exit_code == 1
+    assert "gpu pods: 1 waiting for a machine" in result.output
+    assert "! pod llama70b-gpu-1: Unschedulable: 0/3 nodes are available" in result.output
+    assert "! RayService llama70b: FailedToCreateRayCluster: quota exceeded" in result.output
+
+
+def test_the_same_again_changes_nothing(api: KubeAPI, run: Callable[..., Result]) -> None:
+    deployed(api, run)
+    before = service(api)["metadata"]["generation"]
+    result = run("deploy", str(CONFIG), "--no-wait")
+    assert "this changes nothing" in result.output and "revision 1;" in result.output
+    assert service(api)["metadata"]["generation"] == before
+
+
+def test_in_another_namespace_the_way_back_names_it(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("namespace: other\n")
+    result = run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
+    assert "back with: serve-app rollback llama70b -n other" in result.output
+
+
+def test_dry_run_changes_nothing(api: KubeAPI, run: Callable[..., Result]) -> None:
+    before = set(api.objects)
+    result = run("deploy", str(CONFIG), "--dry-run")
+    assert "creates the RayService" in result.output
+    assert set(api.objects) == before
+
+
+def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
+    code = "from serve_app.kuberay.cli import deploy; deploy()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(CONFIG), "--kubeconfig", str(kubeconfig)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # A test run in the background ignores Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "NOT_STARTED" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(10) == 0, rest
+    assert "no longer watching; the deployment goes on: serve-app status llama70b" in rest
+    assert service(api)["metadata"]["name"] == NAME
+
+
+# --- what a change would do ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            [("max_num_seqs: 256", "max_num_seqs: 128")],
+            [
+                "changes the running cluster in place",
+                "application 'llama-3.3-70b' is deployed anew: args.engine.max_num_seqs 256 → 128",
+            ],
+        ),
+        (
+            [("max_replicas: 2", "max_replicas: 3")],
+            ["in place", "worker group 'h100-x4': maxReplicas 3 → 4"],
+        ),
+        (
+            [("min_replicas: 1", "min_replicas: 2")],
+            ["in place (4 GPUs)", "worker group 'h100-x4': minReplicas 1 → 2"],
+        ),
+        (
+            [("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n")],
+            ["starts a second cluster beside the running one", "workerGroupSpecs[0]"],
+        ),
+        ([("# Llama 3.3 70B", "# Our Llama 3.3 70B")], ["in place", "comments or order"]),
+    ],
+    ids=["engine", "max replicas", "min replicas", "pod size", "comment"],
+)
+def test_diff_tells_the_kind_of_change(
+    api: KubeAPI,
+    run: Callable[..., Result],
+    tmp_path: Path,
+    changes: list[tuple[str, str]],
+    says: list[str],
+) -> None:
+    deployed(api, run)
+    result = run("diff", config(tmp_path, *changes))
+    assert result.exit_code == 1
+    for text in says:
+        assert text in result.output
+    assert "+++ new RayService/llama70b" in result.output
+
+
+def test_diff_of_the_same_is_empty(api: KubeAPI, run: Callable[..., Result]) -> None:
+    deployed(api, run)
+    result = run("diff", str(CONFIG))
+    assert (result.exit_code, result.output) == (0, "this changes nothing\n")
+
+
+def test_a_model_of_a_new_shape_is_appended_in_place(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    deployed(api, run)
+    small = (
+        "- name: small\n  route_prefix: null\n  import_path: serve_app.model:app\n"
+        "  args: {model: org/small, resources: {accelerator_type: L4}}\n\n- name: gateway"
+    )
+    output = run("diff", config(tmp_path, ("- name: gateway", small))).output
+    assert "changes the running cluster in place (1 GPUs)" in output
+    assert "application 'small' is added" in output
+    assert "worker group 'l4-x1' is added" in output
+
+
+def node(gpus: int) -> dict[str, Any]:
+    return {"metadata": {"name": "n1"}, "status": {"allocatable": {"nvidia.com/gpu": str(gpus)}}}
+
+
+def test_a_new_cluster_without_gpus_for_two_is_refused(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    deployed(api, run)
+    api.store("nodes", node(8))
+    busy = pod("llama70b-gpu-1", "gpu", phase="Running")
+    requests = {"resources": {"requests": {"nvidia.com/gpu": "6"}}}
+    busy["spec"] = {"nodeName": "n1", "containers": [requests]}
+    api.store("pods", busy)
+    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    with pytest.raises(UserError, match=r"needs 4 more GPUs, but 2 can be had \(2 idle on nodes"):
+        run("deploy", bigger, "--no-wait")
+    generation = service(api)["metadata"]["generation"]
+    api.store(
+        "nodepools",
+        {
+            "metadata": {"name": "serve-app-gpu"},
+            "spec": {"limits": {"nvidia.com/gpu": "16"}},
+            "status": {"resources": {"nvidia.com/gpu": "8"}},
+        },
+    )
+    output = run("deploy", bigger, "--no-wait").output
+    assert "needs 4 more GPUs; 2 idle on nodes, 8 within the NodePools' limits" in output
+    assert service(api)["metadata"]["generation"] == generation + 1
+
+
+def test_who_may_not_see_nodes_is_told_so(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    deployed(api, run)
+    api.forbidden.add(("list", "nodes"))
+    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    assert "cannot tell if they exist" in run("deploy", bigger, "--no-wait").output
+
+
+def test_a_change_that_kuberay_ignores_is_refused(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("upgrade: {strategy: None}\n".replace("None", "'None'"))
+    run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
+    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    with pytest.raises(UserError, match="KubeRay would ignore the change"):
+        run("deploy", bigger, "--no-wait", "--cluster", str(profile))
+
+
+# --- rollback and logs --------------------------------------------------------------------------
+
+
+def test_rollback_applies_the_revision_before(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    deployed(api, run)
+    original = service(api)["spec"]["serveConfigV2"]
+    run("deploy", config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 1")), "--no-wait")
+    assert service(api)["spec"]["serveConfigV2"] != original
+    result = run("rollback", NAME, "--no-wait")
+    assert "args.engine.max_num_seqs 1 → 256" in result.output and "revision 3" in result.output
+    assert service(api)["spec"]["serveConfigV2"] == original
+    revisions = [o for (kind, _, _), o in api.objects.items() if kind == "controllerrevisions"]
+    assert sorted(r["revision"] for r in revisions) == [1, 2, 3]
+
+
+def test_old_revisions_are_dropped(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(revisions, "KEEP", 2)
+    for count in range(1, 5):
+        changed = config(tmp_path, ("max_num_seqs: 256", f"max_num_seqs: {count}"))
+        run("deploy", changed, "--no-wait")
+    kept = [
+        o["revision"] for (kind, _, _), o in api.objects.items() if kind == "controllerrevisions"
+    ]
+    assert sorted(kept) == [3, 4]
+
+
+def test_rollback_without_history_and_to_an_unknown_revision(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    with pytest.raises(UserError, match="llama70b has no earlier revision"):
+        run("rollback", NAME)
+    with pytest.raises(UserError, match=r"llama70b has no revision 7 \(known: 1\)"):
+        run("rollback", NAME, "--to", "7")
+
+
+def test_logs_are_those_of_the_model(api: KubeAPI, run: Callable[..., Result]) -> None:
+    def line(file: str, text: str) -> str:
+        return json.dumps({"file": f"/tmp/ray/session_latest/logs/serve/{file}", "log": text})
+
+    api.store("pods", pod("llama70b-head", "head"))
+    api.store("pods", pod("llama70b-gpu-1", "gpu"))
+    api.logs["llama70b-gpu-1", "logs"] = [
+        line("replica_llama-3.3-70b_ModelServer_ab.log", "loading"),
+        line("replica_other_ModelServer_cd.log", "not mine"),
+    ]
+    api.logs["llama70b-gpu-1", "ray-worker previous"] = ["Killed"]
+    # The head has no log yet: no error beside a pod that has one.
+    assert run("logs", NAME, "llama-3.3-70b").output == "llama70b-gpu-1: loading\n"
+    assert "llama70b-gpu-1: not mine\n" in run("logs", NAME).output
+    assert run("logs", NAME, "--previous").output == "llama70b-gpu-1: Killed\n"
+    deployed(api, run)
+    with pytest.raises(UserError, match="llama70b has no model 'llama-70b'; did you mean"):
+        run("logs", NAME, "llama-70b")
+    with pytest.raises(UserError, match="other has no pods in namespace serve-app"):
+        run("logs", "other")
+
+
+# --- what goes wrong on the way -----------------------------------------------------------------
+
+
+def test_no_kubeconfig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from kubernetes.config import kube_config
+
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(UserError, match="no kubeconfig and not inside a cluster; run aws eks"):
+        Cluster.connect()
+    with pytest.raises(UserError, match="mine: no such kubeconfig"):
+        Cluster.connect(tmp_path / "mine")
+
+
+def test_an_unknown_context(kubeconfig: Path) -> None:
+    with pytest.raises(UserError, match=r"has no context 'there'; did you mean 'here'\?"):
+        Cluster.connect(kubeconfig, "there")
+
+
+def test_a_cluster_without_kuberay(api: KubeAPI, run: Callable[..., Result]) -> None:
+    del api.resources["ray.io/v1"]
+    with pytest.raises(UserError, match=r"no kind RayService; install KubeRay's operator"):
+        run("deploy", str(CONFIG))
+
+
+def test_refused_credentials(api: KubeAPI, tmp_path: Path) -> None:
+    path = api.kubeconfig(tmp_path / "k", token="old")
+    with pytest.raises(UserError, match="refuses these credentials"):
+        Cluster.connect(path).get("RayService", NAME, SPACE)
+
+
+def test_forbidden_says_what_may_not_be_done(api: KubeAPI, run: Callable[..., Result]) -> None:
+    api.forbidden.add(("patch", "ingresses"))
+    with pytest.raises(
+        UserError, match=r"not allowed to apply Ingress llama70b: ingresses is forb"
+    ):
+        run("deploy", str(CONFIG))
+
+
+def test_forbidden_proxy_leaves_the_answer_open(api: KubeAPI, run: Callable[..., Result]) -> None:
+    deployed(api, run)
+    api.forbidden.add(("get", "proxy"))
+    result = run("status", NAME)
+    assert result.exit_code == 0
+    assert "every model is RUNNING (not allowed to reach services" in result.output
+
+
+def test_a_conflict_names_the_field_and_its_owner(api: KubeAPI, run: Callable[..., Result]) -> None:
+    deployed(api, run)
+    key = ("rayservices", SPACE, NAME)
+    api.owners[key]["spec", "rayClusterDeletionDelaySeconds"] = "kubectl-edit"
+    document = json.loads(json.dumps(service(api)))
+    document["spec"]["rayClusterDeletionDelaySeconds"] = 5
+    api.store("rayservices", document)
+    with pytest.raises(
+        UserError, match=r'conflicts with "kubectl-edit".*spec.rayClusterDeletionDelaySeconds'
+    ):
+        run("deploy", str(CONFIG), "--no-wait")
+    assert service(api)["spec"]["rayClusterDeletionDelaySeconds"] == 5
+    run("deploy", str(CONFIG), "--no-wait", "--force")
+    assert service(api)["spec"]["rayClusterDeletionDelaySeconds"] == 960
+
+
+def test_a_namespace_that_is_not_there_yet_is_made(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    api.remove("namespaces", "", SPACE)
+    run("deploy", str(CONFIG), "--dry-run")
+    assert api.get("namespaces", "", SPACE) is None
+    run("deploy", str(CONFIG), "--no-wait")
+    assert service(api)["metadata"]["namespace"] == SPACE
+
+
+def test_an_address_that_nobody_listens_on(api: KubeAPI, tmp_path: Path) -> None:
+    path = api.kubeconfig(tmp_path / "k", server="http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"API server http://127.0.0.1:9: it cannot be reached"):
+        Cluster.connect(path).get("RayService", NAME, SPACE)
+
+
+def test_a_server_that_does_not_answer_in_time(
+    api: KubeAPI, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster.connect(kubeconfig)
+    api.delay_s = 2.0
+    with pytest.raises(UserError, match="it does not answer in time"):
+        cluster._send("GET", "/api/v1/nodes", timeout_s=0.2)
+
+
+def test_an_answer_that_is_no_api_servers(api: KubeAPI, kubeconfig: Path) -> None:
+    api.proxy = lambda *_: (200, "<html>sign in</html>")
+    cluster = Cluster.connect(kubeconfig)
+    with pytest.raises(UserError, match="did not answer as an API server does"):
+        cluster._checked("get", "Pod", "x", 200, "<html>sign in</html>")
+
+
+def test_a_deleted_rayservice_ends_the_wait(api: KubeAPI, run: Callable[..., Result]) -> None:
+    later(api, lambda: api.remove("rayservices", SPACE, NAME))
+    with pytest.raises(UserError, match=r"was deleted while|no RayService llama70b in namespace"):
+        run("deploy", str(CONFIG))
+
+
+def test_an_expired_watch_starts_anew(api: KubeAPI, run: Callable[..., Result]) -> None:
+    answers(api)
+    api.expired_below = 10**9
+    later(api, lambda: set_status(api, RUNNING))
+    assert "ready: every model answers" in run("deploy", str(CONFIG), "--timeout", "20").output
+
+
+def test_the_apis_are_asked_by_server_side_apply_only(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    writes = [(m, p) for m, p in api.requests if m not in ("GET",)]
+    applied = [p for m, p in writes if m == "PATCH"]
+    assert all("fieldManager=serve-app" in p and "fieldValidation=Strict" in p for p in applied)
+    dry = [p for p in applied if "dryRun=All" in p]
+    assert len(dry) * 2 == len(applied)  # each once for trial, once in earnest
+    assert [re.sub(r"\?.*", "", p) for m, p in writes if m == "POST"] == [
+        f"/apis/apps/v1/namespaces/{SPACE}/controllerrevisions"
+    ]
+
+
+# --- the stand-in against kubectl ---------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_path: Path) -> None:
+    """`serve-app render CONFIG | kubectl …`, with kubectl as the judge of both sides."""
+    api.token = None  # kubectl sends none without TLS
+    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).output
+    environment = os.environ | {"HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig)}
+
+    def kubectl(*args: str) -> str:
+        done = subprocess.run(
+            ["kubectl", *args], input=text, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    client_side = kubectl("create", "--dry-run=client", "--validate=false", "-f", "-", "-o", "name")
+    assert "rayservice.ray.io/llama70b" in client_side
+    assert len(client_side.split()) == len(list(yaml.safe_load_all(text)))
+    kubectl("apply", "--server-side", "--validate=false", "-f", "-")
+    assert "rayservice.ray.io/llama70b" in kubectl("get", "rayservices", "-n", SPACE, "-o", "name")
+    # kubectl owns the fields now, with our values: no conflict, nothing to do.
+    cluster = Cluster.connect(kubeconfig)
+    document = next(d for d in yaml.safe_load_all(text) if d["kind"] == "RayService")
+    assert cluster.apply(document)["metadata"]["generation"] == 1

@@ -1,0 +1,161 @@
+"""`serve-app plan` and `serve-app check` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import serve_app.local.run
+from serve_app.cli import cli
+from serve_app.errors import UserError
+from serve_app.planner.cli import check, plan
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ONE_MODEL = str(ROOT / "configs/llama70b.yaml")
+
+
+def run(command: Any, *arguments: str) -> Result:
+    result = CliRunner().invoke(command, arguments, catch_exceptions=True)
+    if result.exception and not isinstance(result.exception, (SystemExit, UserError)):
+        raise result.exception
+    return result
+
+
+def as_json(*arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(run(plan, *arguments, "--json").stdout)
+    return found
+
+
+def test_json_has_what_the_issue_names() -> None:
+    found = as_json(ONE_MODEL, "--gpu", "H100")
+    assert found["fits"] is True
+    assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == (4, 1)
+    assert found["gpu"] == "H100"
+    parts = ("weights", "non_torch", "activation", "cudagraph", "kv_cache")
+    assert all(found["per_gpu"][f"{part}_bytes"] > 0 for part in parts)
+    assert found["kv_bytes_per_token"] == 81_920
+    assert found["kv_cache_tokens"] > 400_000
+    assert found["max_concurrency"] > 40
+    assert found["reasons"] == []
+    assert found["instances"][0]["instance_type"] == "p5.48xlarge"
+    assert {g["gpu"] for g in found["gpu_types"] if not g["fits"]} == {"V100"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_plans_without_network(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    found = as_json(str(config))
+    for one in found.get("models", [found]):
+        assert one["fits"], one["reasons"]
+    assert run(check, str(config)).exit_code == 0
+
+
+def test_the_terminal_names_instances_and_reasons() -> None:
+    text = run(plan, ONE_MODEL).output
+    for words in ("fits", "p5.48xlarge", "KV cache", "not V100", "awq int4", "bf16 141 GB"):
+        assert words in text
+
+
+def test_a_model_alone_is_laid_out() -> None:
+    found = as_json("deepseek-ai/DeepSeek-V3", "--gpu", "H200", "-e", "max_model_len=32768")
+    assert (found["tensor_parallel_size"], found["pipeline_parallel_size"]) == (8, 1)
+    fixed = as_json("meta-llama/Llama-3.3-70B-Instruct", "--gpu", "H100", "-e",
+                    "tensor_parallel_size=1")  # fmt: skip
+    assert fixed["fits"] is False
+    assert "weights" in fixed["reasons"][0]
+    assert fixed["kv_cache_tokens"] == 0
+    assert fixed["smallest"]["tensor_parallel_size"] == 4
+    shown = run(plan, "meta-llama/Llama-3.3-70B-Instruct", "--gpu", "H100", "-e",
+                "tensor_parallel_size=3").output  # fmt: skip
+    assert "does not divide the 64 attention heads" in shown
+
+
+def test_an_instance_too_small_is_said(tmp_path: Path) -> None:
+    found = as_json(ONE_MODEL, "--gpu", "p5.4xlarge")
+    assert found["fits"] is False
+    assert "span machines" in found["reasons"][0]
+
+
+def test_a_picture_of_each_model(tmp_path: Path) -> None:
+    from PIL import Image
+
+    target = tmp_path / "plan.png"
+    run(plan, str(ROOT / "configs/fleet.yaml"), "--plot", str(target))
+    with Image.open(target) as image:
+        colours = image.convert("RGB").getcolors(1 << 20) or []
+    assert (76, 159, 80) in {colour for _, colour in colours}  # the KV cache's green
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nofile.yaml"], "no such file"),
+        (["./nofolder"], "no such folder"),
+        (["Qwen/Qwen3-32B", "--gpu", "H10"], "did you mean 'H100'"),
+        (["Qwen/Qwen3-32B", "-e", "tensor_paralel_size=2"], "did you mean 'tensor_parallel_size'"),
+        (["Qwen/Qwen3-32B", "-e", "nonsense"], "key=value"),
+        (["Qwen/Qwen3-32B", "--prices", "none.yaml"], "none.yaml: no such file"),
+        ([ONE_MODEL, "--model", "gpt"], "has no model 'gpt'"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], words: str) -> None:
+    result = run(plan, *arguments)
+    assert isinstance(result.exception, UserError)
+    assert words in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_check_exits_with_1_for_a_failure_and_raises_where_it_cannot_run(tmp_path: Path) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(Path(ONE_MODEL).read_text().replace("parallel_size: 4", "parallel_size: 3"))
+    result = run(check, str(config), "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["ok"] is False
+    failed = [f for f in found["configs"][str(config)] if f["status"] == "fail"]
+    assert [f["check"] for f in failed] == ["parallelism"] * len(failed)
+    assert failed[0]["fix"] == "tensor_parallel_size can be 1, 2, 4, 8"
+    shown = run(check, str(config)).output
+    assert "fail parallelism" in shown
+    assert "1 to fix" in shown or "2 to fix" in shown
+    assert isinstance(run(check, "nofile.yaml").exception, UserError)
+
+
+def test_neither_vllm_nor_torch_nor_ray_is_imported() -> None:
+    code = (
+        "import sys, serve_app.planner.cli, serve_app.planner.checks\n"
+        "print([m for m in ('vllm', 'torch', 'ray', 'huggingface_hub') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_run_checks_before_it_starts_unless_told_not_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(
+        serve_app.local.run, "run", lambda fleet, *_, **__: started.append(fleet) or 0
+    )
+    config = tmp_path / "bad.yaml"
+    config.write_text(Path(ONE_MODEL).read_text().replace("parallel_size: 4", "parallel_size: 3"))
+    refused = run(cli, "run", str(config))
+    assert isinstance(refused.exception, UserError)  # what main() turns into exit status 2
+    assert "tensor_parallel_size can be 1, 2, 4, 8" in str(refused.exception)
+    assert not started
+    assert run(cli, "run", "--no-check", str(config)).exit_code == 0
+    assert len(started) == 1

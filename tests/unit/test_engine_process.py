@@ -1,0 +1,110 @@
+"""What is done inside vLLM's processes, without an engine in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.processes import eventually, title
+
+from serve_app.replica.start import plugin
+from serve_app.replica.start.plugin import LINES, PHASE, START_FOLDER
+
+# --- phases of a start ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vllm_logger() -> Iterator[logging.Logger]:
+    """The logger above all of vLLM's, as it was afterwards."""
+    logger = logging.getLogger("vllm")
+    handlers, level = list(logger.handlers), logger.level
+    logger.setLevel(logging.INFO)
+    yield logger
+    logger.handlers = handlers
+    logger.setLevel(level)
+
+
+def test_a_line_of_vllms_log_is_noted_as_its_phase(
+    vllm_logger: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(START_FOLDER, str(tmp_path))
+    plugin.prepare()
+    noted = []
+    loader = logging.getLogger("vllm.model_executor.model_loader.weight_utils")
+    for say, line, *args in (
+        (vllm_logger.info, "Starting to load model %s...", "org/model"),
+        (loader.debug, "Using model weights format %s", ["*.safetensors"]),
+        (loader.info, "Filesystem type for checkpoints: %s.", "EXT4"),
+        (vllm_logger.info, "nothing about the start"),
+        (vllm_logger.info, "init engine (profile, create kv cache, warmup model) took %.2f s", 9.0),
+    ):
+        say(line, *args)
+        noted.append((tmp_path / PHASE).read_text())
+    assert noted == [
+        "loading weights",
+        "downloading weights",
+        *["loading weights"] * 2,
+        "starting the server",
+    ]
+
+
+def test_a_line_after_the_start_is_no_error(
+    vllm_logger: logging.Logger,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(START_FOLDER, str(tmp_path / "deleted"))
+    plugin.prepare()
+    vllm_logger.info("Starting to load model %s...", "org/model")
+    assert "Error" not in capsys.readouterr().err
+    assert not (tmp_path / "deleted").exists()
+
+
+def test_the_installed_vllm_still_has_every_line() -> None:
+    found = importlib.util.find_spec("vllm")
+    assert found and found.submodule_search_locations
+    root = Path(found.submodule_search_locations[0])
+    code = "".join(
+        file.read_text()
+        for folder in ("v1/engine", "v1/core", "v1/worker", "compilation", "model_executor")
+        for file in (root / folder).glob("model_loader/*.py" if "exec" in folder else "**/*.py")
+    )
+    assert [line for line in LINES if f'"{line}' not in code] == []
+
+
+# --- the tie to the parent -----------------------------------------------------------------------
+
+PARENT = """
+import multiprocessing, time
+from serve_app.lifeline import tie_children
+tie_children()
+tie_children()
+child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(300,))
+child.start()
+print(child.pid, flush=True)
+child.join()
+"""
+
+
+def test_a_spawned_process_dies_with_its_parent_before_it_has_imported_anything() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout
+        child = int(parent.stdout.readline())
+        assert eventually(lambda: "multiprocessing-fork" in title(child))
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    try:
+        assert eventually(lambda: not title(child))
+    finally:
+        if title(child):
+            os.kill(child, signal.SIGKILL)
