@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kuberay_fixtures import CRD, NAMES, bundle, edit
+from kuberay_fixtures import CRD, NAMES, ROOT, bundle, edit
 
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay.validate import manifests, schema
@@ -109,6 +111,14 @@ def test_weights_of_the_hub_without_a_volume_are_a_warning_and_those_on_s3_are_n
     assert judge(streamed) == []
 
 
+def test_whoever_installs_the_application_gets_the_schemas_of_built_in_kinds() -> None:
+    """As an extra for developers, it left a user's `validate` without any, and nobody told."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "kubernetes-validate" in {re.split("[<>=]", d)[0] for d in project["dependencies"]}
+    for lock in ("cpu.lock", "cuda.lock"):
+        assert "\nkubernetes-validate==" in (ROOT / "requirements" / lock).read_text()
+
+
 def test_without_the_crd_fields_and_pods_are_still_checked(right: list[dict[str, Any]]) -> None:
     wrong = edit(
         right,
@@ -120,6 +130,9 @@ def test_without_the_crd_fields_and_pods_are_still_checked(right: list[dict[str,
         },
     )
     lines = "\n".join(said(judge(wrong)))
+    number = {"spec.rayClusterConfig.headGroupSpec.rayStartParams.num-cpus": 0}
+    (line,) = said(judge(edit(right, {"RayService": number})))
+    assert line.endswith("rayStartParams.num-cpus is 0, but must be of type string")
     assert "containers[0].imagePolicy is not a field; did you mean 'imagePullPolicy'?" in lines
     assert "rayversion is not a field; did you mean 'rayVersion'?" in lines
 
