@@ -28,8 +28,6 @@ class Node:
     gpus: int
     is_head: bool = False
     gpu_type: str | None = None
-    instance_type: str | None = None
-    shm_bytes: int | None = None
 
 
 class Inventory(Protocol):
@@ -127,7 +125,6 @@ class KubernetesInventory:
                     name=str((item.get("metadata") or {}).get("name")),
                     gpus=int(str(allocatable.get("nvidia.com/gpu") or 0)),
                     gpu_type=gpu,
-                    instance_type=labels.get("node.kubernetes.io/instance-type"),
                 )
             )
         return found

@@ -119,6 +119,25 @@ def test_whoever_installs_the_application_gets_the_schemas_of_built_in_kinds() -
         assert "\nkubernetes-validate==" in (ROOT / "requirements" / lock).read_text()
 
 
+@pytest.mark.parametrize("with_crd", [True, False])
+def test_an_amount_that_is_none_is_one_line(
+    with_crd: bool, right: list[dict[str, Any]], crd: dict[str, Any]
+) -> None:
+    at = "spec.rayClusterConfig.workerGroupSpecs.1.template.spec.containers.0.resources.limits"
+    wrong = edit(right, {"RayService": {f"{at}.memory": "900Gib"}})
+    (line,) = said(judge(wrong, crd if with_crd else None))
+    assert line.endswith("limits.memory is '900Gib'; write an amount as 4, 500m or 16Gi")
+
+
+def test_a_gpu_that_nobody_has_is_told_by_the_group_that_names_it(
+    right: list[dict[str, Any]],
+) -> None:
+    """It ended the validation, and with it every other finding."""
+    at = "spec.rayClusterConfig.workerGroupSpecs.1.resources"
+    wrong = edit(right, {"RayService": {at: {"GPU": "4", "accelerator_type:H1000": "1"}}})
+    assert "workerGroupSpecs[1].resources names an unknown GPU" in said(judge(wrong))[0]
+
+
 def test_without_the_crd_fields_and_pods_are_still_checked(right: list[dict[str, Any]]) -> None:
     wrong = edit(
         right,

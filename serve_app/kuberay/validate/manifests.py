@@ -245,6 +245,14 @@ def core_count(quantity: Any) -> float:
     return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
 
 
+HOW_QUANTITIES_ARE = "write an amount as 4, 500m or 16Gi"
+
+
+def is_quantity(value: Any) -> bool:
+    """Whether Kubernetes reads it as an amount: ``4``, ``500m``, ``16Gi``, ``1e3``."""
+    return bool(re.fullmatch(r"\d+(\.\d+)?([eE]-?\d+|[munkMGTPE]|[KMGTPE]i)?", str(value)))
+
+
 def seconds_of(duration: Any) -> int | None:
     """A Go duration (``1h30m``) in seconds; None for none."""
     parts = re.findall(r"(\d+)([hms])", str(duration or ""))

@@ -76,6 +76,8 @@ def _group(pods: Pods, v2: bool) -> Found:
             f"is {restart}; autoscaler v2 needs Never, or no restartPolicy",
         )
     least, most = pods.group.get("minReplicas"), pods.group.get("maxReplicas")
+    if isinstance(least, int) and least < 0:
+        yield fail(f"{pods.where}.minReplicas", f"is {least}, below 0")
     if isinstance(least, int) and isinstance(most, int) and least > most:
         yield fail(f"{pods.where}.minReplicas", f"is {least}, above maxReplicas ({most})")
     for field in ("idleTimeoutSeconds", "priority"):

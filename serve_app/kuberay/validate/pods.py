@@ -11,6 +11,7 @@ from serve_app.kuberay.validate.manifests import (
     CAPACITY_TYPE,
     EFA,
     GPU,
+    HOW_QUANTITIES_ARE,
     INSTANCE_TYPE,
     Document,
     Manifests,
@@ -18,6 +19,7 @@ from serve_app.kuberay.validate.manifests import (
     byte_count,
     core_count,
     get,
+    is_quantity,
     items,
     mapping,
     pods_of,
@@ -174,7 +176,11 @@ def shared_memory(pods: Pods) -> Found:
 def resources(pods: Pods) -> Found:
     """What Kubernetes grants, and what Ray is told of it."""
     at = f"{pods.container_at}.resources"
-    if pods.memory is None:
+    for field, amounts in (("limits", pods.limits), ("requests", pods.requests)):
+        for key, amount in amounts.items():
+            if not is_quantity(amount):
+                yield fail(f"{at}.{field}.{key}", f"is '{amount}'", HOW_QUANTITIES_ARE)
+    if "memory" not in pods.limits:
         yield fail(f"{at}.limits.memory", "is missing; KubeRay tells Ray the memory by it")
     for device in (GPU, EFA):
         if pods.requests.get(device) != pods.limits.get(device):

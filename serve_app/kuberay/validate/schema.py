@@ -21,7 +21,7 @@ import kubernetes_validate
 import yaml
 
 from serve_app.errors import ConfigError, did_you_mean
-from serve_app.kuberay.validate.manifests import Document, pods_of
+from serve_app.kuberay.validate.manifests import HOW_QUANTITIES_ARE, Document, pods_of
 from serve_app.kuberay.validate.rule import Found, fail
 
 KUBERNETES_VERSION = "1.33"
@@ -195,6 +195,8 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[tuple[str, str]]:
         yield path, f"is {_short(error.instance)}, but must be of type {wanted}"
     elif error.validator == "minimum":
         yield path, f"is {error.instance}, but must be {error.validator_value} or more"
+    elif error.validator == "pattern" and "[KMGTPE]i" in error.validator_value:
+        yield path, f"is {_short(error.instance)}; {HOW_QUANTITIES_ARE}"
     else:
         yield path, error.message if len(error.message) < 200 else f"fails {error.validator}"
 

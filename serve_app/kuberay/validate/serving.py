@@ -272,26 +272,25 @@ def caches(service: Document, fleet: Fleet) -> Found:
     """What is downloaded and compiled: is it on a volume that outlives the pod?"""
     workers = workers_of(service)
     kept = {mount for pods in workers for mount in pods.lasting_mounts}
-    # Where the hub's files go, in the GPU pods of which they do not outlive the pod.
-    lost: dict[str, str] = {}
+    lost: list[tuple[str, str]] = []  # GPU pods, and where they keep the hub's files for a while
     for pods in workers:
         env = {str(e.get("name")): str(e.get("value") or "") for _, e in pods.env}
         home = env.get("HF_HOME") or env.get("HF_HUB_CACHE") or _HUB_CACHE
         if pods.gpus and not _within(home, pods.lasting_mounts):
-            lost.setdefault(f"{pods.container_at}.volumeMounts", home)
+            lost.append((f"{pods.container_at}.volumeMounts", home))
     for name, model in fleet.models.items():
         if model.cache_dir and not _within(model.cache_dir, kept):
             there = f"; {', '.join(sorted(kept))} does" if kept else ""
             said = f"cache_dir {model.cache_dir} does not outlive the pod{there}"
             yield warn(CONFIG, f"application '{name}': {said}")
-        elif not model.cache_dir and not model.model.startswith(("s3://", "/")):
-            for at, home in list(lost.items())[:1]:
-                yield warn(
-                    at,
-                    f"has no volume at {home} that outlives the pod: '{name}' downloads its "
-                    "weights at each start",
-                    "mount a PersistentVolumeClaim there, or stream from S3",
-                )
+        elif lost and not model.cache_dir and not model.model.startswith(("s3://", "/")):
+            at, home = lost[0]
+            yield warn(
+                at,
+                f"has no volume at {home} that outlives the pod: '{name}' downloads its weights at "
+                "each start",
+                "mount a PersistentVolumeClaim there, or stream from S3",
+            )
 
 
 def _within(folder: str, mounts: set[str]) -> bool:

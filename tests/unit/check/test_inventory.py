@@ -25,7 +25,6 @@ def test_ray_nodes_are_read() -> None:
 def test_kubernetes_nodes_are_read() -> None:
     node = {
         "metadata": {"name": "ip-10", "labels": {
-            "node.kubernetes.io/instance-type": "p5.48xlarge",
             "karpenter.k8s.aws/instance-gpu-name": "h100"}},
         "status": {"allocatable": {"nvidia.com/gpu": "8"}},
     }  # fmt: skip
@@ -36,7 +35,7 @@ def test_kubernetes_nodes_are_read() -> None:
         "customresourcedefinitions": [{"metadata": {"name": "rayservices.ray.io"}}],
     }
     cluster = KubernetesInventory(lambda resource: answers[resource])
-    assert cluster.nodes() == [Node("ip-10", 8, gpu_type="h100", instance_type="p5.48xlarge")]
+    assert cluster.nodes() == [Node("ip-10", 8, gpu_type="h100")]
     assert cluster.secrets() == {"hf"}
     assert cluster.classes() == {"StorageClass/gp3", "CRD/rayservices.ray.io"}
 
