@@ -7,12 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from serve_app import addresses
 from serve_app.errors import UserError
-from serve_app.planner.cluster import recorded_address
 
 _PATIENCE_S = 60.0
 """For a cluster whose port answers; Ray itself would go on trying for minutes."""
@@ -61,6 +62,13 @@ def named_cluster() -> NamedCluster | None:
         )
     head = addresses.split(address)
     return NamedCluster(head[0] if head else address, tuple(listens) if listens else None)
+
+
+def recorded_address() -> str | None:
+    """What the last ``ray start`` on this machine wrote down; its cluster may be gone."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    record = Path(folder) / "ray" / "ray_current_cluster"
+    return record.read_text().strip() if record.is_file() else None
 
 
 def is_here(host: str) -> bool:
