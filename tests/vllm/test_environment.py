@@ -61,7 +61,7 @@ def test_an_application_s_runtime_env_reaches_its_deployment(
     monkeypatch.setattr(serve.ray, "is_initialized", lambda: True)
     context = SimpleNamespace(runtime_env=own)
     monkeypatch.setattr(serve.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(model, "running_controller", lambda: None)
+    monkeypatch.setattr(serve, "controller", lambda: None)
     monkeypatch.setattr(model.capacity, "refuse_impossible", lambda needed: None)
     args = {"model": "org/model", "env": {"MY_FLAG": 1}} if build is model.app else {}
     given = build(args)._bound_deployment.ray_actor_options["runtime_env"]
