@@ -116,7 +116,7 @@ class ModelServer:
             silent = silent + 0.2 if self._engine.busy and last_step == seen else 0.0
             seen = last_step
             patience = self._config.hang_timeout_s
-            if not self._engine.load.proven:
+            if not self._engine.load.first_request_done:
                 patience = max(patience, _FIRST_REQUEST_S)
             if silent > patience:
                 logger.error(
