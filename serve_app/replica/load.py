@@ -70,9 +70,6 @@ class EngineLoad:
         self._asked = (clock(), 0)
         self.last_step = clock()
         """When the engine last made a step, in the clock's seconds."""
-        self.asleep = False
-        """Whether the engine has been put to sleep, or is on its way there."""
-
         self.first_request_done = False
         """Whether it has finished a request: until then a step may hold compilers up."""
 
@@ -86,9 +83,10 @@ class EngineLoad:
     def stats(self, answering: int = 0) -> dict[str, float]:
         """What ``record_autoscaling_stats`` returns; see :mod:`serve_app.cluster.autoscaling`.
 
-        Requests ``running`` and ``waiting`` in the engine and, of the ``answering`` that the
-        server has, ``in_front_end``: not in the engine yet (the first ones wait while vLLM imports what it needs for
-        them, others for a download or the tokenizer); its ``capacity`` (``max_num_seqs``),
+        Requests ``running`` and ``waiting`` in the engine and, of the ``answering`` that its
+        front end has, those ``in_front_end`` alone (the first ones wait while vLLM imports what
+        it needs for them, others for a download or the tokenizer); its ``capacity``
+        (``max_num_seqs``),
         ``kv_cache_usage`` (0 to 1), ``preemptions`` so far, and ``tokens_per_s`` generated since
         the call before.
         """
@@ -138,7 +136,7 @@ class EngineLoad:
         """vLLM calls it once the engine runs."""
 
     def record_sleep_state(self, sleep: int, level: int) -> None:
-        """vLLM 0.29 calls it on its own loggers only; who sends the engine to sleep says so."""
+        """vLLM 0.29 calls it on its own loggers only; ``Engine.asleep`` is what knows."""
 
 
 class PreemptionWatch:

@@ -14,7 +14,7 @@ import os
 import time
 
 from serve_app.cluster import serve
-from serve_app.replica.start.beside import Beside
+from serve_app.replica.start.background import BackgroundThread
 
 logger = logging.getLogger("ray.serve")
 
@@ -25,7 +25,7 @@ GRACE_S = 30.0
 """Seconds in which a start that was broken off must have ended by itself."""
 
 
-class StartWatch(Beside):
+class StartWatch(BackgroundThread):
     """Watches the start of a replica until its ``with`` block ends."""
 
     def __init__(self, application: str, replica: str, limit_s: float) -> None:
