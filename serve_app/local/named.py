@@ -20,16 +20,14 @@ _PATIENCE_S = 60.0
 
 _ASK = """
 import json, ray
-from ray import serve
-from ray.serve.context import _get_global_client
-ray.init(log_to_driver=False, logging_level="ERROR", namespace="serve")
-client = _get_global_client(raise_if_no_controller_running=False)
-details = client.get_serve_details() if client else {}
-http = details.get("http_options") or {}
+from serve_app.cluster import serve
+ray.init(log_to_driver=False, logging_level="ERROR")
+report = serve.report()
+http = report["http_options"] if report else {}
 print(json.dumps([
     ray.get_runtime_context().gcs_address,
-    [http["host"], http["port"]] if client else None,
-    sorted(details.get("applications") or {}),
+    [http["host"], http["port"]] if report else None,
+    sorted(report["applications"]) if report else [],
 ]))
 """
 
