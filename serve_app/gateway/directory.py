@@ -24,9 +24,9 @@ from serve_app.cluster.progress import Phase
 from serve_app.cluster.replicas import Watcher
 from serve_app.cluster.serve import running_controller
 from serve_app.config.document import DEPLOYMENT, MODEL_IMPORT_PATH, deployed
+from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig, ids_of
 from serve_app.errors import ConfigError
-from serve_app.planner.vllm.defaults import count
 
 logger = logging.getLogger("ray.serve")
 

@@ -154,6 +154,8 @@ def test_nothing_written_is_nothing_said() -> None:
         ("max_model_len", ""),
         ("max_model_len", "."),
         ("max_model_len", "1.2.3k"),
+        ("max_model_len", "1.5"),
+        ("max_model_len", "1.5K"),
         ("collect_detailed_traces", ["everything"]),
     ],
 )
@@ -166,12 +168,15 @@ def test_what_vllms_parser_refuses_is_refused_without_vllm(
         parser.parse_args(to_argv({name: value}))
 
 
-@pytest.mark.parametrize("text", ["1", "8192", "8k", "8K", "1.5k", "2M", "1G", "auto"])
-def test_a_context_length_is_taken_in_every_spelling_of_vllm(
+@pytest.mark.parametrize(
+    "text", ["1", "8192", "8k", "8K", "1.5k", "25.6k", "2m", "2M", "1G", "1T", " 8k", "auto", "-1"]
+)
+def test_a_context_length_is_read_in_every_spelling_of_vllm(
     parser: argparse.ArgumentParser, text: str
 ) -> None:
     engine_args.check({"max_model_len": text})
-    assert parser.parse_args(to_argv({"max_model_len": text})).max_model_len
+    read = parser.parse_args(to_argv({"max_model_len": text})).max_model_len
+    assert engine_args.count(text, "max_model_len", least=-1) == read
 
 
 # --- vLLM's further refusals -------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.config.engine_args import count
 from serve_app.errors import ConfigError
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.model import quantization
@@ -151,36 +152,6 @@ def parallelism(arguments: dict[str, Any]) -> Parallelism:
         bool(arguments.get("enable_expert_parallel")),
         size("decode_context_parallel_size") if prefill == 1 else 1,
     )
-
-
-_MULTIPLES = {"k": 1000, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"K": 1024, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def count(value: Any, name: str, *, least: int = 1) -> int | None:
-    """A whole number as vLLM reads it: ``8192``, ``8k`` (×1000) or ``8K`` (×1024); None unset.
-
-    Raises:
-        ConfigError: anything else, or below ``least``.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        text = value.strip()
-        if text == "auto":
-            return -1
-        factor = _MULTIPLES.get(text[-1:]) or _BINARY.get(text[-1:]) or 1
-        try:
-            value = float(text[:-1] if factor > 1 else text) * factor
-        except ValueError:
-            value = float("nan")
-    if isinstance(value, bool) or value != value or value != int(value):
-        raise ConfigError(f"engine.{name} must be a whole number (8192, 8k or 8K)")
-    if value < least or value == 0:
-        raise ConfigError(f"engine.{name} is {int(value)}, but must be at least {max(1, least)}")
-    if value > 1 << 60:
-        raise ConfigError(f"engine.{name} is {int(value)}, beyond any machine")
-    return int(value)
 
 
 def _number(arguments: dict[str, Any], name: str, default: float) -> float:
