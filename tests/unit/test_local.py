@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import yaml
 from harness import servers
-from harness.processes import REPO, free_port
+from harness.command import refusal
+from harness.processes import free_port
 from rich.console import Console
 
 from serve_app.config.document import RUN_ID, Fleet, load
@@ -39,19 +40,6 @@ def fleet_of(tmp_path: Path, *models: dict[str, Any], **http_options: Any) -> Fl
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))
     return load(path)
-
-
-def run(path: Path, cwd: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """`serve-app run` of what is refused before anything starts."""
-    return subprocess.run(
-        [servers.BIN / "serve-app", "run", str(path), *options],
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 # ----------------------------------------------------------------- the address it is bound to
@@ -100,8 +88,8 @@ def test_the_port_can_be_given_on_the_command_line(tmp_path: Path) -> None:
     assert fleet.port == 8000
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run(fleet.path, REPO, "--port", str(port))
-    assert done.stderr.startswith(f"serve-app: port {port} is taken")
+        [line] = refusal("run", str(fleet.path), "--port", str(port))
+    assert line.startswith(f"serve-app: port {port} is taken")
 
 
 @contextmanager
@@ -118,7 +106,7 @@ def answering(body: Any, status: int = 200) -> Iterator[Endpoint]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield Endpoint("127.0.0.1", server.server_port)
@@ -234,7 +222,11 @@ def test_python_has_a_path_without_spaces(
     for _ in range(2):
         command = made.serve()
     assert command[0] == str(made.folder / "python/bin/python")
-    shell = f"{command[0]} -c 'import ray, sys; print(ray.__version__, sys.prefix)'"
+    # Not imported: that it is found among the packages of this environment is enough.
+    program = (
+        "import sys; from importlib.metadata import version; print(version('ray'), sys.prefix)"
+    )
+    shell = f'{command[0]} -c "{program}"'
     said = subprocess.run(shell, shell=True, capture_output=True, text=True)
     assert said.stdout == f"2.60.0 {made.folder / 'python'}\n", said.stderr
     made.close(keep=False)
@@ -338,11 +330,10 @@ def test_without_an_address_the_ray_is_our_own(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_an_address_where_nobody_is_is_never_waited_for(
-    tmp_path: Path, address: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, told: str
 ) -> None:
-    done = run(fleet_of(tmp_path).path, REPO, RAY_ADDRESS=address)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    [line] = refusal("run", str(fleet_of(tmp_path).path))
     assert line.startswith(f"serve-app: {told}")
     assert "unset it for a Ray of this run's own" in line
 
@@ -387,15 +378,15 @@ def _model(model: str, **args: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_nowhere_is_said_at_once_with_where_it_was_looked_for(
-    tmp_path: Path, args: dict[str, Any], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], told: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").write_text("{}")
     fleet = fleet_of(tmp_path, _model(**args), host="127.0.0.1", port=free_port())
-    done = run(fleet.path, tmp_path, HF_HUB_OFFLINE="1")
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    [line] = refusal("run", str(fleet.path))
     assert told.format(cwd=tmp_path) in line
 
 

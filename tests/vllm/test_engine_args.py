@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
 import vllm
+from harness.processes import REPO
 
 from serve_app.config import engine_args
+from serve_app.config.document import load
 from serve_app.config.engine_args import EngineArg, to_argv
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
@@ -199,3 +202,27 @@ def test_what_vllm_refuses_later_is_one_sentence_of_vllms_own(
         parse_args(config, ["m"], {})
     assert str(raised.value).startswith("vLLM refuses the engine arguments: ")
     assert hint in str(raised.value)
+
+
+def test_what_vllm_refuses_is_said_without_quotes_around_it() -> None:
+    engine = {"enable_auto_tool_choice": True, "tool_call_parser": "tea-leaves"}
+    with pytest.raises(UserError) as raised:
+        parse_args(ModelConfig(model="m", engine=engine), ["m"], {})
+    assert str(raised.value).startswith(
+        "vLLM refuses the engine arguments: invalid tool call parser: tea-leaves (chose from { "
+    )
+    assert str(raised.value).endswith("})")
+
+
+# --- the shipped configs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_vllms_own_parser_reads_the_engine_arguments_of_a_shipped_config(path: Path) -> None:
+    for name, config in load(path).models.items():
+        args = parse_args(config, [name, *config.served_as], {})
+        assert args.model == config.model
+        assert args.served_model_name == [name, *config.served_as]
+        for key, value in config.engine.items():
+            if not isinstance(value, dict):
+                assert getattr(args, key) == value, key
