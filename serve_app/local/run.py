@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import secrets
 import signal
@@ -21,12 +20,13 @@ import yaml
 from rich.console import Console
 
 from serve_app.addresses import V6_IS_V4
+from serve_app.config import notices
 from serve_app.config.document import RUN_ID, Fleet
-from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
 from serve_app.local import haproxy, orphans, reasons, weights
 from serve_app.local.endpoint import Endpoint
+from serve_app.local.first_request import how_to_ask
 from serve_app.local.instance import Instance
 from serve_app.local.named import NamedCluster, is_here, named_cluster
 
@@ -60,6 +60,8 @@ def run(
         fleet = fleet.on_port(port)
     cluster = named_cluster()
     endpoint = _endpoint(fleet, cluster)
+    for sentence in _notices(fleet, cluster):
+        console.print(f"note: {sentence}", soft_wrap=True, markup=False, highlight=False)
     if check and cluster is None:  # on another machine it may be there
         weights.refuse_missing(fleet)
     instance = Instance(endpoint.port)
@@ -102,8 +104,9 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
     endpoint = Endpoint.of(fleet)
     if fleet.host == "::" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise UserError(f"http_options.host is {V6_IS_V4}")
-    if cluster is not None and cluster.listens:
-        endpoint = Endpoint(*cluster.listens)  # Serve keeps to the options that it started with
+    if cluster is not None and cluster.http_options:
+        # Serve keeps to the options that it started with.
+        endpoint = Endpoint(cluster.http_options["host"], cluster.http_options["port"])
     elif cluster is None or is_here(cluster.host):
         endpoint.refuse_if_taken()
     if cluster is not None and not is_here(cluster.host):
@@ -114,6 +117,12 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
             )
         endpoint = dataclasses.replace(endpoint, bound=cluster.host)
     return endpoint
+
+
+def _notices(fleet: Fleet, cluster: NamedCluster | None) -> list[str]:
+    running = cluster.http_options if cluster else None
+    ignored = [] if running is None else notices.ignored_by_running_serve(fleet, running)
+    return [*notices.notices(fleet), *ignored]
 
 
 def _environment(instance: Instance, endpoint: Endpoint, ours: str | None) -> dict[str, str]:
@@ -226,49 +235,6 @@ def _doing(name: str, model: dict[str, Any]) -> str:
     """What the last of a model's replicas to start is doing."""
     starting = model.get("starting") or [{"phase": "loading"}]
     return f"{name}: {starting[-1]['phase']}"
-
-
-def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
-    """A curl command and an OpenAI SDK snippet that work as they are."""
-    base = f"{endpoint.url}/v1"
-    chat = next((n for n, m in fleet.models.items() if _chats(m)), None)
-    embed = next((n for n, m in fleet.models.items() if m.engine.get("runner") == "pooling"), None)
-    lines = [f"\nThe OpenAI endpoint is {base}\n"]
-    if endpoints.goes_through_proxy(endpoint.url):
-        lines += [
-            "# this shell sends HTTP through a proxy, which does not know this machine:",
-            f"export no_proxy={endpoints.without_proxy(endpoint.host)['no_proxy']}\n",
-        ]
-    if chat:
-        body = {
-            "model": chat,
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "temperature": 0,  # a small model that samples soon talks nonsense, and for long
-        }
-        lines += [
-            f"curl -gs {base}/chat/completions -H 'content-type: application/json' \\",
-            f"  -d '{json.dumps(body)}'\n",
-        ]
-    lines += ["from openai import OpenAI", f'client = OpenAI(base_url="{base}", api_key="-")']
-    if chat:
-        lines += [
-            "answer = client.chat.completions.create(",
-            f'    model="{chat}",',
-            '    messages=[{"role": "user", "content": "What is the capital of France?"}],',
-            "    temperature=0,",
-            ")",
-            "print(answer.choices[0].message.content)",
-        ]
-    if embed:
-        lines += [
-            f'vector = client.embeddings.create(model="{embed}", input="Paris")',
-            "print(len(vector.data[0].embedding))",
-        ]
-    return "\n".join([*lines, "\nCtrl-C ends it."])
-
-
-def _chats(model: ModelConfig) -> bool:
-    return model.engine.get("runner", "auto") in ("auto", "generate")
 
 
 def _end(serve: subprocess.Popen[bytes], console: Console) -> None:

@@ -30,8 +30,8 @@ from serve_app.errors import ConfigError, UserError
 from serve_app.local import endpoint, instance, named, reasons, weights
 from serve_app.local import run as run_module
 from serve_app.local.endpoint import Endpoint
+from serve_app.local.first_request import how_to_ask
 from serve_app.local.instance import Instance
-from serve_app.local.run import how_to_ask
 
 
 def fleet_of(tmp_path: Path, *models: dict[str, Any], **http_options: Any) -> Fleet:
@@ -423,6 +423,57 @@ def test_the_hub_is_asked_for_what_is_no_folder(
         weights.refuse_missing(fleet_of(tmp_path, model))
 
 
+# ------------------------------------------------------------------------ the first request
+
+SIZES = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+POOLING = [{"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+NORMALIZE = [{"idx": 2, "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules", "engine", "embeds"),
+    [
+        ("LlamaForCausalLM", None, {}, False),
+        ("MiniCPMV", None, {}, False),
+        ("InternVLChatModel", None, {}, False),
+        ("BertModel", None, {}, True),
+        ("Qwen3ForCausalLM", POOLING, {}, True),
+        ("Qwen3ForCausalLM", NORMALIZE, {}, False),
+        ("Qwen3ForCausalLM", {"not": "a list"}, {}, False),
+        ("Qwen3ForCausalLM", POOLING, {"runner": "generate"}, False),
+        ("LlamaForCausalLM", None, {"runner": "pooling"}, True),
+        ("LlamaForCausalLM", None, {"convert": "embed"}, True),
+        ("LlamaForCausalLM", None, {"runner": "auto", "convert": "none"}, False),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True], ids=["a folder", "the Hugging Face cache"])
+def test_a_model_is_asked_for_what_vllm_makes_it_do(
+    tmp_path: Path, architecture: str, modules: Any, engine: Any, embeds: bool, cached: bool
+) -> None:
+    name, folder = str(tmp_path / "model"), tmp_path / "model"
+    if cached:
+        name, hub = "org/model", tmp_path / "huggingface/hub/models--org--model"
+        folder = hub / "snapshots/1"
+        (hub / "refs").mkdir(parents=True)
+        (hub / "refs/main").write_text("1")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(
+        json.dumps(ARCHITECTURE | {"architectures": [architecture]})
+    )
+    if modules is not None:
+        (folder / "modules.json").write_text(json.dumps(modules))
+    fleet = fleet_of(tmp_path, _model(name, engine=engine, cache_dir=str(tmp_path)))
+    said = how_to_ask(fleet, Endpoint.of(fleet))
+    assert ("client.embeddings.create" in said) is embeds
+    assert ("client.chat.completions.create" in said) is not embeds
+    assert ("/v1/chat/completions" in said) is not embeds
+
+
+def test_a_model_of_which_nothing_is_at_hand_is_taken_for_one_that_chats(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, _model("org/unknown", cache_dir=str(tmp_path)))
+    assert "client.chat.completions.create" in how_to_ask(fleet, Endpoint.of(fleet))
+
+
 # ----------------------------------------------------------------------- why it ended
 
 
@@ -493,11 +544,12 @@ def test_a_ray_that_gave_up_on_itself_is_started_once_more(
             return subprocess.Popen([sys.executable, "-c", script], stdout=out, stderr=out)
 
     monkeypatch.setattr(run_module, "_start", start)
-    fleet = fleet_of(tmp_path, host="127.0.0.1", port=free_port())
+    fleet = fleet_of(tmp_path, host="127.0.0.1", port=free_port(), request_timeout_s=30)
     said = io.StringIO()
     with pytest.raises(UserError, match="Ray did not start in its 30 s, twice"):
         run_module.run(fleet, Console(file=said), check=False)
     assert "starting it once more" in said.getvalue()
+    assert said.getvalue().count("note: http_options.request_timeout_s is 30: Serve ends") == 1
     assert len(started) == 2
 
 
