@@ -457,9 +457,7 @@ def test_a_model_is_asked_for_what_vllm_makes_it_do(
         (hub / "refs").mkdir(parents=True)
         (hub / "refs/main").write_text("1")
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(
-        json.dumps(ARCHITECTURE | {"architectures": [architecture]})
-    )
+    (folder / "config.json").write_text(json.dumps(SIZES | {"architectures": [architecture]}))
     if modules is not None:
         (folder / "modules.json").write_text(json.dumps(modules))
     fleet = fleet_of(tmp_path, _model(name, engine=engine, cache_dir=str(tmp_path)))
