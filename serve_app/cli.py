@@ -9,9 +9,10 @@ import click
 from rich.console import Console
 
 from serve_app import __version__
+from serve_app.check.cli import check
 from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay import cli as kuberay
-from serve_app.planner.cli import check, plan
+from serve_app.planner.cli import plan
 
 _console = Console()
 
@@ -45,11 +46,11 @@ def run(config: Path, verbose: bool, port: int | None, no_check: bool) -> None:
     """
     from serve_app.config.document import load
     from serve_app.local.run import Terminal, run
-    from serve_app.planner import checks
+    from serve_app.planner.check_model import refuse
 
     fleet = load(config)
     if not no_check:
-        checks.refuse(fleet)
+        refuse(fleet)
     sys.exit(run(fleet, Terminal(), port=port, verbose=verbose, check=not no_check))
 
 

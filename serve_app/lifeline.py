@@ -1,13 +1,14 @@
-"""Processes that end with the one that started them.
+"""Processes that die with their parent, also with one that was killed (``kill -9``).
 
-Three ways, because who starts a process differs. Ray's workers are children of the raylet and
-look at it (:func:`exit_with_parent`). What vLLM spawns is tied by the kernel, in its first
-statement (:func:`tie_children`) and again from inside (:func:`die_with`).
+Whoever starts a process decides how. What we spawn ourselves, vLLM's engine and its workers, the
+kernel ends (:func:`tie_children`): at once, and also while a library holds the interpreter's lock.
+What Ray starts, a replica and vLLM's workers on Ray, looks at its parent by itself
+(:func:`exit_with_parent`): the kernel's tie is to the thread that started a process, and that one
+is inside Ray.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
@@ -22,9 +23,7 @@ from typing import Any
 def exit_with_parent() -> None:
     """End this process within a second of its parent, whatever it is doing.
 
-    For what Ray started, whose parent is the raylet: it outlives a raylet that was killed.
-    Not the kernel's way (PR_SET_PDEATHSIG), which is about the thread that started a process, and
-    that one is inside Ray.
+    For what Ray started: it outlives a raylet that was killed.
     """
     parent = os.getppid()
 
@@ -42,8 +41,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def tie_children() -> None:
     """Have the kernel end what this process spawns as soon as this process is gone.
 
-    :func:`prepare` does it from inside, but only when the child has imported vLLM, and until then
-    an orphan would live on for as long as that takes. This does it in the child's first statement.
+    vLLM's EngineCore has no such tie: after a SIGKILL of its replica it keeps the GPU
+    (vllm#55510). The tie is the child's first statement. What a child spawns in its turn is tied
+    where the child calls this too.
     """
     plain = spawn.get_command_line
     if plain.__module__ == __name__ or not sys.platform.startswith("linux"):
@@ -52,7 +52,7 @@ def tie_children() -> None:
     def tied(**kwargs: Any) -> list[str]:
         command: list[str] = plain(**kwargs)
         program = command.index("-c") + 1
-        # As in die_with.
+        # The parent may have died before the tie, and then nobody sends the signal.
         command[program] = (
             "import ctypes, os; "
             f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGKILL:d}, 0, 0, 0); "
@@ -61,15 +61,3 @@ def tie_children() -> None:
         return command
 
     spawn.get_command_line = tied
-
-
-def die_with(parent: int | None) -> None:
-    """Have the kernel end this process as soon as the one that started it is gone.
-
-    vLLM's EngineCore has no such tie: after a SIGKILL of its replica it keeps the GPU
-    (vllm#55510).
-    """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call
-        os._exit(1)

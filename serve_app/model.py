@@ -7,11 +7,9 @@ import os
 import sys
 from typing import Any
 
-import ray
-from ray import serve
+from ray.serve import Application
 
-from serve_app.cluster import autoscaling, capacity, placement
-from serve_app.cluster.serve import running_controller, runtime_env
+from serve_app.cluster import autoscaling, capacity, placement, serve
 from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig, ids_of, parse
@@ -27,7 +25,7 @@ logger = logging.getLogger("ray.serve")
 _UNBOUNDED = 1_000_000
 
 
-def app(args: dict[str, Any]) -> serve.Application:
+def app(args: dict[str, Any]) -> Application:
     """Build a model's application from its ``args`` (see :class:`ModelConfig`).
 
     Raises:
@@ -66,15 +64,14 @@ def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:
 
     The application being built does not know its own name here, so it is found by its args.
     """
-    controller = running_controller()
     claimed = ids_of("", config)[1:]
-    if controller is None or not claimed:
+    report = serve.report() if claimed else None
+    if report is None:
         return
-    details = ray.get(controller.get_serve_instance_details.remote())
     deployed = {
-        name: application["deployed_app_config"].get("args") or {}
-        for name, application in details["applications"].items()
-        if (application.get("deployed_app_config") or {}).get("import_path") == MODEL_IMPORT_PATH
+        name: application.args
+        for name, application in serve.applications(report).items()
+        if application.import_path == MODEL_IMPORT_PATH
     }
     myself = next((name for name, others in deployed.items() if others == args), None)
     for name, others_args in deployed.items():
@@ -107,7 +104,7 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
     if config.env:
-        options["ray_actor_options"]["runtime_env"] = runtime_env(config.env)
+        options["ray_actor_options"]["runtime_env"] = serve.runtime_env(config.env)
     if config.adapters:
         # A user_config in the config's own `deployments` takes this one's place.
         options["user_config"] = {"adapters": [a.model_dump() for a in config.adapters]}

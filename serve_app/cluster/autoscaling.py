@@ -13,8 +13,6 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from serve_app.errors import ConfigError
-
 if TYPE_CHECKING:
     from ray.serve.config import AutoscalingContext
 
@@ -83,7 +81,7 @@ def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> flo
             capacity=capacity,
             kv_cache_usage=of("kv_cache_usage", replica),
         )
-        + of("in_front", replica) / capacity
+        + of("in_front_end", replica) / capacity
         for replica, capacity in capacities.items()
     ]
     return sum(loads) + queued / (sum(capacities.values()) / len(capacities))
@@ -106,19 +104,11 @@ def deployment_options(model: ModelConfig) -> dict[str, Any]:
     """Serve's options for the number of replicas: ``num_replicas`` or ``autoscaling_config``.
 
     With data parallelism Serve counts ranks, and each of a model's replicas is a gang of them.
-
-    Raises:
-        ConfigError: engine arguments under which an engine reports no load.
     """
     ranks = int(model.engine.get("data_parallel_size") or 1)
     autoscaling = model.autoscaling
     if autoscaling is None:
         return {"num_replicas": (model.replicas or 1) * ranks}
-    if model.engine.get("disable_log_stats"):
-        raise ConfigError(
-            "engine.disable_log_stats is true, but autoscaling needs the engine's statistics; "
-            "remove one of the two"
-        )
     first = autoscaling.initial_replicas
     return {
         "autoscaling_config": {

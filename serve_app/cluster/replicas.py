@@ -1,20 +1,38 @@
-"""How the gateway learns of replicas: Serve's controller pushes each change to it.
+"""The live replicas of applications: Serve's controller pushes each change.
 
 This is the feed that Serve's own handles and proxies read. A ``request_router_class`` would
 see the same through a documented interface, but Serve refuses one for an application's only
-deployment under HAProxy. The feed is not public API: this is the one module that uses it, and
-a test holds it against the pinned Ray.
+deployment under HAProxy. The feed is not public API, and a test holds it against the pinned Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Protocol
 
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 
-from serve_app.gateway.replicas import Board
+from serve_app.cluster import serve
+
+
+class Board(Protocol):
+    """Who is told."""
+
+    def publish(
+        self,
+        application: str,
+        running: dict[str, tuple[str, int]],
+        max_model_len: int | None = None,
+    ) -> None:
+        """An application's replicas are now these: ``{replica id: (host, port)}``.
+
+        Args:
+            max_model_len: tokens of one request, by the replicas; None where none says it.
+        """
+
+    def forget(self, application: str) -> None:
+        """An application was removed."""
 
 
 class Watcher:
@@ -25,10 +43,13 @@ class Watcher:
         self._deployment = deployment
         self._clients: dict[str, LongPollClient] = {}
 
-    def watch(self, application: str, controller: Any) -> None:
+    def watch(self, application: str) -> None:
         """Start watching, or start again where the feed ended with its controller."""
         client = self._clients.get(application)
         if client is not None and client.is_running:
+            return
+        controller = serve.controller()
+        if controller is None:
             return
         key = (
             LongPollNamespace.DEPLOYMENT_TARGETS,
@@ -51,14 +72,15 @@ class Watcher:
     def _publish(self, application: str, targets: Any) -> None:
         if application not in self._clients:
             return
+        # What ModelServer.record_replica_metadata says of each.
         running = {
             info.replica_id.unique_id: metadata
             for info in targets.running_replicas
             if "port" in (metadata := info.replica_metadata)
         }
+        lengths = [length for it in running.values() if (length := it.get("max_model_len"))]
         self._board.publish(
-            application, {id: (it["host"], it["port"]) for id, it in running.items()}
+            application,
+            {id: (it["host"], it["port"]) for id, it in running.items()},
+            lengths[-1] if lengths else None,
         )
-        for metadata in running.values():
-            if length := metadata.get("max_model_len"):
-                self._board.max_model_len[application] = length

@@ -1,14 +1,75 @@
-"""Serve's controller, and what a deployment of ours needs of Serve."""
+"""Serve's controller: what it reports of each application, and what a deployment needs of Serve.
+
+Serve has public functions for the status of applications, and none for the config that they were
+deployed with. So this reads the controller's own report, which ``serve status`` prints too.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import ray
 
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
-def running_controller() -> Any | None:
+logger = logging.getLogger("ray.serve")
+
+SLOW_START = "have taken more than"
+"""In Serve's message about replicas that have been starting for 30 s, as every engine's do."""
+
+_OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """A replica, as Serve reports it."""
+
+    id: str
+    state: str
+    """Serve's ReplicaState: ``STARTING``, ``RUNNING``, ``STOPPING`` …"""
+
+    node: str | None
+    """The id of its node; None before its process has one."""
+
+    started: float
+    """When Serve asked for it, by ``time.time``."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """An application, as Serve reports it: its deployments taken together."""
+
+    name: str
+    status: str
+    """Serve's ApplicationStatus: ``DEPLOYING``, ``RUNNING``, ``DEPLOY_FAILED`` …"""
+
+    message: str
+    """Why it is not running, in one line; empty while all is well."""
+
+    config: dict[str, Any]
+    """As it was deployed, its ``args`` and ``user_config`` unchecked; empty where that was not by
+    a config file."""
+
+    deployed_at: float
+    """By ``time.time``."""
+
+    replicas: tuple[ReplicaStatus, ...]
+
+    @property
+    def import_path(self) -> str | None:
+        return self.config.get("import_path")
+
+    @property
+    def args(self) -> Any:
+        return self.config.get("args") or {}
+
+
+def controller() -> Any | None:
     """Serve's controller actor, or None where Serve does not run (``serve build``)."""
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -18,6 +79,74 @@ def running_controller() -> Any | None:
         return ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
         return None
+
+
+def report(timeout_s: float | None = None) -> dict[str, Any] | None:
+    """The controller's report on all of Serve; None where it does not run.
+
+    Raises:
+        ray.exceptions.RayError: the controller died, or did not answer in time.
+    """
+    actor = controller()
+    if actor is None:
+        return None
+    found: dict[str, Any] = ray.get(actor.get_serve_instance_details.remote(), timeout=timeout_s)
+    return found
+
+
+async def report_async() -> dict[str, Any] | None:
+    """:func:`report`, for an event loop."""
+    actor = controller()
+    return None if actor is None else await actor.get_serve_instance_details.remote()
+
+
+def applications(report: Mapping[str, Any]) -> dict[str, Application]:
+    """The applications of a report by name; one that cannot be read is left out."""
+    found = {}
+    for name, details in report.get("applications", {}).items():
+        try:
+            found[name] = _application(name, details)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            logger.warning(f"Serve reports of application '{name}' what is not known: {error!r}")
+    return found
+
+
+def _application(name: str, details: Mapping[str, Any]) -> Application:
+    deployments = list((details.get("deployments") or {}).values())
+    messages = [*(d.get("message") for d in deployments), details.get("message")]
+    return Application(
+        name=name,
+        status=_text(details["status"]),
+        message=_one_line(next(filter(None, messages), "")),
+        config=dict(details.get("deployed_app_config") or {}),
+        deployed_at=float(details.get("last_deployed_time_s") or 0),
+        replicas=tuple(
+            ReplicaStatus(r["replica_id"], _text(r["state"]), r.get("node_id"), r["start_time_s"])
+            for deployment in deployments
+            for r in deployment["replicas"]
+        ),
+    )
+
+
+def _text(value: Any) -> str:
+    """A member of one of Serve's enumerations, which are texts too."""
+    return str(getattr(value, "value", value))
+
+
+def _one_line(message: str) -> str:
+    """Our own sentence in a status message, else its last line: there a traceback says why."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    if not lines or SLOW_START in message:
+        return ""
+    ours = _OUR_ERROR.split(message)
+    return " ".join((ours if len(ours) > 1 else lines)[-1].split())
+
+
+def handle(deployment: str, application: str) -> DeploymentHandle:
+    """A handle of a deployment that need not be there yet."""
+    from ray import serve
+
+    return serve.get_deployment_handle(deployment, application, _check_exists=False)
 
 
 def runtime_env(env_vars: Mapping[str, str]) -> dict[str, Any]:

@@ -10,30 +10,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray import serve
-from ray.serve.handle import DeploymentHandle
-
-from serve_app.cluster import capacity, placement, progress
+from serve_app.cluster import capacity, placement, progress, serve
 from serve_app.cluster.progress import Phase
 from serve_app.cluster.replicas import Watcher
-from serve_app.cluster.serve import running_controller
 from serve_app.config.document import DEPLOYMENT, MODEL_IMPORT_PATH, deployed
 from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig, ids_of
 from serve_app.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
 """Seconds between two looks at the controller; a new model is listed within about that."""
 
-_OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
 _GONE = ("DELETING", "NOT_STARTED")
 
 
@@ -114,17 +111,16 @@ class Directory:
 
     async def refresh(self) -> None:
         """Look at the controller once."""
-        controller = running_controller()
-        if controller is None:
+        report = await serve.report_async()
+        if report is None:
             return
-        details = await controller.get_serve_instance_details.remote()
-        models = read_details(details, self._models)
+        models = read_details(report, self._models)
         for name in self._models.keys() - models.keys():
             logger.info(f"model '{name}' is gone")
             self._handles.pop(name, None)
             self._watcher.forget(name)
         for name, model in models.items():
-            self._watcher.watch(name, controller)
+            self._watcher.watch(name)
             _report(self._models.get(name), model)
         self._models = models
         self._by_id = _by_id(models)
@@ -143,7 +139,7 @@ class Directory:
     def handle(self, name: str) -> DeploymentHandle:
         """A Serve handle: the way to wait for a model without replicas, and to wake it."""
         if name not in self._handles:
-            self._handles[name] = serve.get_deployment_handle(DEPLOYMENT, name, _check_exists=False)
+            self._handles[name] = serve.handle(DEPLOYMENT, name)
         return self._handles[name]
 
     def find(self, id: str) -> Model | None:
@@ -208,40 +204,33 @@ def _by_id(models: dict[str, Model]) -> dict[str, Model]:
 
 
 def read_details(
-    details: dict[str, Any], before: Mapping[str, Model] | None = None
+    report: Mapping[str, Any], before: Mapping[str, Model] | None = None
 ) -> dict[str, Model]:
-    """The models among the applications of ``get_serve_instance_details``.
+    """The models among the applications of Serve's report.
 
     Serve reports what was deployed, also where it was refused. A model whose settings cannot work
     keeps those that it had in ``before``: its replicas, if any, serve by them.
     """
     found: dict[str, Model] = {}
-    for name, application in details["applications"].items():
-        deployed = application.get("deployed_app_config") or {}
-        status = _text(application["status"])
-        if deployed.get("import_path") != MODEL_IMPORT_PATH or status in _GONE:
+    for name, application in serve.applications(report).items():
+        if application.import_path != MODEL_IMPORT_PATH or application.status in _GONE:
             continue
-        deployment = (application.get("deployments") or {}).get(DEPLOYMENT) or {}
-        message = _one_line(deployment.get("message") or application.get("message") or "")
-        settings, problem = _settings(name, deployed, (before or {}).get(name))
-        running = [
-            r for r in deployment.get("replicas") or () if _text(r.get("state")) == "RUNNING"
-        ]
+        settings, problem = _settings(name, application.config, (before or {}).get(name))
         scaling = settings.autoscaling if settings else None
         found[name] = Model(
             name=name,
-            status=status,
-            message=message or problem,
+            status=application.status,
+            message=application.message or problem,
             ids=tuple(ids_of(name, settings)) if settings else (name,),
             adapters=tuple(a.name for a in settings.adapters) if settings else (),
             root=settings.model if settings else "",
-            created=int(application.get("last_deployed_time_s") or 0),
-            replicas=len(running),
+            created=int(application.deployed_at),
+            replicas=sum(r.state == "RUNNING" for r in application.replicas),
             must_be_up=scaling is None or scaling.min_replicas > 0,
             starts=tuple(
-                Start(r["replica_id"], r["start_time_s"], placed=bool(r.get("node_id")))
-                for r in deployment.get("replicas") or ()
-                if _text(r.get("state")) == "STARTING"
+                Start(r.id, r.started, placed=bool(r.node))
+                for r in application.replicas
+                if r.state == "STARTING"
             ),
             config=settings,
         )
@@ -261,16 +250,3 @@ def _settings(
     with contextlib.suppress(ConfigError):  # its user_config alone may be at fault
         return deployed(name, {"args": given.get("args")}), problem
     return None, problem
-
-
-def _text(value: Any) -> str:
-    return str(getattr(value, "value", value))
-
-
-def _one_line(message: str) -> str:
-    """Our own sentence in a status message, else its last line: there a traceback says why."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    if not lines or "have taken more than" in message:
-        return ""  # Serve says so of every engine: loading a model takes a while
-    ours = _OUR_ERROR.split(message)
-    return " ".join((ours if len(ours) > 1 else lines)[-1].split())

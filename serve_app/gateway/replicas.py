@@ -43,8 +43,18 @@ class Board:
         self.max_model_len: dict[str, int] = {}
         """By application, as its last replica said; kept while it is scaled to zero."""
 
-    def publish(self, application: str, running: dict[str, tuple[str, int]]) -> None:
-        """Replace an application's replicas by ``{replica id: (host, port)}``."""
+    def publish(
+        self,
+        application: str,
+        running: dict[str, tuple[str, int]],
+        max_model_len: int | None = None,
+    ) -> None:
+        """Replace an application's replicas by ``{replica id: (host, port)}``.
+
+        ``max_model_len`` is what they say of it; without one the last stays.
+        """
+        if max_model_len:
+            self.max_model_len[application] = max_model_len
         before = self._replicas.get(application, {})
         for id in before.keys() - running.keys():
             self._avoid_until.pop(id, None)

@@ -94,24 +94,24 @@ def render(
 @_crd_option
 def validate(paths: tuple[Path, ...], crd: Path | None) -> None:
     """Check manifests (files or folders) without a cluster: one line for each mistake."""
-    from serve_app.kuberay.validate.checks import load_documents
+    from serve_app.kuberay.validate import manifests
 
-    documents = load_documents(paths)
+    documents = manifests.read(paths)
     _report(documents, crd)
     click.echo(f"{len(documents)} manifests, no error")
 
 
 def _report(documents: list[dict[str, Any]], crd: Path | None) -> None:
-    """Print every problem; end with the first error."""
+    """Print every finding; end with the first error."""
     from serve_app.kuberay.validate import schema
-    from serve_app.kuberay.validate.checks import refuse_errors
-    from serve_app.kuberay.validate.checks import validate as judge
+    from serve_app.kuberay.validate.judge import judge, refuse_errors
 
-    problems = judge(documents, schema.load_crd(crd) if crd else None)
-    for problem in problems:
-        if problem.level == "warning" or len(problems) > 1:
-            click.echo(str(problem), err=True)
-    refuse_errors(problems)
+    findings = judge(documents, schema.load_crd(crd) if crd else None)
+    for finding in findings:
+        if finding.status == "warn" or len(findings) > 1:
+            level = "warning" if finding.status == "warn" else "error"
+            click.echo(f"{level}: {finding.about} {finding.text}", err=True)
+    refuse_errors(findings)
 
 
 _context_option = click.option("--context", help="Context of the kubeconfig (default: its own).")
@@ -161,7 +161,7 @@ def deploy(
     from serve_app.kuberay.live.client import Cluster
     from serve_app.kuberay.render import files as rendering
     from serve_app.kuberay.render.profile import load_profile
-    from serve_app.kuberay.validate.check_others import refuse_placeholders
+    from serve_app.kuberay.validate.secrets import refuse_placeholders
 
     fleet, profile = load(config), load_profile(profile_path)
     documents = rendering.documents(fleet, profile)

@@ -15,7 +15,8 @@ def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str
         UserError: no cluster, no such model, or the model has no replica.
     """
     import ray
-    from ray import serve
+
+    from serve_app.cluster import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -23,13 +24,13 @@ def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str
     except ConnectionError:
         raise UserError("no Ray cluster is running here; give its address with --address") from None
     try:
-        names = list(serve.status().applications)
+        names = list(serve.applications(serve.report() or {}))
         if model not in names:
             raise UserError(
                 f"there is no application '{model}'{did_you_mean(model, names)} "
                 f"(applications: {', '.join(names) or 'none'})"
             )
-        handle = serve.get_deployment_handle(DEPLOYMENT, model)
+        handle = serve.handle(DEPLOYMENT, model)
         results = handle.broadcast("admin", action).results()
     finally:
         ray.shutdown()

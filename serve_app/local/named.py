@@ -7,27 +7,26 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from serve_app import addresses
 from serve_app.errors import UserError
-from serve_app.planner.cluster import recorded_address
 
 _PATIENCE_S = 60.0
 """For a cluster whose port answers; Ray itself would go on trying for minutes."""
 
 _ASK = """
 import json, ray
-from ray import serve
-from ray.serve.context import _get_global_client
-ray.init(log_to_driver=False, logging_level="ERROR", namespace="serve")
-client = _get_global_client(raise_if_no_controller_running=False)
-details = client.get_serve_details() if client else {}
+from serve_app.cluster import serve
+ray.init(log_to_driver=False, logging_level="ERROR")
+report = serve.report()
 print(json.dumps([
     ray.get_runtime_context().gcs_address,
-    details["http_options"] if client else None,
-    sorted(details.get("applications") or {}),
+    report["http_options"] if report else None,
+    sorted(report["applications"]) if report else [],
 ]))
 """
 
@@ -60,6 +59,13 @@ def named_cluster() -> NamedCluster | None:
         )
     head = addresses.split(address)
     return NamedCluster(head[0] if head else address, http_options)
+
+
+def recorded_address() -> str | None:
+    """What the last ``ray start`` on this machine wrote down; its cluster may be gone."""
+    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    record = Path(folder) / "ray" / "ray_current_cluster"
+    return record.read_text().strip() if record.is_file() else None
 
 
 def is_here(host: str) -> bool:

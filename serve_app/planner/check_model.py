@@ -1,18 +1,59 @@
-"""Checks of one model: its memory, precision, context length and parallelism."""
+"""Checks of one model: its memory, precision, context length and parallelism.
+
+:func:`refuse` is the part that `serve-app run` waits for: what certainly cannot start.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from serve_app.cluster import autoscaling, placement
+from serve_app.config.document import Fleet
 from serve_app.config.settings import ModelConfig
-from serve_app.errors import UserError
+from serve_app.errors import ConfigError, UserError
 from serve_app.planner import choose, hardware, report
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB
 from serve_app.planner.loading import cpu_plan, load_model
+from serve_app.planner.model import metadata
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY
 from serve_app.planner.vllm import defaults, parallelism
 from serve_app.planner.vllm.memory import Model, Plan
+
+
+def refuse(fleet: Fleet) -> None:
+    """Refuse a config that certainly cannot work, before ``serve-app run`` starts anything.
+
+    Needs no network: a model whose metadata is not on this machine is let through.
+
+    Raises:
+        ConfigError: the first model that cannot start, and what to change.
+    """
+    for name, config in fleet.models.items():
+        if why := undeployable(config):
+            raise ConfigError(f"{fleet.path}: application '{name}': {why}")
+        if config.engine.keys() & metadata.OTHER_CONFIG:
+            continue
+        try:
+            known = load_model(config, offline=True)
+        except UserError:
+            continue
+        if why := impossible(config, known):
+            raise ConfigError(f"{fleet.path}: application '{name}': {why} (--no-check skips this)")
+
+
+def undeployable(config: ModelConfig) -> str | None:
+    """What the model's application would refuse when it is built, or wait for in vain."""
+    try:
+        placement.of(config)
+        autoscaling.deployment_options(config)
+    except ConfigError as error:
+        return str(error)
+    asked = config.resources.accelerator_type or ""
+    for name in (gpu.ray_name for gpu in hardware.gpus().values()):
+        if name and asked != name and asked.lower() == name.lower():
+            return f"resources.accelerator_type is '{asked}', but Ray writes '{name}'"
+    return None
 
 
 def model(name: str, config: ModelConfig) -> Iterator[Finding]:

@@ -70,10 +70,7 @@ class EngineLoad:
         self._asked = (clock(), 0)
         self.last_step = clock()
         """When the engine last made a step, in the clock's seconds."""
-        self.asleep = False
-        """Whether the engine has been put to sleep, or is on its way there."""
-
-        self.proven = False
+        self.first_request_done = False
         """Whether it has finished a request: until then a step may hold compilers up."""
 
         self._watch = PreemptionWatch()
@@ -86,9 +83,10 @@ class EngineLoad:
     def stats(self, answering: int = 0) -> dict[str, float]:
         """What ``record_autoscaling_stats`` returns; see :mod:`serve_app.cluster.autoscaling`.
 
-        Requests ``running`` and ``waiting`` in the engine and, of the ``answering`` that the
-        server has, ``in_front`` of it (the first ones wait while vLLM imports what it needs for
-        them, others for a download or the tokenizer); its ``capacity`` (``max_num_seqs``),
+        Requests ``running`` and ``waiting`` in the engine and, of the ``answering`` that its
+        front end has, those ``in_front_end`` alone (the first ones wait while vLLM imports what
+        it needs for them, others for a download or the tokenizer); its ``capacity``
+        (``max_num_seqs``),
         ``kv_cache_usage`` (0 to 1), ``preemptions`` so far, and ``tokens_per_s`` generated since
         the call before.
         """
@@ -99,7 +97,7 @@ class EngineLoad:
         return {
             "running": self._running,
             "waiting": self._waiting,
-            "in_front": max(0, answering - self._running - self._waiting),
+            "in_front_end": max(0, answering - self._running - self._waiting),
             "capacity": capacity,
             "kv_cache_usage": self._kv_cache_usage,
             "preemptions": self._preemptions,
@@ -124,7 +122,7 @@ class EngineLoad:
         if iteration_stats is None:
             return
         self._tokens += iteration_stats.num_generation_tokens
-        self.proven = self.proven or bool(iteration_stats.finished_requests)
+        self.first_request_done = self.first_request_done or bool(iteration_stats.finished_requests)
         if preempted := iteration_stats.num_preempted_reqs:
             self._preemptions += preempted
             if count := self._watch.add(preempted, self._clock()):
@@ -138,7 +136,7 @@ class EngineLoad:
         """vLLM calls it once the engine runs."""
 
     def record_sleep_state(self, sleep: int, level: int) -> None:
-        """vLLM 0.29 calls it on its own loggers only; who sends the engine to sleep says so."""
+        """vLLM 0.29 calls it on its own loggers only; ``Engine.asleep`` is what knows."""
 
 
 class PreemptionWatch:

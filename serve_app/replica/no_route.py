@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from collections.abc import Collection
+
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from serve_app.errors import envelope
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # What clients use a model by; vLLM gives each model those of its tasks.
 _WORK = (
@@ -33,7 +31,7 @@ class NoRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1000})
+            await WebSocketClose()(scope, receive, send)
             return
         error = envelope(
             f"The model '{self._model}' has no route {scope['method']} {scope['path'][:200]}. It "
@@ -41,7 +39,4 @@ class NoRoute:
             "invalid_request_error",
             code="not_found",
         )
-        body = json.dumps(error).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 404, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await JSONResponse(error, 404)(scope, receive, send)

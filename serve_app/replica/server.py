@@ -20,17 +20,18 @@ from serve_app.config.environment import environment
 from serve_app.config.settings import LiveConfig, ModelConfig, parse
 from serve_app.errors import UserError
 from serve_app.replica import gang, sleep
+from serve_app.replica.adapters import Adapters
+from serve_app.replica.engine import Engine, parse_args
+from serve_app.replica.front_end import FrontEnd
+from serve_app.replica.health import exit_with_engine
+from serve_app.replica.start.supervision import supervised
 
 logger = logging.getLogger("ray.serve")
-
-_FIRST_REQUEST_S = 300.0
-"""Seconds that an engine may go without a step until it has finished a request: what no warm-up
-covers is compiled and tuned then. vLLM gives up by itself after as long."""
 
 
 @serve.deployment(name=DEPLOYMENT, health_check_period_s=5, health_check_timeout_s=30)
 class ModelServer:
-    """One replica: one AsyncLLM in process, on an HTTP port that only the gateway may use."""
+    """One replica: an engine, and its front end on an HTTP port that only the gateway may use."""
 
     _started = False
     """Whether Serve has found this replica healthy: from then on it may have requests."""
@@ -40,28 +41,32 @@ class ModelServer:
         self._config = ModelConfig.model_validate(args)
         # Before vLLM is imported, and here: what it needs depends on this node's cores.
         os.environ.update(environment(self._config))
-        from serve_app.replica.engine import Engine
-
-        context = serve.get_replica_context()
-        ids = [context.app_name, *self._config.served_as]
         try:
-            self._engine = await Engine.start(
-                self._config,
-                ids,
-                replica=context.replica_id.unique_id,
-                host=ray.util.get_node_ip_address(),
-                credential=internal_credential(),
-            )
+            self._engine, self._front_end = await self._start()
         except UserError:
             sys.tracebacklimit = 0
             raise
-        self._watch = asyncio.create_task(self._exit_with_engine())
+        self._adapters = Adapters(self._engine.llm, self._front_end.serving_models)
+        self._health = asyncio.create_task(
+            exit_with_engine(self._engine, self._config.hang_timeout_s)
+        )
+
+    async def _start(self) -> tuple[Engine, FrontEnd]:
+        config, context = self._config, serve.get_replica_context()
+        ids = [context.app_name, *config.served_as]
+        with supervised(config, context.app_name, context.replica_id.unique_id):
+            rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
+            args = parse_args(config, ids, rank)
+            engine = Engine.start(args)
+            front_end = await FrontEnd.build(engine, args, internal_credential())
+        await front_end.listen(ray.util.get_node_ip_address())
+        return engine, front_end
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """Where the gateway reaches this replica, and what it says of the model there."""
         return {
-            "host": self._engine.host,
-            "port": self._engine.port,
+            "host": self._front_end.host,
+            "port": self._front_end.port,
             "max_model_len": self._engine.llm.model_config.max_model_len,
         }
 
@@ -74,7 +79,7 @@ class ModelServer:
         """
         try:
             live = parse(LiveConfig, user_config, "user_config")
-            await self._engine.adapters.apply(live.adapters)
+            await self._adapters.apply(live.adapters)
         except UserError as error:
             if not self._started:
                 raise
@@ -83,47 +88,19 @@ class ModelServer:
     async def admin(self, action: str) -> tuple[str, str]:
         """One replica's part of ``serve-app admin``: its id, and what it did."""
         try:
-            said = await sleep.act(self._engine, action)
+            said = await sleep.act(self._engine, self._front_end, action)
         except Exception as error:
             said = f"failed: {error}"
         return serve.get_replica_context().replica_id.unique_id, said
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`serve_app.cluster.autoscaling.LoadPolicy` decides on."""
-        return self._engine.load.stats(self._engine.requests_running)
+        return self._engine.load.stats(self._front_end.running)
 
     async def check_health(self) -> None:
         """Raise when the engine is dead. Serve's first call ends the start."""
         await self._engine.llm.check_health()
         self._started = True
-
-    async def _exit_with_engine(self) -> None:
-        """End this process as soon as the engine is dead, or hangs.
-
-        Serve replaces a replica whose process is gone at once, but only after three failed
-        health checks when it is still there.
-        """
-        # Counted in turns of this loop: when this process itself gets no turn (the first request
-        # imports, the node is overloaded), that is no silence of the engine.
-        silent, seen = 0.0, 0.0
-        while True:
-            await asyncio.sleep(0.2)
-            if self._engine.llm.errored:
-                logger.error("the engine died; this replica exits so that Serve replaces it")
-                os._exit(1)
-            last_step = self._engine.load.last_step
-            # An idle engine owes no steps.
-            silent = silent + 0.2 if self._engine.busy and last_step == seen else 0.0
-            seen = last_step
-            patience = self._config.hang_timeout_s
-            if not self._engine.load.proven:
-                patience = max(patience, _FIRST_REQUEST_S)
-            if silent > patience:
-                logger.error(
-                    f"the engine made no step for {silent:.0f} s with requests running; this "
-                    "replica exits so that Serve replaces it"
-                )
-                os._exit(1)
 
     async def __del__(self) -> None:
         """Called once by Serve when it stops the replica: drain, then end the engine."""
@@ -132,9 +109,10 @@ class ModelServer:
             await gang.drained(0)
             return
         began = time.monotonic()
-        await engine.drain(self._config.graceful_shutdown_timeout_s)
+        await self._front_end.drain(self._config.graceful_shutdown_timeout_s)
         left = self._config.graceful_shutdown_timeout_s - (time.monotonic() - began)
         with contextlib.suppress(Exception):  # without the GCS the engine must end as well
             await gang.drained(left)
-        self._watch.cancel()  # not before: nothing waits for an engine that dies in the meantime
+        self._health.cancel()  # not before: nothing waits for an engine that dies in the meantime
+        await self._front_end.close()
         await engine.stop()

@@ -1,13 +1,10 @@
-"""Calls to every replica of a model, over Ray: sleep, wake, prefix cache reset."""
+"""One replica's part of ``serve-app admin``: sleep, wake, prefix cache reset."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from serve_app.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from serve_app.replica.engine import Engine
+from serve_app.replica.engine import Engine
+from serve_app.replica.front_end import FrontEnd
 
 DRAIN_S = 600.0
 """Seconds that running requests get to finish before an engine sleeps."""
@@ -15,7 +12,7 @@ DRAIN_S = 600.0
 ACTIONS = ("sleep", "wake", "reset-prefix-cache")
 
 
-async def act(engine: Engine, action: str) -> str:
+async def act(engine: Engine, front_end: FrontEnd, action: str) -> str:
     """Do ``action`` on one engine; what to say about it.
 
     Sleep is vLLM's level 1: the weights go to host memory, the KV cache is dropped. Level 2 drops
@@ -25,13 +22,13 @@ async def act(engine: Engine, action: str) -> str:
     if action == "sleep":
         if not llm.vllm_config.model_config.enable_sleep_mode:
             return "refused: sleep needs engine.enable_sleep_mode: true"
-        async with engine.falling_asleep:
-            return await _sleep(engine)
+        async with engine.sleep_lock:
+            return await _sleep(engine, front_end)
     if action == "wake":
         # Not while it falls asleep: vLLM would go on with that at its first idle moment.
-        async with engine.falling_asleep:
+        async with engine.sleep_lock:
             await llm.wake_up()
-            engine.load.asleep = False  # vLLM tells its own stat loggers, and not ours
+            engine.asleep = False
         return "awake"
     if action == "reset-prefix-cache":
         done = await llm.reset_prefix_cache()
@@ -39,17 +36,17 @@ async def act(engine: Engine, action: str) -> str:
     raise UserError(f"there is no action '{action}'{did_you_mean(action, ACTIONS)}")
 
 
-async def _sleep(engine: Engine) -> str:
-    engine.load.asleep = True  # from now on new requests are refused
+async def _sleep(engine: Engine, front_end: FrontEnd) -> str:
+    engine.asleep = True  # from now on new requests are refused
     try:
         # vLLM would wait for those that run, and keep those that wait until it is woken.
-        await engine.drain(DRAIN_S)
-        if engine.requests_running:
-            engine.load.asleep = False
-            return f"not asleep: {engine.requests_running} requests still run; try again"
+        await front_end.drain(DRAIN_S)
+        if front_end.running:
+            engine.asleep = False
+            return f"not asleep: {front_end.running} requests still run; try again"
         await engine.llm.sleep(level=1)
     except BaseException:
         await engine.llm.wake_up()  # it has stopped to schedule, however far it came
-        engine.load.asleep = False
+        engine.asleep = False
         raise
     return "asleep"

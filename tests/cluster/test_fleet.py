@@ -8,13 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 import yaml
 from harness import servers
 from harness.processes import eventually
 from harness.servers import CHAT, CHAT_ALIASES, EMBED, EMBED_ALIASES, Cluster
 
-from serve_app.cluster import serve as serve_cluster
+from serve_app.cluster import serve
+from serve_app.cluster.serve import Application
 
 # The gateway and the directory are the same behind either proxy.
 pytestmark = pytest.mark.parametrize("cluster", ["python"], indirect=True, scope="session")
@@ -40,18 +40,13 @@ def thief() -> dict[str, Any]:
     return servers.application(THIEF, model="any", served_as=["own-name", CHAT_ALIASES[0]])
 
 
-def serves_report() -> dict[str, Any]:
+def serves_report() -> dict[str, Application]:
     """The applications as Serve's controller reports them."""
-    controller = serve_cluster.controller()
-    assert controller is not None
-    details = ray.get(controller.get_serve_instance_details.remote(), timeout=30)
-    return dict(details["applications"])
+    return serve.applications(serve.report(timeout_s=30) or {})
 
 
 def replica_ids(name: str) -> list[str]:
-    return [
-        r["replica_id"] for r in serves_report()[name]["deployments"]["ModelServer"]["replicas"]
-    ]
+    return [replica.id for replica in serves_report()[name].replicas]
 
 
 def listed(cluster: Cluster) -> set[str]:

@@ -28,9 +28,13 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group, placement_group_table, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 
-from serve_app.cluster import capacity, placement
+from serve_app.cluster import capacity, kv, placement
+from serve_app.cluster import serve as serve_cluster
+from serve_app.cluster.replicas import Watcher
 from serve_app.config.settings import ModelConfig, Resources
 from serve_app.errors import ConfigError
+from serve_app.gateway.replicas import Board
+from serve_app.local import named
 from serve_app.replica import gang
 from serve_app.replica.start import plugin
 
@@ -294,7 +298,7 @@ def test_a_gang_is_placed_as_one_and_its_members_find_rank_0(
             self.joined["gpus"] = ray.get_runtime_context().get_assigned_resources().get("GPU", 0)
 
         def record_replica_metadata(self) -> dict[str, Any]:
-            return self.joined
+            return {"host": "127.0.0.1", "port": 1 + gang.member(), "max_model_len": 4}
 
         def __call__(self) -> dict[str, Any]:
             return self.joined
@@ -324,10 +328,63 @@ def test_a_gang_is_placed_as_one_and_its_members_find_rank_0(
     assert sorted(members[1]["stages"]) == [2, 3]
     assert members[0]["gpus"] == members[1]["gpus"] == 0  # its workers take them, not it
     assert sum(TOTAL.values()) - sum(free_gpus().values()) == 8
+    its_place_in_serve_is_read(cluster, "gang", "Member", replicas=2)
     serve.delete("gang")
     # A rank that ended while the other one has requests would take those along.
     assert ends.read_text() == "after the last request: True"
     until(lambda: free_gpus() == TOTAL, "GPUs given back")
+
+
+def its_place_in_serve_is_read(
+    cluster: dict[str, str], application: str, deployment: str, replicas: int
+) -> None:
+    """All that is asked of Serve without a public function for it, of the pinned Ray."""
+    report = serve_cluster.report(timeout_s=30)
+    found = serve_cluster.applications(report or {})[application]
+    assert (found.status, found.message) == ("RUNNING", "")
+    assert [r.state for r in found.replicas] == ["RUNNING"] * replicas
+    assert {r.node for r in found.replicas} <= cluster.keys()
+    assert all(0 < time.time() - r.started < 600 for r in found.replicas)
+
+    async def fed() -> Board:
+        told = asyncio.Event()
+
+        class Told(Board):
+            def publish(self, *args: Any) -> None:
+                super().publish(*args)
+                told.set()
+
+        board = Told()
+        Watcher(board, deployment).watch(application)
+        async with asyncio.timeout(30):
+            await told.wait()
+        return board
+
+    board = asyncio.run(fed())
+    live = board._replicas[application].values()
+    assert {r.id for r in live} == {r.id for r in found.replicas}
+    assert sorted((r.host, r.port) for r in live) == [("127.0.0.1", 1), ("127.0.0.1", 2)]
+    assert board.max_model_len == {application: 4}
+
+    address = ray.get_runtime_context().gcs_address
+    asked, listens, applications = named._ask(address)
+    assert (asked, applications) == (address, [application])
+    assert listens and listens[1] == 8000
+
+    # By their names `serve-app logs` tells models apart (serve_app.kuberay.live.podlogs).
+    names = {f"replica_{application}_{deployment}_{r.id}.log" for r in found.replicas}
+    logs = Path(os.environ["RAY_TMPDIR"]).glob("**/logs/serve/replica_*.log")
+    assert {log.name for log in logs} == names
+
+
+def test_a_value_in_the_gcs_is_put_read_and_deleted(cluster: dict[str, str]) -> None:
+    kv.put_first("test", b"1")
+    kv.put_first("test", b"2")
+    assert (kv.get("test"), kv.exists("test")) == (b"1", True)
+    kv.put("test", b"3")
+    assert kv.get("test") == b"3"
+    kv.delete("test")
+    assert (kv.get("test"), kv.exists("test")) == (None, False)
 
 
 def test_an_engines_worker_does_not_outlive_its_raylet(cluster: dict[str, str]) -> None:

@@ -32,6 +32,9 @@ from serve_app.gateway.routes import build
 
 CREDENTIAL = "the-internal-credential"
 
+RUNNING = {"state": "RUNNING", "replica_id": "r0", "node_id": "n0", "start_time_s": 1.0}
+"""A replica as Serve's controller reports it."""
+
 Script = Callable[["Exchange"], Awaitable[None]]
 
 
@@ -169,7 +172,7 @@ def reported(args: dict[str, Any] | None = None, status: str = "RUNNING") -> dic
             "import_path": MODEL_IMPORT_PATH,
             "args": {"model": "org/model"} | (args or {}),
         },
-        "deployments": {"ModelServer": {"message": "", "replicas": [{"state": "RUNNING"}]}},
+        "deployments": {"ModelServer": {"message": "", "replicas": [RUNNING]}},
     }
 
 

@@ -246,14 +246,14 @@ def model_ports(name: str) -> dict[str, ModelPort]:
     from ray.serve._private.common import DeploymentID
     from ray.serve._private.long_poll import LongPollNamespace
 
+    from serve_app.cluster import serve
     from serve_app.cluster.credential import internal_credential
-    from serve_app.cluster.serve import running_controller
 
     key = (
         LongPollNamespace.DEPLOYMENT_TARGETS,
         DeploymentID(name=DEPLOYMENT, app_name=name),
     )
-    controller = running_controller()
+    controller = serve.controller()
     assert controller is not None
     reported = ray.get(controller.listen_for_change.remote({key: -1}), timeout=30)
     credential = internal_credential().decode()

@@ -12,33 +12,33 @@ import pytest
 from serve_app.replica import sleep
 
 
-class Engine:
-    """As much of an engine as sleeping takes, without a GPU."""
+class Replica:
+    """As much of an engine and its front end as sleeping takes, without a GPU."""
 
     def __init__(self, *, running: int = 0, fails: bool = False) -> None:
-        self.load = SimpleNamespace(asleep=False)
+        self.asleep = False
         self.llm = self
         model_config = SimpleNamespace(enable_sleep_mode=True)
         self.vllm_config = SimpleNamespace(model_config=model_config)
-        self.falling_asleep = asyncio.Lock()
-        self.requests_running = running
+        self.sleep_lock = asyncio.Lock()
+        self.running = running
         self.done: list[str] = []
         self._drained = asyncio.Event()
         self._fails = fails
 
     def finish(self) -> None:
-        self.requests_running = 0
+        self.running = 0
         self._drained.set()
 
     async def drain(self, timeout_s: float) -> None:
-        assert self.load.asleep  # nothing new comes in
-        if self.requests_running:
+        assert self.asleep  # nothing new comes in
+        if self.running:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._drained.wait()
 
     async def sleep(self, level: int) -> None:
-        assert level == 1 and not self.requests_running
+        assert level == 1 and not self.running
         self.done.append("sleep")
         if self._fails:
             raise RuntimeError("no host memory")
@@ -48,29 +48,29 @@ class Engine:
 
 
 async def test_an_engine_falls_asleep_once_it_has_answered_what_it_has() -> None:
-    engine: Any = Engine(running=2)
-    asked = asyncio.create_task(sleep.act(engine, "sleep"))
-    woken = asyncio.create_task(sleep.act(engine, "wake"))
+    engine: Any = Replica(running=2)
+    asked = asyncio.create_task(sleep.act(engine, engine, "sleep"))
+    woken = asyncio.create_task(sleep.act(engine, engine, "wake"))
     await asyncio.sleep(0.05)
-    assert engine.load.asleep and not engine.done
+    assert engine.asleep and not engine.done
     engine.finish()
     assert (await asked, await woken) == ("asleep", "awake")
     assert engine.done == ["sleep", "wake"]  # one after the other
-    assert not engine.load.asleep
+    assert not engine.asleep
 
 
 async def test_an_engine_whose_requests_do_not_end_stays_awake(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sleep, "DRAIN_S", 0.05)
-    engine: Any = Engine(running=2)
-    assert await sleep.act(engine, "sleep") == "not asleep: 2 requests still run; try again"
-    assert not engine.load.asleep and not engine.done
+    engine: Any = Replica(running=2)
+    assert await sleep.act(engine, engine, "sleep") == "not asleep: 2 requests still run; try again"
+    assert not engine.asleep and not engine.done
 
 
 async def test_an_engine_that_cannot_sleep_serves_on() -> None:
-    engine: Any = Engine(fails=True)
+    engine: Any = Replica(fails=True)
     with pytest.raises(RuntimeError, match="no host memory"):
-        await sleep.act(engine, "sleep")
+        await sleep.act(engine, engine, "sleep")
     assert engine.done == ["sleep", "wake"]  # vLLM schedules nothing until it is woken
-    assert not engine.load.asleep
+    assert not engine.asleep

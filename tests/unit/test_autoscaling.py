@@ -32,7 +32,6 @@ from serve_app.cluster.autoscaling import (
     total_load,
 )
 from serve_app.config.settings import Autoscaling, ModelConfig
-from serve_app.errors import ConfigError
 from serve_app.replica import load as load_module
 from serve_app.replica.load import EngineLoad, Limits, PreemptionWatch, preemption_warning
 
@@ -64,8 +63,8 @@ def test_fewer_only_where_every_replica_has_told_what_it_does() -> None:
     assert policy(idle)[0] == 3
 
 
-def test_what_is_in_front_of_an_engine_says_nothing_of_its_kv_cache() -> None:
-    seen = context(target=1, running=1, in_front=15.0, kv_cache_usage=0.5, capacity=256.0)
+def test_what_is_in_the_front_end_says_nothing_of_its_kv_cache() -> None:
+    seen = context(target=1, running=1, in_front_end=15.0, kv_cache_usage=0.5, capacity=256.0)
     seen.aggregated_metrics["running"] = {0: 1.0}
     assert LoadPolicy(target_load=0.7)(seen)[0] == 1
 
@@ -160,12 +159,12 @@ def test_bounds_count_ranks_too() -> None:
     assert [config[f"{name}_replicas"] for name in ("min", "initial", "max")] == [4, 8, 12]
 
 
-def test_autoscaling_without_statistics_is_refused() -> None:
+def test_autoscaling_works_where_vllm_does_not_log_its_statistics() -> None:
+    """It keeps them for our stat logger all the same: tests/vllm/test_statistics.py."""
     model = ModelConfig(
         model="m", engine={"disable_log_stats": True}, autoscaling=Autoscaling(max_replicas=2)
     )
-    with pytest.raises(ConfigError, match="disable_log_stats"):
-        deployment_options(model)
+    assert deployment_options(model)["autoscaling_config"]["max_replicas"] == 2
 
 
 def test_the_policy_travels_by_value() -> None:
@@ -325,14 +324,14 @@ def test_an_engine_reports_its_latest_step_and_its_rates() -> None:
     assert load.stats() == {
         "running": 3,
         "waiting": 3,
-        "in_front": 0,
+        "in_front_end": 0,
         "capacity": 64,
         "kv_cache_usage": 0.25,
         "preemptions": 1,
         "tokens_per_s": 50.0,
     }
-    assert load.stats(answering=9)["in_front"] == 3
-    assert load.stats(answering=2)["in_front"] == 0  # one request may be several to the engine
+    assert load.stats(answering=9)["in_front_end"] == 3
+    assert load.stats(answering=2)["in_front_end"] == 0  # one request may be several to the engine
     load.record(step(), None)
     now[0] += 2
     assert load.stats()["tokens_per_s"] == 0.0
@@ -343,13 +342,13 @@ def test_an_engine_that_has_not_started_reports_no_capacity() -> None:
     assert EngineLoad("m").stats()["capacity"] == 0
 
 
-def test_an_engine_is_proven_once_it_has_finished_a_request() -> None:
+def test_the_first_request_of_an_engine_is_done_once_it_is_finished() -> None:
     load = EngineLoad("m")
     load.record(step(running=1), iteration(tokens=1))
-    assert not load.proven
+    assert not load.first_request_done
     load.record(step(), iteration(finished=1))
     load.record(step(running=1), iteration(tokens=1))
-    assert load.proven
+    assert load.first_request_done
 
 
 def test_it_is_what_vllm_calls() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -552,17 +551,18 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The ``args`` of each model that Serve reports, by its application's name."""
     args: dict[str, Any] = {}
 
-    def details() -> dict[str, Any]:
+    def report() -> dict[str, Any]:
         return {
             "applications": {
-                name: {"deployed_app_config": {"import_path": MODEL_IMPORT_PATH, "args": given}}
+                name: {
+                    "status": "RUNNING",
+                    "deployed_app_config": {"import_path": MODEL_IMPORT_PATH, "args": given},
+                }
                 for name, given in args.items()
             }
         }
 
-    controller = SimpleNamespace(get_serve_instance_details=SimpleNamespace(remote=details))
-    monkeypatch.setattr(model, "running_controller", lambda: controller)
-    monkeypatch.setattr(model.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(model.serve, "report", report)
     monkeypatch.setattr(model.capacity, "refuse_impossible", lambda needed: None)
     monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
     return args

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
-from serve_app.replica.engine import Guard
+from serve_app.replica.guard import Guard
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
 EVENT = {"type": "http.response.body", "body": b"data: {}", "more_body": True}

@@ -68,16 +68,27 @@ def test_a_line_after_the_start_is_no_error(
     assert not (tmp_path / "deleted").exists()
 
 
-def test_the_installed_vllm_still_has_every_line() -> None:
+def vllm_folder() -> Path:
+    """Where vLLM is installed; importing it takes seconds."""
     found = importlib.util.find_spec("vllm")
-    assert found and found.submodule_search_locations
-    root = Path(found.submodule_search_locations[0])
+    assert found and found.origin
+    return Path(found.origin).parent
+
+
+def test_the_installed_vllm_still_has_every_line() -> None:
+    root = vllm_folder()
     code = "".join(
         file.read_text()
         for folder in ("v1/engine", "v1/core", "v1/worker", "compilation", "model_executor")
         for file in (root / folder).glob("model_loader/*.py" if "exec" in folder else "**/*.py")
     )
     assert [line for line in LINES if f'"{line}' not in code] == []
+
+
+def test_the_installed_vllm_still_logs_there() -> None:
+    for name in (*plugin._DETAILS, *plugin._LOGGERS):
+        file = vllm_folder().parent.joinpath(*name.split(".")).with_suffix(".py")
+        assert "logger = init_logger(__name__)" in file.read_text()
 
 
 # --- the tie to the parent -----------------------------------------------------------------------
@@ -108,3 +119,41 @@ def test_a_spawned_process_dies_with_its_parent_before_it_has_imported_anything(
     finally:
         if title(child):
             os.kill(child, signal.SIGKILL)
+
+
+ENGINE = """
+import ctypes, logging, multiprocessing
+from multiprocessing import spawn
+from serve_app.replica.start import plugin
+
+def engine():
+    plugin.prepare()
+    signal = ctypes.c_int()
+    ctypes.CDLL(None).prctl(2, ctypes.byref(signal), 0, 0, 0)  # PR_GET_PDEATHSIG
+    handlers = [h for h in logging.getLogger("vllm").handlers if type(h) is plugin._Phase]
+    print(spawn.get_command_line.__module__, signal.value, len(handlers), flush=True)
+
+if __name__ == "__main__":
+    child = multiprocessing.get_context("fork").Process(target=engine)
+    child.start()
+    child.join()
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({START_FOLDER: "/nowhere"}, "serve_app.lifeline 0 1"),
+        ({}, "multiprocessing.spawn 0 0"),
+    ],
+    ids=["ours", "another"],
+)
+def test_a_vllm_that_is_not_ours_is_left_alone(environment: dict[str, str], said: str) -> None:
+    """A `vllm serve` of the same environment loads the plugin as well."""
+    done = subprocess.run(
+        [sys.executable, "-c", ENGINE],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == said, done.stderr

@@ -14,12 +14,11 @@ TYPO = {"adaptors": [{"name": "poet", "path": "p"}]}
 
 
 class FakeEngine:
-    """As much of an engine as Serve's calls reach."""
+    """As much of an engine and its adapters as Serve's calls reach."""
 
     def __init__(self) -> None:
         self.applied: list[list[Adapter]] = []
         self.refuses: Exception | None = None
-        self.adapters = self
         self.llm = self
 
     async def apply(self, adapters: list[Adapter]) -> None:
@@ -38,7 +37,7 @@ def replica() -> Any:
     # Without its __del__, which is a coroutine that Serve awaits.
     kind = type("Replica", (deployment.func_or_class,), {"__del__": lambda self: None})
     server: Any = kind.__new__(kind)
-    server._engine = FakeEngine()
+    server._engine = server._adapters = FakeEngine()
     return server
 
 

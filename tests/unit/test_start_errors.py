@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing import spawn
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
+from serve_app.cluster import progress
 from serve_app.config.settings import ModelConfig
+from serve_app.errors import UserError
+from serve_app.replica.start import supervision
 from serve_app.replica.start.errors import explain, too_slow
+from serve_app.replica.start.plugin import REASON, START_FOLDER
+from serve_app.replica.start.supervision import supervised
 
 MODEL = ModelConfig.model_validate({"model": "org/model", "engine": {"max_num_seqs": 64}})
 
@@ -97,3 +108,48 @@ def test_a_long_unknown_error_is_cut_on_one_line() -> None:
     assert said.startswith("the engine of 'org/model' did not start: RuntimeError: a b xxx")
     assert "\n" not in said
     assert len(said) < 700
+
+
+# --- the start as a whole ------------------------------------------------------------------------
+
+
+def supervise(monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[None]:
+    monkeypatch.setattr(spawn, "get_command_line", spawn.get_command_line)  # it is changed
+    monkeypatch.setenv(START_FOLDER, "")
+    monkeypatch.setattr(progress, "publish", lambda replica, phase: None)
+    monkeypatch.setattr(progress, "forget", lambda replicas: None)
+    return supervised(MODEL, "m", "r1")
+
+
+def test_a_failed_start_says_what_vllm_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(UserError, match="does not fit: the GPU ran out of memory"),
+        supervise(monkeypatch),
+    ):
+        raise RuntimeError("CUDA out of memory")
+
+
+def test_a_failed_start_says_what_the_engines_process_left_word_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with (
+        pytest.raises(UserError, match="no space is left on the disk"),
+        supervise(monkeypatch),
+    ):
+        Path(os.environ[START_FOLDER], REASON).write_text("OSError: No space left on device")
+        raise RuntimeError("Engine core initialization failed")
+    assert not Path(os.environ[START_FOLDER]).exists()
+
+
+def test_a_start_that_was_broken_off_says_that_it_took_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overdue = nullcontext(SimpleNamespace(overdue=True))
+    monkeypatch.setattr(supervision, "StartWatch", lambda *_: overdue)
+    with pytest.raises(UserError, match="did not start within"), supervise(monkeypatch):
+        raise RuntimeError("Engine core initialization failed")
+
+
+def test_our_own_sentence_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"^rank 0 did not start$"), supervise(monkeypatch):
+        raise UserError("rank 0 did not start")

@@ -27,14 +27,14 @@ with module.StartWatch("m", "r1", limit_s=0.1):
 
 REPORTED = """
 import time
-from types import SimpleNamespace
+from serve_app.cluster import serve
 from serve_app.replica.start import watch as module
-replicas = [{{"replica_id": "r1", "state": {state!r}}}, {{"replica_id": "r2", "state": "STOPPING"}}]
-report = {{"applications": {{"m": {{"deployments": {{"ModelServer": {{"replicas": replicas}}}}}}}}}}
-details = SimpleNamespace(remote=lambda: report)
-controller = SimpleNamespace(get_serve_instance_details=details)
-module.running_controller = lambda: controller
-module.ray.get = lambda answer, timeout: answer
+replicas = [
+    {{"replica_id": id, "state": state, "start_time_s": 1.0}}
+    for id, state in (("r1", {state!r}), ("r2", "STOPPING"))
+]
+application = {{"status": "DEPLOYING", "deployments": {{"ModelServer": {{"replicas": replicas}}}}}}
+serve.report = lambda timeout_s: {{"applications": {{"m": application}}}}
 module.PERIOD_S = 0.05
 with module.StartWatch("m", "r1", limit_s=300) as watch:
     time.sleep({seconds})

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 from vllm import envs
+from vllm.utils import system_utils
 
 from serve_app import gateway, model
 from serve_app.cluster import serve
@@ -61,7 +62,7 @@ def test_an_application_s_runtime_env_reaches_its_deployment(
     monkeypatch.setattr(serve.ray, "is_initialized", lambda: True)
     context = SimpleNamespace(runtime_env=own)
     monkeypatch.setattr(serve.ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(model, "running_controller", lambda: None)
+    monkeypatch.setattr(serve, "controller", lambda: None)
     monkeypatch.setattr(model.capacity, "refuse_impossible", lambda needed: None)
     args = {"model": "org/model", "env": {"MY_FLAG": 1}} if build is model.app else {}
     given = build(args)._bound_deployment.ray_actor_options["runtime_env"]
@@ -70,3 +71,13 @@ def test_an_application_s_runtime_env_reaches_its_deployment(
     if build is model.app:
         assert given["env_vars"]["MY_FLAG"] == "1"
     assert own["env_vars"] == {"HF_TOKEN": "hf_example", "MY_FLAG": "0"}
+
+
+def test_in_a_replica_vllm_spawns_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it forks, ``lifeline.tie_children`` would not tie to the replica."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.setattr(system_utils, "is_in_ray_actor", lambda: True)
+    context = SimpleNamespace(gcs_address="127.0.0.1:1")
+    monkeypatch.setattr(serve.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert system_utils.get_mp_context().get_start_method() == "spawn"

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.replica import engine
+from serve_app.replica import front_end
 
 MODELS: dict[str, tuple[tuple[str, ...], str | None]] = {
     "chat": (("generate",), None),
@@ -40,7 +40,7 @@ async def app_of(tasks: tuple[str, ...], pooling_task: str | None) -> Any:
 
     config: Any = SimpleNamespace(get_pooling_task=lambda tasks: pooling_task)
     llm: Any = SimpleNamespace(get_supported_tasks=supported, model_config=config)
-    return await engine._build_app(llm, args)
+    return await front_end._build_app(llm, args)
 
 
 async def ask(app: Any, method: str, path: str) -> httpx.Response:

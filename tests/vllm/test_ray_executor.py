@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from serve_app.replica.start.plugin import START_FOLDER
+
 # EngineCore waits for a step that will never come; it has told its client nothing yet.
 ENGINE_CORE = """
 import time
@@ -31,3 +33,13 @@ def test_engine_core_ends_once_a_worker_is_dead_whatever_it_waits_for() -> None:
     )
     assert done.stdout.splitlines()[-1] == "told", done.stderr[-2000:]
     assert done.returncode == 1
+
+
+def test_vllm_hands_on_to_its_workers_on_ray_whose_engine_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By START_FOLDER a worker knows that it has to end with its raylet (plugin.prepare)."""
+    from vllm.v1.executor.ray_env_utils import get_driver_env_vars
+
+    monkeypatch.setenv(START_FOLDER, "/nowhere")
+    assert get_driver_env_vars(set())[START_FOLDER] == "/nowhere"

@@ -1,8 +1,9 @@
 """Types and spelling: the RayService CRD's own schema, and Kubernetes' for built-in kinds.
 
 The CRD is not ours to ship. ``serve-app validate --crd FILE`` takes it from the cluster
-(``kubectl get crd rayservices.ray.io -o yaml``) or from KubeRay's Helm chart. The schemas of the
-built-in kinds come with the optional package kubernetes-validate.
+(``kubectl get crd rayservices.ray.io -o yaml``) or from KubeRay's Helm chart. Without it the names
+of the RayService's own fields are checked, and its pod templates. The schemas of the built-in kinds
+are those of the package kubernetes-validate.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import yaml
 
 from serve_app.errors import ConfigError, did_you_mean
-from serve_app.kuberay.validate.operator_rules import Finding
+from serve_app.kuberay.validate.manifests import HOW_QUANTITIES_ARE, Document, pods_of
+from serve_app.kuberay.validate.rule import Found, fail
 
 KUBERNETES_VERSION = "1.33"
 """Oldest Kubernetes for these manifests (matchLabelKeys in pod affinity is stable since)."""
@@ -88,28 +90,86 @@ def with_defaults(schema: dict[str, Any], value: Any) -> Any:
     return value
 
 
-def crd_findings(schema: dict[str, Any], document: dict[str, Any]) -> Iterator[Finding]:
-    """What the API server would refuse, given the CRD."""
+def _fields(names: str, *required: str, **properties: Any) -> dict[str, Any]:
+    """The schema of an object that has these fields and no others."""
+    return {
+        "type": "object",
+        "required": list(required),
+        "properties": {**{name: {} for name in names.split()}, **properties},
+        "additionalProperties": False,
+    }
+
+
+_TEXTS = {"type": "object", "additionalProperties": {"type": "string"}}
+
+_WITHOUT_CRD = _fields(
+    "apiVersion kind metadata status",
+    "spec",
+    spec=_fields(
+        "deploymentUnhealthySecondThreshold excludeHeadPodFromServeSvc managedBy "
+        "rayClusterDeletionDelaySeconds serveConfigV2 serveService serviceUnhealthySecondThreshold "
+        "suspend upgradeStrategy",
+        "rayClusterConfig",
+        rayClusterConfig=_fields(
+            "authOptions autoscalerOptions enableInTreeAutoscaling gcsFaultToleranceOptions "
+            "headServiceAnnotations historyServerOptions managedBy networkPolicy rayVersion "
+            "suspend tlsOptions upgradeStrategy",
+            "headGroupSpec",
+            headGroupSpec=_fields(
+                "enableIngress headService ingressOptions labels resources serviceType",
+                "template",
+                rayStartParams=_TEXTS,
+                template={"type": "object"},
+            ),
+            workerGroupSpecs={
+                "type": "array",
+                "items": _fields(
+                    "idleTimeoutSeconds labels maxReplicas minReplicas numOfHosts priority "
+                    "replicas resources scaleStrategy suspend",
+                    "groupName",
+                    "template",
+                    groupName={"type": "string"},
+                    rayStartParams=_TEXTS,
+                    template={"type": "object"},
+                ),
+            },
+        ),
+    ),
+)
+"""The fields of a RayService in KubeRay 1.7, for a check of spelling without the CRD at hand."""
+
+
+def rayservice(document: Document, crd: dict[str, Any] | None) -> Found:
+    """What the API server would refuse of a RayService."""
+    for path, said in crd_findings(crd or _WITHOUT_CRD, document):
+        yield fail(path, said)
+    if crd is None:
+        for pods in pods_of(document):
+            template = pods.group.get("template")
+            probe = {"kind": "PodTemplate", "metadata": {"name": "probe"}, "template": template}
+            for path, said in _builtin(json.dumps({"apiVersion": "v1", **probe}, default=str)):
+                yield fail(f"{pods.where}.{path}", said)
+
+
+def crd_findings(schema: dict[str, Any], document: Document) -> Iterator[tuple[str, str]]:
+    """Fields that the schema of a CRD refuses, and why."""
     validator = jsonschema.Draft202012Validator(schema)
     for error in validator.iter_errors(with_defaults(schema, document)):
         yield from _explain(error)
 
 
-def builtin_findings(document: dict[str, Any]) -> Iterator[Finding]:
+def builtin(document: Document) -> Found:
     """What the API server would refuse of a kind that Kubernetes itself has.
 
-    Nothing is found for kinds of other parties, nor where kubernetes-validate is not installed.
+    Nothing is found for kinds of other parties.
     """
-    yield from _builtin(json.dumps(document, default=str))
+    for path, said in _builtin(json.dumps(document, default=str)):
+        yield fail(path, said)
 
 
 @cache
-def _builtin(text: str) -> tuple[Finding, ...]:
+def _builtin(text: str) -> tuple[tuple[str, str], ...]:
     """Of one document as JSON. Kept, because the package reads its 2 MB of schemas every time."""
-    if find_spec("kubernetes_validate") is None:
-        return ()
-    import kubernetes_validate
-
     try:
         kubernetes_validate.validate(json.loads(text), KUBERNETES_VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -119,22 +179,8 @@ def _builtin(text: str) -> tuple[Finding, ...]:
     return ()
 
 
-def pod_findings(where: str, template: Any) -> Iterator[Finding]:
-    """The same for a pod template inside another kind."""
-    if not isinstance(template, dict):
-        return
-    probe = {
-        "apiVersion": "v1",
-        "kind": "PodTemplate",
-        "metadata": {"name": "probe"},
-        "template": template,
-    }
-    for path, text in builtin_findings(probe):
-        yield f"{where}{path.removeprefix('template')}", text
-
-
-def _explain(error: jsonschema.ValidationError) -> Iterator[Finding]:
-    """One line for one mistake, naming the field."""
+def _explain(error: jsonschema.ValidationError) -> Iterator[tuple[str, str]]:
+    """One line for one mistake: the field, and what is wrong with it."""
     path = _path(error.absolute_path)
     if error.validator == "additionalProperties":
         known = sorted((error.schema or {}).get("properties") or {})
@@ -147,6 +193,10 @@ def _explain(error: jsonschema.ValidationError) -> Iterator[Finding]:
         kinds = error.validator_value
         wanted = " or ".join(kinds) if isinstance(kinds, list) else str(kinds)
         yield path, f"is {_short(error.instance)}, but must be of type {wanted}"
+    elif error.validator == "minimum":
+        yield path, f"is {error.instance}, but must be {error.validator_value} or more"
+    elif error.validator == "pattern" and "[KMGTPE]i" in error.validator_value:
+        yield path, f"is {_short(error.instance)}; {HOW_QUANTITIES_ARE}"
     else:
         yield path, error.message if len(error.message) < 200 else f"fails {error.validator}"
 

@@ -55,22 +55,23 @@ _LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 
 
 def prepare() -> None:
-    """Tie this process to its parent, and have its start and the reason of a failure written down.
+    """Have this process end with its parent, and write down its start and why that failed.
 
-    Called by vLLM in every process, also in those that are not ours (a `vllm serve` of the same
-    environment). The replica itself and workers that Ray started are children of the raylet: the
-    kernel's tie is not for them, and why they fail reaches the replica as an exception.
+    Called by vLLM in every process of it, also in those that are not ours (a `vllm serve` of the
+    same environment): these are left alone. vLLM hands the environment on to all processes of an
+    engine, also to those on other nodes.
     """
-    folder = Path(os.environ.get(START_FOLDER, os.devnull))
+    if START_FOLDER not in os.environ:
+        return
+    folder = Path(os.environ[START_FOLDER])
     logging.getLogger("vllm").addHandler(_Phase(folder / PHASE))
     for name in _DETAILS:
         logging.getLogger(name).setLevel(logging.DEBUG)
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        if START_FOLDER in os.environ:
-            lifeline.exit_with_parent()
+    if multiprocessing.parent_process() is None:
+        # The replica itself, or a worker that Ray started. Why one fails reaches the replica as
+        # an exception.
+        lifeline.exit_with_parent()
         return
-    lifeline.die_with(parent.pid)
     lifeline.tie_children()
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(_FirstError(folder / REASON))

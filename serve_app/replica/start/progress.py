@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from serve_app.cluster import progress
-from serve_app.replica.start.beside import Beside
+from serve_app.replica.start.background import BackgroundThread
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,7 +23,7 @@ PERIOD_S = 0.5
 """Seconds between two looks at the file."""
 
 
-class Progress(Beside):
+class Progress(BackgroundThread):
     """Publishes the phases of a replica's start until its ``with`` block ends."""
 
     def __init__(self, replica: str, file: Path) -> None:

@@ -12,12 +12,9 @@ import logging
 import multiprocessing
 import os
 import time
-from typing import Any
 
-import ray
-
-from serve_app.cluster.serve import running_controller
-from serve_app.replica.start.beside import Beside
+from serve_app.cluster import serve
+from serve_app.replica.start.background import BackgroundThread
 
 logger = logging.getLogger("ray.serve")
 
@@ -28,7 +25,7 @@ GRACE_S = 30.0
 """Seconds in which a start that was broken off must have ended by itself."""
 
 
-class StartWatch(Beside):
+class StartWatch(BackgroundThread):
     """Watches the start of a replica until its ``with`` block ends."""
 
     def __init__(self, application: str, replica: str, limit_s: float) -> None:
@@ -63,15 +60,11 @@ class StartWatch(Beside):
 
     def _is_stopping(self) -> bool:
         try:
-            controller = running_controller()
-            if controller is None:
-                return False
-            report = ray.get(controller.get_serve_instance_details.remote(), timeout=PERIOD_S)
+            report = serve.report(timeout_s=PERIOD_S)
         except Exception:  # it is busy, or starts anew
             return False
-        application: dict[str, Any] = report["applications"].get(self._application) or {}
-        return any(
-            replica["replica_id"] == self._replica and replica["state"] == "STOPPING"
-            for deployment in application.get("deployments", {}).values()
-            for replica in deployment["replicas"]
+        application = serve.applications(report or {}).get(self._application)
+        return application is not None and any(
+            replica.id == self._replica and replica.state == "STOPPING"
+            for replica in application.replicas
         )

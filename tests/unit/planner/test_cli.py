@@ -1,4 +1,4 @@
-"""`serve-app plan` and `serve-app check` as a user runs them."""
+"""`serve-app plan`, and `serve-app run` before it starts, as a user runs them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import serve_app.local.run
 from serve_app.cli import cli
 from serve_app.errors import UserError
-from serve_app.planner.cli import check, plan
+from serve_app.planner.cli import plan
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -61,7 +61,6 @@ def test_every_shipped_config_plans_without_network(
     found = as_json(str(config))
     for one in found.get("models", [found]):
         assert one["fits"], one["reasons"]
-    assert run(check, str(config)).exit_code == 0
 
 
 def test_the_terminal_names_instances_and_reasons() -> None:
@@ -119,25 +118,9 @@ def test_bad_input_is_one_sentence(arguments: list[str], words: str) -> None:
     assert "\n" not in str(result.exception)
 
 
-def test_check_exits_with_1_for_a_failure_and_raises_where_it_cannot_run(tmp_path: Path) -> None:
-    config = tmp_path / "bad.yaml"
-    config.write_text(Path(ONE_MODEL).read_text().replace("parallel_size: 4", "parallel_size: 3"))
-    result = run(check, str(config), "--json")
-    assert result.exit_code == 1
-    found = json.loads(result.stdout)
-    assert found["ok"] is False
-    failed = [f for f in found["configs"][str(config)] if f["status"] == "fail"]
-    assert [f["check"] for f in failed] == ["parallelism"] * len(failed)
-    assert failed[0]["fix"] == "tensor_parallel_size can be 1, 2, 4, 8"
-    shown = run(check, str(config)).output
-    assert "fail parallelism" in shown
-    assert "1 to fix" in shown or "2 to fix" in shown
-    assert isinstance(run(check, "nofile.yaml").exception, UserError)
-
-
 def test_neither_vllm_nor_torch_nor_ray_is_imported() -> None:
     code = (
-        "import sys, serve_app.planner.cli, serve_app.planner.checks\n"
+        "import sys, serve_app.planner.cli, serve_app.planner.check_model\n"
         "print([m for m in ('vllm', 'torch', 'ray', 'huggingface_hub') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,14 +11,13 @@ import os
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from serve_app import addresses
 from serve_app.errors import UserError
+from serve_app.local.named import recorded_address
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,10 @@ class Node:
     gpus: int
     is_head: bool = False
     gpu_type: str | None = None
-    instance_type: str | None = None
-    shm_bytes: int | None = None
 
 
-class Cluster(Protocol):
-    """A cluster that can be asked."""
+class Inventory(Protocol):
+    """What a cluster has."""
 
     kind: str
 
@@ -47,7 +44,7 @@ class Cluster(Protocol):
         """Storage classes and custom resources, as ``StorageClass/gp3``; None as above."""
 
 
-class RayCluster:
+class RayInventory:
     """The Ray cluster that ``RAY_ADDRESS`` or this machine's ``ray start`` names."""
 
     kind = "Ray"
@@ -56,7 +53,7 @@ class RayCluster:
         self._nodes = raw_nodes
 
     @classmethod
-    def connect(cls) -> RayCluster:
+    def connect(cls) -> RayInventory:
         """Raises UserError where no Ray cluster answers."""
         _refuse_silent_gcs()
         import ray
@@ -98,7 +95,7 @@ class RayCluster:
         return None
 
 
-class KubernetesCluster:
+class KubernetesInventory:
     """The cluster of the current ``kubectl`` context."""
 
     kind = "Kubernetes"
@@ -107,13 +104,13 @@ class KubernetesCluster:
         self._get = get
 
     @classmethod
-    def connect(cls) -> KubernetesCluster:
+    def connect(cls) -> KubernetesInventory:
         """Raises UserError where ``kubectl`` is missing or its context does not answer."""
         if shutil.which("kubectl") is None:
             raise UserError("kubectl is not installed")
-        cluster = cls(_kubectl)
-        cluster.nodes()
-        return cluster
+        inventory = cls(_kubectl)
+        inventory.nodes()
+        return inventory
 
     def nodes(self) -> list[Node]:
         found = []
@@ -128,7 +125,6 @@ class KubernetesCluster:
                     name=str((item.get("metadata") or {}).get("name")),
                     gpus=int(str(allocatable.get("nvidia.com/gpu") or 0)),
                     gpu_type=gpu,
-                    instance_type=labels.get("node.kubernetes.io/instance-type"),
                 )
             )
         return found
@@ -145,13 +141,6 @@ class KubernetesCluster:
             )
             for item in self._get(resource)
         }
-
-
-def recorded_address() -> str | None:
-    """What the last ``ray start`` on this machine wrote down; its cluster may be gone."""
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    record = Path(folder) / "ray" / "ray_current_cluster"
-    return record.read_text().strip() if record.is_file() else None
 
 
 def _refuse_silent_gcs() -> None:
@@ -172,14 +161,14 @@ def _refuse_silent_gcs() -> None:
         raise UserError(f"no Ray cluster answers at {address} ({_first_line(error)})") from None
 
 
-def at_hand() -> Cluster:
-    """The cluster to ask: Ray's if one answers, else Kubernetes'.
+def at_hand() -> Inventory:
+    """That of the cluster to ask: Ray's if one answers, else Kubernetes'.
 
     Raises:
         UserError: neither answers, with what each said.
     """
     problems = []
-    for connect in (RayCluster.connect, KubernetesCluster.connect):
+    for connect in (RayInventory.connect, KubernetesInventory.connect):
         try:
             return connect()
         except UserError as error:

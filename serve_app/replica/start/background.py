@@ -1,4 +1,4 @@
-"""A thread beside code that holds the event loop for long: vLLM's constructor."""
+"""A background thread, for while vLLM's constructor holds the event loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Self
 
 
-class Beside(ABC):
+class BackgroundThread(ABC):
     """Runs :meth:`_run` in a thread of its own while its ``with`` block runs."""
 
     def __init__(self, name: str) -> None:

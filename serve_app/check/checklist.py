@@ -1,0 +1,245 @@
+"""The checks that need no cluster: of the config, and of the manifests rendered from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from serve_app import __version__
+from serve_app.config import engine_args, yaml_files
+from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document
+from serve_app.errors import ConfigError
+from serve_app.kuberay.render.workers import replicas_of
+from serve_app.kuberay.validate.judge import judge
+from serve_app.kuberay.validate.manifests import Document, Manifests, get, mapping, read
+from serve_app.kuberay.validate.secrets import in_plain_text, looks_like_one
+from serve_app.kuberay.validate.serving import CONFIG
+from serve_app.planner import check_model
+from serve_app.planner.finding import Finding
+from serve_app.planner.vllm import defaults
+
+RENAMED_METRICS = {
+    "gpu_cache_usage_perc": "kv_cache_usage_perc",
+    "gpu_prefix_cache_hit_rate": "prefix_cache_hits / prefix_cache_queries",
+    "cpu_cache_usage_perc": "nothing; vLLM no longer swaps",
+    "num_requests_swapped": "nothing; vLLM no longer swaps",
+    "time_per_output_token_seconds": "inter_token_latency_seconds",
+}
+"""Names that vLLM used to export, with today's (vllm/v1/metrics/loggers.py)."""
+
+_RAY = version("ray")
+_BY_CONFIG = {
+    "metrics": "exported, under the names of today's vLLM",
+    "secrets": "none in plain text",
+    "versions": f"vLLM {engine_args.VLLM_VERSION}, Ray {_RAY}, serve_app {__version__}",
+}
+_BY_MANIFESTS = {
+    "shared memory": "/dev/shm holds vLLM's queues",
+    "autoscaling": "the worker groups hold every replica",
+    "model cache": "weights outlive the pods",
+    "head node": "has no GPU and no replica",
+    "machines": "each pod fits on one",
+    "draining": "pods and nodes wait for the last answers",
+    "metrics": "scraped, under the names of today's vLLM",
+    "dashboards": "are there",
+}
+"""Lines of the checklist, and what it means when nothing is wrong there: by the config alone, and
+by the manifests."""
+
+_MANIFESTS = "the manifests"
+_AGAIN = "run `serve-app render` again"
+_RENDER = "run `serve-app render`, or name them with --manifests"
+
+
+def find(config: Path, given: Path | None) -> list[Document] | None:
+    """The documents under ``given``, else those that `serve-app render` puts beside a config.
+
+    Raises:
+        ConfigError: nothing is at ``given``, or a file cannot be read.
+    """
+    if given is not None:
+        if not given.exists():
+            raise ConfigError(f"{given}: no such file or folder of manifests")
+        return read([given])
+    folder = config.resolve().parent.parent / "kuberay" / config.stem
+    if all(file.name == "profile.yaml" for file in folder.rglob("*.yaml")):
+        return None
+    # Monitoring is shared by all configs: rendered once, beside them.
+    shared = folder.parent / "monitoring"
+    return read([folder, shared] if shared.is_dir() else [folder])
+
+
+def static(path: Path, documents: list[Document] | None) -> list[Finding]:
+    """Every check that needs no cluster; ``documents`` are the manifests, if there are any.
+
+    Raises:
+        UserError: the file cannot be read at all, or is no Serve config.
+    """
+    document = yaml_files.read(path)
+    if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
+        raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
+    findings = list(_engine_arguments(document))
+    try:
+        fleet = parse_document(document, path)
+    except ConfigError as error:
+        if all(finding.status != "fail" for finding in findings):
+            findings.append(Finding("config", "fail", str(path), str(error), "mend the config"))
+        return findings
+    for name, config in fleet.models.items():
+        findings += check_model.model(name, config)
+        if why := check_model.undeployable(config):
+            fix = "mend the setting: a deployment would refuse it, or wait in vain"
+            findings.append(Finding("placement", "fail", name, why, fix))
+    findings += _metrics(fleet, path)
+    findings += _secrets(fleet)
+    findings += _versions(fleet)
+    answers = {check: (str(path), said) for check, said in _BY_CONFIG.items()}
+    if gpus_needed(fleet)[1]:  # a fleet for CPUs alone (the demo) has no cluster to be checked
+        found, complete = _manifests(fleet, documents)
+        findings += found
+        if complete:
+            answers |= {check: (_MANIFESTS, said) for check, said in _BY_MANIFESTS.items()}
+    spoken = {finding.check for finding in findings}
+    return findings + [
+        Finding(check, "ok", about, said)
+        for check, (about, said) in answers.items()
+        if check not in spoken
+    ]
+
+
+def gpus_needed(fleet: Fleet) -> tuple[int, int]:
+    """GPUs at the least and at the most replicas of all models."""
+    least = most = 0
+    for config in fleet.models.values():
+        if config.resources.device == "gpu":
+            each = defaults.parallelism(config.engine).gpus
+            low, high = replicas_of(config)
+            least, most = least + low * each, most + high * each
+    return least, most
+
+
+def _engine_arguments(document: Document) -> Iterator[Finding]:
+    """Every argument of every model, so that one run shows all mistakes."""
+    check = "engine arguments"
+    for application in document["applications"]:
+        arguments = get(application, "args.engine")
+        if get(application, "import_path") != MODEL_IMPORT_PATH or not isinstance(arguments, dict):
+            continue  # what is none of these is said by parse_document
+        name, wrong = str(application.get("name")), False
+        for key, value in arguments.items():
+            plain = str(key).lstrip("-").replace("-", "_")
+            if plain in engine_args.RENAMED:
+                wrong = True
+                said = f"engine.{key} is not in vLLM {engine_args.VLLM_VERSION}"
+                yield Finding(check, "fail", name, said, f"use {engine_args.RENAMED[plain]}")
+                continue
+            try:
+                engine_args.check({key: value})
+            except ConfigError as error:
+                wrong = True
+                yield Finding(check, "fail", name, str(error))
+        if not wrong:
+            known = f"{len(arguments)} known to vLLM {engine_args.VLLM_VERSION}"
+            yield Finding(check, "ok", name, known)
+
+
+def _metrics(fleet: Fleet, path: Path) -> Iterator[Finding]:
+    for name, config in fleet.models.items():
+        if config.engine.get("disable_log_stats"):
+            said = "engine.disable_log_stats turns vLLM's metrics off"
+            fix = "remove it: autoscaling and the dashboards read them"
+            yield Finding("metrics", "fail", name, said, fix)
+    yield from _renamed_metrics(str(path), path.read_text())
+
+
+def _renamed_metrics(about: str, text: str) -> Iterator[Finding]:
+    for old, new in RENAMED_METRICS.items():
+        if re.search(rf"vllm[:_]{old}\b", text):
+            said = f"vLLM {engine_args.VLLM_VERSION} has no vllm:{old}"
+            fix = f"use vllm:{new}" if "nothing" not in new else new
+            yield Finding("metrics", "fail", about, said, fix)
+
+
+def _secrets(fleet: Fleet) -> Iterator[Finding]:
+    """Literal secrets; the message never repeats one."""
+    places = {f"{name}: env": config.env for name, config in fleet.models.items()}
+    for application in fleet.document["applications"]:
+        env = mapping(application, "runtime_env.env_vars")
+        places[f"{application.get('name')}: runtime_env"] = env
+    found = [(where, key) for where, env in places.items() for key in in_plain_text(env)]
+    for where, key in found:
+        fix = "put it into a Kubernetes Secret and name it with valueFrom.secretKeyRef"
+        yield Finding("secrets", "fail", where, f"{key} holds a secret in plain text", fix)
+    if not found and looks_like_one(yaml.safe_dump(fleet.document)):
+        said = "something that looks like a token is in the file"
+        yield Finding("secrets", "fail", str(fleet.path), said, "remove it and revoke the token")
+
+
+def _versions(fleet: Fleet) -> Iterator[Finding]:
+    wanted = {"vllm": engine_args.VLLM_VERSION, "ray": _RAY}
+    for application in fleet.document["applications"]:
+        pins = mapping(application, "runtime_env").get("pip")
+        packages = pins.get("packages") if isinstance(pins, dict) else pins
+        for pin in packages if isinstance(packages, list) else []:
+            name, _, pinned = str(pin).partition("==")
+            expected = wanted.get(re.split(r"[\[<>~!]", name)[0].strip())
+            if expected and pinned and pinned != expected:
+                said = f"runtime_env pins {pin}, but serve_app runs {expected}"
+                fix = "remove the pin; the image brings both"
+                yield Finding("versions", "fail", str(application.get("name")), said, fix)
+
+
+def _manifests(fleet: Fleet, documents: list[Document] | None) -> tuple[list[Finding], bool]:
+    """What `serve-app validate` says of the manifests, and whether it got to the end.
+
+    They are judged as if rendered from the config as it is now.
+    """
+    services = Manifests(documents or []).services
+    if not documents or not services:
+        missing = "no rendered manifests beside the config" if not documents else "no RayService"
+        said = f"{missing}: {', '.join(_BY_MANIFESTS)} are not checked"
+        return [Finding("manifests", "warn", str(fleet.path), said, _RENDER)], False
+    findings = []
+    for service in services:
+        try:
+            rendered = yaml.safe_load(str(get(service, CONFIG)))
+        except yaml.YAMLError:
+            rendered = None
+        if rendered != fleet.document:
+            said = "holds another config than this one, which is judged here in its place"
+            name = f"RayService/{get(service, 'metadata.name')}"
+            findings.append(
+                Finding("manifests", "warn", name, said, "run `serve-app render` again")
+            )
+    now = [_with_config(d, fleet) if d in services else d for d in documents]
+    judged = judge(now)
+    # Of the config itself, everything has been said.
+    findings += [f for f in judged if f.check != "model" and not _is_of_env(f)]
+    findings += _monitoring(Manifests(documents))
+    return findings, all(f.status != "fail" for f in judged if f.check in ("manifests", "model"))
+
+
+def _with_config(service: Document, fleet: Fleet) -> Document:
+    spec = {**mapping(service, "spec"), "serveConfigV2": yaml.safe_dump(fleet.document)}
+    return {**service, "spec": spec}
+
+
+def _is_of_env(finding: Finding) -> bool:
+    return finding.check == "secrets" and finding.about.endswith(CONFIG)
+
+
+def _monitoring(manifests: Manifests) -> Iterator[Finding]:
+    yield from _renamed_metrics(_MANIFESTS, yaml.safe_dump_all(manifests.documents))
+    if not manifests.of_kind("PodMonitor", "ServiceMonitor"):
+        fix = "add a PodMonitor for the port 'metrics'"
+        yield Finding("metrics", "warn", _MANIFESTS, "nothing scrapes the Ray pods", fix)
+    boards = manifests.of_kind("GrafanaDashboard") + [
+        d for d in manifests.of_kind("ConfigMap") if "dashboard" in str(d).lower()
+    ]
+    if not boards:
+        fix = "add the ConfigMaps of kuberay/monitoring"
+        yield Finding("dashboards", "warn", _MANIFESTS, "no Grafana dashboards", fix)

@@ -1,0 +1,124 @@
+"""Manifests judged without a cluster: one line a mistake, naming the document and the field.
+
+Three parties would refuse or misread a manifest, in this order: the API server (:mod:`schema`),
+KubeRay (:mod:`operator_rules`), and reality (the other rules: machines that do not fit, labels
+that no node has, timeouts that cut each other).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from serve_app.errors import ConfigError, UserError
+from serve_app.kuberay.validate import around, operator_rules, pods, schema, secrets, serving
+from serve_app.kuberay.validate.manifests import Document, Manifests, get, pods_of
+from serve_app.kuberay.validate.rule import Found, check, fail
+from serve_app.planner.finding import Finding
+
+
+def judge(documents: list[Document], crd: dict[str, Any] | None = None) -> list[Finding]:
+    """Everything wrong with these documents, taken together.
+
+    ``crd`` is :func:`schema.load_crd`'s; without it the names of the RayService's own fields and
+    its pod templates are checked, but not every type.
+    """
+    refused = [list(_refused(document, crd)) for document in documents]
+    # What nobody would accept says nothing of the others: its names and pods will change.
+    sound = Manifests(d for d, wrong in zip(documents, refused, strict=True) if not wrong)
+    found: dict[Finding, None] = {}  # in order, each once
+    for document, wrong in zip(documents, refused, strict=True):
+        name = str(get(document, "metadata.name") or "?")
+        for finding in wrong or _misread(document, sound):
+            about = f"{document.get('kind')}/{name}: {finding.about}"
+            message, fix = _one_line(finding.message), _one_line(finding.fix or "")
+            found[replace(finding, about=_one_line(about), message=message, fix=fix or None)] = None
+    return list(found)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def refuse_errors(findings: list[Finding]) -> None:
+    """Raise when something cannot work.
+
+    Raises:
+        UserError: the first that cannot, and how many more there are.
+    """
+    errors = [finding for finding in findings if finding.status == "fail"]
+    if errors:
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UserError(f"{errors[0].about} {errors[0].text}{more}")
+
+
+def _refused(document: Document, crd: dict[str, Any] | None) -> Found:
+    """What the API server or KubeRay would refuse: no other rule makes sense before."""
+    version, kind = document.get("apiVersion"), document.get("kind")
+    if not re.fullmatch(r"([a-z][-a-z0-9.]*/)?v[0-9][a-z0-9]*", str(version)):
+        yield fail("apiVersion", f"is {version!r}", "write it as apps/v1")
+    elif not str(kind).isalnum():
+        yield fail("kind", f"is {kind!r}, which is no kind")
+    elif not isinstance(get(document, "metadata.name"), str):
+        yield fail("metadata.name", "is missing")
+    elif kind != "RayService":
+        yield from schema.builtin(document)
+    elif version != "ray.io/v1":
+        yield fail("apiVersion", f"is {version}", "write ray.io/v1")
+    else:
+        wrong = list(schema.rayservice(document, crd))
+        yield from wrong or operator_rules.rules(document)
+
+
+def _misread(document: Document, manifests: Manifests) -> Found:
+    """What would be accepted, and not work."""
+    match document.get("kind"):
+        case "RayService":
+            yield from _service(document, manifests)
+        case "Secret":
+            yield from secrets.secret(document)
+        case "Namespace":
+            yield from around.namespace(document, manifests)
+        case "Ingress":
+            yield from around.ingress(document, manifests)
+        case "PodDisruptionBudget":
+            yield from around.budget(document, manifests)
+        case "PodMonitor" | "NetworkPolicy":
+            yield from around.selector(document, manifests)
+        case "NodePool":
+            yield from around.node_pool(document)
+        case "EC2NodeClass" | "NodeClass":
+            yield from around.node_class(document)
+
+
+def _service(service: Document, manifests: Manifests) -> Iterator[Finding]:
+    yield from pods.head(service)
+    yield from pods.images(service)
+    yield from pods.references(service, manifests)
+    yield from secrets.of_service(service, manifests)
+    for group in pods_of(service):
+        yield from pods.shared_memory(group)
+        yield from pods.resources(group)
+        yield from pods.machines(group, manifests)
+    try:
+        fleet = serving.fleet_of(service)
+    except ConfigError as error:
+        yield from _unreadable(str(error))
+        return
+    yield from serving.config(service, fleet)
+    yield from serving.environment(fleet)
+    impossible = list(serving.models(fleet))
+    yield from impossible
+    if any(finding.status == "fail" for finding in impossible):
+        return  # how many GPUs such a model takes says nothing
+    yield from serving.capacity(service, fleet, manifests)
+    yield from serving.stages(service, fleet)
+    yield from serving.caches(service, fleet)
+    yield from serving.drain(service, fleet, manifests)
+
+
+@check("model")
+def _unreadable(why: str) -> Found:
+    yield fail(serving.CONFIG, why)

@@ -1,0 +1,260 @@
+"""The one reader of manifests: values at a path, quantities, pods, and what documents say together.
+
+Whatever a document holds can be read: a value of another type than Kubernetes has there counts as
+missing, because telling so is the schemas' business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from serve_app.config import yaml_files
+from serve_app.errors import ConfigError
+
+Document = dict[str, Any]
+
+GPU = "nvidia.com/gpu"
+EFA = "vpc.amazonaws.com/efa"
+CAPACITY_TYPE = "karpenter.sh/capacity-type"
+INSTANCE_TYPE = "node.kubernetes.io/instance-type"
+
+
+class Pods:
+    """The pods of one group of a RayService, all alike: the head's, or a worker group's.
+
+    ``where`` is the group's path in the document. The container is Ray's, which is the first.
+    """
+
+    def __init__(self, where: str, group: Document) -> None:
+        self.where, self.group = where, group
+        self.is_head = where.endswith("headGroupSpec")
+        self.name = str(group.get("groupName", "headgroup"))
+        self.spec = mapping(group, "template.spec")
+        self.spec_at = f"{where}.template.spec"
+        self.containers = items(self.spec, "containers")
+        self.container: Document = next(iter(self.containers), {})
+        self.container_at = f"{self.spec_at}.containers[0]"
+        self.limits = mapping(self.container, "resources.limits")
+        self.requests = mapping(self.container, "resources.requests")
+        self.told = mapping(group, "resources")
+        """What KubeRay tells Ray that the pod has."""
+        self.gpus = whole(self.limits.get(GPU))
+        self.memory = byte_count(self.limits.get("memory"))
+        """Bytes; None where there is no limit."""
+
+    @property
+    def accelerator(self) -> str:
+        """Ray's name of its GPU type; empty where the group does not tell it."""
+        prefix = "accelerator_type:"
+        named = (str(key) for key in self.told if str(key).startswith(prefix))
+        return next(named, "").removeprefix(prefix)
+
+    @property
+    def cores(self) -> float:
+        """Cores that the container asks for."""
+        return core_count(self.requests.get("cpu"))
+
+    @property
+    def ray_cores(self) -> float:
+        """Cores that Ray takes the pod to have."""
+        told = self.told.get("CPU")
+        return self.cores if told is None else core_count(told)
+
+    @property
+    def ports(self) -> dict[str, Any]:
+        return {str(p.get("name")): p.get("containerPort") for p in items(self.container, "ports")}
+
+    @property
+    def env(self) -> Iterator[tuple[str, Document]]:
+        """Every environment variable of every container, with its path."""
+        for i, container in enumerate(self.containers):
+            for j, entry in enumerate(items(container, "env")):
+                yield f"{self.spec_at}.containers[{i}].env[{j}]", entry
+
+    @property
+    def lasting_mounts(self) -> set[str]:
+        """Folders that outlive the pod."""
+        kinds = {"persistentVolumeClaim", "hostPath", "csi", "nfs"}
+        kept = {v.get("name") for v in items(self.spec, "volumes") if kinds & v.keys()}
+        mounts = items(self.container, "volumeMounts")
+        return {str(m.get("mountPath")).rstrip("/") for m in mounts if m.get("name") in kept}
+
+    def bound(self, field: str) -> int:
+        """Pods by ``minReplicas`` or ``maxReplicas``."""
+        return whole(self.group.get(field)) * (whole(self.group.get("numOfHosts")) or 1)
+
+    def gpus_by(self, field: str) -> int:
+        """GPUs of the whole group by ``minReplicas`` or ``maxReplicas``."""
+        return self.bound(field) * self.gpus
+
+    def affinity(self, key: str) -> list[str]:
+        """The values of a node label that the pods accept."""
+        required = "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution"
+        return [
+            value
+            for term in items(self.spec, f"{required}.nodeSelectorTerms")
+            for expression in items(term, "matchExpressions")
+            if expression.get("key") == key and expression.get("operator") == "In"
+            for value in texts(expression, "values")
+        ]
+
+
+def pods_of(service: Document) -> list[Pods]:
+    """The head's pods, then those of each worker group."""
+    at = "spec.rayClusterConfig"
+    head = get(service, f"{at}.headGroupSpec")
+    found = [Pods(f"{at}.headGroupSpec", head)] if isinstance(head, dict) else []
+    groups = items(service, f"{at}.workerGroupSpecs")
+    return found + [Pods(f"{at}.workerGroupSpecs[{i}]", g) for i, g in enumerate(groups)]
+
+
+def workers_of(service: Document) -> list[Pods]:
+    return [pods for pods in pods_of(service) if not pods.is_head]
+
+
+class Manifests:
+    """Documents that are applied together."""
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        self.documents = list(documents)
+        self.services = self.of_kind("RayService")
+        self.node_pools = self.of_kind("NodePool")
+
+    def of_kind(self, *kinds: str) -> list[Document]:
+        return [d for d in self.documents if d.get("kind") in kinds]
+
+    def names(self, kind: str) -> set[str]:
+        return {str(get(d, "metadata.name")) for d in self.of_kind(kind)}
+
+    @cached_property
+    def secrets(self) -> set[str]:
+        """Names of the Secrets, and of those that an ExternalSecret makes."""
+        made = self.of_kind("ExternalSecret")
+        targets = {str(get(d, "spec.target.name") or get(d, "metadata.name")) for d in made}
+        return self.names("Secret") | targets
+
+    @property
+    def pod_labels(self) -> list[dict[str, Any]]:
+        """The labels that the pods of every RayService will have."""
+        return [
+            {
+                **mapping(pods.group, "template.metadata.labels"),
+                **mapping(pods.group, "labels"),
+                "ray.io/is-ray-node": "yes",
+                "ray.io/node-type": "head" if pods.is_head else "worker",
+                "ray.io/group": pods.name,
+            }
+            for service in self.services
+            for pods in pods_of(service)
+        ]
+
+    @property
+    def gpu_limit(self) -> int | None:
+        """GPUs at which the NodePools stop; None where no pool says."""
+        return sum(whole(mapping(p, "spec.limits").get(GPU)) for p in self.node_pools) or None
+
+
+def read(paths: Iterable[Path]) -> list[Document]:
+    """Every document of the files, and of the YAML files in the folders.
+
+    Kustomize's own files and patches are left out: they are no Kubernetes objects.
+
+    Raises:
+        ConfigError: a file that cannot be read, with line and column; or no document at all.
+    """
+    paths = list(paths)
+    documents: list[Document] = []
+    for path in paths:
+        found = sorted(path.rglob("*.yaml")) if path.is_dir() else [path]
+        for file in found:
+            if file.name != "kustomization.yaml" or file == path:
+                documents += [d for d in yaml_files.read_all(file) if _is_object(d)]
+    if not documents:
+        raise ConfigError(
+            f"{', '.join(map(str, paths)) or 'nothing'}: no Kubernetes manifest there"
+        )
+    return documents
+
+
+def _is_object(document: Any) -> bool:
+    return isinstance(document, dict) and isinstance(document.get("kind"), str)
+
+
+def get(value: Any, path: str) -> Any:
+    """The value at a dotted path of mappings, or None."""
+    for key in path.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def items(value: Any, path: str) -> list[Document]:
+    """The mappings in the list at a dotted path."""
+    found = get(value, path)
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+
+
+def texts(value: Any, path: str) -> list[str]:
+    """The values of the list at a dotted path, as text."""
+    found = get(value, path)
+    return [str(item) for item in found] if isinstance(found, list) else []
+
+
+def mapping(value: Any, path: str) -> Document:
+    """The mapping at a dotted path, else an empty one."""
+    found = get(value, path)
+    return found if isinstance(found, dict) else {}
+
+
+def required_values(pool: Document, key: str) -> list[str] | None:
+    """The values of a node label that a NodePool's machines can have; None for any."""
+    for requirement in items(pool, "spec.template.spec.requirements"):
+        if requirement.get("key") == key and requirement.get("operator") == "In":
+            return texts(requirement, "values")
+    return None
+
+
+def whole(value: Any) -> int:
+    """A count as manifests have it, a number or its text; 0 for anything else."""
+    text = str(value)
+    return int(text) if text.isdecimal() else 0
+
+
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+
+
+def byte_count(quantity: Any) -> int | None:
+    """A Kubernetes quantity of memory in bytes; None for none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]i?|Ki)?", str(quantity or ""))
+    return int(float(found[1]) * _UNITS[found[2] or ""]) if found else None
+
+
+def core_count(quantity: Any) -> float:
+    """A Kubernetes quantity of CPU in cores; 0 for none."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(quantity))
+    return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
+
+
+HOW_QUANTITIES_ARE = "write an amount as 4, 500m or 16Gi"
+
+
+def is_quantity(value: Any) -> bool:
+    """Whether Kubernetes reads it as an amount: ``4``, ``500m``, ``16Gi``, ``1e3``."""
+    return bool(re.fullmatch(r"\d+(\.\d+)?([eE]-?\d+|[munkMGTPE]|[KMGTPE]i)?", str(value)))
+
+
+def seconds_of(duration: Any) -> int | None:
+    """A Go duration (``1h30m``) in seconds; None for none."""
+    parts = re.findall(r"(\d+)([hms])", str(duration or ""))
+    factor = {"h": 3600, "m": 60, "s": 1}
+    return sum(int(n) * factor[u] for n, u in parts) if parts else None

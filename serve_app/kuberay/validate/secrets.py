@@ -1,0 +1,96 @@
+"""Secrets in plain text, and placeholders that nobody has filled in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from serve_app.errors import UserError
+from serve_app.kuberay.validate.manifests import (
+    Document,
+    Manifests,
+    get,
+    mapping,
+    pods_of,
+)
+from serve_app.kuberay.validate.rule import Found, check, fail
+
+PLACEHOLDER = "REPLACE_ME"
+"""What is to be filled in: in secrets.template.yaml, and in the profiles of kuberay/."""
+
+_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)(_|$)", re.I)
+_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{20,})"
+)
+_REFERENCE = "valueFrom.secretKeyRef"
+
+
+def in_plain_text(env: Mapping[Any, Any]) -> Iterator[str]:
+    """The variables that hold a secret, by their name or their value."""
+    for name, value in env.items():
+        if value and (_NAME.search(str(name)) or looks_like_one(str(value))):
+            yield str(name)
+
+
+def looks_like_one(text: str) -> bool:
+    """Whether a token of a known form is in the text."""
+    return bool(_VALUE.search(text))
+
+
+@check("secrets")
+def secret(document: Document) -> Found:
+    for field in ("data", "stringData"):
+        for key, value in mapping(document, field).items():
+            if value not in ("", None, PLACEHOLDER):
+                yield fail(
+                    f"{field}.{key}", "puts a secret into a manifest", "create it outside of git"
+                )
+
+
+@check("secrets")
+def of_service(service: Document, manifests: Manifests) -> Found:
+    """Secrets of the pods and of Redis: by reference, to one that a manifest makes."""
+
+    def known(field: str, holder: Any) -> Found:
+        name = get(holder, f"{_REFERENCE}.name")
+        if name and manifests.secrets and name not in manifests.secrets:
+            yield fail(f"{field}.{_REFERENCE}.name", f"'{name}' is in no manifest")
+
+    for pods in pods_of(service):
+        for at, entry in pods.env:
+            yield from known(at, entry)
+            for name in in_plain_text({entry.get("name"): entry.get("value")}):
+                yield fail(
+                    f"{at}.value", f"puts the secret {name} into the manifest", f"use {_REFERENCE}"
+                )
+    redis = "spec.rayClusterConfig.gcsFaultToleranceOptions.redisPassword"
+    yield from known(redis, get(service, redis))
+    if get(service, f"{redis}.value"):
+        yield fail(f"{redis}.value", "puts a secret into the manifest", f"use {_REFERENCE}")
+
+
+def refuse_placeholders(documents: list[Document]) -> None:
+    """Refuse to deploy what nobody has filled in.
+
+    Raises:
+        UserError: the first value that is still a placeholder.
+    """
+    for document in documents:
+        for path, value in _leaves(document, ""):
+            if PLACEHOLDER in str(value):
+                kind, name = document.get("kind"), get(document, "metadata.name")
+                raise UserError(
+                    f"{kind}/{name}: {path} is '{value}'; put your own value into the profile"
+                )
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, value

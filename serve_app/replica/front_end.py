@@ -1,0 +1,108 @@
+"""One process's front end of an engine: vLLM's own ASGI app, on a port of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import types
+from argparse import Namespace
+from typing import Any
+
+import uvicorn
+
+from serve_app import addresses
+from serve_app.errors import UserError
+from serve_app.replica.engine import Engine
+from serve_app.replica.guard import Guard
+from serve_app.replica.no_route import NoRoute
+
+
+class FrontEnd:
+    """vLLM's app behind a :class:`Guard`; serves from :meth:`listen` to :meth:`close`."""
+
+    host: str
+    port: int
+
+    def __init__(self, app: Any, guard: Guard) -> None:
+        self.serving_models = app.state.openai_serving_models
+        """vLLM's record of the adapters that this front end knows."""
+
+        self._guard = guard
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                guard,
+                log_level="warning",
+                access_log=False,
+                # The gateway keeps connections open and is the one to close them, so that
+                # it never sends a request into a connection that is just being closed.
+                timeout_keep_alive=3600,
+                backlog=4096,
+                server_header=False,
+                date_header=False,
+                # There is no proxy to believe: the gateway is the only client.
+                proxy_headers=False,
+            )
+        )
+        self._serving: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def build(cls, engine: Engine, args: Namespace, credential: bytes) -> FrontEnd:
+        """Make a front end of an engine, for requests with this credential.
+
+        Args:
+            args: those that the engine was started with.
+        """
+        app = await _build_app(engine.llm, args)
+        return cls(app, Guard(app, credential, lambda: engine.dead, lambda: engine.asleep))
+
+    async def listen(self, host: str) -> None:
+        """Serve on a free port of ``host``.
+
+        Raises:
+            UserError: the server ended at once.
+        """
+        sock = socket.create_server((host, 0), family=addresses.family(host))
+        self.host, self.port = host, sock.getsockname()[1]
+        self._serving = asyncio.create_task(self._server.serve(sockets=[sock]))
+        while not self._server.started:
+            if self._serving.done():
+                await self._serving
+                raise UserError(f"the model server could not listen on {host}")
+            await asyncio.sleep(0.01)
+
+    @property
+    def running(self) -> int:
+        """HTTP requests that are being answered at the moment."""
+        return self._guard.running
+
+    async def drain(self, timeout_s: float) -> None:
+        """Wait until no request is running, ``timeout_s`` seconds at most."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        quiet = 0
+        # Gateways learn of the shutdown within moments of each other; a request that one of
+        # them sent before it knew must still find the port open.
+        while quiet < 5 and asyncio.get_running_loop().time() < deadline:
+            quiet = quiet + 1 if self.running == 0 else 0
+            await asyncio.sleep(0.1)
+
+    async def close(self) -> None:
+        """End the HTTP server, within 5 seconds."""
+        self._server.should_exit = True
+        self._server.force_exit = True
+        if self._serving is not None:
+            await asyncio.wait([self._serving], timeout=5)
+
+
+async def _build_app(llm: Any, args: Namespace) -> Any:
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app
+
+    tasks = await llm.get_supported_tasks()
+    app = build_app(args, tasks, llm.model_config)
+    await init_app_state(llm, app.state, args, tasks)
+    paths = {getattr(route, "path", "") for route in app.routes}
+    app.router.default = NoRoute(args.served_model_name[0], tasks, paths)
+    # vLLM's error handler stops the server through this when the engine dies; here the
+    # replica does that, for the whole process.
+    app.state.server = types.SimpleNamespace()
+    return app

@@ -1,0 +1,78 @@
+"""Who may ask a front end, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
+from serve_app.errors import envelope
+
+_NOT_THE_GATEWAY = envelope(
+    "This port belongs to the gateway; send requests there.",
+    "authentication_error",
+    code="invalid_internal_credential",
+)
+# An engine that sleeps would keep the request until somebody wakes it.
+_ASLEEP = envelope("This replica is asleep.", "server_error", code="model_asleep")
+
+
+class Guard:
+    """ASGI middleware around everything: who may ask, when, and a count of running requests."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        credential: bytes,
+        dead: Callable[[], bool],
+        asleep: Callable[[], bool],
+    ) -> None:
+        self._app = app
+        self._credential = credential
+        self._dead = dead
+        self._asleep = asleep
+        self.running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        given = b""
+        for name, value in scope["headers"]:
+            if name == CREDENTIAL_HEADER:
+                given = value
+        if not hmac.compare_digest(given, self._credential):
+            await _refusal(scope, 401, _NOT_THE_GATEWAY)(scope, receive, send)
+            return
+        if self._asleep():
+            marked = {ASLEEP_HEADER.decode(): "1"}
+            await _refusal(scope, 503, _ASLEEP, marked)(scope, receive, send)
+            return
+
+        async def send_unless_dead(message: Message) -> None:
+            # A dead engine answers 500 to everything, or an error event where the head of a
+            # stream is out already. This process is about to exit; saying nothing until then
+            # lets the gateway give what has no byte yet to another replica.
+            if self._dead():
+                await asyncio.Event().wait()
+            await send(message)
+
+        self.running += 1
+        try:
+            await self._app(scope, receive, send_unless_dead)
+        finally:
+            self.running -= 1
+
+
+def _refusal(
+    scope: Scope, status: int, error: dict[str, Any], headers: dict[str, str] | None = None
+) -> ASGIApp:
+    if scope["type"] == "websocket":
+        return WebSocketClose(1008)
+    return JSONResponse(error, status, headers)

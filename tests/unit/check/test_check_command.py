@@ -1,0 +1,52 @@
+"""`serve-app check` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from serve_app.check.cli import check
+from serve_app.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ONE_MODEL = ROOT / "configs/llama70b.yaml"
+
+
+def invoke(*arguments: str) -> Result:
+    result = CliRunner().invoke(check, arguments, catch_exceptions=True)
+    if result.exception and not isinstance(result.exception, (SystemExit, UserError)):
+        raise result.exception
+    return result
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_passes_without_network(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    assert invoke(str(config)).exit_code == 0
+
+
+def test_check_exits_with_1_for_a_failure_and_raises_where_it_cannot_run(tmp_path: Path) -> None:
+    config = tmp_path / "bad.yaml"
+    config.write_text(Path(ONE_MODEL).read_text().replace("parallel_size: 4", "parallel_size: 3"))
+    result = invoke(str(config), "--json")
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert found["ok"] is False
+    failed = [f for f in found["configs"][str(config)] if f["status"] == "fail"]
+    assert [f["check"] for f in failed] == ["parallelism"] * len(failed)
+    assert failed[0]["fix"] == "tensor_parallel_size can be 1, 2, 4, 8"
+    shown = invoke(str(config)).output
+    assert "fail parallelism" in shown
+    assert "1 to fix" in shown or "2 to fix" in shown
+    assert isinstance(invoke("nofile.yaml").exception, UserError)

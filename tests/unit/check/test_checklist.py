@@ -1,0 +1,367 @@
+"""Each line of the checklist, from a config that fails it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve_app.check import checklist
+from serve_app.check.inventory import Node
+from serve_app.check.on_cluster import on_cluster
+from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, load
+from serve_app.errors import ConfigError, UserError
+from serve_app.kuberay.render.files import render
+from serve_app.kuberay.render.profile import ClusterProfile
+from serve_app.kuberay.validate.judge import judge
+from serve_app.planner.finding import Finding
+from serve_app.planner.model import metadata
+
+LLAMA_70B = {
+    "model": "meta-llama/Llama-3.3-70B-Instruct",
+    "replicas": 1,
+    "resources": {"accelerator_type": "H100", "num_cpus": 8},
+    "engine": {"tensor_parallel_size": 4, "max_model_len": 8192},
+}
+
+
+def write(tmp_path: Path, **changes: Any) -> Path:
+    """A config of one model and a gateway, the model's args changed; ``engine`` is merged."""
+    engine = {**LLAMA_70B["engine"], **changes.pop("engine", {})}  # type: ignore[dict-item]
+    application: dict[str, Any] = {
+        "name": "llama",
+        "route_prefix": None,
+        "import_path": MODEL_IMPORT_PATH,
+        "args": {**LLAMA_70B, "engine": engine, **changes},
+    }
+    if runtime_env := application["args"].pop("runtime_env", None):
+        application["runtime_env"] = runtime_env
+    path = tmp_path / "config.yaml"
+    gateway = {"name": "gateway", "route_prefix": "/", "import_path": GATEWAY_IMPORT_PATH}
+    path.write_text(yaml.safe_dump({"applications": [gateway, application]}))
+    return path
+
+
+def find(findings: list[Finding], check: str, status: str) -> Finding:
+    found = [f for f in findings if f.check == check and f.status == status]
+    assert found, [(f.check, f.status, f.message) for f in findings]
+    return found[0]
+
+
+def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
+    findings = checklist.static(write(tmp_path), None)
+    assert not [f for f in findings if f.status == "fail"]
+    for check in ("engine arguments", "parallelism", "quantization", "memory", "context length"):
+        find(findings, check, "ok")
+    assert "p5.48xlarge" in find(findings, "memory", "ok").message
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "status", "words"),
+    [
+        ({"engine": {"tensor_parallel_size": 1}}, "memory", "fail", "weights"),
+        ({"engine": {"tensor_parallel_size": 6}}, "parallelism", "fail", "64 attention heads"),
+        ({"engine": {"data_parallel_backend": "ray"}}, "placement", "fail", "is not yours to set"),
+        ({"env": {"VLLM_RAY_BUNDLE_INDICES": "0,1"}}, "placement", "fail", "Ray places the ranks"),
+        (
+            {"resources": {"accelerator_type": "h100"}},
+            "placement",
+            "fail",
+            "accelerator_type is 'h100', but Ray writes 'H100'",
+        ),
+        ({"engine": {"tensor_parallel_size": 16}}, "parallelism", "fail", "8 GPUs of the largest"),
+        ({"engine": {"max_model_len": 200_000}}, "context length", "fail", "the model's 131072"),
+        (
+            {"engine": {"tensor_parallel_size": 2, "max_model_len": 17_000}},
+            "memory", "warn", "less than 3 %",
+        ),
+        (
+            {"engine": {"tensor_parallel_size": 2, "max_model_len": 12_000}},
+            "context length", "warn", "1.",
+        ),
+        ({"engine": {"enable_expert_parallel": True}}, "parallelism", "fail", "mixture of experts"),
+        ({"engine": {"speculative_model": "x"}}, "engine arguments", "fail", "speculative_model"),
+        ({"engine": {"max_modle_len": 1}}, "engine arguments", "fail", "max_model_len"),
+        ({"engine": {"disable_log_stats": True}}, "metrics", "fail", "disable_log_stats"),
+        ({"env": {"HF_TOKEN": "abc"}}, "secrets", "fail", "HF_TOKEN holds a secret"),
+        ({"env": {"X": "hf_" + "a" * 30}}, "secrets", "fail", "X holds a secret"),
+        (
+            {"runtime_env": {"pip": ["vllm==0.10.1"]}},
+            "versions", "fail", "pins vllm==0.10.1",
+        ),
+        ({"resources": {"num_cpus": 1}}, "memory", "warn", "accelerator_type is not set"),
+        (
+            {"resources": {"accelerator_type": "H100", "num_cpus": 500}},
+            "memory", "fail", "no EC2 machine",
+        ),
+        ({"model": "nobody/nothing"}, "memory", "warn", "not checked"),
+    ],
+)  # fmt: skip
+def test_what_each_check_catches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any], check: str, status: str, words: str,
+) -> None:  # fmt: skip
+    def no_hub(name: str) -> None:
+        raise UserError(f"{name}: the hub cannot be reached")
+
+    monkeypatch.setattr(metadata, "_from_hub", no_hub)
+    findings = checklist.static(write(tmp_path, **changes), None)
+    finding = find(findings, check, status)
+    assert words in f"{finding.message} {finding.fix}"
+    assert finding.fix or status != "fail" or check in ("engine arguments",)
+
+
+def test_secrets_are_never_repeated(tmp_path: Path) -> None:
+    secret = "hf_" + "Q" * 30
+    findings = checklist.static(write(tmp_path, env={"HF_TOKEN": secret}), None)
+    assert secret not in str(findings)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "engine", "status", "words"),
+    [
+        ("Qwen/Qwen3-32B-FP8", "A100-80G", {}, "warn", "no fp8 arithmetic"),
+        ("Qwen/Qwen3-32B-FP8", "V100", {}, "fail", "too old"),
+        ("Qwen/Qwen2.5-32B-Instruct-AWQ", "L40S", {}, "ok", "awq int4 runs on L40S"),
+        (
+            "HuggingFaceTB/SmolLM2-135M-Instruct", "A10G",
+            {"kv_cache_dtype": "fp8"}, "fail", "fp8 KV cache",
+        ),
+    ],
+)  # fmt: skip
+def test_precision_against_the_gpu(
+    tmp_path: Path, model: str, gpu: str, engine: dict[str, Any], status: str, words: str
+) -> None:
+    path = write(
+        tmp_path,
+        model=model,
+        resources={"accelerator_type": gpu, "num_cpus": 1},
+        engine={"tensor_parallel_size": 1, **engine},
+    )
+    assert words in find(checklist.static(path, None), "quantization", status).message
+
+
+def test_renamed_metrics_anywhere_in_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text() + "# alert on vllm:gpu_cache_usage_perc > 0.9\n")
+    finding = find(checklist.static(path, None), "metrics", "fail")
+    assert finding.fix == "use vllm:kv_cache_usage_perc"
+
+
+def test_all_wrong_arguments_show_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, engine={"tp": 4, "swap_space": 4, "max_num_seq": 8})
+    wrong = [f for f in checklist.static(path, None) if f.status == "fail"]
+    assert len(wrong) == 3
+    assert {f.check for f in wrong} == {"engine arguments"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "applications: 3", "{"])
+def test_what_is_no_config_cannot_be_checked(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        checklist.static(path, None)
+
+
+# --- rendered manifests ------------------------------------------------------------------------
+
+MONITOR = {
+    "apiVersion": "monitoring.coreos.com/v1",
+    "kind": "PodMonitor",
+    "metadata": {"name": "ray"},
+    "spec": {"selector": {"matchLabels": {"ray.io/is-ray-node": "yes"}}},
+}
+BOARD = {
+    "apiVersion": "v1",
+    "kind": "ConfigMap",
+    "metadata": {"name": "ray", "labels": {"grafana_dashboard": "1"}},
+}
+
+
+def rendered(config: Path) -> list[Any]:
+    """What `serve-app render` makes of a config, and its monitoring."""
+    profile = ClusterProfile.model_validate({"max_gpus": 32})
+    files = render(load(config), profile)
+    documents = [d for text in files.values() for d in yaml.safe_load_all(text)]
+    return [d for d in documents if d and "kustomize" not in d.get("apiVersion", "")] + [BOARD]
+
+
+def part(documents: list[Any], kind: str) -> Any:
+    return next(d for d in documents if d["kind"] == kind)
+
+
+def workers(documents: list[Any]) -> Any:
+    """The spec of the GPU pods."""
+    groups = part(documents, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    return groups[1]["template"]["spec"]
+
+
+def test_good_manifests(tmp_path: Path) -> None:
+    path = write(tmp_path, replicas=2)
+    findings = checklist.static(path, rendered(path))
+    assert {f.status for f in findings} == {"ok"}, findings
+    for check in (
+        "memory", "shared memory", "autoscaling", "model cache", "head node", "machines",
+        "draining", "secrets", "versions", "metrics", "dashboards",
+    ):  # fmt: skip
+        find(findings, check, "ok")
+
+
+def test_without_manifests_it_is_said_what_is_not_checked(tmp_path: Path) -> None:
+    findings = checklist.static(write(tmp_path), None)
+    missing = find(findings, "manifests", "warn")
+    assert "shared memory, autoscaling, model cache" in missing.message
+    assert missing.fix and "serve-app render" in missing.fix
+    assert not {"shared memory", "autoscaling"} & {f.check for f in findings}
+    other = find(checklist.static(write(tmp_path), [MONITOR]), "manifests", "warn")
+    assert "no RayService" in other.message
+
+
+def test_wrong_manifests(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    documents = [d for d in rendered(path) if d not in (BOARD,) and d["kind"] != "PodMonitor"]
+    cluster = part(documents, "RayService")["spec"]["rayClusterConfig"]
+    cluster["rayVersion"] = "2.59.0"
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    head["resources"]["limits"]["nvidia.com/gpu"] = "1"
+    head["resources"]["requests"]["nvidia.com/gpu"] = "1"
+    pod = workers(documents)
+    pod["volumes"] = [v for v in pod["volumes"] if "persistentVolumeClaim" not in v]
+    container = pod["containers"][0]
+    container["volumeMounts"] = []
+    container["image"] = "registry/serve-app"
+    container["env"] = [{"name": "HF_TOKEN", "value": "hf_" + "b" * 30}]
+    write(tmp_path, replicas=9)
+    findings = checklist.static(path, documents)
+    assert "holds another config" in find(findings, "manifests", "warn").message
+    assert "64 MiB" in find(findings, "shared memory", "fail").message
+    assert "asks for a GPU" in find(findings, "head node", "fail").message
+    assert "the models may ask for 36" in find(findings, "autoscaling", "fail").message
+    versions = str([f for f in findings if f.check == "versions"])
+    assert "'2.59.0'" in versions and "name a fixed tag" in versions
+    assert "downloads its weights at each start" in find(findings, "model cache", "warn").message
+    assert "nothing scrapes" in find(findings, "metrics", "warn").message
+    find(findings, "dashboards", "warn")
+    assert "HF_TOKEN" in find(findings, "secrets", "fail").message
+    assert "b" * 30 not in str(findings)
+
+
+def test_it_finds_what_validate_finds(tmp_path: Path) -> None:
+    path = write(tmp_path, replicas=2)
+    documents = rendered(path)
+    part(documents, "Ingress")["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"][
+        "name"
+    ] = "other"
+    workers(documents)["terminationGracePeriodSeconds"] = 5
+    wrong = [f for f in checklist.static(path, documents) if f.status != "ok"]
+    assert wrong == judge(documents) and len(wrong) == 2
+    assert {f.check for f in wrong} == {"network", "draining"}
+
+
+def test_what_kuberay_refuses_is_no_ground_for_an_ok(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    documents = rendered(path)
+    part(documents, "RayService")["metadata"]["name"] = "Llama"
+    findings = checklist.static(path, documents)
+    assert "is 'Llama'" in find(findings, "manifests", "fail").message
+    assert not {"shared memory", "autoscaling", "machines"} & {f.check for f in findings}
+
+
+@pytest.mark.parametrize(
+    ("size", "fix"),
+    [("512Mi", "set it to 4Gi"), ("2Gi", "set it to 4Gi"), ("3Gi", None)],
+)
+def test_shared_memory_holds_the_queues_and_the_object_store(
+    tmp_path: Path, size: str, fix: str | None
+) -> None:
+    path = write(tmp_path)
+    documents = rendered(path)
+    volume = next(v for v in workers(documents)["volumes"] if v["name"] == "dshm")
+    volume["emptyDir"]["sizeLimit"] = size
+    findings = checklist.static(path, documents)
+    if fix is None:
+        find(findings, "shared memory", "ok")
+    else:
+        assert (find(findings, "shared memory", "fail").fix or "").startswith(fix)
+
+
+def test_manifests_are_found_beside_the_config(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    base = tmp_path / "kuberay/llama/base"
+    base.mkdir(parents=True)
+    service = {"kind": "RayService"}
+    (base / "rayservice.yaml").write_text(yaml.safe_dump(service))
+    monitoring = tmp_path / "kuberay/monitoring"
+    monitoring.mkdir()
+    (monitoring / "pods.yaml").write_text(yaml.safe_dump_all([MONITOR, BOARD]))
+    other = tmp_path / "kuberay/other"
+    other.mkdir()
+    (other / "profile.yaml").write_text("max_gpus: 3\n")
+    assert checklist.find(tmp_path / "configs/llama.yaml", None) == [service, MONITOR, BOARD]
+    assert checklist.find(tmp_path / "configs/other.yaml", None) is None
+    assert checklist.find(tmp_path / "configs/third.yaml", None) is None
+    assert checklist.find(tmp_path / "configs/other.yaml", monitoring) == [MONITOR, BOARD]
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        checklist.find(tmp_path / "configs/llama.yaml", tmp_path / "nowhere")
+
+
+# --- a cluster ---------------------------------------------------------------------------------
+
+
+class FakeInventory:
+    kind = "Kubernetes"
+
+    def __init__(
+        self, *nodes: Node, secrets: set[str] = frozenset(), classes: set[str] = frozenset()
+    ):  # type: ignore[assignment]
+        self._nodes, self._secrets, self._classes = list(nodes), secrets, classes
+
+    def nodes(self) -> list[Node]:
+        return self._nodes
+
+    def secrets(self) -> set[str] | None:
+        return self._secrets
+
+    def classes(self) -> set[str] | None:
+        return self._classes
+
+
+def test_a_cluster_with_what_is_needed(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    documents = [d for d in rendered(path) if d["kind"] != "PersistentVolumeClaim"]
+    cluster = FakeInventory(
+        Node("gpu-1", 8, gpu_type="NVIDIA-H100-80GB-HBM3"),
+        secrets={"hf-token", "ray-auth"},
+        classes={"CRD/rayservices.ray.io", "StorageClass/gp3"},
+    )
+    findings = on_cluster(load(path), cluster, documents)
+    assert {f.status for f in findings} == {"ok"}, findings
+
+
+def test_a_cluster_without(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    fleet = load(path)
+    claim = {"kind": "PersistentVolumeClaim", "spec": {"storageClassName": "efs"}}
+    cluster = FakeInventory(Node("small", 1, is_head=True, gpu_type="h100"))
+    findings = on_cluster(fleet, cluster, [*rendered(path), claim])
+    failed = " ".join(f.message for f in findings if f.status == "fail")
+    for words in ("the largest has 1", "'hf-token' does not exist", "RayService", "'efs'"):
+        assert words in failed
+    find(findings, "head node", "warn")
+    other = FakeInventory(Node("other", 8, gpu_type="a10g"), classes={"CRD/rayservices.ray.io"})
+    findings = on_cluster(fleet, other, None)
+    assert "no node with H100" in find(findings, "cluster", "warn").message
+
+
+@pytest.mark.parametrize("arguments", ["7", "[1]", "{engine: 5}", "{model: x, engine: [1]}"])
+def test_args_that_are_no_mapping_are_a_finding(tmp_path: Path, arguments: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "applications:\n- {name: a, route_prefix: null, import_path: serve_app.model:app, "
+        f"args: {arguments}}}\n"
+    )
+    (finding,) = checklist.static(config, None)
+    assert (finding.check, finding.status) == ("config", "fail")
+    assert "application 'a'" in finding.message
