@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from serve_app.config.document import (
-    GATEWAY_IMPORT_PATH,
-    MODEL_IMPORT_PATH,
-    Fleet,
-)
+from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, Fleet
 from serve_app.errors import did_you_mean
 
 HTTP_OPTIONS: dict[str, Any] = {
@@ -43,7 +39,7 @@ _PAST_SERVE = ("max_ongoing_requests", "max_queued_requests", "request_router_co
 
 def notices(fleet: Fleet) -> list[str]:
     """One sentence for each setting of Serve's that does not do what it seems to."""
-    return [*_of_http(fleet.document), *_of_deployments(fleet)]
+    return [*_of_http(fleet), *_of_deployments(fleet)]
 
 
 def ignored_by_running_serve(fleet: Fleet, running: Mapping[str, Any]) -> list[str]:
@@ -52,7 +48,7 @@ def ignored_by_running_serve(fleet: Fleet, running: Mapping[str, Any]) -> list[s
     ``running`` are those of the Serve that runs already, which keeps to them; what it was not
     given is left out.
     """
-    options = fleet.document.get("http_options") or {}
+    options = fleet.http_options
     there = HTTP_OPTIONS | dict(running)
     differ = [key for key in options if key in HTTP_OPTIONS and options[key] != there[key]]
     if not differ:
@@ -64,20 +60,19 @@ def ignored_by_running_serve(fleet: Fleet, running: Mapping[str, Any]) -> list[s
     ]
 
 
-def _of_http(document: Mapping[str, Any]) -> Iterator[str]:
-    options = document.get("http_options") or {}
-    for key in options:
+def _of_http(fleet: Fleet) -> Iterator[str]:
+    for key in fleet.http_options:
         if key not in HTTP_OPTIONS:
             hint = did_you_mean(str(key), HTTP_OPTIONS) or "; remove it"
             yield f"http_options.{key} is no option of Serve, which ignores it{hint}"
-    limit = _number(options.get("request_timeout_s"))
+    limit = _number(fleet.http_options.get("request_timeout_s"))
     if limit is not None and limit >= 0:  # below 0 Serve takes it for no limit
         yield (
             f"http_options.request_timeout_s is {limit:g}: Serve ends every answer after that many "
             "seconds, a stream without an error event or [DONE]; remove it, and bound the silence "
             "of a replica with the gateway's args.request_timeout_s"
         )
-    if document.get("proxy_location") == "Disabled":
+    if fleet.document.get("proxy_location") == "Disabled":
         yield "proxy_location is Disabled: no node opens the OpenAI endpoint; set EveryNode"
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from serve_app.config.document import RUN_ID, Fleet, load
 from serve_app.errors import ConfigError, UserError
-from serve_app.local import endpoint, instance, named, reasons, weights
+from serve_app.local import endpoint, instance, named, reasons, serve_process, weights
 from serve_app.local import run as run_module
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.first_request import how_to_ask
@@ -541,7 +541,7 @@ def test_a_ray_that_gave_up_on_itself_is_started_once_more(
             script = "raise Exception('The current node timed out during startup.')"
             return subprocess.Popen([sys.executable, "-c", script], stdout=out, stderr=out)
 
-    monkeypatch.setattr(run_module, "_start", start)
+    monkeypatch.setattr(serve_process, "start", start)
     fleet = fleet_of(tmp_path, host="127.0.0.1", port=free_port(), request_timeout_s=30)
     said = io.StringIO()
     with pytest.raises(UserError, match="Ray did not start in its 30 s, twice"):
