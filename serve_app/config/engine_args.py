@@ -9,6 +9,7 @@ installed vLLM.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -173,13 +174,48 @@ def _is(value: Any, kind: str) -> bool:
     if kind == "number":
         return isinstance(value, (int, float))
     if kind == "count":
-        return isinstance(value, int) or (isinstance(value, str) and _is_count(value))
+        return isinstance(value, (int, str)) and _whole(value) is not None
     return isinstance(value, {"string": str, "object": dict, "array": list}[kind])
 
 
-def _is_count(text: str) -> bool:
-    number = text[:-1] if text[-1:].lower() in ("k", "m", "g", "t") else text
-    return number.replace(".", "", 1).isdigit()
+_COUNT = re.compile(r"(\d{1,20}(?:\.\d+)?)([kmgt])|(-?\d{1,20})([KMGT])?")
+_DECIMAL = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def count(value: Any, name: str, *, least: int = 1) -> int | None:
+    """A whole number as vLLM reads it: ``8192``, ``8k`` (×1000) or ``8K`` (×1024); None unset.
+
+    ``auto`` is -1.
+
+    Raises:
+        ConfigError: anything else, or below ``least``.
+    """
+    if value is None:
+        return None
+    found = -1 if value == "auto" else _whole(value)
+    if found is None:
+        raise ConfigError(f"engine.{name} must be a whole number (8192, 8k or 8K)")
+    if found < least or found == 0:
+        raise ConfigError(f"engine.{name} is {found}, but must be at least {max(1, least)}")
+    if found > 1 << 60:
+        raise ConfigError(f"engine.{name} is {found}, beyond any machine")
+    return found
+
+
+def _whole(value: Any) -> int | None:
+    """As vLLM's ``human_readable_int``; None for what is no whole number."""
+    if isinstance(value, str):
+        match = _COUNT.fullmatch(value.strip())
+        if match is None:
+            return None
+        decimal, small, integer, large = match.groups()
+        if decimal:
+            return int(float(decimal) * _DECIMAL[small])
+        return int(integer) * (_BINARY[large] if large else 1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return int(value) if value == value // 1 and abs(value) != float("inf") else None
 
 
 def _shown(value: Any) -> str:
@@ -207,33 +243,3 @@ def to_argv(engine: dict[str, Any]) -> list[str]:
             # One word, so that a value which starts with a dash (-1) is not taken for a flag.
             argv.append(f"{flag}={value}")
     return argv
-
-
-_MULTIPLES = {"k": 1000, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"K": 1024, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-
-
-def count(value: Any, name: str, *, least: int = 1) -> int | None:
-    """A whole number as vLLM reads it: ``8192``, ``8k`` (×1000) or ``8K`` (×1024); None unset.
-
-    Raises:
-        ConfigError: anything else, or below ``least``.
-    """
-    if value is None:
-        return None
-    if isinstance(value, str):
-        text = value.strip()
-        if text == "auto":
-            return -1
-        factor = _MULTIPLES.get(text[-1:]) or _BINARY.get(text[-1:]) or 1
-        try:
-            value = float(text[:-1] if factor > 1 else text) * factor
-        except ValueError:
-            value = float("nan")
-    if isinstance(value, bool) or value != value or value != int(value):
-        raise ConfigError(f"engine.{name} must be a whole number (8192, 8k or 8K)")
-    if value < least or value == 0:
-        raise ConfigError(f"engine.{name} is {int(value)}, but must be at least {max(1, least)}")
-    if value > 1 << 60:
-        raise ConfigError(f"engine.{name} is {int(value)}, beyond any machine")
-    return int(value)

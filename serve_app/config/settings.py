@@ -1,8 +1,7 @@
-"""Every setting a user can write, and the loading of a config file.
+"""What a person may write in the ``args`` and the ``user_config`` of an application.
 
-A config is a Ray Serve config file that `serve run`, `serve deploy` and RayService's
-`serveConfigV2` take as it is. Each model is one application whose ``args`` are a
-:class:`ModelConfig`; the gateway is one more, with :class:`GatewayConfig`.
+Each is a pydantic model that refuses what it does not know; :func:`parse` says in one sentence
+what is wrong.
 """
 
 from __future__ import annotations

@@ -23,10 +23,9 @@ import json, ray
 from serve_app.cluster import serve
 ray.init(log_to_driver=False, logging_level="ERROR")
 report = serve.report()
-http = report["http_options"] if report else {}
 print(json.dumps([
     ray.get_runtime_context().gcs_address,
-    [http["host"], http["port"]] if report else None,
+    report["http_options"] if report else None,
     sorted(report["applications"]) if report else [],
 ]))
 """
@@ -34,10 +33,10 @@ print(json.dumps([
 
 @dataclass(frozen=True)
 class NamedCluster:
-    """A cluster that is not ours: the address of its head, and where Serve listens if it runs."""
+    """A cluster that is not ours: the address of its head, and Serve's options if it runs."""
 
     host: str
-    listens: tuple[str, int] | None
+    http_options: dict[str, Any] | None
 
 
 def named_cluster() -> NamedCluster | None:
@@ -51,7 +50,7 @@ def named_cluster() -> NamedCluster | None:
     if given in ("", "local"):
         return None
     _refuse_dead(given)
-    address, listens, applications = _ask(given)
+    address, http_options, applications = _ask(given)
     if applications:
         raise UserError(
             f"the Ray cluster at {given} (RAY_ADDRESS) serves {', '.join(applications)} already, "
@@ -59,7 +58,7 @@ def named_cluster() -> NamedCluster | None:
             "RAY_ADDRESS for a Ray of this run's own"
         )
     head = addresses.split(address)
-    return NamedCluster(head[0] if head else address, tuple(listens) if listens else None)
+    return NamedCluster(head[0] if head else address, http_options)
 
 
 def recorded_address() -> str | None:
@@ -96,7 +95,7 @@ def _refuse_dead(given: str) -> None:
         raise UserError(_silent(given, str(error.strerror or error))) from None
 
 
-def _ask(given: str) -> tuple[str, list[Any] | None, list[str]]:
+def _ask(given: str) -> tuple[str, dict[str, Any] | None, list[str]]:
     try:
         done = subprocess.run(
             [sys.executable, "-c", _ASK],
@@ -115,8 +114,8 @@ def _ask(given: str) -> tuple[str, list[Any] | None, list[str]]:
             )
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise UserError(_silent(given, lines[-1] if lines else f"status {done.returncode}"))
-    address, listens, applications = json.loads(done.stdout.splitlines()[-1])
-    return address, listens, applications
+    address, http_options, applications = json.loads(done.stdout.splitlines()[-1])
+    return address, http_options, applications
 
 
 def _silent(given: str, why: str) -> str:

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from serve_app.addresses import V6_IS_V4
+from serve_app.config import notices
 from serve_app.config.document import RUN_ID, Fleet
-from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
-from serve_app.local import haproxy, orphans, reasons, weights
+from serve_app.local import haproxy, reasons, serve_process, weights
 from serve_app.local.endpoint import Endpoint
+from serve_app.local.first_request import how_to_ask
 from serve_app.local.instance import Instance
 from serve_app.local.named import NamedCluster, is_here, named_cluster
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run(
@@ -60,6 +54,8 @@ def run(
         fleet = fleet.on_port(port)
     cluster = named_cluster()
     endpoint = _endpoint(fleet, cluster)
+    for sentence in _notices(fleet, cluster):
+        console.print(f"note: {sentence}", soft_wrap=True, markup=False, highlight=False)
     if check and cluster is None:  # on another machine it may be there
         weights.refuse_missing(fleet)
     instance = Instance(endpoint.port)
@@ -69,15 +65,15 @@ def run(
     log = None if verbose else instance.log
     stop = _Stop()
     asked = False
-    serve = _start(fleet, instance, env, log)
+    serve = serve_process.start(fleet, instance, env, log)
     try:
         if log:
             console.print(f"starting {len(fleet.models)} models; full log: {log}", highlight=False)
         ready = _wait_until_ready(fleet, endpoint, ours, serve, stop, console, started)
         if serve.poll() is not None and not stop.asked and reasons.was_slow(log):
             console.print("Ray did not start in its 30 s; starting it once more")
-            _end(serve, console)
-            serve = _start(fleet, instance, env, log)
+            serve_process.end(serve, console)
+            serve = serve_process.start(fleet, instance, env, log)
             ready = _wait_until_ready(fleet, endpoint, ours, serve, stop, console, started)
         if ready:
             told = how_to_ask(fleet, endpoint)  # never wrapped: it is to be copied
@@ -89,7 +85,7 @@ def run(
             raise UserError(reasons.why_it_ended(serve.returncode, log))
         return 0
     finally:
-        _end(serve, console)
+        serve_process.end(serve, console)
         instance.close(keep=not asked)
 
 
@@ -102,8 +98,9 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
     endpoint = Endpoint.of(fleet)
     if fleet.host == "::" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise UserError(f"http_options.host is {V6_IS_V4}")
-    if cluster is not None and cluster.listens:
-        endpoint = Endpoint(*cluster.listens)  # Serve keeps to the options that it started with
+    if cluster is not None and cluster.http_options:
+        # Serve keeps to the options that it started with.
+        endpoint = Endpoint(cluster.http_options["host"], cluster.http_options["port"])
     elif cluster is None or is_here(cluster.host):
         endpoint.refuse_if_taken()
     if cluster is not None and not is_here(cluster.host):
@@ -114,6 +111,12 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
             )
         endpoint = dataclasses.replace(endpoint, bound=cluster.host)
     return endpoint
+
+
+def _notices(fleet: Fleet, cluster: NamedCluster | None) -> list[str]:
+    running = cluster.http_options if cluster else None
+    ignored = [] if running is None else notices.ignored_by_running_serve(fleet, running)
+    return [*notices.notices(fleet), *ignored]
 
 
 def _environment(instance: Instance, endpoint: Endpoint, ours: str | None) -> dict[str, str]:
@@ -149,42 +152,6 @@ class _Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-
-
-def _start(
-    fleet: Fleet, instance: Instance, env: dict[str, str], log: Path | None
-) -> subprocess.Popen[bytes]:
-    # Written anew: --port is in it.
-    config = instance.folder / "config.yaml"
-    config.touch(mode=0o600)  # models' env may hold secrets
-    config.write_text(yaml.safe_dump(fleet.document, sort_keys=False))
-    command = [*instance.serve(), "run", str(config)]
-    if RUN_ID in env:
-        # Never whatever Ray it finds on this machine: `serve run` would replace what runs there.
-        command += ["--address", "local"]
-        env.pop("RAY_ADDRESS", None)
-    output = log.open("wb") if log else None
-    try:
-        return subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            stdin=subprocess.DEVNULL,
-            env=env,
-            # Ctrl-C in the terminal reaches only us; we pass it on, once.
-            start_new_session=True,
-            preexec_fn=_interrupt_when_parent_dies,
-        )
-    finally:
-        if output:
-            output.close()
-
-
-def _interrupt_when_parent_dies() -> None:
-    """If this command is killed, `serve run` gets the Ctrl-C that it would have passed on."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _wait_until_ready(
@@ -226,90 +193,3 @@ def _doing(name: str, model: dict[str, Any]) -> str:
     """What the last of a model's replicas to start is doing."""
     starting = model.get("starting") or [{"phase": "loading"}]
     return f"{name}: {starting[-1]['phase']}"
-
-
-def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
-    """A curl command and an OpenAI SDK snippet that work as they are."""
-    base = f"{endpoint.url}/v1"
-    chat = next((n for n, m in fleet.models.items() if _chats(m)), None)
-    embed = next((n for n, m in fleet.models.items() if m.engine.get("runner") == "pooling"), None)
-    lines = [f"\nThe OpenAI endpoint is {base}\n"]
-    if endpoints.goes_through_proxy(endpoint.url):
-        lines += [
-            "# this shell sends HTTP through a proxy, which does not know this machine:",
-            f"export no_proxy={endpoints.without_proxy(endpoint.host)['no_proxy']}\n",
-        ]
-    if chat:
-        body = {
-            "model": chat,
-            "messages": [{"role": "user", "content": "What is the capital of France?"}],
-            "temperature": 0,  # a small model that samples soon talks nonsense, and for long
-        }
-        lines += [
-            f"curl -gs {base}/chat/completions -H 'content-type: application/json' \\",
-            f"  -d '{json.dumps(body)}'\n",
-        ]
-    lines += ["from openai import OpenAI", f'client = OpenAI(base_url="{base}", api_key="-")']
-    if chat:
-        lines += [
-            "answer = client.chat.completions.create(",
-            f'    model="{chat}",',
-            '    messages=[{"role": "user", "content": "What is the capital of France?"}],',
-            "    temperature=0,",
-            ")",
-            "print(answer.choices[0].message.content)",
-        ]
-    if embed:
-        lines += [
-            f'vector = client.embeddings.create(model="{embed}", input="Paris")',
-            "print(len(vector.data[0].embedding))",
-        ]
-    return "\n".join([*lines, "\nCtrl-C ends it."])
-
-
-def _chats(model: ModelConfig) -> bool:
-    return model.engine.get("runner", "auto") in ("auto", "generate")
-
-
-def _end(serve: subprocess.Popen[bytes], console: Console) -> None:
-    if serve.poll() is None:
-        console.print("stopping")
-        serve.send_signal(signal.SIGINT)
-        try:
-            serve.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            serve.kill()
-            serve.wait()
-    # What Ray started may need a moment to notice that its driver is gone.
-    for _ in _moments(5.0):
-        if not _in_session(serve.pid):
-            break
-    for pid in _in_session(serve.pid):
-        _kill(pid)
-    orphans.end(orphans.orphans())
-
-
-def _moments(seconds: float) -> Iterator[None]:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        yield
-        time.sleep(0.2)
-
-
-def _in_session(session: int) -> list[int]:
-    """Pids of the session that `serve run` led: all that it started and is still there."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if os.getsid(int(entry.name)) == session and state != "Z":
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import tempfile
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 import yaml
-from harness import processes, servers
-from harness.processes import REPO, eventually, free_port, in_session, is_port_free
+from harness import processes
+from harness.local_run import Run
+from harness.processes import eventually, free_port
 from harness.servers import BIN, EMBED
 
 THEIRS = """
@@ -110,86 +108,6 @@ def other() -> Iterator[Other]:
             other.stop()
 
 
-class Run:
-    """A `serve-app run` of the embedding model."""
-
-    def __init__(self, folder: Path, name: str = EMBED, **env: str) -> None:
-        self.port = free_port()
-        application = servers.embed_application() | {"name": name}
-        application["args"]["served_as"] = []
-        application["args"]["model"] = str(REPO / application["args"]["model"])
-        self.config = folder / "config.yaml"
-        self.config.write_text(servers.as_yaml(servers.document(self.port, application)))
-        self.name = name
-        self.out = folder / "out"
-        self.env = env
-        self.before: Callable[[], Any] | None = None
-
-    def start(self) -> None:
-        command = [str(BIN / "serve-app"), "run", str(self.config)]
-        env = {**os.environ, **self.env}
-        with self.out.open("wb") as out:
-            self.process = subprocess.Popen(
-                command,
-                cwd=self.config.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-                env={key: value for key, value in env.items() if value},
-                preexec_fn=self._prepare,
-            )
-
-    def _prepare(self) -> None:
-        processes._ready_for_ctrl_c()
-        if self.before:
-            self.before()
-
-    def wait_until_ready(self) -> str:
-        """What it has printed when it was ready."""
-
-        def ready() -> bool:
-            assert self.process.poll() is None, self.out.read_text()
-            return "Ctrl-C ends it." in self.out.read_text()
-
-        assert eventually(ready, 300, 0.5), self.out.read_text()
-        return self.out.read_text()
-
-    def models(self) -> list[str]:
-        answer = httpx.get(f"http://127.0.0.1:{self.port}/v1/models", trust_env=False, timeout=30)
-        return [model["id"] for model in answer.json()["data"]]
-
-    def embeds(self) -> int:
-        """The length of an embedding."""
-        answer = httpx.post(
-            f"http://127.0.0.1:{self.port}/v1/embeddings",
-            json={"model": self.name, "input": "Paris"},
-            trust_env=False,
-            timeout=60,
-        )
-        return len(answer.json()["data"][0]["embedding"])
-
-    def end(self, number: signal.Signals = signal.SIGINT) -> dict[int, str]:
-        """What is left of it after this signal."""
-        [serve] = [int(pid) for pid in _children(self.process.pid)]
-        self.process.send_signal(number)
-        try:
-            assert self.process.wait(timeout=120) == 0, self.out.read_text()
-        finally:
-            left = in_session(self.process.pid) | in_session(serve)
-            self.kill()
-            processes.kill_session(serve)
-        assert is_port_free(self.port)
-        return left
-
-    def kill(self) -> None:
-        processes.kill_session(self.process.pid)
-
-
-def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
 def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_path: Path) -> None:
     """From a folder with a space, behind a proxy, without a home, a terminal or UTF-8."""
     folder = tmp_path / "my models"
@@ -241,89 +159,3 @@ def test_a_cluster_that_serves_something_is_refused_by_its_names(
         "a Ray of this run's own\n"
     )
     assert other.answers()
-
-
-# ------------------------------------------------------------------- strange machines
-
-
-def _few_files() -> None:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("env", "before", "number"),
-    [
-        ({"TMPDIR": "long"}, None, signal.SIGTERM),
-        ({"HOME": ""}, _few_files, signal.SIGHUP),
-    ],
-    ids=["a long TMPDIR, SIGTERM", "no HOME, 1024 files, SIGHUP"],
-)
-def test_a_strange_machine_serves_too(
-    env: dict[str, str], before: Callable[[], Any] | None, number: signal.Signals, tmp_path: Path
-) -> None:
-    folder = tmp_path / "/".join(["a path of 150 characters and more"] * 5)
-    folder.mkdir(parents=True)
-    if env.get("TMPDIR") == "long":
-        env = {"TMPDIR": str(folder)}
-    run = Run(folder, **env)
-    run.before = before
-    run.start()
-    try:
-        run.wait_until_ready()
-        assert run.embeds() == 384
-        assert run.end(number) == {}
-    finally:
-        run.kill()
-
-
-@pytest.mark.slow
-def test_two_at_once_each_with_its_own(tmp_path: Path) -> None:
-    """Behind HAProxy, whose files and ports Ray keeps at fixed places."""
-    runs = []
-    try:
-        for name in ("one", "two"):
-            (tmp_path / name).mkdir()
-            run = Run(tmp_path / name, name=name, RAY_SERVE_ENABLE_HA_PROXY="1")
-            run.start()
-            runs.append(run)
-        for run in runs:
-            run.wait_until_ready()
-        for run in runs:
-            assert run.models() == [run.name]
-            assert run.embeds() == 384
-        first, second = runs
-        assert first.end() == {}
-        assert second.models() == ["two"]
-        assert second.embeds() == 384
-        assert second.end() == {}
-    finally:
-        for run in runs:
-            run.kill()
-
-
-@pytest.mark.slow
-def test_output_that_nobody_reads_any_more_ends_nothing(tmp_path: Path) -> None:
-    """`serve-app run … | head`: the reader goes, the server stays."""
-    run = Run(tmp_path)
-    reader, writer = os.pipe()
-    run.before = lambda: (os.dup2(writer, 1), None)[1]
-    run.start()
-    os.close(writer)
-    os.close(reader)
-    try:
-
-        def ready() -> bool:
-            assert run.process.poll() is None, run.out.read_text()
-            try:
-                url = f"http://127.0.0.1:{run.port}/ready"
-                with urllib.request.urlopen(url, timeout=5) as answer:
-                    return bool(answer.status == 200)
-            except OSError:
-                return False
-
-        assert eventually(ready, 300, 0.5), run.out.read_text()
-        assert run.embeds() == 384
-        assert run.end(signal.SIGTERM) == {}
-    finally:
-        run.kill()

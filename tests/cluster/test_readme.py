@@ -12,7 +12,7 @@ from harness.servers import CHAT, EMBED, Cluster
 
 from serve_app.config.document import load
 from serve_app.local.endpoint import Endpoint
-from serve_app.local.run import how_to_ask
+from serve_app.local.first_request import how_to_ask
 
 README = (REPO / "README.md").read_text()
 DEMO = load(REPO / "configs/demo.yaml")

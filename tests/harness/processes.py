@@ -114,3 +114,9 @@ def eventually(what: Callable[[], Any], within_s: float = 10.0, every_s: float =
         if answer or time.monotonic() > deadline:
             return answer
         time.sleep(every_s)
+
+
+def children(pid: int) -> list[int]:
+    """The pids of what a process has started by its first thread."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]

@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from serve_app import demo
-from serve_app.demo import DEMO_MODELS, MANIFEST, fetch_demo, is_complete, sources
+from serve_app.demo import fetch as demo
+from serve_app.demo import sources
+from serve_app.demo.fetch import DEMO_MODELS, MANIFEST, fetch_demo, is_complete
 from serve_app.demo.sources import SourceError
 from serve_app.errors import UserError
 
@@ -34,7 +35,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from serve_app.errors import UserError
-from serve_app.demo import fetch_demo
+from serve_app.demo.fetch import fetch_demo
 try:
     fetch_demo(Path(sys.argv[1]), console=Console())
 except UserError as error:
@@ -208,7 +209,7 @@ def test_kill_9_leaves_no_half_model_and_the_next_run_cleans_up(
 ) -> None:
     half_done = """
 import sys, time
-from serve_app import demo
+from serve_app.demo import fetch as demo
 def half(model, build, *rest):
     build.mkdir()
     (build / "model.safetensors").write_bytes(b"half")

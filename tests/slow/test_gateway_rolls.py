@@ -12,8 +12,6 @@ from harness.servers import CHAT, Cluster
 
 from serve_app.config.document import GATEWAY_DEPLOYMENT
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def two_gateways(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:

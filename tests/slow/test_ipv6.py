@@ -71,7 +71,6 @@ def _has_started(log: Path) -> bool:
     return "Ray runtime started" in log.read_text()
 
 
-@pytest.mark.slow  # a minute for a cluster of its own
 def test_a_model_on_an_ipv6_node_answers_over_both_families(node: str, tmp_path: Path) -> None:
     """``::0`` is what docs/eks.md says to listen on there."""
     config = servers.document(free_port(), servers.embed_application())

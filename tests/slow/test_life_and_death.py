@@ -27,8 +27,6 @@ from harness.servers import CHAT, Cluster
 
 from serve_app.local.orphans import orphans
 
-pytestmark = pytest.mark.slow
-
 SPLIT = "tiny-tp2"
 BACK_S = 180.0
 """Patience with a replica that starts while its twin works on the same two cores."""

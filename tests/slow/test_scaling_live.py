@@ -22,8 +22,6 @@ from rich.console import Console
 from benchmarks.tiny_model import tiny_model
 from serve_app.config.document import DEPLOYMENT
 
-pytestmark = pytest.mark.slow
-
 SCALED, ALIAS = "scaled", "team/scaled"
 PATIENCE_S = 180.0
 """With replicas that start and stop beside a load on the same two cores."""

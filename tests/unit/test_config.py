@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from harness import command
 from harness.processes import REPO
 from ray.serve.schema import ServeDeploySchema
 
@@ -21,8 +21,7 @@ from serve_app.config.document import (
     parse_document,
 )
 from serve_app.config.settings import GatewayConfig, ModelConfig
-from serve_app.errors import ConfigError, UserError
-from serve_app.replica.engine import parse_args
+from serve_app.errors import ConfigError
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
 GATEWAY = {"name": "gateway", "route_prefix": "/", "import_path": GATEWAY_IMPORT_PATH}
@@ -453,31 +452,8 @@ def test_the_command_says_it_on_one_line_and_exits_with_2(
     path = tmp_path / "c.yaml"
     if content is not None:
         path.write_text(content)
-    run = subprocess.run(
-        [Path(sys.executable).with_name("serve-app"), "run", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert run.returncode == 2
-    [line] = run.stderr.splitlines()
+    [line] = command.refusal("run", str(path))
     assert line.startswith("serve-app: ") and hint in line
-    assert run.stdout == ""
-
-
-# --- what vLLM refuses -----------------------------------------------------------------------
-
-
-def test_what_vllm_refuses_is_said_in_its_own_words_without_quotes_around_them() -> None:
-    engine = {"enable_auto_tool_choice": True, "tool_call_parser": "tea-leaves"}
-    config = ModelConfig(model="m", engine=engine)
-    with pytest.raises(UserError) as raised:
-        parse_args(config, ["m"], {})
-    assert str(raised.value).startswith(
-        "vLLM refuses the engine arguments: invalid tool call parser: tea-leaves (chose from { "
-    )
-    assert str(raised.value).endswith("})")
 
 
 # --- the shipped configs ---------------------------------------------------------------------
@@ -512,16 +488,6 @@ def test_a_shipped_config_builds_without_a_gpu(shipped: Fleet) -> None:
         options = built._bound_deployment
         expected = "Gateway" if application["name"] == "gateway" else "ModelServer"
         assert options.name == expected
-
-
-def test_vllms_own_parser_reads_the_engine_arguments_of_a_shipped_config(shipped: Fleet) -> None:
-    for name, config in shipped.models.items():
-        args = parse_args(config, [name, *config.served_as], {})
-        assert args.model == config.model
-        assert args.served_model_name == [name, *config.served_as]
-        for key, value in config.engine.items():
-            if not isinstance(value, dict):
-                assert getattr(args, key) == value, key
 
 
 def test_the_70b_config_is_as_promised() -> None:

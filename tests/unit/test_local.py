@@ -21,16 +21,17 @@ from typing import Any
 import pytest
 import yaml
 from harness import servers
-from harness.processes import REPO, free_port
+from harness.command import refusal
+from harness.processes import free_port
 from rich.console import Console
 
 from serve_app.config.document import RUN_ID, Fleet, load
 from serve_app.errors import ConfigError, UserError
-from serve_app.local import endpoint, instance, named, reasons, weights
+from serve_app.local import endpoint, instance, named, reasons, serve_process, weights
 from serve_app.local import run as run_module
 from serve_app.local.endpoint import Endpoint
+from serve_app.local.first_request import how_to_ask
 from serve_app.local.instance import Instance
-from serve_app.local.run import how_to_ask
 
 
 def fleet_of(tmp_path: Path, *models: dict[str, Any], **http_options: Any) -> Fleet:
@@ -39,19 +40,6 @@ def fleet_of(tmp_path: Path, *models: dict[str, Any], **http_options: Any) -> Fl
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))
     return load(path)
-
-
-def run(path: Path, cwd: Path, *options: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """`serve-app run` of what is refused before anything starts."""
-    return subprocess.run(
-        [servers.BIN / "serve-app", "run", str(path), *options],
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
 
 
 # ----------------------------------------------------------------- the address it is bound to
@@ -100,8 +88,8 @@ def test_the_port_can_be_given_on_the_command_line(tmp_path: Path) -> None:
     assert fleet.port == 8000
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = run(fleet.path, REPO, "--port", str(port))
-    assert done.stderr.startswith(f"serve-app: port {port} is taken")
+        [line] = refusal("run", str(fleet.path), "--port", str(port))
+    assert line.startswith(f"serve-app: port {port} is taken")
 
 
 @contextmanager
@@ -118,7 +106,7 @@ def answering(body: Any, status: int = 200) -> Iterator[Endpoint]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield Endpoint("127.0.0.1", server.server_port)
@@ -234,7 +222,11 @@ def test_python_has_a_path_without_spaces(
     for _ in range(2):
         command = made.serve()
     assert command[0] == str(made.folder / "python/bin/python")
-    shell = f"{command[0]} -c 'import ray, sys; print(ray.__version__, sys.prefix)'"
+    # Not imported: that it is found among the packages of this environment is enough.
+    program = (
+        "import sys; from importlib.metadata import version; print(version('ray'), sys.prefix)"
+    )
+    shell = f'{command[0]} -c "{program}"'
     said = subprocess.run(shell, shell=True, capture_output=True, text=True)
     assert said.stdout == f"2.60.0 {made.folder / 'python'}\n", said.stderr
     made.close(keep=False)
@@ -338,11 +330,10 @@ def test_without_an_address_the_ray_is_our_own(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_an_address_where_nobody_is_is_never_waited_for(
-    tmp_path: Path, address: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, told: str
 ) -> None:
-    done = run(fleet_of(tmp_path).path, REPO, RAY_ADDRESS=address)
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    [line] = refusal("run", str(fleet_of(tmp_path).path))
     assert line.startswith(f"serve-app: {told}")
     assert "unset it for a Ray of this run's own" in line
 
@@ -387,15 +378,15 @@ def _model(model: str, **args: Any) -> dict[str, Any]:
     ],
 )
 def test_what_is_nowhere_is_said_at_once_with_where_it_was_looked_for(
-    tmp_path: Path, args: dict[str, Any], told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], told: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").write_text("{}")
     fleet = fleet_of(tmp_path, _model(**args), host="127.0.0.1", port=free_port())
-    done = run(fleet.path, tmp_path, HF_HUB_OFFLINE="1")
-    assert done.returncode == 2
-    [line] = done.stderr.splitlines()
+    [line] = refusal("run", str(fleet.path))
     assert told.format(cwd=tmp_path) in line
 
 
@@ -430,6 +421,55 @@ def test_the_hub_is_asked_for_what_is_no_folder(
     with answering({"id": "org/name", "modelId": "org/name"}) as hub:
         model = _model("org/name", env={"HF_ENDPOINT": hub.url})
         weights.refuse_missing(fleet_of(tmp_path, model))
+
+
+# ------------------------------------------------------------------------ the first request
+
+SIZES = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+POOLING = [{"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+NORMALIZE = [{"idx": 2, "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "modules", "engine", "embeds"),
+    [
+        ("LlamaForCausalLM", None, {}, False),
+        ("MiniCPMV", None, {}, False),
+        ("InternVLChatModel", None, {}, False),
+        ("BertModel", None, {}, True),
+        ("Qwen3ForCausalLM", POOLING, {}, True),
+        ("Qwen3ForCausalLM", NORMALIZE, {}, False),
+        ("Qwen3ForCausalLM", {"not": "a list"}, {}, False),
+        ("Qwen3ForCausalLM", POOLING, {"runner": "generate"}, False),
+        ("LlamaForCausalLM", None, {"runner": "pooling"}, True),
+        ("LlamaForCausalLM", None, {"convert": "embed"}, True),
+        ("LlamaForCausalLM", None, {"runner": "auto", "convert": "none"}, False),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True], ids=["a folder", "the Hugging Face cache"])
+def test_a_model_is_asked_for_what_vllm_makes_it_do(
+    tmp_path: Path, architecture: str, modules: Any, engine: Any, embeds: bool, cached: bool
+) -> None:
+    name, folder = str(tmp_path / "model"), tmp_path / "model"
+    if cached:
+        name, hub = "org/model", tmp_path / "huggingface/hub/models--org--model"
+        folder = hub / "snapshots/1"
+        (hub / "refs").mkdir(parents=True)
+        (hub / "refs/main").write_text("1")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(SIZES | {"architectures": [architecture]}))
+    if modules is not None:
+        (folder / "modules.json").write_text(json.dumps(modules))
+    fleet = fleet_of(tmp_path, _model(name, engine=engine, cache_dir=str(tmp_path)))
+    said = how_to_ask(fleet, Endpoint.of(fleet))
+    assert ("client.embeddings.create" in said) is embeds
+    assert ("client.chat.completions.create" in said) is not embeds
+    assert ("/v1/chat/completions" in said) is not embeds
+
+
+def test_a_model_of_which_nothing_is_at_hand_is_taken_for_one_that_chats(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, _model("org/unknown", cache_dir=str(tmp_path)))
+    assert "client.chat.completions.create" in how_to_ask(fleet, Endpoint.of(fleet))
 
 
 # ----------------------------------------------------------------------- why it ended
@@ -501,12 +541,13 @@ def test_a_ray_that_gave_up_on_itself_is_started_once_more(
             script = "raise Exception('The current node timed out during startup.')"
             return subprocess.Popen([sys.executable, "-c", script], stdout=out, stderr=out)
 
-    monkeypatch.setattr(run_module, "_start", start)
-    fleet = fleet_of(tmp_path, host="127.0.0.1", port=free_port())
+    monkeypatch.setattr(serve_process, "start", start)
+    fleet = fleet_of(tmp_path, host="127.0.0.1", port=free_port(), request_timeout_s=30)
     said = io.StringIO()
     with pytest.raises(UserError, match="Ray did not start in its 30 s, twice"):
         run_module.run(fleet, Console(file=said), check=False)
     assert "starting it once more" in said.getvalue()
+    assert said.getvalue().count("note: http_options.request_timeout_s is 30: Serve ends") == 1
     assert len(started) == 2
 
 

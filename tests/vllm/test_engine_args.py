@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
 import vllm
+from harness.processes import REPO
 
 from serve_app.config import engine_args
+from serve_app.config.document import load
 from serve_app.config.engine_args import EngineArg, to_argv
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
@@ -154,6 +157,8 @@ def test_nothing_written_is_nothing_said() -> None:
         ("max_model_len", ""),
         ("max_model_len", "."),
         ("max_model_len", "1.2.3k"),
+        ("max_model_len", "1.5"),
+        ("max_model_len", "1.5K"),
         ("collect_detailed_traces", ["everything"]),
     ],
 )
@@ -166,12 +171,15 @@ def test_what_vllms_parser_refuses_is_refused_without_vllm(
         parser.parse_args(to_argv({name: value}))
 
 
-@pytest.mark.parametrize("text", ["1", "8192", "8k", "8K", "1.5k", "2M", "1G", "auto"])
-def test_a_context_length_is_taken_in_every_spelling_of_vllm(
+@pytest.mark.parametrize(
+    "text", ["1", "8192", "8k", "8K", "1.5k", "25.6k", "2m", "2M", "1G", "1T", " 8k", "auto", "-1"]
+)
+def test_a_context_length_is_read_in_every_spelling_of_vllm(
     parser: argparse.ArgumentParser, text: str
 ) -> None:
     engine_args.check({"max_model_len": text})
-    assert parser.parse_args(to_argv({"max_model_len": text})).max_model_len
+    read = parser.parse_args(to_argv({"max_model_len": text})).max_model_len
+    assert engine_args.count(text, "max_model_len", least=-1) == read
 
 
 # --- vLLM's further refusals -------------------------------------------------------------------
@@ -194,3 +202,27 @@ def test_what_vllm_refuses_later_is_one_sentence_of_vllms_own(
         parse_args(config, ["m"], {})
     assert str(raised.value).startswith("vLLM refuses the engine arguments: ")
     assert hint in str(raised.value)
+
+
+def test_what_vllm_refuses_is_said_without_quotes_around_it() -> None:
+    engine = {"enable_auto_tool_choice": True, "tool_call_parser": "tea-leaves"}
+    with pytest.raises(UserError) as raised:
+        parse_args(ModelConfig(model="m", engine=engine), ["m"], {})
+    assert str(raised.value).startswith(
+        "vLLM refuses the engine arguments: invalid tool call parser: tea-leaves (chose from { "
+    )
+    assert str(raised.value).endswith("})")
+
+
+# --- the shipped configs -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_vllms_own_parser_reads_the_engine_arguments_of_a_shipped_config(path: Path) -> None:
+    for name, config in load(path).models.items():
+        args = parse_args(config, [name, *config.served_as], {})
+        assert args.model == config.model
+        assert args.served_model_name == [name, *config.served_as]
+        for key, value in config.engine.items():
+            if not isinstance(value, dict):
+                assert getattr(args, key) == value, key

@@ -65,15 +65,18 @@ def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | Non
     ``environment`` says where the Hugging Face cache is. Meant for a process that must not wait:
     it reads one small file.
     """
-    folder = as_folder(name)
-    if not folder.is_dir():
-        folder = snapshot(name, environment)
     try:
-        config = folder / "config.json"
+        config = at_hand(name, environment) / "config.json"
         found = _object(_text(config), str(config)) if config.is_file() else _kept(name)
         return shape.from_config(found) if found else None
     except UserError:
         return None
+
+
+def at_hand(name: str, environment: Mapping[str, str]) -> Path:
+    """The model's own folder, else where the Hugging Face cache would have it."""
+    folder = as_folder(name)
+    return folder if folder.is_dir() else snapshot(name, environment)
 
 
 def snapshot(name: str, environment: Mapping[str, str]) -> Path:

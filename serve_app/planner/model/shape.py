@@ -194,7 +194,7 @@ def from_config(config: dict[str, Any]) -> ModelShape:
         mla=_mla(text),
         ssm=_ssm(text, model_type, hidden),
         quantization=quantization.from_config(config),
-        pooling=not causal or not architecture.endswith(_GENERATES),
+        pooling=not causal or _pools(architecture),
         causal=causal,
         vision=config.get("vision_config") or text.get("vision_config"),
         draft_layers=int(text.get("num_nextn_predict_layers") or 0),
@@ -203,7 +203,20 @@ def from_config(config: dict[str, Any]) -> ModelShape:
     )
 
 
-_GENERATES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "unknown")
+# How the names end that vLLM has for models which generate, and for others; what ends in neither
+# way generates (vllm/config/model.py: _SUFFIX_TO_DEFAULTS, and the registry's exceptions).
+_GENERATES = (
+    "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel", "ChatGLMModel",
+    "MiDashengLMModel", "MossAudioModel", "Qwen2_5OmniModel", "UltravoxModel",
+)  # fmt: skip
+_POOLS = (
+    "Model", "ForTextEncoding", "Classification", "ForRewardModeling", "ForRetrieval", "ForRanking",
+    "ForMaskedLM", "HF_ColBERT", "ColQwen3", "ColQwen3_5", "Terratorch",
+)  # fmt: skip
+
+
+def _pools(architecture: str) -> bool:
+    return not architecture.endswith(_GENERATES) and architecture.endswith(_POOLS)
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -148,13 +148,6 @@ def test_bad_values_are_one_sentence(arguments: dict[str, Any], words: str) -> N
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("8k", 8000), ("8K", 8192), (8192, 8192), ("auto", -1), (None, None)]
-)
-def test_counts_as_vllm_reads_them(text: Any, value: int | None) -> None:
-    assert defaults.count(text, "max_model_len", least=-1) == value
-
-
 def test_shared_memory_is_for_several_workers() -> None:
     assert memory.shm_bytes(1) == 0
     assert memory.shm_bytes(8) > memory.shm_bytes(4) > GIB

@@ -1,4 +1,7 @@
-"""Weights on each GPU against vLLM's own layers, built on the meta device for one rank of many."""
+"""Weights on each GPU against vLLM's own layers, built on the meta device for one rank of many.
+
+Half a minute for each, most of it vLLM's import and config.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from serve_app.planner.vllm.memory import Model
 from serve_app.planner.vllm.sharding import Parallelism
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow  # half a minute for each, most of it vLLM's import and config
 
 
 def group(size: int, rank: int) -> Any:

@@ -1,0 +1,57 @@
+"""What ``serve-app run`` prints once the models are up: requests to copy and send as they are."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from serve_app.config.document import Fleet
+from serve_app.config.environment import environment
+from serve_app.local import endpoint as endpoints
+from serve_app.local.endpoint import Endpoint
+from serve_app.planner.model import runner
+
+_QUESTION = "What is the capital of France?"
+
+
+def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
+    """A curl command and an OpenAI SDK snippet, for the first model of each kind."""
+    base = f"{endpoint.url}/v1"
+    pools = {
+        name: runner.pools(model.model, model.engine, os.environ | environment(model))
+        for name, model in fleet.models.items()
+    }
+    chat = next((name for name, is_pooling in pools.items() if not is_pooling), None)
+    embed = next((name for name, is_pooling in pools.items() if is_pooling), None)
+    lines = [f"\nThe OpenAI endpoint is {base}\n"]
+    if endpoints.goes_through_proxy(endpoint.url):
+        lines += [
+            "# this shell sends HTTP through a proxy, which does not know this machine:",
+            f"export no_proxy={endpoints.without_proxy(endpoint.host)['no_proxy']}\n",
+        ]
+    if chat:
+        body = {
+            "model": chat,
+            "messages": [{"role": "user", "content": _QUESTION}],
+            "temperature": 0,  # a small model that samples soon talks nonsense, and for long
+        }
+        lines += [
+            f"curl -gs {base}/chat/completions -H 'content-type: application/json' \\",
+            f"  -d '{json.dumps(body)}'\n",
+        ]
+    lines += ["from openai import OpenAI", f'client = OpenAI(base_url="{base}", api_key="-")']
+    if chat:
+        lines += [
+            "answer = client.chat.completions.create(",
+            f'    model="{chat}",',
+            f'    messages=[{{"role": "user", "content": "{_QUESTION}"}}],',
+            "    temperature=0,",
+            ")",
+            "print(answer.choices[0].message.content)",
+        ]
+    if embed:
+        lines += [
+            f'vector = client.embeddings.create(model="{embed}", input="Paris")',
+            "print(len(vector.data[0].embedding))",
+        ]
+    return "\n".join([*lines, "\nCtrl-C ends it."])

@@ -1,0 +1,104 @@
+"""The process ``serve run``: how it is started, and that nothing of it is left at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from serve_app.config.document import RUN_ID, Fleet
+from serve_app.local import orphans
+from serve_app.local.instance import Instance
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def start(
+    fleet: Fleet, instance: Instance, env: dict[str, str], log: Path | None
+) -> subprocess.Popen[bytes]:
+    """Start it with the config and this environment; its output goes to ``log``, if any."""
+    # Written anew: --port is in it.
+    config = instance.folder / "config.yaml"
+    config.touch(mode=0o600)  # models' env may hold secrets
+    config.write_text(yaml.safe_dump(fleet.document, sort_keys=False))
+    command = [*instance.serve(), "run", str(config)]
+    if RUN_ID in env:
+        # Never whatever Ray it finds on this machine: `serve run` would replace what runs there.
+        command += ["--address", "local"]
+        env.pop("RAY_ADDRESS", None)
+    output = log.open("wb") if log else None
+    try:
+        return subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT if output else None,
+            stdin=subprocess.DEVNULL,
+            env=env,
+            # Ctrl-C in the terminal reaches only us; we pass it on, once.
+            start_new_session=True,
+            preexec_fn=_interrupt_when_parent_dies,
+        )
+    finally:
+        if output:
+            output.close()
+
+
+def _interrupt_when_parent_dies() -> None:
+    """If this command is killed, `serve run` gets the Ctrl-C that it would have passed on."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end(serve: subprocess.Popen[bytes], console: Console) -> None:
+    """Pass Ctrl-C on, and kill what is still there a minute later; all that it started ends."""
+    if serve.poll() is None:
+        console.print("stopping")
+        serve.send_signal(signal.SIGINT)
+        try:
+            serve.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            serve.kill()
+            serve.wait()
+    # What Ray started may need a moment to notice that its driver is gone.
+    for _ in _moments(5.0):
+        if not _in_session(serve.pid):
+            break
+    for pid in _in_session(serve.pid):
+        _kill(pid)
+    orphans.end(orphans.orphans())
+
+
+def _moments(seconds: float) -> Iterator[None]:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(0.2)
+
+
+def _in_session(session: int) -> list[int]:
+    """Pids of the session that `serve run` led: all that it started and is still there."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if os.getsid(int(entry.name)) == session and state != "Z":
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)

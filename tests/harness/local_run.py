@@ -1,0 +1,92 @@
+"""`serve-app run` in a process of its own, and what is left of it after a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from harness import processes, servers
+from harness.processes import REPO, children, eventually, free_port, in_session, is_port_free
+from harness.servers import BIN, EMBED
+
+
+class Run:
+    """A `serve-app run` of the embedding model."""
+
+    def __init__(self, folder: Path, name: str = EMBED, **env: str) -> None:
+        self.port = free_port()
+        application = servers.embed_application() | {"name": name}
+        application["args"]["served_as"] = []
+        application["args"]["model"] = str(REPO / application["args"]["model"])
+        self.config = folder / "config.yaml"
+        self.config.write_text(servers.as_yaml(servers.document(self.port, application)))
+        self.name = name
+        self.out = folder / "out"
+        self.env = env
+        self.before: Callable[[], Any] | None = None
+
+    def start(self) -> None:
+        command = [str(BIN / "serve-app"), "run", str(self.config)]
+        env = {**os.environ, **self.env}
+        with self.out.open("wb") as out:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.config.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env={key: value for key, value in env.items() if value},
+                preexec_fn=self._prepare,
+            )
+
+    def _prepare(self) -> None:
+        processes._ready_for_ctrl_c()
+        if self.before:
+            self.before()
+
+    def wait_until_ready(self) -> str:
+        """What it has printed when it was ready."""
+
+        def ready() -> bool:
+            assert self.process.poll() is None, self.out.read_text()
+            return "Ctrl-C ends it." in self.out.read_text()
+
+        assert eventually(ready, 300, 0.5), self.out.read_text()
+        return self.out.read_text()
+
+    def models(self) -> list[str]:
+        answer = httpx.get(f"http://127.0.0.1:{self.port}/v1/models", trust_env=False, timeout=30)
+        return [model["id"] for model in answer.json()["data"]]
+
+    def embeds(self) -> int:
+        """The length of an embedding."""
+        answer = httpx.post(
+            f"http://127.0.0.1:{self.port}/v1/embeddings",
+            json={"model": self.name, "input": "Paris"},
+            trust_env=False,
+            timeout=60,
+        )
+        return len(answer.json()["data"][0]["embedding"])
+
+    def end(self, number: signal.Signals = signal.SIGINT) -> dict[int, str]:
+        """What is left of it after this signal."""
+        [serve] = children(self.process.pid)
+        self.process.send_signal(number)
+        try:
+            assert self.process.wait(timeout=120) == 0, self.out.read_text()
+        finally:
+            left = in_session(self.process.pid) | in_session(serve)
+            self.kill()
+            processes.kill_session(serve)
+        assert is_port_free(self.port)
+        return left
+
+    def kill(self) -> None:
+        processes.kill_session(self.process.pid)

@@ -1,0 +1,110 @@
+"""Serve settings that cut or ignore what a user meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.processes import REPO
+from ray.serve.schema import HTTPOptionsSchema
+
+from serve_app.config.document import Fleet, load, parse_document
+from serve_app.config.notices import HTTP_OPTIONS, ignored_by_running_serve, notices
+
+
+def fleet_of(
+    model: dict[str, Any] | None = None, gateway: dict[str, Any] | None = None, **document: Any
+) -> Fleet:
+    """A model that drains for 600 s, a gateway that does for 600 s, and these overrides."""
+    applications: list[dict[str, Any]] = [
+        {
+            "name": "m",
+            "route_prefix": None,
+            "import_path": "serve_app.model:app",
+            "args": {"model": "org/model"},
+        },
+        {"name": "gateway", "route_prefix": "/", "import_path": "serve_app.gateway:app"},
+    ]
+    if model is not None:
+        applications[0]["deployments"] = [{"name": "ModelServer", **model}]
+    if gateway is not None:
+        applications[1]["deployments"] = [{"name": "Gateway", **gateway}]
+    return parse_document({"applications": applications, **document}, Path("c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"http_options": {"request_timeout_s": 30}},
+            "http_options.request_timeout_s is 30: Serve ends every answer after that many seconds,"
+            " a stream without an error event or [DONE]",
+        ),
+        (
+            {"http_options": {"request_timout_s": 30}},
+            "http_options.request_timout_s is no option of Serve, which ignores it; did you mean "
+            "'request_timeout_s'?",
+        ),
+        ({"http_options": {"cors": True}}, "which ignores it; remove it"),
+        ({"proxy_location": "Disabled"}, "no node opens the OpenAI endpoint"),
+        (
+            {"model": {"autoscaling_config": {"max_replicas": 4}}},
+            "application 'm': deployments: autoscaling_config takes the place of what the model's "
+            "args come to; set args.autoscaling, ",
+        ),
+        ({"model": {"num_replicas": 2}}, "set args.replicas"),
+        ({"model": {"ray_actor_options": {"num_cpus": 4}}}, "set args.resources"),
+        ({"model": {"max_ongoing_requests": 5}}, "max_ongoing_requests has no effect"),
+        (
+            {"model": {"graceful_shutdown_timeout_s": 20}},
+            "graceful_shutdown_timeout_s is 20: Serve kills a stopping replica then, in the middle "
+            "of requests that have 600 s to finish",
+        ),
+        ({"model": {"health_check_timeout_s": 2}}, "health_check_timeout_s is 2, below Serve's 30"),
+        (
+            {"gateway": {"max_ongoing_requests": 5}},
+            "application 'gateway': deployments: max_ongoing_requests is 5: further requests",
+        ),
+        ({"gateway": {"max_queued_requests": 0}}, "max_queued_requests is 0: Serve answers"),
+        ({"gateway": {"graceful_shutdown_timeout_s": 20}}, "that have 600 s to finish"),
+        ({"gateway": {"num_replicas": 2}}, "set args.replicas"),
+    ],
+)
+def test_what_cuts_or_ignores_what_was_meant_is_said(changed: dict[str, Any], said: str) -> None:
+    [sentence] = notices(fleet_of(**changed))
+    assert said in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"http_options": {"request_timeout_s": -1, "keep_alive_timeout_s": 30}},
+        {"http_options": {"request_timeout_s": None}},
+        {"model": {"user_config": {"adapters": []}, "graceful_shutdown_timeout_s": 700}},
+        {"model": {"health_check_timeout_s": 60, "max_replicas_per_node": 1}},
+        {"gateway": {"max_queued_requests": -1, "autoscaling_config": {"max_replicas": 3}}},
+        {"gateway": {"logging_config": {"enable_access_log": True}}, "proxy_location": "HeadOnly"},
+    ],
+)
+def test_what_does_as_it_says_needs_no_word(harmless: dict[str, Any]) -> None:
+    assert notices(fleet_of(**harmless)) == []
+
+
+@pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_shipped_configs_need_no_word(path: Path) -> None:
+    assert notices(load(path)) == []
+
+
+def test_http_options_that_a_running_serve_ignores_are_said() -> None:
+    fleet = fleet_of(http_options={"host": "127.0.0.1", "port": 8000, "keep_alive_timeout_s": 9})
+    running = {"host": "0.0.0.0", "port": 8000, "root_path": "/x"}
+    [sentence] = ignored_by_running_serve(fleet, running)
+    assert "http_options.host ('0.0.0.0' there), http_options.keep_alive_timeout_s (" in sentence
+    assert "port" not in sentence
+    assert ignored_by_running_serve(fleet, fleet.document["http_options"]) == []
+
+
+def test_serve_has_the_http_options_that_are_listed() -> None:
+    assert HTTPOptionsSchema.model_validate({"prot": 1}).model_dump() == HTTP_OPTIONS

@@ -1,0 +1,82 @@
+"""What an engine does with adapters, with vLLM's own requests for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve_app.config.settings import Adapter
+from serve_app.errors import UserError
+from serve_app.replica import adapters
+
+
+class FakeEngine:
+    """As much of vLLM's engine and of its OpenAIServingModels as adapters are kept in."""
+
+    def __init__(self) -> None:
+        self.vllm_config = SimpleNamespace(lora_config=object())
+        self.lora_resolvers: list[Any] = []
+        self.lora_requests: dict[str, Any] = {}
+        self.lora_resolver_lock: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self.did: list[str] = []
+
+    async def load_lora_adapter(self, request: Any) -> str:
+        self.did.append(f"load {request.lora_path}")
+        self.put(request.lora_name, request.lora_path)
+        return "Success"
+
+    def put(self, name: str, path: str) -> None:
+        self.lora_requests[name] = SimpleNamespace(lora_int_id=path, lora_path=path)
+
+    async def remove_lora(self, path: str) -> None:
+        self.did.append(f"remove {path}")
+
+    async def reset_prefix_cache(self, reset_running_requests: bool) -> None:
+        self.did.append("reset")
+
+
+async def test_an_adapter_that_changed_where_it_lies_takes_the_place_of_the_old_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    versions = {"s3://poet": "/cache/poet/1", "s3://other": "/cache/other/1"}
+    monkeypatch.setattr(adapters, "fetch", lambda path: versions[path])
+    engine: Any = FakeEngine()
+    listed = adapters.Adapters(engine, engine)
+    wanted = [Adapter(name="poet", path="s3://poet"), Adapter(name="other", path="s3://other")]
+    await listed.apply(wanted)
+    versions["s3://poet"] = "/cache/poet/2"
+    engine.did.clear()
+    await listed.apply(wanted)
+    assert engine.did == ["remove /cache/poet/1", "reset", "load /cache/poet/2"]
+
+
+async def test_an_adapter_that_a_request_is_loading_is_unloaded_after_it() -> None:
+    engine: Any = FakeEngine()
+    listed = adapters.Adapters(engine, engine)
+    listed._wanted = {"poet": "/poet"}
+    async with engine.lora_resolver_lock["poet"]:  # as vLLM holds it while it loads
+        applying = asyncio.create_task(listed.apply([]))
+        await asyncio.sleep(0.05)
+        engine.put("poet", "/poet")
+    await applying
+    assert (engine.lora_requests, engine.did) == ({}, ["remove /poet", "reset"])
+
+
+async def test_a_request_for_one_that_cannot_be_read_is_not_an_error_of_the_server(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fetch(path: str) -> str:
+        raise UserError(f"{path} cannot be read")
+
+    monkeypatch.setattr(adapters, "fetch", fetch)
+    listed = adapters.Adapters(SimpleNamespace(), SimpleNamespace(lora_resolvers=[]))
+    address = "s3://adapters/team/novelist"
+    listed._wanted = {"novelist": address}
+    request = await listed.resolve_lora("base", "novelist")
+    assert request.lora_path == address  # vLLM fails on it, and says so to the client
+    assert f"adapter 'novelist': {address} cannot be read" in caplog.text
+    assert await listed.resolve_lora("base", "unknown") is None
