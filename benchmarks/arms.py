@@ -20,11 +20,12 @@ import psutil
 import yaml
 
 from benchmarks import load
+from serve_app.cluster import haproxy
 from serve_app.config import engine_args
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.local import haproxy, orphans
+from serve_app.local import orphans
 
 ENGINE: dict[str, Any] = {
     "max_model_len": 2048,

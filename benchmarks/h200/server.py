@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import yaml
 
-from serve_app.local import haproxy
+from serve_app.cluster import haproxy
 
 MODEL = "m"
 """The id of the one model that a measured server has."""

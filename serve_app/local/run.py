@@ -16,11 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from serve_app.addresses import V6_IS_V4
+from serve_app.cluster import haproxy
 from serve_app.config import notices
 from serve_app.config.document import RUN_ID, Fleet
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
-from serve_app.local import haproxy, reasons, serve_process, weights
+from serve_app.local import reasons, serve_process, weights
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.first_request import how_to_ask
 from serve_app.local.instance import Instance

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.local import haproxy
+from serve_app.cluster import haproxy
 
 
 def test_the_command_is_haproxy() -> None:

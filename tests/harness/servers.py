@@ -18,11 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from harness import processes
 from harness.processes import REPO
 from serve_app import addresses
+from serve_app.cluster import haproxy
 from serve_app.config import engine_args
 from serve_app.config.document import DEPLOYMENT
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig
-from serve_app.local import haproxy
 from serve_app.local.instance import Instance
 from serve_app.local.orphans import orphans
 

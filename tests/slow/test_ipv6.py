@@ -16,7 +16,7 @@ from harness import processes, servers
 from harness.processes import eventually, free_port
 
 from serve_app import addresses
-from serve_app.local import haproxy
+from serve_app.cluster import haproxy
 
 
 def address() -> str | None:

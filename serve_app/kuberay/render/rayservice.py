@@ -6,12 +6,12 @@ import json
 import math
 from typing import Any
 
+from serve_app.cluster import haproxy
 from serve_app.config import caches
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import note
 from serve_app.kuberay.render.profile import RAY_VERSION, ClusterProfile
 from serve_app.kuberay.render.workers import OBJECT_STORE_GIB, WorkerGroup
-from serve_app.local import haproxy
 from serve_app.planner import hardware
 
 ROLE_LABEL = "serve-app/role"
