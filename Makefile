@@ -30,10 +30,11 @@ demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=
 	@$(BIN)/serve-app fetch demo
 	@exec $(BIN)/serve-app run configs/demo.yaml --port $(PORT)
 
+ROOMS := $(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
 
 test: venv  ## lint, types and every test that a CPU can run (under 20 minutes on 2 cores)
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
 	@$(BIN)/serve-app fetch demo
 	@rm -f .cache/left-out
 	@$(TESTS) -m "not slow" --ignore tests/cluster/test_placement_cluster.py
@@ -55,8 +56,8 @@ test-python: venv  ## the tests without engines on each supported Python that is
 	  .cache/python3.$$minor/bin/python -m pytest -q -m "not slow and not engine" --ignore tests/cluster/test_placement_cluster.py || exit 1; \
 	done
 
-lint: venv
-	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy
+lint: venv  ## format, types, and which room imports which (docs/architecture.md)
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy && $(ROOMS)
 
 bench-quick: venv  ## bare vLLM, this gateway and Ray Serve LLM in turn, on this CPU
 	@$(UV) pip install -q --no-deps --python $(BIN)/python pyarrow==25.0.1  # Ray Serve LLM imports it

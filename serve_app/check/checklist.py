@@ -12,6 +12,7 @@ import yaml
 from serve_app import __version__
 from serve_app.config import engine_args, yaml_files
 from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document
+from serve_app.config.notices import notices
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.workers import replicas_of
 from serve_app.kuberay.validate.judge import judge
@@ -35,6 +36,7 @@ _RAY = version("ray")
 _BY_CONFIG = {
     "metrics": "exported, under the names of today's vLLM",
     "secrets": "none in plain text",
+    "serve settings": "do what they seem to",
     "versions": f"vLLM {engine_args.VLLM_VERSION}, Ray {_RAY}, serve_app {__version__}",
 }
 _BY_MANIFESTS = {
@@ -94,7 +96,8 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
         if why := check_model.undeployable(config):
             fix = "mend the setting: a deployment would refuse it, or wait in vain"
             findings.append(Finding("placement", "fail", name, why, fix))
-    findings += _metrics(fleet, path)
+    findings += [Finding("serve settings", "warn", str(path), said) for said in notices(fleet)]
+    findings += _renamed_metrics(str(path), path.read_text())
     findings += _secrets(fleet)
     findings += _versions(fleet)
     answers = {check: (str(path), said) for check, said in _BY_CONFIG.items()}
@@ -145,15 +148,6 @@ def _engine_arguments(document: Document) -> Iterator[Finding]:
         if not wrong:
             known = f"{len(arguments)} known to vLLM {engine_args.VLLM_VERSION}"
             yield Finding(check, "ok", name, known)
-
-
-def _metrics(fleet: Fleet, path: Path) -> Iterator[Finding]:
-    for name, config in fleet.models.items():
-        if config.engine.get("disable_log_stats"):
-            said = "engine.disable_log_stats turns vLLM's metrics off"
-            fix = "remove it: autoscaling and the dashboards read them"
-            yield Finding("metrics", "fail", name, said, fix)
-    yield from _renamed_metrics(str(path), path.read_text())
 
 
 def _renamed_metrics(about: str, text: str) -> Iterator[Finding]:

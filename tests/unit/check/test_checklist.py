@@ -84,7 +84,6 @@ def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
         ({"engine": {"enable_expert_parallel": True}}, "parallelism", "fail", "mixture of experts"),
         ({"engine": {"speculative_model": "x"}}, "engine arguments", "fail", "speculative_model"),
         ({"engine": {"max_modle_len": 1}}, "engine arguments", "fail", "max_model_len"),
-        ({"engine": {"disable_log_stats": True}}, "metrics", "fail", "disable_log_stats"),
         ({"env": {"HF_TOKEN": "abc"}}, "secrets", "fail", "HF_TOKEN holds a secret"),
         ({"env": {"X": "hf_" + "a" * 30}}, "secrets", "fail", "X holds a secret"),
         (
@@ -111,6 +110,14 @@ def test_what_each_check_catches(
     finding = find(findings, check, status)
     assert words in f"{finding.message} {finding.fix}"
     assert finding.fix or status != "fail" or check in ("engine arguments",)
+
+
+def test_what_serve_cuts_or_ignores_is_a_warning(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    find(checklist.static(path, None), "serve settings", "ok")
+    path.write_text("http_options: {request_timeout_s: 60}\n" + path.read_text())
+    said = find(checklist.static(path, None), "serve settings", "warn").message
+    assert "http_options.request_timeout_s is 60" in said
 
 
 def test_secrets_are_never_repeated(tmp_path: Path) -> None:
