@@ -64,14 +64,13 @@ def render(
     """Write the Kubernetes manifests for CONFIG: RayService, network, budgets, nodes, alerts."""
     from serve_app.config.document import load
     from serve_app.config.yaml_files import dump
-    from serve_app.kuberay.render import clusterwide
     from serve_app.kuberay.render import files as rendering
     from serve_app.kuberay.render.profile import load_profile
 
     if cluster_wide == (config is not None):
         raise UserError("render: give a CONFIG, or --cluster-wide")
     if config is None:
-        files, shown = clusterwide.clusterwide(), ""
+        files, shown = rendering.cluster_wide(), ""
     else:
         fleet, profile = load(config), load_profile(profile_path)
         files = rendering.render(fleet, profile)

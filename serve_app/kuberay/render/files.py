@@ -15,6 +15,7 @@ Rendering is a pure function: the same config and profile give the same bytes.
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,16 @@ def node_documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]
         profile, _instance_types(_groups(fleet, profile)), profile.max_gpus
     )
     return [plain(document) for document in [*pools, karpenter.node_class(profile)]]
+
+
+def cluster_wide() -> dict[str, str]:
+    """What a cluster needs once, whatever fleets run on it: operator, storage, dashboards.
+
+    The files are kept as package data; their text by their path.
+    """
+    root = resources.files("serve_app").joinpath("data", "cluster-wide")
+    files = {f"{folder.name}/{f.name}": f for folder in root.iterdir() for f in folder.iterdir()}
+    return {path: files[path].read_text() for path in sorted(files)}
 
 
 def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
@@ -251,15 +262,10 @@ def write(files: dict[str, str], into: Path) -> list[Path]:
         ConfigError: the folder cannot be written to.
     """
     changed = []
-    # What this same rendering wrote before, and does not now: known by its first line.
-    ours = {text.partition("\n")[0] for text in files.values() if text.startswith("# Rendered")}
     try:
-        for path in sorted(into.rglob("*.yaml")) if into.is_dir() else []:
-            with path.open() as file:
-                stale = file.readline().rstrip("\n") in ours
-            if stale and str(path.relative_to(into)) not in files:
-                path.unlink()
-                changed.append(path)
+        for path in _stale(files, into):
+            path.unlink()
+            changed.append(path)
         for name, text in files.items():
             path = into / name
             if not path.exists() or path.read_text() != text:
@@ -269,3 +275,19 @@ def write(files: dict[str, str], into: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"{into}: cannot be written ({error.strerror})") from None
     return changed
+
+
+def _stale(files: dict[str, str], into: Path) -> list[Path]:
+    """What this same rendering wrote before, and does not now: known by its first line.
+
+    Only the folders of this rendering are searched: one below may hold a rendering of its own.
+    """
+    ours = {text.partition("\n")[0] for text in files.values() if text.startswith("# Rendered")}
+    wanted = {into / name for name in files}
+    found = []
+    for folder in sorted({path.parent for path in wanted}):
+        for path in sorted(folder.glob("*.yaml")):
+            with path.open() as file:
+                if path not in wanted and file.readline().rstrip("\n") in ours:
+                    found.append(path)
+    return found
