@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -24,11 +25,14 @@ from click.testing import CliRunner, Result
 from kube_api import KubeAPI
 from kuberay_fixtures import CRD, ROOT
 
+from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
 from serve_app.kuberay import cli
 from serve_app.kuberay.live import deploy, revisions
 from serve_app.kuberay.live.client import Cluster
+from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.validate import schema
+from serve_app.replica.no_route import NoRoute
 
 NAME, SPACE = "llama70b", "serve-app"
 CONFIG = ROOT / "configs/llama70b.yaml"
@@ -212,6 +216,55 @@ def test_a_model_that_runs_but_does_not_answer_is_an_error(
     deployed(api, run)
     api.proxy = lambda *_: (503, '{"error": {"message": "no replica"}}')
     with pytest.raises(UserError, match=r"llama-3.3-70b answers HTTP 503: .*no replica"):
+        run("status", NAME)
+
+
+def no_route(model: str, path: str, tasks: list[str], routes: list[str]) -> tuple[int, str]:
+    """What a model server says of a route that it has not."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path}
+    asyncio.run(NoRoute(model, tasks, routes)(scope, None, send))  # type: ignore[arg-type]
+    return sent[0]["status"], sent[1]["body"].decode()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "routes", "asked_for"),
+    [
+        (["embed"], ["/v1/embeddings", "/pooling"], ["/v1/completions", "/pooling"]),
+        (["transcription"], ["/v1/audio/transcriptions"], ["/v1/completions", "/pooling"]),
+    ],
+)
+def test_a_model_that_completes_nothing_is_asked_what_it_answers(
+    api: KubeAPI,
+    run: Callable[..., Result],
+    tasks: list[str],
+    routes: list[str],
+    asked_for: list[str],
+) -> None:
+    """vLLM takes many a model for an embedding model by itself, whatever the config says."""
+    deployed(api, run)
+    asked: list[str] = []
+
+    def proxy(method: str, name: str, path: str, body: Any) -> tuple[int, str]:
+        asked.append(path)
+        return (200, "{}") if path in routes else no_route("m", path, tasks, routes)
+
+    api.proxy = proxy
+    assert run("status", NAME).output.rstrip().endswith("ready: every model answers")
+    assert asked == asked_for
+
+
+def test_a_model_that_the_gateway_does_not_know_is_an_error(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    unknown = {"error": {"message": "The model 'm' does not exist", "code": "model_not_found"}}
+    api.proxy = lambda *_: (404, json.dumps(unknown))
+    with pytest.raises(UserError, match=r"llama-3.3-70b answers HTTP 404: .*does not exist"):
         run("status", NAME)
 
 
@@ -508,6 +561,26 @@ def test_logs_are_those_of_the_model(api: KubeAPI, run: Callable[..., Result]) -
         run("logs", NAME, "llama-70b")
     with pytest.raises(UserError, match="other has no pods in namespace serve-app"):
         run("logs", "other")
+
+
+def test_logs_of_a_model_are_not_those_of_one_whose_name_begins_alike() -> None:
+    """File names are Ray Serve's own: this fails where an upgrade changes them."""
+    from ray.serve._private.common import ServeComponentType
+    from ray.serve._private.utils import get_component_file_name
+
+    def line(application: str) -> str:
+        name = get_component_file_name(
+            component_name=f"{application}_{DEPLOYMENT}",
+            component_id="k3x9a1bc",
+            component_type=ServeComponentType.REPLICA,
+            suffix=".log",
+        )
+        return json.dumps({"file": f"/tmp/ray/session_latest/logs/serve/{name}", "log": name})
+
+    for model in ("a", "a_b", "a_ModelServer", "x_replica_a", "org/a"):
+        assert readable(line(model), model) is not None, model
+        for other in {"a", "a_b", "a_ModelServer", "a_ModelServer_b", "x_replica_a"} - {model}:
+            assert readable(line(other), model) is None, (model, other)
 
 
 # --- what goes wrong on the way -----------------------------------------------------------------

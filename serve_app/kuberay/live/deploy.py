@@ -179,28 +179,48 @@ def unanswered(target: Target, document: Document) -> list[str]:
     Raises:
         Forbidden: these credentials may not use the API server's way to Services.
     """
-    service = f"{_serve_service(document)}:serve"
     silent = []
     for name, application in state.models_of(document).items():
         args = application.get("args") or {}
         if (args.get("autoscaling") or {}).get("min_replicas") == 0:
             continue
-        path, body = _question(name, args)
-        status, text = target.cluster.through_service(service, target.namespace, "POST", path, body)
-        if status == 403 and '"kind":"Status"' in text.replace(" ", ""):
-            raise Forbidden("not allowed to reach services through the API server")
+        status, text = _ask(target, f"{_serve_service(document)}:serve", name)
         # 401 and 403 of the gateway are an answer: it wants an API key, which we have not.
-        if status not in (200, 401, 403):
+        if status not in (200, 401, 403) and not _has_no_such_route(status, text):
             silent.append(f"{name} answers HTTP {status}: {' '.join(text.split())[:200]}")
     return silent
 
 
-def _question(name: str, args: Document) -> tuple[str, Document]:
-    """The cheapest request that a model of this kind truly answers."""
-    engine = args.get("engine") or {}
-    if engine.get("runner") == "pooling":
-        return "/pooling", {"model": name, "input": "ready?"}
-    return "/v1/completions", {"model": name, "prompt": "ready?", "max_tokens": 1}
+def _ask(target: Target, service: str, model: str) -> tuple[int, str]:
+    """Status and body of the cheapest request that the model truly answers.
+
+    What a model is for is vLLM's to know: one that completes nothing says so, and is then asked
+    what every pooling model answers. One for speech has neither route; that it says so itself has
+    to do.
+
+    Raises:
+        Forbidden: these credentials may not use the API server's way to Services.
+    """
+    status, text = 0, ""
+    for path, question in (
+        ("/v1/completions", {"prompt": "ready?", "max_tokens": 1}),
+        ("/pooling", {"input": "ready?"}),
+    ):
+        body = {"model": model, **question}
+        status, text = target.cluster.through_service(service, target.namespace, "POST", path, body)
+        if status == 403 and '"kind":"Status"' in text.replace(" ", ""):
+            raise Forbidden("not allowed to reach services through the API server")
+        if not _has_no_such_route(status, text):
+            break
+    return status, text
+
+
+def _has_no_such_route(status: int, text: str) -> bool:
+    """Whether a model server answered that it has no such route (serve_app.replica.no_route)."""
+    try:
+        return status == 404 and bool(json.loads(text)["error"]["code"] == "not_found")
+    except (ValueError, TypeError, LookupError):
+        return False
 
 
 def _serve_service(document: Document) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay.live import state
 from serve_app.kuberay.live.client import Cluster
@@ -84,7 +86,15 @@ def readable(line: str, model: str | None) -> str | None:
         file, text = str(record.get("file") or ""), str(record["log"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return line if model is None else None
-    # Serve names the file replica_<application>_<deployment>_<id>.log.
-    if model is not None and f"replica_{model}_" not in file:
+    if model is not None and not _is_of(model, file):
         return None
     return text
+
+
+def _is_of(model: str, file: str) -> bool:
+    """Whether Serve names a model's log so: ``replica_<application>_<deployment>_<id>.log``.
+
+    The id has no underscore, and what no file name may have in it becomes one.
+    """
+    name = re.sub(r'[^\x20-\x7E]|[<>:"/\\|?*]', "_", f"replica_{model}_{DEPLOYMENT}_")
+    return re.fullmatch(f"{re.escape(name)}[^_]+", file.rpartition("/")[2]) is not None
