@@ -28,8 +28,8 @@ from kuberay_fixtures import CRD, ROOT
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
 from serve_app.kuberay import cli
-from serve_app.kuberay.live import deploy, revisions
-from serve_app.kuberay.live.client import Cluster
+from serve_app.kuberay.live import follow, revisions
+from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.validate import schema
 from serve_app.replica.no_route import NoRoute
@@ -46,8 +46,8 @@ def crd() -> dict[str, Any] | None:
 @pytest.fixture
 def api(crd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeAPI]:
     server = KubeAPI(crd)
-    monkeypatch.setattr(deploy, "_SETTLE_S", 0.2)
-    monkeypatch.setattr(deploy, "_LOOK_S", 0.5)
+    monkeypatch.setattr(follow, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(follow, "_LOOK_S", 0.5)
     server.store("namespaces", {"metadata": {"name": SPACE}})
     yield server
     server.close()
@@ -592,14 +592,14 @@ def test_no_kubeconfig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(UserError, match="no kubeconfig and not inside a cluster; run aws eks"):
-        Cluster.connect()
+        APIServer.connect()
     with pytest.raises(UserError, match="mine: no such kubeconfig"):
-        Cluster.connect(tmp_path / "mine")
+        APIServer.connect(tmp_path / "mine")
 
 
 def test_an_unknown_context(kubeconfig: Path) -> None:
     with pytest.raises(UserError, match=r"has no context 'there'; did you mean 'here'\?"):
-        Cluster.connect(kubeconfig, "there")
+        APIServer.connect(kubeconfig, "there")
 
 
 def test_a_cluster_without_kuberay(api: KubeAPI, run: Callable[..., Result]) -> None:
@@ -611,7 +611,7 @@ def test_a_cluster_without_kuberay(api: KubeAPI, run: Callable[..., Result]) -> 
 def test_refused_credentials(api: KubeAPI, tmp_path: Path) -> None:
     path = api.kubeconfig(tmp_path / "k", token="old")
     with pytest.raises(UserError, match="refuses these credentials"):
-        Cluster.connect(path).get("RayService", NAME, SPACE)
+        APIServer.connect(path).get("RayService", NAME, SPACE)
 
 
 def test_forbidden_says_what_may_not_be_done(api: KubeAPI, run: Callable[..., Result]) -> None:
@@ -659,23 +659,23 @@ def test_a_namespace_that_is_not_there_yet_is_made(
 def test_an_address_that_nobody_listens_on(api: KubeAPI, tmp_path: Path) -> None:
     path = api.kubeconfig(tmp_path / "k", server="http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"API server http://127.0.0.1:9: it cannot be reached"):
-        Cluster.connect(path).get("RayService", NAME, SPACE)
+        APIServer.connect(path).get("RayService", NAME, SPACE)
 
 
 def test_a_server_that_does_not_answer_in_time(
     api: KubeAPI, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = Cluster.connect(kubeconfig)
+    server = APIServer.connect(kubeconfig)
     api.delay_s = 2.0
     with pytest.raises(UserError, match="it does not answer in time"):
-        cluster._send("GET", "/api/v1/nodes", timeout_s=0.2)
+        server._send("GET", "/api/v1/nodes", timeout_s=0.2)
 
 
 def test_an_answer_that_is_no_api_servers(api: KubeAPI, kubeconfig: Path) -> None:
     api.proxy = lambda *_: (200, "<html>sign in</html>")
-    cluster = Cluster.connect(kubeconfig)
+    server = APIServer.connect(kubeconfig)
     with pytest.raises(UserError, match="did not answer as an API server does"):
-        cluster._checked("get", "Pod", "x", 200, "<html>sign in</html>")
+        server._checked("get", "Pod", "x", 200, "<html>sign in</html>")
 
 
 def test_a_deleted_rayservice_ends_the_wait(api: KubeAPI, run: Callable[..., Result]) -> None:
@@ -728,6 +728,6 @@ def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_pa
     kubectl("apply", "--server-side", "--validate=false", "-f", "-")
     assert "rayservice.ray.io/llama70b" in kubectl("get", "rayservices", "-n", SPACE, "-o", "name")
     # kubectl owns the fields now, with our values: no conflict, nothing to do.
-    cluster = Cluster.connect(kubeconfig)
+    server = APIServer.connect(kubeconfig)
     document = next(d for d in yaml.safe_load_all(text) if d["kind"] == "RayService")
-    assert cluster.apply(document)["metadata"]["generation"] == 1
+    assert server.apply(document)["metadata"]["generation"] == 1

@@ -12,17 +12,14 @@ from typing import Any
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay.live import state
-from serve_app.kuberay.live.client import Cluster
-from serve_app.kuberay.render.rayservice import labels
+from serve_app.kuberay.live.target import Target
 
 SHIPPER = "logs"
 """The container that copies Serve's log files to its own output, as lines of JSON."""
 
 
 def stream(
-    cluster: Cluster,
-    name: str,
-    namespace: str,
+    target: Target,
     *,
     model: str | None,
     follow: bool,
@@ -36,14 +33,14 @@ def stream(
     Raises:
         UserError: there is no pod, or no such model.
     """
-    service = cluster.get("RayService", name, namespace)
+    service = target.get()
     models = state.models_of(service) if service else {}
     if model is not None and models and model not in models:
         hint = did_you_mean(model, models) or f" (models: {', '.join(models)})"
-        raise UserError(f"{name} has no model '{model}'{hint}")
-    pods = [p["metadata"]["name"] for p in cluster.list("Pod", namespace, labels(name))]
+        raise UserError(f"{target.name} has no model '{model}'{hint}")
+    pods = [pod["metadata"]["name"] for pod in target.pods()]
     if not pods:
-        raise UserError(f"{name} has no pods in namespace {namespace}")
+        raise UserError(f"{target.name} has no pods in namespace {target.namespace}")
     lines: queue.Queue[str | UserError | None] = queue.Queue(maxsize=1000)
 
     def read(pod: str) -> None:
@@ -51,8 +48,8 @@ def stream(
         if previous:
             container = "ray-head" if "-head-" in pod or pod.endswith("-head") else "ray-worker"
         try:
-            for line in cluster.logs(
-                pod, namespace, container, follow=follow, previous=previous, tail=tail
+            for line in target.server.logs(
+                pod, target.namespace, container, follow=follow, previous=previous, tail=tail
             ):
                 text = line if previous else readable(line, model)
                 if text is not None:

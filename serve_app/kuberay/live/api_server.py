@@ -1,4 +1,4 @@
-"""The API server, as little of it as deploying needs.
+"""The API server of a cluster, as little of it as deploying needs.
 
 Neither of KubeRay's Python clients knows RayService, so this is first-party. The official
 ``kubernetes`` package does what is hard to get right: kubeconfig, EKS's exec credentials,
@@ -78,7 +78,7 @@ class Gone(Exception):
     """A watch whose resourceVersion the API server no longer has: list again."""
 
 
-class Cluster:
+class APIServer:
     """One API server with one set of credentials."""
 
     def __init__(self, api: Any, namespace: str | None = None) -> None:
@@ -87,7 +87,7 @@ class Cluster:
         self.host: str = api.configuration.host
 
     @classmethod
-    def connect(cls, kubeconfig: Path | None = None, context: str | None = None) -> Cluster:
+    def connect(cls, kubeconfig: Path | None = None, context: str | None = None) -> APIServer:
         """Credentials from the kubeconfig, or of the pod that this runs in.
 
         Raises:
