@@ -22,8 +22,10 @@ from serve_app.config.yaml_files import Note, dump, note, plain
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import cli
 from serve_app.kuberay.render.files import cluster_wide, documents, render, write
+from serve_app.kuberay.render.pods import HAPROXY
 from serve_app.kuberay.render.profile import ClusterProfile, load_profile
 from serve_app.kuberay.render.workers import groups_of, shape_of
+from serve_app.local import haproxy
 from serve_app.planner import hardware
 
 
@@ -208,6 +210,10 @@ def test_an_incremental_upgrade_keeps_kuberays_own_readiness() -> None:
     }
     assert {"GatewayClass", "LoadBalancerConfiguration", "TargetGroupConfiguration"} <= kinds
     assert "Ingress" not in kinds
+
+
+def test_the_images_haproxy_is_the_one_that_is_installed() -> None:
+    assert Path(HAPROXY).name == haproxy.COMMAND
 
 
 def test_secrets_are_references_and_only_where_models_load() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.kuberay.live.target import Target
-from serve_app.kuberay.render.rayservice import ROLE_LABEL
+from serve_app.kuberay.render.names import ROLE_LABEL
 
 Document = dict[str, Any]
 

@@ -11,7 +11,7 @@ from typing import Any
 from serve_app.errors import UserError
 from serve_app.kuberay.live.api_server import Conflict
 from serve_app.kuberay.live.target import Target
-from serve_app.kuberay.render.rayservice import labels
+from serve_app.kuberay.render.names import labels
 
 KEEP = 10
 """Revisions that stay; older ones are deleted."""

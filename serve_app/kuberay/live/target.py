@@ -7,7 +7,7 @@ from typing import Any
 
 from serve_app.errors import UserError
 from serve_app.kuberay.live.api_server import APIServer
-from serve_app.kuberay.render.rayservice import labels
+from serve_app.kuberay.render.names import labels
 
 Document = dict[str, Any]
 

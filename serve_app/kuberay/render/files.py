@@ -22,11 +22,11 @@ from typing import Any
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import dump, note, plain
 from serve_app.errors import ConfigError
-from serve_app.kuberay.render import karpenter, network, rayservice, support
+from serve_app.kuberay.render import disruption, karpenter, namespace, network, rayservice
 from serve_app.kuberay.render.monitoring import pod_monitors, prometheus_rules
+from serve_app.kuberay.render.names import MAX_NAME, instance_name
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.kuberay.render.workers import WorkerGroup, groups_of
-from serve_app.kuberay.validate.operator_rules import MAX_NAME
 
 INCREMENTAL = "NewClusterWithIncrementalUpgrade"
 
@@ -63,7 +63,7 @@ def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
     )
     files |= _overlays(fleet, profile, base, source)
     files |= _nodes(fleet, profile, groups, source)
-    secrets = support.secrets_template(profile)
+    secrets = namespace.secrets_template(profile)
     if secrets:
         files["secrets.template.yaml"] = dump(
             *secrets,
@@ -112,7 +112,7 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
             f"{fleet.path}: no gateway: add an application with "
             "import_path serve_app.gateway:app at route_prefix /"
         )
-    name = rayservice.instance_name(fleet)
+    name = instance_name(fleet)
     if len(name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
             f"{fleet.path}: the RayService would be called '{name}'; KubeRay takes names of "
@@ -143,14 +143,14 @@ def _base(
     fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
 ) -> dict[str, list[dict[str, Any]]]:
     base: dict[str, list[dict[str, Any]]] = {
-        "namespace.yaml": [support.namespace(profile)],
-        "serviceaccount.yaml": [support.service_account(profile)],
+        "namespace.yaml": [namespace.namespace(profile)],
+        "serviceaccount.yaml": [namespace.service_account(profile)],
         "networkpolicy.yaml": network.network_policies(fleet, profile),
         "rayservice.yaml": [rayservice.rayservice(fleet, profile, groups)],
-        "poddisruptionbudget.yaml": support.disruption_budgets(fleet, profile, groups),
+        "poddisruptionbudget.yaml": disruption.budgets(fleet, profile, groups),
     }
     if profile.cache.kind == "pvc":
-        base["model-cache.yaml"] = [support.cache_claim(profile)]
+        base["model-cache.yaml"] = [namespace.cache_claim(profile)]
     if profile.upgrade.strategy == INCREMENTAL:
         base["gateway-class.yaml"] = network.gateway_api(fleet, profile)
     elif profile.ingress.kind == "alb":
@@ -161,7 +161,7 @@ def _base(
 def _overlays(
     fleet: Fleet, profile: ClusterProfile, base: dict[str, list[dict[str, Any]]], source: str
 ) -> dict[str, str]:
-    name = rayservice.instance_name(fleet)
+    name = instance_name(fleet)
     repository, at, digest = profile.image.partition("@")
     if not at:
         repository, _, tag = profile.image.rpartition(":")

@@ -14,8 +14,6 @@ NODE_CLASS = "serve-app"
 _TERMINATION_GRACE = "3h"
 """How long a node waits for its pods; longer than any pod's own grace period."""
 
-TERMINATION_GRACE_S = 3 * 3600
-
 
 def node_pools(
     profile: ClusterProfile, instance_types: list[str], gpu_limit: int

@@ -26,7 +26,6 @@ OTHER_CONFIG = frozenset({"hf_overrides", "hf_config_path", "config_format", "re
 """Engine arguments that may make vLLM read another config than the one found here."""
 
 _INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _HUB_TIMEOUT_S = 10
 _MAX_HEADER = 100 << 20  # safetensors' own limit on a header, in bytes
 
