@@ -53,16 +53,11 @@ def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
     source = f"Rendered by `serve-app render {fleet.path.name}`; change that and render again."
     base = _base(fleet, profile, groups)
     files = {f"base/{name}": dump(*documents, header=source) for name, documents in base.items()}
-    files["base/kustomization.yaml"] = dump(
-        {
-            "apiVersion": "kustomize.config.k8s.io/v1beta1",
-            "kind": "Kustomization",
-            "resources": [name for name in _DEPLOYED if name in base],
-        },
-        header=source,
-    )
+    nodes = _nodes(fleet, profile, groups)
+    files |= {f"nodes/{name}": dump(*documents, header=source) for name, documents in nodes.items()}
+    for folder, names in (("base", [n for n in _DEPLOYED if n in base]), ("nodes", list(nodes))):
+        files[f"{folder}/kustomization.yaml"] = dump(_kustomization(resources=names), header=source)
     files |= _overlays(fleet, profile, base, source)
-    files |= _nodes(fleet, profile, groups, source)
     secrets = namespace.secrets_template(profile)
     if secrets:
         files["secrets.template.yaml"] = dump(
@@ -89,11 +84,9 @@ def documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
 
 
 def node_documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
-    """The NodePools and the NodeClass for this fleet."""
-    pools = karpenter.node_pools(
-        profile, _instance_types(_groups(fleet, profile)), profile.max_gpus
-    )
-    return [plain(document) for document in [*pools, karpenter.node_class(profile)]]
+    """What whoever runs the cluster applies for this fleet: the machines, without comments."""
+    nodes = _nodes(fleet, profile, _groups(fleet, profile))
+    return [plain(document) for documents in nodes.values() for document in documents]
 
 
 def cluster_wide() -> dict[str, str]:
@@ -201,25 +194,19 @@ def _overlays(
                 )
             }
         )
-    dev = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "namespace": f"{profile.namespace}-dev",
-        "resources": ["../../base"],
-        "images": [image],
-        "patches": note(
-            patches, "Reached by `kubectl port-forward`; drained without asking anyone."
-        ),
-    }
-    prod = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": note(
+    dev = _kustomization(
+        namespace=f"{profile.namespace}-dev",
+        resources=["../../base"],
+        images=[image],
+        patches=note(patches, "Reached by `kubectl port-forward`; drained without asking anyone."),
+    )
+    prod = _kustomization(
+        resources=note(
             ["../../base", "monitoring.yaml"],
             "Dashboards are the cluster's, once: kuberay/monitoring.",
         ),
-        "images": [image],
-    }
+        images=[image],
+    )
     return {
         "overlays/dev/kustomization.yaml": dump(dev, header=source),
         "overlays/prod/kustomization.yaml": dump(prod, header=source),
@@ -232,27 +219,24 @@ def _overlays(
 
 
 def _nodes(
-    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup], source: str
-) -> dict[str, str]:
-    files = {
-        "nodepools.yaml": karpenter.node_pools(profile, _instance_types(groups), profile.max_gpus),
+    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
+) -> dict[str, list[dict[str, Any]]]:
+    types = sorted({t for group in groups if group.shape for t in group.shape.instance_types})
+    nodes = {
+        "nodepools.yaml": karpenter.node_pools(profile, types),
         "nodeclass.yaml": [karpenter.node_class(profile)],
     }
     if profile.karpenter == "auto-mode" and profile.ingress.kind == "alb":
-        files["ingressclass.yaml"] = network.ingress_class(fleet, profile)
-    kustomization = {
+        nodes["ingressclass.yaml"] = network.ingress_class(fleet, profile)
+    return nodes
+
+
+def _kustomization(**settings: Any) -> dict[str, Any]:
+    return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": list(files),
+        **settings,
     }
-    return {
-        f"nodes/{name}": dump(*documents, header=source)
-        for name, documents in [*files.items(), ("kustomization.yaml", [kustomization])]
-    }
-
-
-def _instance_types(groups: list[WorkerGroup]) -> list[str]:
-    return sorted({t for group in groups if group.shape for t in group.shape.instance_types})
 
 
 def write(files: dict[str, str], into: Path) -> list[Path]:
