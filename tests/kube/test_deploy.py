@@ -712,7 +712,7 @@ def test_the_apis_are_asked_by_server_side_apply_only(
 def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_path: Path) -> None:
     """`serve-app render CONFIG | kubectl …`, with kubectl as the judge of both sides."""
     api.token = None  # kubectl sends none without TLS
-    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).output
+    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).stdout
     environment = os.environ | {"HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig)}
 
     def kubectl(*args: str) -> str:
