@@ -86,7 +86,7 @@ metrics: venv  ## refresh the list of metrics that a real run exports (dashboard
 	@PYTHONPATH=tests $(BIN)/python -m harness.exported_metrics
 
 manifests: venv  ## kuberay/ rendered again from configs/
-	@for name in llama70b llama70b-2node qwen3-32b-fp8 fleet; do \
+	@for name in llama70b llama70b-2node fleet; do \
 	  profile=kuberay/$$name/profile.yaml; [ -f $$profile ] || profile=kuberay/profile.yaml; \
 	  $(BIN)/serve-app render configs/$$name.yaml --cluster $$profile -o kuberay/$$name || exit 1; \
 	done

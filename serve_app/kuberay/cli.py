@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from serve_app.errors import UserError
+
+if TYPE_CHECKING:
+    from serve_app.kuberay.live.target import Target
 
 _PATH = click.Path(path_type=Path)
 _NAMESPACE = "serve-app"
@@ -64,14 +67,13 @@ def render(
     """Write the Kubernetes manifests for CONFIG: RayService, network, budgets, nodes, alerts."""
     from serve_app.config.document import load
     from serve_app.config.yaml_files import dump
-    from serve_app.kuberay.render import clusterwide
     from serve_app.kuberay.render import files as rendering
     from serve_app.kuberay.render.profile import load_profile
 
     if cluster_wide == (config is not None):
         raise UserError("render: give a CONFIG, or --cluster-wide")
     if config is None:
-        files, shown = clusterwide.clusterwide(), ""
+        files, shown = rendering.cluster_wide(), ""
     else:
         fleet, profile = load(config), load_profile(profile_path)
         files = rendering.render(fleet, profile)
@@ -158,7 +160,9 @@ def deploy(
     """
     from serve_app.config.document import load
     from serve_app.kuberay.live import deploy as deploying
-    from serve_app.kuberay.live.client import Cluster
+    from serve_app.kuberay.live import gpus
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.target import Target
     from serve_app.kuberay.render import files as rendering
     from serve_app.kuberay.render.profile import load_profile
     from serve_app.kuberay.validate.secrets import refuse_placeholders
@@ -167,11 +171,11 @@ def deploy(
     documents = rendering.documents(fleet, profile)
     _report(documents, crd)
     refuse_placeholders(documents)
-    cluster = Cluster.connect(kubeconfig, context)
+    server = APIServer.connect(kubeconfig, context)
     name = next(d["metadata"]["name"] for d in documents if d["kind"] == "RayService")
-    change, _, _ = deploying.preview(cluster, documents, force=force)
-    click.echo(f"{name} in {profile.namespace} on {cluster.host}: this {change}")
-    deploying.check_capacity(cluster, change, force=force, tell=click.echo)
+    change, _, _ = deploying.preview(server, documents, force=force)
+    click.echo(f"{name} in {profile.namespace} on {server.host}: this {change}")
+    gpus.check(server, change, force=force, tell=click.echo)
     if change.kind == "ignored" and not force:
         raise UserError(
             "KubeRay would ignore the change of the cluster (upgradeStrategy None); delete the "
@@ -179,41 +183,39 @@ def deploy(
         )
     if dry_run:
         return
-    number = deploying.apply(cluster, documents, force=force, tell=click.echo)
+    number = deploying.apply(server, documents, force=force, tell=click.echo)
     there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
     click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
     if wait:
-        _wait(cluster, name, profile.namespace, timeout)
+        _wait(Target(server, name, profile.namespace), timeout)
 
 
-def _wait(cluster: Any, name: str, namespace: str, timeout_s: float) -> None:
+def _wait(target: Target, timeout_s: float) -> None:
     import time
 
-    from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live.follow import follow
 
     def tell(line: str) -> None:
         click.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
-    target = deploying.Target(cluster, name, namespace)
     try:
-        deploying.follow(target, timeout_s=timeout_s, tell=tell, now=time.monotonic)
+        follow(target, timeout_s=timeout_s, tell=tell)
         _ask_models(target)
     except KeyboardInterrupt:
-        click.echo(f"\nno longer watching; the deployment goes on: serve-app status {name}")
-        return
+        click.echo(f"\nno longer watching; the deployment goes on: serve-app status {target.name}")
 
 
-def _ask_models(target: Any) -> None:
+def _ask_models(target: Target) -> None:
     """Send each model a request; say what answers.
 
     Raises:
         UserError: a model that runs but does not answer.
     """
-    from serve_app.kuberay.live import deploy as deploying
-    from serve_app.kuberay.live.client import Forbidden
+    from serve_app.kuberay.live.api_server import Forbidden
+    from serve_app.kuberay.live.follow import unanswered
 
     try:
-        silent = deploying.unanswered(target, target.require())
+        silent = unanswered(target, target.require())
     except Forbidden as forbidden:
         click.echo(f"every model is RUNNING ({forbidden}: none was asked)")
         return
@@ -229,25 +231,23 @@ def _ask_models(target: Any) -> None:
 @_context_option
 def status(name: str, namespace: str, kubeconfig: Path | None, context: str | None) -> None:
     """Applications, pods and troubles of the RayService NAME; exit status 1 until it is ready."""
-    from serve_app.kuberay.live import deploy as deploying
     from serve_app.kuberay.live import reasons, revisions, state
-    from serve_app.kuberay.live.client import Cluster
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.target import Target
 
-    cluster = Cluster.connect(kubeconfig, context)
-    target = deploying.Target(cluster, name, namespace)
-    document = target.require()
-    seen = state.of(document)
+    target = Target(APIServer.connect(kubeconfig, context), name, namespace)
+    seen = state.of(target.require())
     clusters = f"cluster {seen.active or '(none yet)'}"
     click.echo(f"{name}: {clusters}{f', next {seen.pending}' if seen.pending else ''}")
-    for line in [*seen.lines(), *reasons.pod_lines(cluster, name, namespace)]:
+    for line in [*seen.lines(), *reasons.pod_lines(target)]:
         click.echo(f"  {line}")
     for kind, (holds, reason, message) in seen.conditions.items():
         if kind == "Ready" or holds:
             click.echo(f"  {kind}: {'yes' if holds else 'no'} ({reason}) {message}".rstrip())
-    past = [str(revision["revision"]) for revision in revisions.history(cluster, name, namespace)]
+    past = [str(revision["revision"]) for revision in revisions.history(target)]
     click.echo(f"  revisions: {', '.join(past) or 'none'}")
     if not seen.running:
-        for line in reasons.explain(cluster, name, namespace):
+        for line in reasons.explain(target):
             click.echo(f"  ! {line}")
         sys.exit(1)
     _ask_models(target)
@@ -264,14 +264,15 @@ def diff(
     """What `deploy` would change, and how KubeRay would go about it. Exit status 1 if anything."""
     from serve_app.config.document import load
     from serve_app.kuberay.live import deploy as deploying
-    from serve_app.kuberay.live.client import Cluster
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.change import difference
     from serve_app.kuberay.render import files as rendering
     from serve_app.kuberay.render.profile import load_profile
 
     documents = rendering.documents(load(config), load_profile(profile_path))
-    cluster = Cluster.connect(kubeconfig, context)
-    change, live, future = deploying.preview(cluster, documents, force=True)
-    click.echo(deploying.difference(live, future), nl=False)
+    server = APIServer.connect(kubeconfig, context)
+    change, live, future = deploying.preview(server, documents, force=True)
+    click.echo(difference(live, future), nl=False)
     click.echo(f"this {change}")
     sys.exit(0 if change.kind == "none" else 1)
 
@@ -295,18 +296,20 @@ def rollback(
 ) -> None:
     """Apply an earlier revision of the RayService NAME again."""
     from serve_app.kuberay.live import deploy as deploying
-    from serve_app.kuberay.live import revisions
-    from serve_app.kuberay.live.client import Cluster
+    from serve_app.kuberay.live import gpus, revisions
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.target import Target
 
-    cluster = Cluster.connect(kubeconfig, context)
-    service = revisions.find(cluster, name, namespace, number)
-    change, _, _ = deploying.preview(cluster, [service], force=True)
-    click.echo(f"{name} in {namespace} on {cluster.host}: this {change}")
-    deploying.check_capacity(cluster, change, force=True, tell=click.echo)
-    new = deploying.apply(cluster, [service], force=True, tell=click.echo)
+    server = APIServer.connect(kubeconfig, context)
+    target = Target(server, name, namespace)
+    service = revisions.find(target, number)
+    change, _, _ = deploying.preview(server, [service], force=True)
+    click.echo(f"{name} in {namespace} on {server.host}: this {change}")
+    gpus.check(server, change, force=True, tell=click.echo)
+    new = deploying.apply(server, [service], force=True, tell=click.echo)
     click.echo(f"revision {new}")
     if wait:
-        _wait(cluster, name, namespace, timeout)
+        _wait(target, timeout)
 
 
 @click.command()
@@ -332,12 +335,13 @@ def logs(
 ) -> None:
     """Logs of the RayService NAME, or of one MODEL of it."""
     from serve_app.kuberay.live import podlogs
-    from serve_app.kuberay.live.client import Cluster
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.target import Target
 
-    cluster = Cluster.connect(kubeconfig, context)
+    target = Target(APIServer.connect(kubeconfig, context), name, namespace)
     try:
         for line in podlogs.stream(
-            cluster, name, namespace, model=model, follow=follow, previous=previous, tail=tail
+            target, model=model, follow=follow, previous=previous, tail=tail
         ):
             click.echo(line)
     except KeyboardInterrupt:

@@ -16,9 +16,10 @@ from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB
 from serve_app.planner.loading import cpu_plan, load_model
 from serve_app.planner.model import metadata
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY
 from serve_app.planner.vllm import defaults, parallelism
-from serve_app.planner.vllm.memory import Model, Plan
+from serve_app.planner.vllm.memory import Plan
 
 
 def refuse(fleet: Fleet) -> None:

@@ -18,10 +18,11 @@ from serve_app.errors import UserError
 from serve_app.planner import hardware
 from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.model import quantization
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
 from serve_app.planner.vllm import defaults as engine_module
 from serve_app.planner.vllm import memory, parallelism
-from serve_app.planner.vllm.memory import Model, Plan
+from serve_app.planner.vllm.memory import Plan
 from serve_app.planner.vllm.sharding import Parallelism
 
 MAX_NODES = 4

@@ -19,8 +19,8 @@ from serve_app.planner import choose, hardware, report
 from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.loading import cpu_plan, load_model
 from serve_app.planner.model import metadata
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.report import Report
-from serve_app.planner.vllm.memory import Model
 
 _TYPICAL_LENGTH = 2048
 
@@ -43,7 +43,7 @@ _TYPICAL_LENGTH = 2048
     "--prices", type=click.Path(path_type=Path, dir_okay=False),
     help="YAML or JSON: instance type to USD per hour.",
 )  # fmt: skip
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Save bars as PNG.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Save bars as SVG.")
 @click.option("--json", "json_", is_flag=True, help="Print JSON.")
 @click.option("--list", "list_", is_flag=True, help="List GPUs and the models known offline.")
 def plan(
@@ -80,9 +80,7 @@ def plan(
                 console.rule()
             report.show(one, console)
     if plot:
-        from serve_app.planner import plot as picture
-
-        picture.save(reports, plot)
+        report.save(reports, plot)
 
 
 def _list(console: Console) -> None:

@@ -8,9 +8,10 @@ from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import choose, hardware
 from serve_app.planner.model import metadata
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.vllm import defaults as engine_module
 from serve_app.planner.vllm import memory
-from serve_app.planner.vllm.memory import Model, Plan
+from serve_app.planner.vllm.memory import Plan
 
 
 def load_model(config: ModelConfig, *, offline: bool = False) -> Model:

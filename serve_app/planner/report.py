@@ -1,14 +1,17 @@
-"""A plan as a person reads it (tables and bars), and as a program does (JSON)."""
+"""A plan as a person reads it (tables, bars, a picture), and as a program does (JSON)."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from serve_app.errors import UserError
 from serve_app.planner import choose
 from serve_app.planner.choose import Choice, Lighter, Machines, RefusedInstance
 from serve_app.planner.hardware import GIB
@@ -19,14 +22,14 @@ TIGHT_SHARE = 0.03
 """A plan whose KV cache exceeds what one request needs by less than this share of the GPU is
 within the planner's own error; see docs/planner-accuracy.md."""
 
-# Part of a GPU's memory, its name, its colour in the terminal and in a picture.
+# Part of a GPU's memory, its name, its colour.
 PARTS = (
-    ("weights", "weights", "blue", "#3b6fb6"),
-    ("non_torch", "non-torch", "bright_black", "#7f7f7f"),
-    ("buffers", "buffers", "magenta", "#9467bd"),
-    ("activation", "activation peak", "yellow", "#e0a030"),
-    ("cudagraph", "CUDA graphs", "cyan", "#2fa4a9"),
-    ("kv_cache", "KV cache", "green", "#4c9f50"),
+    ("weights", "weights", "blue"),
+    ("non_torch", "non-torch", "bright_black"),
+    ("buffers", "buffers", "magenta"),
+    ("activation", "activation peak", "yellow"),
+    ("cudagraph", "CUDA graphs", "cyan"),
+    ("kv_cache", "KV cache", "green"),
 )
 
 
@@ -203,6 +206,23 @@ def show(report: Report, console: Console) -> None:
         console.print(f"[dim]note: {note}[/]")
 
 
+def save(reports: list[Report], path: Path) -> None:
+    """Verdicts and bars as a picture, for a document.
+
+    Raises:
+        UserError: the file is not called .svg, or cannot be written.
+    """
+    if path.suffix != ".svg":
+        raise UserError(f"{path}: the picture is an SVG; call it {path.with_suffix('.svg')}")
+    drawn = Console(record=True, file=io.StringIO(), width=110)
+    for report in reports:
+        drawn.print(_verdict(report), bars(report.plan, width=80), "")
+    try:
+        path.write_text(drawn.export_svg(title="serve-app plan: memory of one GPU"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def _verdict(report: Report) -> RenderableType:
     plan = report.plan
     where = "on a CPU" if plan.gpu.name == "CPU" else f"on {plan.parallel.gpus} × {plan.gpu.name}"
@@ -234,7 +254,7 @@ def bars(plan: Plan, *, width: int) -> RenderableType:
         bar = Text(f"{label:>8} ")
         edge = 0.0
         drawn = 0
-        for part, _, colour, _ in PARTS:
+        for part, _, colour in PARTS:
             edge += max(0, getattr(stage, part)) / full * width
             bar.append("█" * (round(edge) - drawn), style=colour)
             drawn = max(drawn, round(edge))
@@ -242,7 +262,7 @@ def bars(plan: Plan, *, width: int) -> RenderableType:
         bar.append(f" {full / GIB:.0f} GiB")
         lines.append(bar)
     legend = Text(" " * 9)
-    for part, name, colour, _ in PARTS:
+    for part, name, colour in PARTS:
         size = max(0, getattr(plan.tightest, part))
         legend.append("█ ", style=colour)
         legend.append(f"{name} {size / GIB:.1f}  ")

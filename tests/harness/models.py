@@ -6,8 +6,9 @@ from typing import Any
 
 from serve_app.planner import hardware
 from serve_app.planner.model import derive, metadata, shape
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.vllm import defaults, memory
-from serve_app.planner.vllm.memory import Model, Plan
+from serve_app.planner.vllm.memory import Plan
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -24,11 +25,14 @@ from click.testing import CliRunner, Result
 from kube_api import KubeAPI
 from kuberay_fixtures import CRD, ROOT
 
+from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
 from serve_app.kuberay import cli
-from serve_app.kuberay.live import deploy, revisions
-from serve_app.kuberay.live.client import Cluster
+from serve_app.kuberay.live import follow, revisions
+from serve_app.kuberay.live.api_server import APIServer
+from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.validate import schema
+from serve_app.replica.no_route import NoRoute
 
 NAME, SPACE = "llama70b", "serve-app"
 CONFIG = ROOT / "configs/llama70b.yaml"
@@ -42,8 +46,8 @@ def crd() -> dict[str, Any] | None:
 @pytest.fixture
 def api(crd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeAPI]:
     server = KubeAPI(crd)
-    monkeypatch.setattr(deploy, "_SETTLE_S", 0.2)
-    monkeypatch.setattr(deploy, "_LOOK_S", 0.5)
+    monkeypatch.setattr(follow, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(follow, "_LOOK_S", 0.5)
     server.store("namespaces", {"metadata": {"name": SPACE}})
     yield server
     server.close()
@@ -212,6 +216,55 @@ def test_a_model_that_runs_but_does_not_answer_is_an_error(
     deployed(api, run)
     api.proxy = lambda *_: (503, '{"error": {"message": "no replica"}}')
     with pytest.raises(UserError, match=r"llama-3.3-70b answers HTTP 503: .*no replica"):
+        run("status", NAME)
+
+
+def no_route(model: str, path: str, tasks: list[str], routes: list[str]) -> tuple[int, str]:
+    """What a model server says of a route that it has not."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path}
+    asyncio.run(NoRoute(model, tasks, routes)(scope, None, send))  # type: ignore[arg-type]
+    return sent[0]["status"], sent[1]["body"].decode()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "routes", "asked_for"),
+    [
+        (["embed"], ["/v1/embeddings", "/pooling"], ["/v1/completions", "/pooling"]),
+        (["transcription"], ["/v1/audio/transcriptions"], ["/v1/completions", "/pooling"]),
+    ],
+)
+def test_a_model_that_completes_nothing_is_asked_what_it_answers(
+    api: KubeAPI,
+    run: Callable[..., Result],
+    tasks: list[str],
+    routes: list[str],
+    asked_for: list[str],
+) -> None:
+    """vLLM takes many a model for an embedding model by itself, whatever the config says."""
+    deployed(api, run)
+    asked: list[str] = []
+
+    def proxy(method: str, name: str, path: str, body: Any) -> tuple[int, str]:
+        asked.append(path)
+        return (200, "{}") if path in routes else no_route("m", path, tasks, routes)
+
+    api.proxy = proxy
+    assert run("status", NAME).output.rstrip().endswith("ready: every model answers")
+    assert asked == asked_for
+
+
+def test_a_model_that_the_gateway_does_not_know_is_an_error(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    unknown = {"error": {"message": "The model 'm' does not exist", "code": "model_not_found"}}
+    api.proxy = lambda *_: (404, json.dumps(unknown))
+    with pytest.raises(UserError, match=r"llama-3.3-70b answers HTTP 404: .*does not exist"):
         run("status", NAME)
 
 
@@ -510,6 +563,26 @@ def test_logs_are_those_of_the_model(api: KubeAPI, run: Callable[..., Result]) -
         run("logs", "other")
 
 
+def test_logs_of_a_model_are_not_those_of_one_whose_name_begins_alike() -> None:
+    """File names are Ray Serve's own: this fails where an upgrade changes them."""
+    from ray.serve._private.common import ServeComponentType
+    from ray.serve._private.utils import get_component_file_name
+
+    def line(application: str) -> str:
+        name = get_component_file_name(
+            component_name=f"{application}_{DEPLOYMENT}",
+            component_id="k3x9a1bc",
+            component_type=ServeComponentType.REPLICA,
+            suffix=".log",
+        )
+        return json.dumps({"file": f"/tmp/ray/session_latest/logs/serve/{name}", "log": name})
+
+    for model in ("a", "a_b", "a_ModelServer", "x_replica_a", "org/a"):
+        assert readable(line(model), model) is not None, model
+        for other in {"a", "a_b", "a_ModelServer", "a_ModelServer_b", "x_replica_a"} - {model}:
+            assert readable(line(other), model) is None, (model, other)
+
+
 # --- what goes wrong on the way -----------------------------------------------------------------
 
 
@@ -519,14 +592,14 @@ def test_no_kubeconfig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(UserError, match="no kubeconfig and not inside a cluster; run aws eks"):
-        Cluster.connect()
+        APIServer.connect()
     with pytest.raises(UserError, match="mine: no such kubeconfig"):
-        Cluster.connect(tmp_path / "mine")
+        APIServer.connect(tmp_path / "mine")
 
 
 def test_an_unknown_context(kubeconfig: Path) -> None:
     with pytest.raises(UserError, match=r"has no context 'there'; did you mean 'here'\?"):
-        Cluster.connect(kubeconfig, "there")
+        APIServer.connect(kubeconfig, "there")
 
 
 def test_a_cluster_without_kuberay(api: KubeAPI, run: Callable[..., Result]) -> None:
@@ -538,7 +611,7 @@ def test_a_cluster_without_kuberay(api: KubeAPI, run: Callable[..., Result]) -> 
 def test_refused_credentials(api: KubeAPI, tmp_path: Path) -> None:
     path = api.kubeconfig(tmp_path / "k", token="old")
     with pytest.raises(UserError, match="refuses these credentials"):
-        Cluster.connect(path).get("RayService", NAME, SPACE)
+        APIServer.connect(path).get("RayService", NAME, SPACE)
 
 
 def test_forbidden_says_what_may_not_be_done(api: KubeAPI, run: Callable[..., Result]) -> None:
@@ -586,23 +659,23 @@ def test_a_namespace_that_is_not_there_yet_is_made(
 def test_an_address_that_nobody_listens_on(api: KubeAPI, tmp_path: Path) -> None:
     path = api.kubeconfig(tmp_path / "k", server="http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"API server http://127.0.0.1:9: it cannot be reached"):
-        Cluster.connect(path).get("RayService", NAME, SPACE)
+        APIServer.connect(path).get("RayService", NAME, SPACE)
 
 
 def test_a_server_that_does_not_answer_in_time(
     api: KubeAPI, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = Cluster.connect(kubeconfig)
+    server = APIServer.connect(kubeconfig)
     api.delay_s = 2.0
     with pytest.raises(UserError, match="it does not answer in time"):
-        cluster._send("GET", "/api/v1/nodes", timeout_s=0.2)
+        server._send("GET", "/api/v1/nodes", timeout_s=0.2)
 
 
 def test_an_answer_that_is_no_api_servers(api: KubeAPI, kubeconfig: Path) -> None:
     api.proxy = lambda *_: (200, "<html>sign in</html>")
-    cluster = Cluster.connect(kubeconfig)
+    server = APIServer.connect(kubeconfig)
     with pytest.raises(UserError, match="did not answer as an API server does"):
-        cluster._checked("get", "Pod", "x", 200, "<html>sign in</html>")
+        server._checked("get", "Pod", "x", 200, "<html>sign in</html>")
 
 
 def test_a_deleted_rayservice_ends_the_wait(api: KubeAPI, run: Callable[..., Result]) -> None:
@@ -639,7 +712,7 @@ def test_the_apis_are_asked_by_server_side_apply_only(
 def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_path: Path) -> None:
     """`serve-app render CONFIG | kubectl …`, with kubectl as the judge of both sides."""
     api.token = None  # kubectl sends none without TLS
-    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).output
+    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).stdout
     environment = os.environ | {"HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig)}
 
     def kubectl(*args: str) -> str:
@@ -655,6 +728,6 @@ def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_pa
     kubectl("apply", "--server-side", "--validate=false", "-f", "-")
     assert "rayservice.ray.io/llama70b" in kubectl("get", "rayservices", "-n", SPACE, "-o", "name")
     # kubectl owns the fields now, with our values: no conflict, nothing to do.
-    cluster = Cluster.connect(kubeconfig)
+    server = APIServer.connect(kubeconfig)
     document = next(d for d in yaml.safe_load_all(text) if d["kind"] == "RayService")
-    assert cluster.apply(document)["metadata"]["generation"] == 1
+    assert server.apply(document)["metadata"]["generation"] == 1

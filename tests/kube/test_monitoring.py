@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.config.engine_args import VLLM_VERSION
 from serve_app.config.yaml_files import plain
-from serve_app.kuberay.render.dashboards import dashboards
+from serve_app.kuberay.render.files import cluster_wide
 from serve_app.kuberay.render.monitoring import cold_models, pod_monitors, prometheus_rules
 from serve_app.kuberay.render.profile import RAY_VERSION
 
@@ -31,6 +31,14 @@ _FROM_ELSEWHERE = {"kube_pod_status_unschedulable": frozenset({"namespace", "pod
 
 # What Prometheus and the PodMonitor add to each sample.
 _OF_THE_POD = frozenset({"namespace", "pod", "container", "cluster", "fleet"})
+
+
+# Grafana's dashboards, their JSON by file name.
+DASHBOARDS: dict[str, str] = {
+    name: text
+    for config_map in yaml.safe_load_all(cluster_wide()["monitoring/dashboards.yaml"])
+    for name, text in config_map["data"].items()
+}
 
 
 def rules() -> dict[str, Any]:
@@ -133,9 +141,9 @@ def test_every_rule_uses_names_that_exist() -> None:
             check_labels(rule["expr"], known)
 
 
-@pytest.mark.parametrize("name", sorted(dashboards()))
+@pytest.mark.parametrize("name", sorted(DASHBOARDS))
 def test_every_panel_asks_for_names_that_exist(name: str) -> None:
-    board = json.loads(dashboards()[name])
+    board = json.loads(DASHBOARDS[name])
     known = exported()
     queries = [t["expr"] for p in board["panels"] for t in p["targets"]]
     queries += [v["query"]["query"] for v in board["templating"]["list"] if v["type"] == "query"]
@@ -146,9 +154,9 @@ def test_every_panel_asks_for_names_that_exist(name: str) -> None:
 
 
 @needs_promtool
-@pytest.mark.parametrize("name", sorted(dashboards()))
+@pytest.mark.parametrize("name", sorted(DASHBOARDS))
 def test_every_panels_query_parses(tmp_path: Path, name: str) -> None:
-    board = json.loads(dashboards()[name])
+    board = json.loads(DASHBOARDS[name])
     expressions = [
         t["expr"].replace("$__rate_interval", "5m") for p in board["panels"] for t in p["targets"]
     ]
@@ -160,8 +168,12 @@ def test_every_panels_query_parses(tmp_path: Path, name: str) -> None:
     )
 
 
+def test_grafana_is_given_three_dashboards() -> None:
+    assert set(DASHBOARDS) == {f"serve-app-{n}.json" for n in ("fleet", "model", "gateway")}
+
+
 def test_panels_do_not_overlap_and_have_own_ids() -> None:
-    for text in dashboards().values():
+    for text in DASHBOARDS.values():
         panels = json.loads(text)["panels"]
         assert len({p["id"] for p in panels}) == len(panels)
         corners = {(p["gridPos"]["x"], p["gridPos"]["y"]) for p in panels}
@@ -190,7 +202,7 @@ def test_the_recorded_run_is_of_the_locked_versions() -> None:
 
 
 def every_query() -> list[str]:
-    panels = [p for text in dashboards().values() for p in json.loads(text)["panels"]]
+    panels = [p for text in DASHBOARDS.values() for p in json.loads(text)["panels"]]
     alerts = [rule["expr"] for group in rules()["groups"] for rule in group["rules"]]
     return alerts + [target["expr"] for panel in panels for target in panel["targets"]]
 

@@ -14,17 +14,18 @@ import yaml
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kuberay_fixtures import NAMES, ROOT, bundle, fleet, profile
+from kuberay_fixtures import KEPT, ROOT, bundle, fleet, profile
 
 from serve_app.config import caches
 from serve_app.config.document import parse_document
 from serve_app.config.yaml_files import Note, dump, note, plain
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import cli
-from serve_app.kuberay.render.clusterwide import clusterwide
-from serve_app.kuberay.render.files import documents, render, write
+from serve_app.kuberay.render.files import cluster_wide, documents, render, write
+from serve_app.kuberay.render.pods import HAPROXY
 from serve_app.kuberay.render.profile import ClusterProfile, load_profile
 from serve_app.kuberay.render.workers import groups_of, shape_of
+from serve_app.local import haproxy
 from serve_app.planner import hardware
 
 
@@ -64,17 +65,19 @@ def on_ipv6(one: Any) -> Any:
 # --- the repo's own manifests -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KEPT)
 def test_the_manifests_in_kuberay_are_what_the_config_renders(name: str) -> None:
     for path, text in render(fleet(name), profile(name)).items():
         there = ROOT / "kuberay" / name / path
         assert there.exists() and there.read_text() == text, f"{there} is stale: make manifests"
 
 
-def test_the_cluster_wide_files_are_what_is_rendered() -> None:
-    for path, text in clusterwide().items():
+def test_the_cluster_wide_files_are_the_packages() -> None:
+    for path, text in cluster_wide().items():
         there = ROOT / "kuberay" / path
-        assert there.exists() and there.read_text() == text, f"{there} is stale: make manifests"
+        source = f"serve_app/data/cluster-wide/{path}"
+        assert there.exists() and there.read_text() == text, f"edit {source}, then: make manifests"
+    assert len(cluster_wide()) == 5
 
 
 def test_rendering_twice_gives_the_same_bytes() -> None:
@@ -207,6 +210,10 @@ def test_an_incremental_upgrade_keeps_kuberays_own_readiness() -> None:
     }
     assert {"GatewayClass", "LoadBalancerConfiguration", "TargetGroupConfiguration"} <= kinds
     assert "Ingress" not in kinds
+
+
+def test_the_images_haproxy_is_the_one_that_is_installed() -> None:
+    assert Path(HAPROXY).name == haproxy.COMMAND
 
 
 def test_secrets_are_references_and_only_where_models_load() -> None:
@@ -505,6 +512,14 @@ def test_render_writes_only_what_changed_and_removes_what_is_stale(tmp_path: Pat
     third = runner.invoke(cli.render, [config, "-o", str(tmp_path)], catch_exceptions=False)
     assert third.output.strip() == f"{tmp_path} is up to date"
     assert (tmp_path / "mine.yaml").exists() and other.exists()
+
+
+def test_a_rendering_in_a_folder_below_is_left_alone(tmp_path: Path) -> None:
+    mine, below = fleet("llama70b"), tmp_path / "overlays" / "eu"
+    write(render(mine, ClusterProfile()), tmp_path)
+    written = write(render(mine, ClusterProfile(zones=["eu-west-1a"])), below)
+    assert write(render(mine, ClusterProfile()), tmp_path) == []
+    assert all(path.exists() for path in written)
 
 
 def test_render_to_the_screen_is_what_kubectl_takes() -> None:

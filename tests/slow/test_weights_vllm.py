@@ -14,8 +14,8 @@ import pytest
 
 from serve_app.planner import hardware
 from serve_app.planner.model import derive, shape
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.vllm import defaults, memory
-from serve_app.planner.vllm.memory import Model
 from serve_app.planner.vllm.sharding import Parallelism
 
 ROOT = Path(__file__).parents[2]

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay.live import state
-from serve_app.kuberay.live.client import Cluster
-from serve_app.kuberay.render.rayservice import labels
+from serve_app.kuberay.live.target import Target
 
 SHIPPER = "logs"
 """The container that copies Serve's log files to its own output, as lines of JSON."""
 
 
 def stream(
-    cluster: Cluster,
-    name: str,
-    namespace: str,
+    target: Target,
     *,
     model: str | None,
     follow: bool,
@@ -34,14 +33,14 @@ def stream(
     Raises:
         UserError: there is no pod, or no such model.
     """
-    service = cluster.get("RayService", name, namespace)
+    service = target.get()
     models = state.models_of(service) if service else {}
     if model is not None and models and model not in models:
         hint = did_you_mean(model, models) or f" (models: {', '.join(models)})"
-        raise UserError(f"{name} has no model '{model}'{hint}")
-    pods = [p["metadata"]["name"] for p in cluster.list("Pod", namespace, labels(name))]
+        raise UserError(f"{target.name} has no model '{model}'{hint}")
+    pods = [pod["metadata"]["name"] for pod in target.pods()]
     if not pods:
-        raise UserError(f"{name} has no pods in namespace {namespace}")
+        raise UserError(f"{target.name} has no pods in namespace {target.namespace}")
     lines: queue.Queue[str | UserError | None] = queue.Queue(maxsize=1000)
 
     def read(pod: str) -> None:
@@ -49,8 +48,8 @@ def stream(
         if previous:
             container = "ray-head" if "-head-" in pod or pod.endswith("-head") else "ray-worker"
         try:
-            for line in cluster.logs(
-                pod, namespace, container, follow=follow, previous=previous, tail=tail
+            for line in target.server.logs(
+                pod, target.namespace, container, follow=follow, previous=previous, tail=tail
             ):
                 text = line if previous else readable(line, model)
                 if text is not None:
@@ -84,7 +83,15 @@ def readable(line: str, model: str | None) -> str | None:
         file, text = str(record.get("file") or ""), str(record["log"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return line if model is None else None
-    # Serve names the file replica_<application>_<deployment>_<id>.log.
-    if model is not None and f"replica_{model}_" not in file:
+    if model is not None and not _is_of(model, file):
         return None
     return text
+
+
+def _is_of(model: str, file: str) -> bool:
+    """Whether Serve names a model's log so: ``replica_<application>_<deployment>_<id>.log``.
+
+    The id has no underscore, and what no file name may have in it becomes one.
+    """
+    name = re.sub(r'[^\x20-\x7E]|[<>:"/\\|?*]', "_", f"replica_{model}_{DEPLOYMENT}_")
+    return re.fullmatch(f"{re.escape(name)}[^_]+", file.rpartition("/")[2]) is not None

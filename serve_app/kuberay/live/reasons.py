@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.kuberay.live.client import Cluster
-from serve_app.kuberay.render.rayservice import ROLE_LABEL, labels
+from serve_app.kuberay.live.target import Target
+from serve_app.kuberay.render.names import ROLE_LABEL
 
 Document = dict[str, Any]
 
@@ -20,10 +20,10 @@ _HINTS = {
 }
 
 
-def pod_lines(cluster: Cluster, name: str, namespace: str) -> list[str]:
+def pod_lines(target: Target) -> list[str]:
     """How many pods of each group are where; one line a group."""
     groups: dict[str, dict[str, int]] = {}
-    for pod in cluster.list("Pod", namespace, labels(name)):
+    for pod in target.pods():
         group = pod["metadata"]["labels"].get("ray.io/group") or pod["metadata"]["labels"].get(
             ROLE_LABEL, "?"
         )
@@ -53,24 +53,24 @@ def stage_of(pod: Document) -> str:
     return "running" if status.get("phase") == "Running" else "starting"
 
 
-def explain(cluster: Cluster, name: str, namespace: str) -> list[str]:
+def explain(target: Target) -> list[str]:
     """One line for each pod in trouble, then the latest warnings about the RayService."""
     lines = [
         f"pod {pod['metadata']['name']}: {trouble}"
-        for pod in cluster.list("Pod", namespace, labels(name))
+        for pod in target.pods()
         if (trouble := _trouble(pod))
     ]
     warnings = [
         event
-        for event in cluster.list("Event", namespace)
+        for event in target.server.list("Event", target.namespace)
         if event.get("type") == "Warning"
-        and str((event.get("involvedObject") or {}).get("name", "")).startswith(name)
+        and str((event.get("involvedObject") or {}).get("name", "")).startswith(target.name)
     ]
     warnings.sort(key=lambda event: str(event.get("lastTimestamp") or ""))
     for event in warnings[-5:]:
-        target = event["involvedObject"]
+        about = event["involvedObject"]
         text = " ".join(str(event.get("message") or "").split())
-        lines.append(f"{target.get('kind')} {target.get('name')}: {event.get('reason')}: {text}")
+        lines.append(f"{about.get('kind')} {about.get('name')}: {event.get('reason')}: {text}")
     return list(dict.fromkeys(lines))
 
 

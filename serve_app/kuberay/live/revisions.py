@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.errors import UserError
-from serve_app.kuberay.live.client import Cluster, Conflict
-from serve_app.kuberay.render.rayservice import labels
+from serve_app.kuberay.live.api_server import Conflict
+from serve_app.kuberay.live.target import Target
+from serve_app.kuberay.render.names import labels
 
 KEEP = 10
 """Revisions that stay; older ones are deleted."""
@@ -18,16 +19,16 @@ KEEP = 10
 Document = dict[str, Any]
 
 
-def history(cluster: Cluster, name: str, namespace: str) -> list[Document]:
+def history(target: Target) -> list[Document]:
     """The revisions of a RayService, oldest first."""
-    found = cluster.list("ControllerRevision", namespace, labels(name))
+    found = target.server.list("ControllerRevision", target.namespace, labels(target.name))
     return sorted(found, key=lambda revision: int(revision["revision"]))
 
 
-def record(cluster: Cluster, service: Document) -> int:
+def record(target: Target, service: Document) -> int:
     """Store what was applied, and return its number. The same again is not stored twice."""
-    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
-    past = history(cluster, name, namespace)
+    name, namespace = target.name, target.namespace
+    past = history(target)
     if past and past[-1]["data"] == service:
         return int(past[-1]["revision"])
     number = int(past[-1]["revision"]) + 1 if past else 1
@@ -43,25 +44,25 @@ def record(cluster: Cluster, service: Document) -> int:
         "data": service,
     }
     try:
-        cluster.create(revision)
+        target.server.create(revision)
     except Conflict:
         raise UserError(f"someone else deploys {name} at this moment; try again") from None
     for old in past[: len(past) + 1 - KEEP]:
-        cluster.delete("ControllerRevision", old["metadata"]["name"], namespace)
+        target.server.delete("ControllerRevision", old["metadata"]["name"], namespace)
     return number
 
 
-def find(cluster: Cluster, name: str, namespace: str, number: int | None) -> Document:
+def find(target: Target, number: int | None) -> Document:
     """The RayService of a revision; without a number, the one before the last.
 
     Raises:
         UserError: there is none, with those that there are.
     """
-    past = history(cluster, name, namespace)
+    past, name = history(target), target.name
     numbers = [int(revision["revision"]) for revision in past]
     if number is None:
         if len(past) < 2:
-            raise UserError(f"{name} has no earlier revision in namespace {namespace}")
+            raise UserError(f"{name} has no earlier revision in namespace {target.namespace}")
         number = numbers[-2]
     if number not in numbers:
         known = ", ".join(map(str, numbers)) or "none"

@@ -16,8 +16,7 @@ Document = dict[str, Any]
 class Application:
     """One application as Serve reports it; ``status`` is Serve's own word."""
 
-    name: str
-    status: str
+    status: str = "NOT_STARTED"
     message: str = ""
 
 
@@ -25,7 +24,6 @@ class Application:
 class State:
     """A RayService at one moment."""
 
-    name: str
     seen: bool
     """The operator has read the spec as it is now."""
 
@@ -57,7 +55,7 @@ class State:
             and self.holds("Ready")
             and not self.upgrading
             and all(
-                self.applications.get(name, Application(name, "")).status == "RUNNING"
+                self.applications.get(name, Application()).status == "RUNNING"
                 for name in self.expected
             )
         )
@@ -71,9 +69,9 @@ class State:
         if not self.seen:
             return None  # the statuses are still those of the spec before
         where = self.pending_applications or self.applications
-        for application in where.values():
+        for name, application in where.items():
             if application.status == "DEPLOY_FAILED":
-                return f"application '{application.name}': {_last_line(application.message)}"
+                return f"application '{name}': {_last_line(application.message)}"
         return None
 
     def lines(self) -> list[str]:
@@ -82,7 +80,7 @@ class State:
         for title, found in (("", self.applications), ("next ", self.pending_applications)):
             names = list(dict.fromkeys([*(self.expected if not title else []), *found]))
             for name in names:
-                app = found.get(name, Application(name, "NOT_STARTED"))
+                app = found.get(name, Application())
                 text = f": {_last_line(app.message)}" if app.message else ""
                 shown.append(f"{title}{name}: {app.status}{text}")
         return shown
@@ -94,7 +92,6 @@ def of(document: Document) -> State:
     metadata = document.get("metadata") or {}
     active, pending = status.get("activeServiceStatus"), status.get("pendingServiceStatus")
     return State(
-        name=metadata.get("name", ""),
         seen=int(status.get("observedGeneration") or 0) >= int(metadata.get("generation") or 0),
         active=(active or {}).get("rayClusterName") or "",
         pending=(pending or {}).get("rayClusterName") or "",
@@ -135,9 +132,7 @@ def _applications(cluster: Document | None) -> dict[str, Application]:
             d.get("message") or "" for d in deployments.values() if d.get("status") != "HEALTHY"
         ]
         found[name] = Application(
-            name,
-            entry.get("status") or "NOT_STARTED",
-            next((m for m in messages if m), ""),
+            entry.get("status") or "NOT_STARTED", next((m for m in messages if m), "")
         )
     return found
 

@@ -15,17 +15,18 @@ Rendering is a pure function: the same config and profile give the same bytes.
 from __future__ import annotations
 
 import re
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import dump, note, plain
 from serve_app.errors import ConfigError
-from serve_app.kuberay.render import karpenter, network, rayservice, support
+from serve_app.kuberay.render import disruption, karpenter, namespace, network, rayservice
 from serve_app.kuberay.render.monitoring import pod_monitors, prometheus_rules
+from serve_app.kuberay.render.names import MAX_NAME, instance_name
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.kuberay.render.workers import WorkerGroup, groups_of
-from serve_app.kuberay.validate.operator_rules import MAX_NAME
 
 INCREMENTAL = "NewClusterWithIncrementalUpgrade"
 
@@ -52,17 +53,12 @@ def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
     source = f"Rendered by `serve-app render {fleet.path.name}`; change that and render again."
     base = _base(fleet, profile, groups)
     files = {f"base/{name}": dump(*documents, header=source) for name, documents in base.items()}
-    files["base/kustomization.yaml"] = dump(
-        {
-            "apiVersion": "kustomize.config.k8s.io/v1beta1",
-            "kind": "Kustomization",
-            "resources": [name for name in _DEPLOYED if name in base],
-        },
-        header=source,
-    )
+    nodes = _nodes(fleet, profile, groups)
+    files |= {f"nodes/{name}": dump(*documents, header=source) for name, documents in nodes.items()}
+    for folder, names in (("base", [n for n in _DEPLOYED if n in base]), ("nodes", list(nodes))):
+        files[f"{folder}/kustomization.yaml"] = dump(_kustomization(resources=names), header=source)
     files |= _overlays(fleet, profile, base, source)
-    files |= _nodes(fleet, profile, groups, source)
-    secrets = support.secrets_template(profile)
+    secrets = namespace.secrets_template(profile)
     if secrets:
         files["secrets.template.yaml"] = dump(
             *secrets,
@@ -88,11 +84,19 @@ def documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
 
 
 def node_documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
-    """The NodePools and the NodeClass for this fleet."""
-    pools = karpenter.node_pools(
-        profile, _instance_types(_groups(fleet, profile)), profile.max_gpus
-    )
-    return [plain(document) for document in [*pools, karpenter.node_class(profile)]]
+    """What whoever runs the cluster applies for this fleet: the machines, without comments."""
+    nodes = _nodes(fleet, profile, _groups(fleet, profile))
+    return [plain(document) for documents in nodes.values() for document in documents]
+
+
+def cluster_wide() -> dict[str, str]:
+    """What a cluster needs once, whatever fleets run on it: operator, storage, dashboards.
+
+    The files are kept as package data; their text by their path.
+    """
+    root = resources.files("serve_app").joinpath("data", "cluster-wide")
+    files = {f"{folder.name}/{f.name}": f for folder in root.iterdir() for f in folder.iterdir()}
+    return {path: files[path].read_text() for path in sorted(files)}
 
 
 def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
@@ -101,7 +105,7 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
             f"{fleet.path}: no gateway: add an application with "
             "import_path serve_app.gateway:app at route_prefix /"
         )
-    name = rayservice.instance_name(fleet)
+    name = instance_name(fleet)
     if len(name) > MAX_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise ConfigError(
             f"{fleet.path}: the RayService would be called '{name}'; KubeRay takes names of "
@@ -132,14 +136,14 @@ def _base(
     fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
 ) -> dict[str, list[dict[str, Any]]]:
     base: dict[str, list[dict[str, Any]]] = {
-        "namespace.yaml": [support.namespace(profile)],
-        "serviceaccount.yaml": [support.service_account(profile)],
+        "namespace.yaml": [namespace.namespace(profile)],
+        "serviceaccount.yaml": [namespace.service_account(profile)],
         "networkpolicy.yaml": network.network_policies(fleet, profile),
         "rayservice.yaml": [rayservice.rayservice(fleet, profile, groups)],
-        "poddisruptionbudget.yaml": support.disruption_budgets(fleet, profile, groups),
+        "poddisruptionbudget.yaml": disruption.budgets(fleet, profile, groups),
     }
     if profile.cache.kind == "pvc":
-        base["model-cache.yaml"] = [support.cache_claim(profile)]
+        base["model-cache.yaml"] = [namespace.cache_claim(profile)]
     if profile.upgrade.strategy == INCREMENTAL:
         base["gateway-class.yaml"] = network.gateway_api(fleet, profile)
     elif profile.ingress.kind == "alb":
@@ -150,7 +154,7 @@ def _base(
 def _overlays(
     fleet: Fleet, profile: ClusterProfile, base: dict[str, list[dict[str, Any]]], source: str
 ) -> dict[str, str]:
-    name = rayservice.instance_name(fleet)
+    name = instance_name(fleet)
     repository, at, digest = profile.image.partition("@")
     if not at:
         repository, _, tag = profile.image.rpartition(":")
@@ -190,25 +194,19 @@ def _overlays(
                 )
             }
         )
-    dev = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "namespace": f"{profile.namespace}-dev",
-        "resources": ["../../base"],
-        "images": [image],
-        "patches": note(
-            patches, "Reached by `kubectl port-forward`; drained without asking anyone."
-        ),
-    }
-    prod = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "resources": note(
+    dev = _kustomization(
+        namespace=f"{profile.namespace}-dev",
+        resources=["../../base"],
+        images=[image],
+        patches=note(patches, "Reached by `kubectl port-forward`; drained without asking anyone."),
+    )
+    prod = _kustomization(
+        resources=note(
             ["../../base", "monitoring.yaml"],
             "Dashboards are the cluster's, once: kuberay/monitoring.",
         ),
-        "images": [image],
-    }
+        images=[image],
+    )
     return {
         "overlays/dev/kustomization.yaml": dump(dev, header=source),
         "overlays/prod/kustomization.yaml": dump(prod, header=source),
@@ -221,27 +219,24 @@ def _overlays(
 
 
 def _nodes(
-    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup], source: str
-) -> dict[str, str]:
-    files = {
-        "nodepools.yaml": karpenter.node_pools(profile, _instance_types(groups), profile.max_gpus),
+    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
+) -> dict[str, list[dict[str, Any]]]:
+    types = sorted({t for group in groups if group.shape for t in group.shape.instance_types})
+    nodes = {
+        "nodepools.yaml": karpenter.node_pools(profile, types),
         "nodeclass.yaml": [karpenter.node_class(profile)],
     }
     if profile.karpenter == "auto-mode" and profile.ingress.kind == "alb":
-        files["ingressclass.yaml"] = network.ingress_class(fleet, profile)
-    kustomization = {
+        nodes["ingressclass.yaml"] = network.ingress_class(fleet, profile)
+    return nodes
+
+
+def _kustomization(**settings: Any) -> dict[str, Any]:
+    return {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": list(files),
+        **settings,
     }
-    return {
-        f"nodes/{name}": dump(*documents, header=source)
-        for name, documents in [*files.items(), ("kustomization.yaml", [kustomization])]
-    }
-
-
-def _instance_types(groups: list[WorkerGroup]) -> list[str]:
-    return sorted({t for group in groups if group.shape for t in group.shape.instance_types})
 
 
 def write(files: dict[str, str], into: Path) -> list[Path]:
@@ -251,15 +246,10 @@ def write(files: dict[str, str], into: Path) -> list[Path]:
         ConfigError: the folder cannot be written to.
     """
     changed = []
-    # What this same rendering wrote before, and does not now: known by its first line.
-    ours = {text.partition("\n")[0] for text in files.values() if text.startswith("# Rendered")}
     try:
-        for path in sorted(into.rglob("*.yaml")) if into.is_dir() else []:
-            with path.open() as file:
-                stale = file.readline().rstrip("\n") in ours
-            if stale and str(path.relative_to(into)) not in files:
-                path.unlink()
-                changed.append(path)
+        for path in _stale(files, into):
+            path.unlink()
+            changed.append(path)
         for name, text in files.items():
             path = into / name
             if not path.exists() or path.read_text() != text:
@@ -269,3 +259,19 @@ def write(files: dict[str, str], into: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"{into}: cannot be written ({error.strerror})") from None
     return changed
+
+
+def _stale(files: dict[str, str], into: Path) -> list[Path]:
+    """What this same rendering wrote before, and does not now: known by its first line.
+
+    Only the folders of this rendering are searched: one below may hold a rendering of its own.
+    """
+    ours = {text.partition("\n")[0] for text in files.values() if text.startswith("# Rendered")}
+    wanted = {into / name for name in files}
+    found = []
+    for folder in sorted({path.parent for path in wanted}):
+        for path in sorted(folder.glob("*.yaml")):
+            with path.open() as file:
+                if path not in wanted and file.readline().rstrip("\n") in ours:
+                    found.append(path)
+    return found

@@ -14,12 +14,8 @@ NODE_CLASS = "serve-app"
 _TERMINATION_GRACE = "3h"
 """How long a node waits for its pods; longer than any pod's own grace period."""
 
-TERMINATION_GRACE_S = 3 * 3600
 
-
-def node_pools(
-    profile: ClusterProfile, instance_types: list[str], gpu_limit: int
-) -> list[dict[str, Any]]:
+def node_pools(profile: ClusterProfile, instance_types: list[str]) -> list[dict[str, Any]]:
     """The pools for a profile; ``instance_types`` are those that the worker groups can use."""
     prefix = profile.instance_label_prefix
     common = [
@@ -52,7 +48,7 @@ def node_pools(
         taints=[{"key": "nvidia.com/gpu", "value": "true", "effect": "NoSchedule"}],
         limits={
             "nvidia.com/gpu": note(
-                str(gpu_limit),
+                str(profile.max_gpus),
                 "The bill's ceiling. An upgrade to a new cluster needs every GPU twice.",
             )
         },

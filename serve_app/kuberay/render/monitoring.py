@@ -12,7 +12,7 @@ from typing import Any
 
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import note
-from serve_app.kuberay.render.rayservice import labels
+from serve_app.kuberay.render.names import labels
 
 SCRAPE_INTERVAL_S = 15
 

@@ -7,8 +7,8 @@ from typing import Any
 from serve_app.addresses import ANY_IPV6, V6_IS_V4
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import note
+from serve_app.kuberay.render.names import ROLE_LABEL, instance_name, labels
 from serve_app.kuberay.render.profile import ClusterProfile
-from serve_app.kuberay.render.rayservice import ROLE_LABEL, instance_name, labels
 
 HEALTH_PATH = "/-/healthz"
 """Serve's proxy: 200 only while it has routes and is not draining."""

@@ -20,9 +20,6 @@ from serve_app.errors import ConfigError
 RAY_VERSION = "2.60.0"
 """The Ray in the image; KubeRay picks probes and features by it."""
 
-KUBERAY_VERSION = "1.7.1"
-"""The operator to install: the newest release when Ray 2.60 came out (2026-11-04)."""
-
 
 def _a_name(text: str) -> str:
     if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", text):

@@ -10,11 +10,9 @@ from __future__ import annotations
 import re
 
 from serve_app.errors import did_you_mean
+from serve_app.kuberay.render.names import MAX_NAME
 from serve_app.kuberay.validate.manifests import Document, Pods, get, mapping, pods_of
 from serve_app.kuberay.validate.rule import Found, check, fail
-
-MAX_NAME = 47
-"""Characters of a RayService's name: KubeRay appends to it to name clusters and pods."""
 
 _CLUSTER = "spec.rayClusterConfig"
 _STORAGE = f"{_CLUSTER}.gcsFaultToleranceOptions"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from serve_app.errors import ConfigError
+from serve_app.planner.model import names
 from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import TORCH_DTYPES, Tensor
-from serve_app.planner.vllm import sharding
 
 _QKV_BIAS = {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text"}
 _QK_NORM = {
@@ -60,7 +60,7 @@ def _is_packed(tensor: Tensor, scheme: Quantization) -> bool:
         return scheme.lm_head
     if scheme.method in ("experts_int8", "mxfp4") and ".experts." not in module:
         return False
-    return sharding.is_linear(tensor) and not scheme.ignores(module)
+    return names.is_linear(tensor) and not scheme.ignores(module)
 
 
 _Spec = tuple[str, tuple[int, ...], int]

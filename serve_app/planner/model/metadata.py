@@ -18,15 +18,14 @@ from typing import Any
 
 from serve_app.errors import UserError, did_you_mean
 from serve_app.planner.model import derive, shape, tensors
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, Tensor
-from serve_app.planner.vllm.memory import Model
 
 OTHER_CONFIG = frozenset({"hf_overrides", "hf_config_path", "config_format", "revision"})
 """Engine arguments that may make vLLM read another config than the one found here."""
 
 _INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _HUB_TIMEOUT_S = 10
 _MAX_HEADER = 100 << 20  # safetensors' own limit on a header, in bytes
 

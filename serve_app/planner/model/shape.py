@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from serve_app.errors import ConfigError
@@ -98,10 +97,6 @@ class ModelShape:
 
     def __hash__(self) -> int:
         return hash((self.architecture, json.dumps(self.config, sort_keys=True)))
-
-    @cached_property
-    def attention_layers(self) -> int:
-        return sum(kind in ("full", "sliding", "chunked") for kind in self.layers)
 
     def is_moe(self, layer: int) -> bool:
         return self.moe is not None and layer < len(self.moe.layers) and self.moe.layers[layer]

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from serve_app.planner.hardware import GIB, GPU, MIB
-from serve_app.planner.model import derive
+from serve_app.planner.model import derive, names
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
@@ -63,32 +64,6 @@ be free beside it (vllm/v1/worker/utils.py:516)."""
 # ------------------------------------------------------------------------------------------------
 
 MLA_WORKSPACE_TOKENS = 64 * 1024  # mla_attention.py:2176
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that can be planned: its shape and the tensors of its checkpoint.
-
-    ``exact`` is False where the tensors were derived from the config, not read.
-    """
-
-    name: str
-    shape: ModelShape
-    tensors: tuple[Tensor, ...]
-    exact: bool
-    source: str
-    """Where the metadata came from, for the report."""
-    draft: Model | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Weights of the model itself, counted before quantization where they can be."""
-        plain = derive.unquantized(self.shape) if self.shape.known else self.tensors
-        return sum(
-            tensor.elements
-            for tensor in plain
-            if sharding.is_loaded(tensor, self.shape) and "scale" not in tensor.name
-        )
 
 
 @dataclass(frozen=True)
@@ -333,11 +308,11 @@ def _lora_bytes(shape: ModelShape, engine: Engine, lora: LoRA) -> list[int]:
     parts = sharding.stages(shape.num_hidden_layers, parallel.pipeline)
     totals = [0] * parallel.pipeline
     for tensor in derive.unquantized(shape) if shape.known else ():
-        layer = sharding.layer_of(tensor.name)
-        if layer is None or layer >= shape.num_hidden_layers or not sharding.is_linear(tensor):
+        layer = names.layer_of(tensor.name)
+        if layer is None or layer >= shape.num_hidden_layers or not names.is_linear(tensor):
             continue
         out, inputs = tensor.shape
-        split = sharding.role(tensor.name)
+        split = names.role(tensor.name)
         tp = parallel.expert if split == "expert" else parallel.tensor
         if split == "row":
             inputs = math.ceil(inputs / tp)
@@ -358,8 +333,8 @@ def draft_weight_bytes(model: Model, engine: Engine) -> int:
         return sum(
             sharding.rank_bytes(tensor, model.shape, engine.parallel, engine.dtype)
             for tensor in model.tensors
-            if sharding.is_loaded(tensor, model.shape, draft=True)
-            and not sharding.is_loaded(tensor, model.shape)
+            if names.is_loaded(tensor, model.shape, draft=True)
+            and not names.is_loaded(tensor, model.shape)
         )
     if model.draft is None:
         return 0

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.planner import choose, hardware
+from serve_app.planner.model import names
+from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.vllm import defaults, memory, parallelism, sharding
-from serve_app.planner.vllm.memory import COMMUNICATION_BYTES, Model
+from serve_app.planner.vllm.memory import COMMUNICATION_BYTES
 from serve_app.planner.vllm.sharding import Parallelism
 
 POWERS = st.sampled_from([1, 2, 4, 8])
@@ -98,7 +100,7 @@ def test_shards_together_hold_the_whole(
 ) -> None:
     of = model(config)
     parallel = Parallelism(tp, pp, expert_parallel=expert_parallel and of.shape.moe is not None)
-    whole = sum(t.nbytes for t in of.tensors if sharding.is_loaded(t, of.shape))
+    whole = sum(t.nbytes for t in of.tensors if names.is_loaded(t, of.shape))
     stages = sharding.stage_weights(of.tensors, of.shape, parallel, "bfloat16")
     assert sum(stages) * tp >= whole
     assert sharding.stage_weights(of.tensors, of.shape, Parallelism(), "bfloat16")[0] >= whole

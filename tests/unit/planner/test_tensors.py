@@ -3,7 +3,7 @@
 import pytest
 from harness.models import LLAMA, QWEN3_NEXT, kept, model
 
-from serve_app.planner.model import derive, metadata, shape
+from serve_app.planner.model import derive, metadata, names, shape
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import Tensor, grouped, parameter_bytes
 from serve_app.planner.vllm import sharding
@@ -31,7 +31,7 @@ def test_parameters_come_to_the_published_count(name: str) -> None:
     plain = [
         tensor
         for tensor in derive.unquantized(of.shape)
-        if (sharding.layer_of(tensor.name) or 0) < of.shape.num_hidden_layers
+        if (names.layer_of(tensor.name) or 0) < of.shape.num_hidden_layers
     ]
     assert sum(tensor.elements for tensor in plain) == count
     if total_size:
@@ -60,8 +60,8 @@ def test_every_kept_model_can_be_read() -> None:
 )
 def test_quantized_linear_layers_take_their_bits(name: str, bits_per_weight: float) -> None:
     of = kept(name)
-    linear = [t for t in derive.unquantized(of.shape) if sharding.is_linear(t)]
-    other = [t for t in derive.unquantized(of.shape) if not sharding.is_linear(t)]
+    linear = [t for t in derive.unquantized(of.shape) if names.is_linear(t)]
+    other = [t for t in derive.unquantized(of.shape) if not names.is_linear(t)]
     expected = sum(t.elements for t in linear) * bits_per_weight / 8 + sum(t.nbytes for t in other)
     assert sum(t.nbytes for t in of.tensors) == pytest.approx(expected, rel=1e-4)
 
@@ -126,10 +126,10 @@ def test_first_and_last_stage_hold_embedding_and_head() -> None:
 
 def test_draft_layers_are_not_loaded_without_speculation() -> None:
     of = kept("deepseek-ai/DeepSeek-V3")
-    draft = [t for t in of.tensors if sharding.layer_of(t.name) == 61]
+    draft = [t for t in of.tensors if names.layer_of(t.name) == 61]
     assert draft
-    assert not any(sharding.is_loaded(t, of.shape) for t in draft)
-    assert any(sharding.is_loaded(t, of.shape, draft=True) for t in draft)
+    assert not any(names.is_loaded(t, of.shape) for t in draft)
+    assert any(names.is_loaded(t, of.shape, draft=True) for t in draft)
 
 
 def test_hybrid_and_window_layers_are_told_apart() -> None:

@@ -1,14 +1,11 @@
-"""What the RayService leans on: namespace, identity, secrets, model cache, budgets."""
+"""The namespace, and what the pods find in it: identity, secrets, model cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import note
 from serve_app.kuberay.render.profile import ClusterProfile
-from serve_app.kuberay.render.rayservice import ROLE_LABEL, instance_name, labels
-from serve_app.kuberay.render.workers import WorkerGroup
 
 
 def namespace(profile: ClusterProfile) -> dict[str, Any]:
@@ -81,45 +78,3 @@ def secrets_template(profile: ClusterProfile) -> list[dict[str, Any]]:
         for secret in wanted
         if secret is not None
     ]
-
-
-def disruption_budgets(
-    fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
-) -> list[dict[str, Any]]:
-    """KubeRay makes none (kuberay#5004): without them a drain takes every pod at once."""
-    name = instance_name(fleet)
-
-    def budget(suffix: str, selector: dict[str, str], allowed: Any) -> dict[str, Any]:
-        return {
-            "apiVersion": "policy/v1",
-            "kind": "PodDisruptionBudget",
-            "metadata": {
-                "name": f"{name}-{suffix}",
-                "namespace": profile.namespace,
-                "labels": labels(name),
-            },
-            "spec": {
-                "maxUnavailable": allowed,
-                "unhealthyPodEvictionPolicy": "AlwaysAllow",
-                "selector": {"matchLabels": selector},
-            },
-        }
-
-    budgets = [
-        budget(
-            group.name,
-            # Labels that stay: ray.io/cluster changes with every upgrade.
-            labels(name, group.role) | {"ray.io/group": group.name},
-            1,
-        )
-        for group in groups
-    ]
-    if profile.redis is None:
-        budgets.append(
-            budget(
-                "head",
-                {**labels(name), ROLE_LABEL: "head"},
-                note(0, "Without Redis the head takes every model with it."),
-            )
-        )
-    return budgets

@@ -1,4 +1,4 @@
-"""The API server, as little of it as deploying needs.
+"""The API server of a cluster, as little of it as deploying needs.
 
 Neither of KubeRay's Python clients knows RayService, so this is first-party. The official
 ``kubernetes`` package does what is hard to get right: kubeconfig, EKS's exec credentials,
@@ -54,7 +54,6 @@ KINDS = {
     "Ingress": _Kind("/apis/networking.k8s.io/v1", "ingresses"),
     "PodDisruptionBudget": _Kind("/apis/policy/v1", "poddisruptionbudgets"),
     "RayService": _Kind("/apis/ray.io/v1", "rayservices", provider=_KUBERAY),
-    "RayCluster": _Kind("/apis/ray.io/v1", "rayclusters", provider=_KUBERAY),
     "NodePool": _Kind("/apis/karpenter.sh/v1", "nodepools", False, "Karpenter"),
     "GatewayClass": _Kind("/apis/gateway.networking.k8s.io/v1", "gatewayclasses", False, _LBC),
     "LoadBalancerConfiguration": _Kind(
@@ -78,16 +77,15 @@ class Gone(Exception):
     """A watch whose resourceVersion the API server no longer has: list again."""
 
 
-class Cluster:
+class APIServer:
     """One API server with one set of credentials."""
 
-    def __init__(self, api: Any, namespace: str | None = None) -> None:
+    def __init__(self, api: Any) -> None:
         self._api = api
-        self.default_namespace = namespace
         self.host: str = api.configuration.host
 
     @classmethod
-    def connect(cls, kubeconfig: Path | None = None, context: str | None = None) -> Cluster:
+    def connect(cls, kubeconfig: Path | None = None, context: str | None = None) -> APIServer:
         """Credentials from the kubeconfig, or of the pod that this runs in.
 
         Raises:

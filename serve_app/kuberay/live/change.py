@@ -8,9 +8,13 @@ at the end do not count; ``serveConfigV2`` is changed in place.
 from __future__ import annotations
 
 import copy
+import difflib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import yaml
 
 from serve_app.kuberay.live import state
 
@@ -19,7 +23,7 @@ Kind = Literal["create", "none", "in place", "new cluster", "ignored"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Change:
     """The kind of change, and what changes, one line each."""
 
     kind: Kind
@@ -39,10 +43,10 @@ class Plan:
         return "\n".join([f"{what}{gpus}", *(f"  {change}" for change in self.changes)])
 
 
-def plan(live: Document | None, wanted: Document) -> Plan:
+def between(live: Document | None, wanted: Document) -> Change:
     """Compare a live RayService with what it would be (the server's dry run, with defaults)."""
     if live is None:
-        return Plan("create", [], gpus_of(wanted))
+        return Change("create", [], _gpus_of(wanted))
     models = list(_models(live, wanted))
     cluster = list(_paths(_hashed(live), _hashed(wanted), "rayClusterConfig"))
     appended = _appended(live, wanted)
@@ -55,38 +59,37 @@ def plan(live: Document | None, wanted: Document) -> Plan:
     if cluster and appended is None:
         strategy = (wanted["spec"].get("upgradeStrategy") or {}).get("type") or "NewCluster"
         if strategy == "None":
-            return Plan("ignored", [*models, *cluster])
-        return Plan("new cluster", [*models, *cluster, *bounds], _needed(wanted, strategy))
+            return Change("ignored", [*models, *cluster])
+        return Change("new cluster", [*models, *cluster, *bounds], _needed(wanted, strategy))
     grown = [f"worker group '{name}' is added" for name in appended or []]
     changes = [*models, *grown, *bounds, *others]
     if not changes and live["spec"].get("serveConfigV2") != wanted["spec"].get("serveConfigV2"):
         changes = ["comments or order in serveConfigV2"]
-    more = max(0, gpus_of(wanted) - gpus_of(live))
-    return Plan("in place", changes, more) if changes else Plan("none", [])
+    more = max(0, _gpus_of(wanted) - _gpus_of(live))
+    return Change("in place", changes, more) if changes else Change("none", [])
 
 
-def gpus_of(document: Document, bound: str = "minReplicas") -> int:
-    """GPUs that the worker groups hold at their least (or, by ``maxReplicas``, at their most)."""
-    total = 0
-    for group in _groups(document):
-        container = group["template"]["spec"]["containers"][0]
-        limits = (container.get("resources") or {}).get("limits") or {}
-        pods = int(group.get(bound) or 0) * int(group.get("numOfHosts") or 1)
-        total += pods * int(limits.get("nvidia.com/gpu") or 0)
-    return total
+def _gpus_of(document: Document) -> int:
+    """GPUs that the worker groups hold at their least."""
+    return sum(map(_gpus_of_group, _groups(document)))
+
+
+def _gpus_of_group(group: Document) -> int:
+    container = group["template"]["spec"]["containers"][0]
+    limits = (container.get("resources") or {}).get("limits") or {}
+    pods = int(group.get("minReplicas") or 0) * int(group.get("numOfHosts") or 1)
+    return pods * int(limits.get("nvidia.com/gpu") or 0)
 
 
 def _needed(wanted: Document, strategy: str) -> int:
     """GPUs beside the running cluster's: all, or the surge; never less than a replica of each."""
     if strategy != "NewClusterWithIncrementalUpgrade":
-        return gpus_of(wanted)
+        return _gpus_of(wanted)
     options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
     surge = int(options.get("maxSurgePercent") or 100)
     total = 0
     for group in _groups(wanted):
-        one = copy.deepcopy(wanted)
-        one["spec"]["rayClusterConfig"]["workerGroupSpecs"] = [group]
-        whole = gpus_of(one)
+        whole = _gpus_of_group(group)
         pods = int(group.get("minReplicas") or 0) or 1
         # Serve rounds a share of the replicas up to one whole replica.
         total += max(whole // pods, -(-whole * surge // 100))
@@ -160,3 +163,23 @@ def _paths(before: Any, after: Any, path: str) -> Iterator[str]:
 def _short(value: Any) -> str:
     text = "nothing" if value is None else str(value)
     return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def difference(live: Document | None, future: Document) -> str:
+    """A unified diff of the two as YAML, without what only the server writes."""
+    before = _readable(live) if live else []
+    name = f"RayService/{future['metadata']['name']}"
+    return "".join(
+        difflib.unified_diff(before, _readable(future), f"live {name}", f"new {name}", n=3)
+    )
+
+
+def _readable(document: Document) -> list[str]:
+    shown = json.loads(json.dumps(document))
+    shown.pop("status", None)
+    for key in ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation"):
+        shown["metadata"].pop(key, None)
+    # As its own document: a diff of one quoted string helps nobody.
+    config = shown["spec"].pop("serveConfigV2", "")
+    text = yaml.safe_dump(shown, width=100, sort_keys=True)
+    return [*text.splitlines(keepends=True), "# serveConfigV2\n", *config.splitlines(keepends=True)]

@@ -1,0 +1,144 @@
+"""Watching a RayService until every model answers."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from serve_app.errors import UserError
+from serve_app.kuberay.live import reasons, state
+from serve_app.kuberay.live.api_server import Forbidden, Gone
+from serve_app.kuberay.live.target import Target
+
+Document = dict[str, Any]
+
+_SETTLE_S = 5.0
+"""Everything must run for this long: KubeRay reports the old models for a moment after a change."""
+
+_LOOK_S = 10.0
+"""Between two looks at the pods while the RayService itself says nothing new."""
+
+
+def follow(target: Target, *, timeout_s: float, tell: Callable[[str], None]) -> None:
+    """Watch until every application runs and nothing is under way, telling what changes.
+
+    Raises:
+        UserError: it failed, with the reason; or the time is over, with what is missing.
+    """
+    deadline = time.monotonic() + timeout_s
+    told: set[str] = set()
+    running_since: float | None = None
+
+    def tell_new(lines: list[str]) -> None:
+        for line in lines:
+            if line not in told:
+                tell(line)
+        told.clear()
+        told.update(lines)
+
+    while True:
+        document = target.require()
+        seen = state.of(document)
+        tell_new([*seen.lines(), *reasons.pod_lines(target)])
+        if seen.failure:
+            raise UserError(_with_reasons(target, f"{target.name} failed: {seen.failure}"))
+        if not seen.running:
+            running_since = None
+        elif running_since is None:
+            running_since = time.monotonic()
+        elif time.monotonic() - running_since >= _SETTLE_S:
+            return
+        left = deadline - time.monotonic()
+        if left <= 0:
+            missing = [line for line in seen.lines() if ": RUNNING" not in line]
+            what = "; ".join(missing) or "no endpoint yet"
+            raise UserError(
+                _with_reasons(target, f"{target.name} is not ready after {timeout_s:.0f} s: {what}")
+            )
+        _wait_for_change(target, document, min(left, _SETTLE_S if seen.running else _LOOK_S))
+
+
+def _wait_for_change(target: Target, document: Document, timeout_s: float) -> None:
+    version = str(document["metadata"].get("resourceVersion") or "")
+    started = time.monotonic()
+    try:
+        for _ in target.server.watch(
+            "RayService", target.name, target.namespace, since=version, timeout_s=timeout_s
+        ):
+            return
+    except Gone:
+        return
+    # The server may hang up at once (a proxy, a rolling control plane): do not spin.
+    time.sleep(max(0.0, min(1.0, timeout_s - (time.monotonic() - started))))
+
+
+def _with_reasons(target: Target, headline: str) -> str:
+    """One line: the headline, then the first reason that the cluster itself gives."""
+    try:
+        found = reasons.explain(target)
+    except UserError:
+        found = []
+    more = f" (and {len(found) - 1} more: serve-app status {target.name})" if len(found) > 1 else ""
+    return f"{headline}; {found[0]}{more}" if found else headline
+
+
+def unanswered(target: Target, document: Document) -> list[str]:
+    """The models that do not answer a real request through the Service, one line each.
+
+    A model that may be scaled to nothing is left alone: asking would wake it.
+
+    Raises:
+        Forbidden: these credentials may not use the API server's way to Services.
+    """
+    silent = []
+    for name, application in state.models_of(document).items():
+        args = application.get("args") or {}
+        if (args.get("autoscaling") or {}).get("min_replicas") == 0:
+            continue
+        status, text = _ask(target, f"{_serve_service(document)}:serve", name)
+        # 401 and 403 of the gateway are an answer: it wants an API key, which we have not.
+        if status not in (200, 401, 403) and not _has_no_such_route(status, text):
+            silent.append(f"{name} answers HTTP {status}: {' '.join(text.split())[:200]}")
+    return silent
+
+
+def _ask(target: Target, service: str, model: str) -> tuple[int, str]:
+    """Status and body of the cheapest request that the model truly answers.
+
+    What a model is for is vLLM's to know: one that completes nothing says so, and is then asked
+    what every pooling model answers. One for speech has neither route; that it says so itself has
+    to do.
+
+    Raises:
+        Forbidden: these credentials may not use the API server's way to Services.
+    """
+    status, text = 0, ""
+    for path, question in (
+        ("/v1/completions", {"prompt": "ready?", "max_tokens": 1}),
+        ("/pooling", {"input": "ready?"}),
+    ):
+        body = {"model": model, **question}
+        status, text = target.server.through_service(service, target.namespace, "POST", path, body)
+        if status == 403 and '"kind":"Status"' in text.replace(" ", ""):
+            raise Forbidden("not allowed to reach services through the API server")
+        if not _has_no_such_route(status, text):
+            break
+    return status, text
+
+
+def _has_no_such_route(status: int, text: str) -> bool:
+    """Whether a model server answered that it has no such route (serve_app.replica.no_route)."""
+    try:
+        return status == 404 and bool(json.loads(text)["error"]["code"] == "not_found")
+    except (ValueError, TypeError, LookupError):
+        return False
+
+
+def _serve_service(document: Document) -> str:
+    """The Service in front of the serving cluster, as KubeRay names it."""
+    strategy = (document["spec"].get("upgradeStrategy") or {}).get("type")
+    if strategy == "NewClusterWithIncrementalUpgrade":
+        return f"{state.of(document).active}-serve-svc"
+    return f"{document['metadata']['name']}-serve-svc"

@@ -1,0 +1,39 @@
+"""The RayService that a command is about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import UserError
+from serve_app.kuberay.live.api_server import APIServer
+from serve_app.kuberay.render.names import labels
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A RayService by name; it need not exist."""
+
+    server: APIServer
+    name: str
+    namespace: str
+
+    def get(self) -> Document | None:
+        return self.server.get("RayService", self.name, self.namespace)
+
+    def require(self) -> Document:
+        """The object.
+
+        Raises:
+            UserError: there is none.
+        """
+        document = self.get()
+        if document is None:
+            raise UserError(f"no RayService {self.name} in namespace {self.namespace}")
+        return document
+
+    def pods(self) -> list[Document]:
+        """Its pods, those of a cluster that goes or comes too."""
+        return self.server.list("Pod", self.namespace, labels(self.name))

@@ -1,0 +1,35 @@
+"""A model's checkpoint: its shape and its tensors, without their values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serve_app.planner.model import derive, names
+from serve_app.planner.model.shape import ModelShape
+from serve_app.planner.model.tensors import Tensor
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be planned: its shape and the tensors of its checkpoint.
+
+    ``exact`` is False where the tensors were derived from the config, not read.
+    """
+
+    name: str
+    shape: ModelShape
+    tensors: tuple[Tensor, ...]
+    exact: bool
+    source: str
+    """Where the metadata came from, for the report."""
+    draft: Model | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model itself, counted before quantization where they can be."""
+        plain = derive.unquantized(self.shape) if self.shape.known else self.tensors
+        return sum(
+            tensor.elements
+            for tensor in plain
+            if names.is_loaded(tensor, self.shape) and "scale" not in tensor.name
+        )
