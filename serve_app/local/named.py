@@ -22,10 +22,10 @@ import json, ray
 from serve_app.cluster import serve
 ray.init(log_to_driver=False, logging_level="ERROR")
 report = serve.report()
-http = report["http_options"] if report else {}
+http = report["http_options"] if report else {}  # only what was set
 print(json.dumps([
     ray.get_runtime_context().gcs_address,
-    [http["host"], http["port"]] if report else None,
+    [http.get("host", "127.0.0.1"), http.get("port", 8000)] if report else None,
     sorted(report["applications"]) if report else [],
 ]))
 """
