@@ -22,10 +22,10 @@ _ASK = """
 import json, ray
 from serve_app.cluster import serve
 ray.init(log_to_driver=False, logging_level="ERROR")
-report = serve.report()
+report = serve.report()  # of the options only what was set
 print(json.dumps([
     ray.get_runtime_context().gcs_address,
-    report["http_options"] if report else None,
+    {"host": "127.0.0.1", "port": 8000} | report["http_options"] if report else None,
     sorted(report["applications"]) if report else [],
 ]))
 """

@@ -1,4 +1,4 @@
-"""What is read from the report of Serve's controller, and which of the pinned Ray's words it is."""
+"""What is read from the report of Serve's controller, and the pinned Ray's words for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.serve._private import deployment_state
+from ray.serve._private import constants, deployment_state, replica
 from ray.serve._private.common import ReplicaState
 from ray.serve.schema import (
     ApplicationDetails,
@@ -16,17 +16,19 @@ from ray.serve.schema import (
     ServeInstanceDetails,
 )
 
+from serve_app import gateway
 from serve_app.cluster import serve
+from serve_app.replica.server import ModelServer
 
 
 def application(**changes: Any) -> dict[str, Any]:
-    replica = {"replica_id": "r", "state": ReplicaState.STARTING, "start_time_s": 2.0}
+    starting = {"replica_id": "r", "state": ReplicaState.STARTING, "start_time_s": 2.0}
     return {
         "status": ApplicationStatus.DEPLOYING,
         "message": "",
         "last_deployed_time_s": 1.0,
         "deployed_app_config": {"import_path": "a:b", "args": {"x": 1}},
-        "deployments": {"D": {"message": "", "replicas": [replica]}},
+        "deployments": {"D": {"message": "", "replicas": [starting]}},
     } | changes
 
 
@@ -99,3 +101,19 @@ def test_the_report_still_has_the_fields_that_are_read() -> None:
     assert {"STARTING", "RUNNING", "STOPPING"} <= set(ReplicaState)
     known = {"NOT_STARTED", "DEPLOYING", "RUNNING", "DEPLOY_FAILED", "DELETING"}
     assert known <= set(ApplicationStatus)
+
+
+@pytest.mark.parametrize("hook", ["record_autoscaling_stats", "record_replica_metadata"])
+def test_serve_still_asks_a_replica_for_its_load_and_its_place(hook: str) -> None:
+    """Without a word it asks nothing of one that has no such method."""
+    code = Path(replica.__file__).read_text() + Path(constants.__file__).read_text()
+    assert f'"{hook}"' in code
+    deployment: Any = ModelServer
+    assert hasattr(deployment.func_or_class, hook)
+
+
+def test_serve_still_reads_the_variable_that_keeps_a_gateway_in_one_thread() -> None:
+    name = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"
+    deployment: Any = gateway.app({})._bound_deployment
+    assert deployment.ray_actor_options["runtime_env"]["env_vars"] == {name: "0"}
+    assert f'get_env_bool(\n    "{name}"' in Path(constants.__file__).read_text()
