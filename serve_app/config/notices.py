@@ -25,7 +25,6 @@ HEALTH_CHECK_TIMEOUT_S = 30.0
 """Seconds that Serve by default waits for the answer to one health check."""
 
 _ASKED_OTHERWISE = {
-    "num_replicas": "args.replicas",
     "autoscaling_config": "args.autoscaling, whose policy reads the engine's load: Serve's counts "
     "requests that go through Serve, and those of a model do not",
     "ray_actor_options": "args.resources and args.env",
@@ -115,9 +114,11 @@ def _of_gateway(override: Mapping[str, Any]) -> Iterator[str]:
             f"max_queued_requests is {queued:g}: Serve answers what goes "
             "beyond with 503 and plain text, not with an OpenAI error; remove it"
         )
-    for key, instead in (("num_replicas", "replicas"), ("ray_actor_options", "num_cpus")):
-        if key in override:
-            yield f"{key} takes the place of what the gateway's args come to; set args.{instead}"
+    if "ray_actor_options" in override:
+        yield (
+            "ray_actor_options takes the place of what the gateway's args come to; set "
+            "args.num_cpus"
+        )
 
 
 def _of_both(override: Mapping[str, Any], drain_s: float) -> Iterator[str]:

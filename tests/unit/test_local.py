@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -530,8 +531,18 @@ def test_a_signal_is_called_by_its_name(tmp_path: Path) -> None:
     )
 
 
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """What a run makes of signals is not pytest's, whose Ctrl-C is to end it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_a_ray_that_gave_up_on_itself_is_started_once_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    signals: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = []
 

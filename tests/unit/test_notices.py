@@ -53,7 +53,6 @@ def fleet_of(
             "application 'm': deployments: autoscaling_config takes the place of what the model's "
             "args come to; set args.autoscaling, ",
         ),
-        ({"model": {"num_replicas": 2}}, "set args.replicas"),
         ({"model": {"ray_actor_options": {"num_cpus": 4}}}, "set args.resources"),
         ({"model": {"max_ongoing_requests": 5}}, "max_ongoing_requests has no effect"),
         (
@@ -68,7 +67,7 @@ def fleet_of(
         ),
         ({"gateway": {"max_queued_requests": 0}}, "max_queued_requests is 0: Serve answers"),
         ({"gateway": {"graceful_shutdown_timeout_s": 20}}, "that have 600 s to finish"),
-        ({"gateway": {"num_replicas": 2}}, "set args.replicas"),
+        ({"gateway": {"ray_actor_options": {"num_cpus": 2}}}, "set args.num_cpus"),
     ],
 )
 def test_what_cuts_or_ignores_what_was_meant_is_said(changed: dict[str, Any], said: str) -> None:
@@ -83,7 +82,7 @@ def test_what_cuts_or_ignores_what_was_meant_is_said(changed: dict[str, Any], sa
         {"http_options": {"request_timeout_s": -1, "keep_alive_timeout_s": 30}},
         {"http_options": {"request_timeout_s": None}},
         {"model": {"user_config": {"adapters": []}, "graceful_shutdown_timeout_s": 700}},
-        {"model": {"health_check_timeout_s": 60, "max_replicas_per_node": 1}},
+        {"model": {"health_check_timeout_s": 60, "max_replicas_per_node": 1, "num_replicas": 2}},
         {"gateway": {"max_queued_requests": -1, "autoscaling_config": {"max_replicas": 3}}},
         {"gateway": {"logging_config": {"enable_access_log": True}}, "proxy_location": "HeadOnly"},
     ],
