@@ -24,7 +24,7 @@ from serve_app.config import engine_args
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError, envelope
 from serve_app.lifeline import tie_children
-from serve_app.replica import gang
+from serve_app.replica import gang, responses
 from serve_app.replica.adapters import Adapters
 from serve_app.replica.load import EngineLoad
 from serve_app.replica.no_route import NoRoute
@@ -127,7 +127,7 @@ class Engine:
             try:
                 load = EngineLoad(ids[0])
                 llm = _build_llm(args, load)
-                app = await _build_app(llm, args)
+                app = await _build_app(llm, args, replica)
                 adapters = Adapters(llm, app.state.openai_serving_models)
             except Exception as error:
                 logger.exception("the engine did not start")
@@ -217,13 +217,15 @@ def _build_llm(args: Namespace, load: EngineLoad) -> AsyncLLM:
     )
 
 
-async def _build_app(llm: AsyncLLM, args: Namespace) -> Any:
+async def _build_app(llm: AsyncLLM, args: Namespace, replica: str) -> Any:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
+    if serving := getattr(app.state, "openai_serving_responses", None):
+        responses.mark(serving, replica)
     paths = {getattr(route, "path", "") for route in app.routes}
     app.router.default = NoRoute(args.served_model_name[0], tasks, paths)
     # vLLM's error handler stops the server through this when the engine dies; here the
