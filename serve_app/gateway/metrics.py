@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from serve_app.gateway.errors import GatewayError
-from serve_app.gateway.relay import Answer
+from serve_app.gateway.stages import Call, Outcome
 
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
 
@@ -43,35 +40,24 @@ _retries = Counter(
 _running: dict[str, int] = {}
 
 
-class Measured:
-    """One request for a model, from its arrival to its end; use it with ``with``."""
+class Metrics:
+    """The stage that counts and times each call."""
 
-    def __init__(self, model: str, answer: Answer) -> None:
-        self._tags = {"model": model}
-        self._answer = answer
-        self.code = 499
-        """The status to count; what is cancelled before it has one was left by its client."""
+    async def admit(self, call: Call) -> Call:
+        self._count(call.model.name, +1)
+        return call
 
-    def __enter__(self) -> Measured:
-        self._arrived = time.perf_counter()
-        self._count(+1)
-        return self
+    def ended(self, call: Call, outcome: Outcome) -> None:
+        model = call.model.name
+        tags = {"model": model}
+        self._count(model, -1)
+        _requests.inc(tags={**tags, "code": str(outcome.status)})
+        _duration.observe(outcome.ended - call.arrived, tags=tags)
+        if outcome.first_byte is not None:
+            _first_byte.observe(outcome.first_byte - call.arrived, tags=tags)
+        for reason in outcome.retries:
+            _retries.inc(tags={**tags, "reason": reason})
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._count(-1)
-        if isinstance(error, GatewayError):
-            self.code = error.status
-        elif isinstance(error, Exception):  # not a CancelledError: that is a client's going away
-            self.code = 500
-        _requests.inc(tags={**self._tags, "code": str(self.code)})
-        _duration.observe(time.perf_counter() - self._arrived, tags=self._tags)
-        if self._answer.started_at is not None:
-            _first_byte.observe(self._answer.started_at - self._arrived, tags=self._tags)
-
-    def retried(self, reason: str) -> None:
-        _retries.inc(tags={**self._tags, "reason": reason})
-
-    def _count(self, change: int) -> None:
-        model = self._tags["model"]
+    def _count(self, model: str, change: int) -> None:
         _running[model] = _running.get(model, 0) + change
-        _inflight.set(_running[model], tags=self._tags)
+        _inflight.set(_running[model], tags={"model": model})

@@ -62,12 +62,15 @@ class Request:
 
 
 class Answer:
-    """The client's side of a request, and when its first byte was sent."""
+    """The client's side of a request, and what became of it."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started_at: float | None = None
         """``time.perf_counter`` at the first byte; None while nothing was sent."""
+
+        self.cut = False
+        """Whether the replica was lost when a part of its answer had been sent."""
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Hand one ASGI message to the server; returns when the client can take more."""
@@ -162,6 +165,7 @@ class Relay:
             if answer.started_at is None:
                 raise _before_first_byte(error) from error
             logger.warning(f"request {request.id}: replica {replica.id} lost: {error!r}")
+            answer.cut = True
             lost = _lost()
             if events is None:
                 # The client was promised a length or a whole document: only a closed

@@ -1,8 +1,7 @@
-"""The live replicas of every model, and the choice among them: no call to Ray."""
+"""The live replicas of every model: no call to Ray."""
 
 from __future__ import annotations
 
-import random
 import time
 from dataclasses import dataclass
 
@@ -69,7 +68,7 @@ class Board:
     def all_asleep(self, application: str) -> bool:
         """Whether a request found each of its live replicas asleep a moment ago."""
         now = time.monotonic()
-        return all(r.asleep_until > now for r in self._live(application))
+        return all(r.asleep_until > now for r in self._not_avoided(application))
 
     def add(self, application: str, id: str, host: str, port: int) -> Replica | None:
         """A replica that Serve named elsewhere; None where it is to be avoided."""
@@ -78,21 +77,15 @@ class Board:
         replicas = self._replicas.setdefault(application, {})
         return replicas.setdefault(id, Replica(id, host, port))
 
-    def choose(self, application: str) -> Replica | None:
-        """The live replica with the fewest requests from this gateway; None without any.
-
-        Ties are broken at random, so that several gateways do not all pick the same one.
-        """
-        live = self._live(application)
+    def live(self, application: str) -> list[Replica]:
+        """Those that can be sent a request now: not avoided, and awake unless all are asleep."""
+        live = self._not_avoided(application)
         if len(live) < 2:
-            return live[0] if live else None
+            return live
         now = time.monotonic()
-        live = [r for r in live if r.asleep_until < now] or live
-        least = min(r.inflight for r in live)
-        return random.choice([r for r in live if r.inflight == least])
+        return [r for r in live if r.asleep_until < now] or live
 
-    def _live(self, application: str) -> list[Replica]:
-        """All but those that are to be avoided."""
+    def _not_avoided(self, application: str) -> list[Replica]:
         replicas = list(self._replicas.get(application, {}).values())
         if self._avoid_until:
             replicas = [r for r in replicas if not self._is_avoided(r.id)]

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import logging
 import os
 import posixpath
 import re
+import time
 import uuid
-from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from ray.serve.exceptions import DeploymentUnavailableError
 from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.config.document import RUN_ID
 from serve_app.config.settings import GatewayConfig
-from serve_app.errors import did_you_mean
 from serve_app.gateway import body as request_body
-from serve_app.gateway.directory import Directory, Model
-from serve_app.gateway.errors import GatewayError, unavailable
-from serve_app.gateway.metrics import Measured
-from serve_app.gateway.relay import Answer, Asleep, Headers, NotStarted, Relay, Request, Send
-from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway import models, stages
+from serve_app.gateway.cold_start import ColdStartQueue
+from serve_app.gateway.directory import Directory
+from serve_app.gateway.dispatch import Dispatcher
+from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.metrics import Metrics
+from serve_app.gateway.policy import FewestRequests, Policy
+from serve_app.gateway.relay import Answer, Headers, Relay, Request, Send
+from serve_app.gateway.replicas import Board
+from serve_app.gateway.stages import Call, Stage
 
 logger = logging.getLogger("ray.serve")
 
 Receive = Callable[[], Awaitable[Any]]
-
-_LOOK_S = 0.25
-"""Seconds between two looks of a request that waits for a replica."""
 
 _METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 
@@ -55,9 +53,22 @@ _UNDER_V1 = {
 }  # fmt: skip
 
 
-def build(config: GatewayConfig, directory: Directory, board: Board, relay: Relay) -> Any:
-    """The whole ASGI app: the gateway, and around it what web pages need if any may ask."""
-    gateway = Gateway(config, directory, board, relay)
+def build(
+    config: GatewayConfig,
+    directory: Directory,
+    board: Board,
+    relay: Relay,
+    *,
+    stages: Sequence[Stage] = (),
+    policy: Policy | None = None,
+) -> Any:
+    """The whole ASGI app: the gateway, and around it what web pages need if any may ask.
+
+    ``stages`` come after what measures every call, so that it measures them too.
+    """
+    queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
+    dispatcher = Dispatcher(board, queue, policy or FewestRequests(), relay)
+    gateway = Gateway(config, directory, board, dispatcher, (Metrics(), *stages))
     if not config.cors_allow_origins:
         return gateway
     return CORSMiddleware(
@@ -73,19 +84,22 @@ class Gateway:
     """Routes each request to the model it names."""
 
     def __init__(
-        self, config: GatewayConfig, directory: Directory, board: Board, relay: Relay
+        self,
+        config: GatewayConfig,
+        directory: Directory,
+        board: Board,
+        dispatcher: Dispatcher,
+        stages: Sequence[Stage],
     ) -> None:
-        self._config = config
         self._board = board
         self._directory = directory
-        self._relay = relay
+        self._send = dispatcher.send
+        self._stages = stages
         self._bodies = request_body.Bodies(
             int(config.max_body_mib * 2**20),
             int(config.max_bodies_mib * 2**20),
             config.body_timeout_s,
         )
-        self._turn: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """By model: held by whoever is choosing its replica, which takes long only without one."""
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] in ("http", "websocket"):
@@ -147,16 +161,17 @@ class Gateway:
             query = scope.get("query_string", b"")
             if not body and method in ("GET", "HEAD") and b"model=" not in query:
                 raise _no_route(method, path)
-            model = self._find(
-                request_body.model_in(headers.get(b"content-type", b""), query, body)
-            )
+            id = request_body.model_in(headers.get(b"content-type", b""), query, body)
+            model = models.find(self._directory, id)
             target = (scope.get("raw_path") or quote(path).encode()).decode("latin-1")
             if query:
                 target += "?" + query.decode("latin-1")
             root_path = scope.get("root_path", "").rstrip("/")
             request = Request(request_id, method, target, scope["headers"], body, root_path)
-            with Measured(model.name, answer) as measured:
-                measured.code = await self._relay_to(model, request, answer, measured)
+            call = Call(request, model, caller=None, arrived=time.perf_counter())
+            await stages.run(
+                self._stages, call, answer, lambda call, so_far: self._send(call, answer, so_far)
+            )
 
     def _own_route(self, path: str) -> tuple[int, dict[str, Any]] | None:
         """Status and body of a route that the gateway answers by itself."""
@@ -169,7 +184,7 @@ class Gateway:
             return 200, {"object": "list", "data": data}
         if path.startswith("/v1/models/"):
             id = path.removeprefix("/v1/models/")
-            self._find(id)
+            models.find(self._directory, id)
             return 200, self._card(id)
         return None
 
@@ -206,113 +221,6 @@ class Gateway:
             "max_model_len": model.max_model_len or self._board.max_model_len.get(model.name),
             "permission": [],
         }
-
-    def _find(self, id: str) -> Model:
-        model = self._directory.find(id)
-        if model is not None:
-            return model
-        known = self._directory.ids()
-        listed = ", ".join(known[:20]) + (", …" if len(known) > 20 else "")
-        hint = did_you_mean(id[:200], known) or "."
-        raise GatewayError(
-            404,
-            f"The model '{id[:200]}' does not exist{hint} Available: {listed or 'none yet'}.",
-            "invalid_request_error",
-            param="model",
-            code="model_not_found",
-        )
-
-    async def _relay_to(
-        self, model: Model, request: Request, answer: Answer, measured: Measured
-    ) -> int:
-        """Relay to one replica; where it fails before its first byte, once to another.
-
-        One that sleeps has not failed: then it is the turn of those that are awake.
-        """
-        failed = False
-        while True:
-            replica = await self._replica_for(model)
-            try:
-                return await self._relay.send(replica, request, answer)
-            except Asleep:
-                self._board.asleep(replica)
-                if self._board.all_asleep(model.name):
-                    raise GatewayError(
-                        503,
-                        f"The model '{model.name}' is asleep until its operator wakes it "
-                        f"('serve-app admin {model.name} wake').",
-                        "server_error",
-                        code="model_asleep",
-                        headers={"retry-after": "30"},
-                    ) from None
-            except NotStarted as error:
-                logger.warning(f"request {request.id}: {model.name}, replica {replica.id}: {error}")
-                self._board.avoid(replica)
-                if failed:
-                    raise unavailable(
-                        f"The model '{model.name}' lost two replicas that had this request; "
-                        "please send it again."
-                    ) from None
-                failed = True
-                measured.retried(str(error))
-
-    async def _replica_for(self, model: Model) -> Replica:
-        """The replica to send to; requests that wait for one get it in the order they came in."""
-        with contextlib.suppress(TimeoutError):
-            # A lock is first come, first served, also for those who come while it is passed on.
-            async with asyncio.timeout(self._config.cold_start_timeout_s), self._turn[model.name]:
-                return self._board.choose(model.name) or await self._wake(model.name)
-        latest = self._directory.find(model.name) or model
-        doing = [f"{s['phase']} ({s['seconds']} s)" for s in self._directory.starting(latest)]
-        raise unavailable(
-            f"The model '{model.name}' did not start within "
-            f"{self._config.cold_start_timeout_s:g} seconds; "
-            + (f"it is {doing[0]}." if doing else "it may still be loading."),
-            retry_after_s=30,
-        )
-
-    async def _wake(self, name: str) -> Replica:
-        """Wait for a model without a live replica; if it is scaled to zero, this wakes it.
-
-        One request at a time does this for all that wait behind it: Serve, which counts who
-        waits, starts one replica for one as for many. Serve may also never answer (its controller
-        is away, or the replica that it asks), so the gateway's own list and the directory are
-        watched meanwhile.
-        """
-        asking = asyncio.create_task(self._ask_serve(name))
-        try:
-            while not asking.done():
-                model = self._find(name)
-                if model.name != name:
-                    raise unavailable(
-                        f"The model '{name}' has just been replaced; please send the request again."
-                    )
-                if model.broken:
-                    raise unavailable(
-                        f"The model '{name}' failed to start: {model.message}", retry_after_s=60
-                    )
-                await asyncio.wait([asking], timeout=_LOOK_S)
-                if replica := self._board.choose(name):
-                    return replica
-            return asking.result()
-        finally:
-            asking.cancel()
-
-    async def _ask_serve(self, name: str) -> Replica:
-        """The first live replica that Serve has."""
-        while True:
-            try:
-                async with self._directory.handle(name).choose_replica() as chosen:
-                    found = chosen.replica_metadata
-            except DeploymentUnavailableError:
-                raise unavailable(
-                    f"The model '{name}' cannot start; GET /ready says why.", retry_after_s=30
-                ) from None
-            replica = self._board.add(name, chosen.replica_id, found["host"], found["port"])
-            if replica is not None:
-                return replica
-            # Either Serve has not noticed yet that it is dead, or it is not.
-            await asyncio.sleep(0.1)
 
 
 def _below_root_path(scope: Any) -> Any:

@@ -11,7 +11,8 @@ from harness.scripted import GatewayProcess, reported
 from serve_app.cluster.replicas import Watcher
 from serve_app.gateway import replicas
 from serve_app.gateway.directory import Model, read_details
-from serve_app.gateway.replicas import Board
+from serve_app.gateway.policy import FewestRequests
+from serve_app.gateway.replicas import Board, Replica
 
 CHAT = "/v1/chat/completions"
 
@@ -250,12 +251,16 @@ def board(*ids: str) -> Board:
 
 
 def chosen(board: Board, times: int = 50) -> set[str]:
-    return {r.id for _ in range(times) if (r := board.choose("m"))}
+    return {choose(board).id for _ in range(times)}
 
 
-def test_nothing_is_chosen_where_nothing_runs() -> None:
-    assert Board().choose("m") is None
-    assert board().choose("m") is None
+def choose(board: Board) -> Replica:
+    return FewestRequests().choose(board.live("m"), cast(Any, None))
+
+
+def test_nothing_is_live_where_nothing_runs() -> None:
+    assert Board().live("m") == []
+    assert board().live("m") == []
 
 
 def test_ties_are_broken_at_random() -> None:
@@ -280,8 +285,7 @@ def test_what_is_running_is_remembered_when_the_list_changes() -> None:
 
 def test_a_replica_that_failed_is_avoided_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     two = board("a", "b")
-    first = two.choose("m")
-    assert first
+    first = choose(two)
     two.avoid(first)
     assert chosen(two) == {"a", "b"} - {first.id}
     monkeypatch.setattr(replicas.time, "monotonic", lambda: 10.0**9)
@@ -290,15 +294,14 @@ def test_a_replica_that_failed_is_avoided_for_a_while(monkeypatch: pytest.Monkey
 
 def test_the_only_replica_that_failed_is_avoided_too() -> None:
     one = board("a")
-    replica = one.choose("m")
-    assert replica
+    [replica] = one.live("m")
     one.avoid(replica)
-    assert one.choose("m") is None
+    assert one.live("m") == []
     assert one.add("m", "a", "127.0.0.1", 1) is None
-    assert one.add("m", "new", "127.0.0.1", 2) is one.choose("m")
+    assert [one.add("m", "new", "127.0.0.1", 2)] == one.live("m")
 
 
 def test_a_removed_application_has_no_replicas() -> None:
     one = board("a")
     one.forget("m")
-    assert one.choose("m") is None
+    assert one.live("m") == []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, cast
@@ -26,9 +26,11 @@ from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import directory
 from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board, Replica
 from serve_app.gateway.routes import build
+from serve_app.gateway.stages import Stage
 
 CREDENTIAL = "the-internal-credential"
 
@@ -177,7 +179,7 @@ class GatewayProcess:
     """The gateway under uvicorn, in this event loop, in front of the model ``m``.
 
     ``replicas`` are ports, tried in this order while nothing else is going on. ``root_path`` is
-    the one of Serve's ``http_options``.
+    the one of Serve's ``http_options``. ``stages`` come after those that the gateway has.
     """
 
     def __init__(
@@ -185,9 +187,12 @@ class GatewayProcess:
         *replicas: Upstream | int,
         applications: dict[str, Any] | None = None,
         root_path: str = "",
+        stages: Sequence[Stage] = (),
+        policy: Policy | None = None,
         **config: Any,
     ) -> None:
         self._root_path = root_path
+        self._stages, self._policy = stages, policy
         places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
@@ -202,7 +207,14 @@ class GatewayProcess:
             CREDENTIAL.encode(), self.config.connect_timeout_s, self.config.request_timeout_s
         )
         self.directory = _Models(self._applications, self.board)
-        self.app = build(self.config, self.directory, self.board, self._relay)
+        self.app = build(
+            self.config,
+            self.directory,
+            self.board,
+            self._relay,
+            stages=self._stages,
+            policy=self._policy,
+        )
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]

@@ -1,0 +1,90 @@
+"""The cold-start queue: where calls wait for a model without a live replica.
+
+One waiter per model asks Serve; the others queue first-in, first-out on a lock. Serve counts who
+waits for a deployment without replicas, and starts one for one waiter as for many. Serve may also
+never answer (its controller is away, or the replica that it asks), so the gateway's own list of
+replicas and the directory are watched meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Sequence
+
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from serve_app.gateway import models
+from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.errors import unavailable
+from serve_app.gateway.replicas import Board, Replica
+
+_LOOK_S = 0.25
+"""Seconds between two looks at the list of replicas and at the directory."""
+
+
+class ColdStartQueue:
+    """Where calls wait until their model has a live replica."""
+
+    def __init__(self, directory: Directory, board: Board, timeout_s: float) -> None:
+        self._directory = directory
+        self._board = board
+        self._timeout_s = timeout_s
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By model. The holder takes long only where there is no live replica."""
+
+    async def live(self, model: Model) -> Sequence[Replica]:
+        """The model's live replicas, at least one; woken first if it is scaled to zero.
+
+        Raises:
+            GatewayError: 503 where it cannot start, or does not in time; 404 where it is removed.
+        """
+        with contextlib.suppress(TimeoutError):
+            # Also whoever comes while replicas are live takes the lock: a lock is first come,
+            # first served, so nobody overtakes those whom it is being passed on to.
+            async with asyncio.timeout(self._timeout_s), self._locks[model.name]:
+                return self._board.live(model.name) or await self._wake(model.name)
+        latest = self._directory.find(model.name) or model
+        doing = [f"{s['phase']} ({s['seconds']} s)" for s in self._directory.starting(latest)]
+        raise unavailable(
+            f"The model '{model.name}' did not start within {self._timeout_s:g} seconds; "
+            + (f"it is {doing[0]}." if doing else "it may still be loading."),
+            retry_after_s=30,
+        )
+
+    async def _wake(self, name: str) -> Sequence[Replica]:
+        asking = asyncio.create_task(self._ask_serve(name))
+        try:
+            while not asking.done():
+                model = models.find(self._directory, name)
+                if model.name != name:
+                    raise unavailable(
+                        f"The model '{name}' has just been replaced; please send the request again."
+                    )
+                if model.broken:
+                    raise unavailable(
+                        f"The model '{name}' failed to start: {model.message}", retry_after_s=60
+                    )
+                await asyncio.wait([asking], timeout=_LOOK_S)
+                if live := self._board.live(name):
+                    return live
+            return [asking.result()]
+        finally:
+            asking.cancel()
+
+    async def _ask_serve(self, name: str) -> Replica:
+        """The first live replica that Serve has."""
+        while True:
+            try:
+                async with self._directory.handle(name).choose_replica() as chosen:
+                    found = chosen.replica_metadata
+            except DeploymentUnavailableError:
+                raise unavailable(
+                    f"The model '{name}' cannot start; GET /ready says why.", retry_after_s=30
+                ) from None
+            replica = self._board.add(name, chosen.replica_id, found["host"], found["port"])
+            if replica is not None:
+                return replica
+            # Either Serve has not noticed yet that it is dead, or it is not.
+            await asyncio.sleep(0.1)

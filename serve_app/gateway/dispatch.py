@@ -1,0 +1,60 @@
+"""The way of an admitted call: to one replica, and where that one fails, to another."""
+
+from __future__ import annotations
+
+import logging
+
+from serve_app.gateway.cold_start import ColdStartQueue
+from serve_app.gateway.errors import GatewayError, unavailable
+from serve_app.gateway.policy import Policy
+from serve_app.gateway.relay import Answer, Asleep, NotStarted, Relay
+from serve_app.gateway.replicas import Board
+from serve_app.gateway.stages import Call, Outcome
+
+logger = logging.getLogger("ray.serve")
+
+
+class Dispatcher:
+    """Relays each call to the replica that the policy chooses."""
+
+    def __init__(self, board: Board, queue: ColdStartQueue, policy: Policy, relay: Relay) -> None:
+        self._board = board
+        self._queue = queue
+        self._policy = policy
+        self._relay = relay
+
+    async def send(self, call: Call, answer: Answer, outcome: Outcome) -> int:
+        """Relay to one replica; where it fails before its first byte, once to another.
+
+        One that sleeps has not failed: then it is the turn of those that are awake. Returns the
+        status that was sent.
+
+        Raises:
+            GatewayError: no replica could be had, or what they had to answer was lost.
+        """
+        name = call.model.name
+        while True:
+            # Nothing may be awaited between the choice and the relay's counting it.
+            replica = self._policy.choose(await self._queue.live(call.model), call)
+            try:
+                return await self._relay.send(replica, call.request, answer)
+            except Asleep:
+                self._board.asleep(replica)
+                if self._board.all_asleep(name):
+                    raise GatewayError(
+                        503,
+                        f"The model '{name}' is asleep until its operator wakes it "
+                        f"('serve-app admin {name} wake').",
+                        "server_error",
+                        code="model_asleep",
+                        headers={"retry-after": "30"},
+                    ) from None
+            except NotStarted as error:
+                logger.warning(f"request {call.request.id}: {name}, replica {replica.id}: {error}")
+                self._board.avoid(replica)
+                if outcome.retries:
+                    raise unavailable(
+                        f"The model '{name}' lost two replicas that had this request; "
+                        "please send it again."
+                    ) from None
+                outcome.retries.append(str(error))
