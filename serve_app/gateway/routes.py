@@ -28,6 +28,8 @@ from serve_app.gateway.policy import FewestRequests, Policy
 from serve_app.gateway.relay import Answer, Headers, Relay, Request, Send
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Stage
+from serve_app.gateway.stored_responses import StoredResponses
+from serve_app.gateway.versions import versions
 
 logger = logging.getLogger("ray.serve")
 
@@ -67,8 +69,9 @@ def build(
     ``stages`` come after what measures every call, so that it measures them too.
     """
     queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
-    dispatcher = Dispatcher(board, queue, policy or FewestRequests(), relay)
-    gateway = Gateway(config, directory, board, dispatcher, (Metrics(), *stages))
+    stored = StoredResponses(board, policy or FewestRequests())
+    dispatcher = Dispatcher(board, queue, stored, relay)
+    gateway = Gateway(config, directory, board, dispatcher, stored, (Metrics(), stored, *stages))
     if not config.cors_allow_origins:
         return gateway
     return CORSMiddleware(
@@ -89,11 +92,13 @@ class Gateway:
         directory: Directory,
         board: Board,
         dispatcher: Dispatcher,
+        stored: StoredResponses,
         stages: Sequence[Stage],
     ) -> None:
         self._board = board
         self._directory = directory
         self._send = dispatcher.send
+        self._stored = stored
         self._stages = stages
         self._bodies = request_body.Bodies(
             int(config.max_body_mib * 2**20),
@@ -144,7 +149,7 @@ class Gateway:
                 headers={"allow": ", ".join(_METHODS)},
             )
         if method in ("GET", "HEAD"):
-            own = self._own_route(path)
+            own = self._own_route(path, scope.get("query_string", b""))
             if own is not None:
                 await _send_json(answer, *own)
                 return
@@ -159,9 +164,10 @@ class Gateway:
             )
         async with self._bodies.read(receive, headers.get(b"content-length")) as body:
             query = scope.get("query_string", b"")
-            if not body and method in ("GET", "HEAD") and b"model=" not in query:
+            id = self._stored.model_in(path)
+            if id is None and not body and method in ("GET", "HEAD") and b"model=" not in query:
                 raise _no_route(method, path)
-            id = request_body.model_in(headers.get(b"content-type", b""), query, body)
+            id = id or request_body.model_in(headers.get(b"content-type", b""), query, body)
             model = models.find(self._directory, id)
             target = (scope.get("raw_path") or quote(path).encode()).decode("latin-1")
             if query:
@@ -173,10 +179,12 @@ class Gateway:
                 self._stages, call, answer, lambda call, so_far: self._send(call, answer, so_far)
             )
 
-    def _own_route(self, path: str) -> tuple[int, dict[str, Any]] | None:
+    def _own_route(self, path: str, query: bytes) -> tuple[int, dict[str, Any]] | None:
         """Status and body of a route that the gateway answers by itself."""
         if path == "/health":
             return 200, {"status": "ok"}
+        if path == "/version" and b"model=" not in query:
+            return 200, versions()
         if path == "/ready":
             return self._ready()
         if path.rstrip("/") == "/v1/models":
