@@ -2,7 +2,7 @@
 
 Those are ``GET /v1/responses/{id}``, ``POST /v1/responses/{id}/cancel``, which name no model, and
 ``POST /v1/responses`` with a ``previous_response_id``. The id itself says which replica made it
-(:mod:`serve_app.cluster.response_ids`), so that every gateway knows, also one that has just started.
+(:mod:`serve_app.cluster.response_ids`): every gateway knows it, also one that has just started.
 """
 
 from __future__ import annotations

@@ -322,7 +322,7 @@ async def test_the_body_wins_over_the_query() -> None:
 @pytest.mark.parametrize("query", ["", "?x=1", "?models=m", "?model="])
 async def test_without_a_model_anywhere_there_is_no_route(query: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
-        answer = await gateway.client.get(f"/version{query}")
+        answer = await gateway.client.get(f"/tokenizer_info{query}")
         assert answer.status_code in (400, 404)
         error_in(answer, answer.status_code)
         assert upstream.exchanges == []

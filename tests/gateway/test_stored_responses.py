@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from harness.scripted import Exchange, GatewayProcess, Upstream, reported
@@ -39,12 +38,11 @@ async def test_it_reaches_the_replica_that_made_it(method: str, rest: str) -> No
 
 
 async def test_it_reaches_a_replica_of_whichever_model() -> None:
-    async with Upstream() as a, Upstream() as b:
-        async with GatewayProcess(a, applications=TWO) as gateway:
-            gateway.board.publish("other", {"s0": (b.host, b.port)})
-            answer = await gateway.client.get(f"/v1/responses/{made_by(VLLM_ID, 's0')}")
-            assert answer.status_code == 200
-            assert not a.exchanges and len(b.exchanges) == 1
+    async with Upstream() as a, Upstream() as b, GatewayProcess(a, applications=TWO) as gateway:
+        gateway.board.publish("other", {"s0": (b.host, b.port)})
+        answer = await gateway.client.get(f"/v1/responses/{made_by(VLLM_ID, 's0')}")
+        assert answer.status_code == 200
+        assert not a.exchanges and len(b.exchanges) == 1
 
 
 async def test_a_conversation_goes_on_where_it_is_stored() -> None:
@@ -85,13 +83,12 @@ async def test_a_response_whose_replica_is_gone_is_not_found(replicas: int) -> N
 
 
 async def test_one_of_another_model_is_not_found() -> None:
-    async with Upstream() as a, Upstream() as b:
-        async with GatewayProcess(a, applications=TWO) as gateway:
-            gateway.board.publish("other", {"s0": (b.host, b.port)})
-            ask = {"model": "m", "previous_response_id": made_by(VLLM_ID, "s0"), "input": "x"}
-            answer = await gateway.client.post("/v1/responses", json=ask)
-            assert answer.status_code == 404
-            assert not a.exchanges and not b.exchanges
+    async with Upstream() as a, Upstream() as b, GatewayProcess(a, applications=TWO) as gateway:
+        gateway.board.publish("other", {"s0": (b.host, b.port)})
+        ask = {"model": "m", "previous_response_id": made_by(VLLM_ID, "s0"), "input": "x"}
+        answer = await gateway.client.post("/v1/responses", json=ask)
+        assert answer.status_code == 404
+        assert not a.exchanges and not b.exchanges
 
 
 async def test_it_is_never_asked_of_another_replica() -> None:
