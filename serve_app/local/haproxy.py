@@ -76,9 +76,6 @@ _LOST = _error(
     "there; keep it open until then.",
     "bad_request",
 )
-_SLOW = _error(
-    408, f"The head of the request did not arrive within {HEAD_S} seconds.", "request_timeout"
-)
 _NO_ROUTE = _error(
     404,
     "There is no route /-/routes for clients; GET /v1/models lists the models.",
@@ -86,7 +83,6 @@ _NO_ROUTE = _error(
 )
 _OURS = f"""    timeout http-request {HEAD_S}s
     http-error {_LOST}
-    http-error {_SLOW}
     http-request return {_NO_ROUTE} if {{ path -i /-/routes }}
     http-request del-header upgrade unless METH_GET
 """

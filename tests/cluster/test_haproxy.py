@@ -18,7 +18,7 @@ CONFIGURATION = f"""defaults
     timeout client 5s
     timeout connect 5s
     timeout server 5s
-{haproxy.FRONTEND}    bind 127.0.0.1:0
+{haproxy.FRONTEND}    bind 127.0.0.1:8000
     default_backend nothing
 backend nothing
     http-request return status 200
