@@ -68,10 +68,10 @@ class GatewayServer:
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
         from serve_app.cluster.replicas import Watcher
+        from serve_app.gateway.asgi import build
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
-        from serve_app.gateway.routes import build
 
         config = GatewayConfig.model_validate(args)
         board = Board()

@@ -138,7 +138,8 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
         model = next(iter(parse_qs(query.decode("latin-1")).get("model", ())), None)
     if model is None or model == "":
         raise invalid(
-            "You must provide a model: set 'model' to one of the ids that GET /v1/models lists.",
+            "You must provide a model: set 'model' in the body, or as '?model=<id>', to one of the "
+            "ids that GET /v1/models lists.",
             param="model",
             code="missing_model",
         )

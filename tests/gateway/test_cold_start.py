@@ -86,7 +86,9 @@ async def test_they_reach_the_replica_in_the_order_in_which_they_came() -> None:
         assert cold.waiting == 1  # which Serve counts, and it is enough to be woken
         cold.has(upstream)
         late = [
-            asyncio.create_task(gateway.client.post("/v1/x", json={"model": "m", "n": 30 + n}))
+            asyncio.create_task(
+                gateway.client.post("/v1/completions", json={"model": "m", "n": 30 + n})
+            )
             for n in range(10)
         ]
         assert await until(lambda: len(upstream.exchanges) == 40)

@@ -264,7 +264,7 @@ async def test_a_silent_replica_is_a_timeout_where_one_is_set_and_is_not_repeate
     ("path", "own", "envelope"),
     [
         (CHAT, b'{"detail":"Not Found"}', {"error"}),
-        ("/v1/nothing", b'{"detail":"Method Not Allowed"}', {"error"}),
+        ("/tokenize", b'{"detail":"Method Not Allowed"}', {"error"}),
         ("/v1/messages", b'{"detail":"Not Found"}', {"type", "error"}),
         (
             "/v1/messages",

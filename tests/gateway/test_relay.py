@@ -25,19 +25,20 @@ async def test_the_request_reaches_the_replica_byte_for_byte() -> None:
     # Formatted as no serializer would, so that any decoding and encoding again would show.
     body = b' {"n":1.50, "model" : "m","x":"\\u00e9\xc3\xa9" , "n": 1e2}\n'
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
-        await gateway.client.post("/v1/any/route", content=body)
+        await gateway.client.post(CHAT, content=body)
     [seen] = upstream.exchanges
-    assert (seen.method, seen.target, seen.body) == ("POST", "/v1/any/route", body)
+    assert (seen.method, seen.target, seen.body) == ("POST", CHAT, body)
     assert seen.header("content-length") == [str(len(body))]
 
 
 @pytest.mark.parametrize(
     "target",
     [
-        "/v1/x?model=m&a=1&a=2",
-        "/v1/x%2Fy%20z?model=m&q=%F0%9F%98%80+b",
+        "/version?model=m&a=1&a=2",
+        "/v1/responses/x%2By%20z?model=m&q=%F0%9F%98%80+b",
+        "/v%31/responses/x?model=m",
         "/v1/responses/resp_1?model=org%2Fm%3A1.0",
-        "/v1/x?model=m&redirect=http://elsewhere/%23",
+        "/version?model=m&redirect=http://elsewhere/%23",
     ],
 )
 async def test_path_and_query_stay_as_they_were_quoted(target: str) -> None:
@@ -47,10 +48,10 @@ async def test_path_and_query_stay_as_they_were_quoted(target: str) -> None:
     assert [e.target for e in upstream.exchanges] == [target]
 
 
-@pytest.mark.parametrize("method", ["POST", "PUT", "PATCH", "DELETE", "GET"])
-async def test_the_method_stays_and_a_body_goes_with_any_of_them(method: str) -> None:
+@pytest.mark.parametrize(("method", "path"), [("POST", CHAT), ("GET", "/version")])
+async def test_the_method_stays_and_a_body_goes_with_any_of_them(method: str, path: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
-        await gateway.client.request(method, "/v1/x", json=ASK)
+        await gateway.client.request(method, path, json=ASK)
     assert [e.method for e in upstream.exchanges] == [method]
     assert json.loads(upstream.bodies[0]) == ASK
 
@@ -106,16 +107,16 @@ async def test_a_header_keeps_its_bytes(value: str) -> None:
         assert [v.encode("latin-1") for v in seen.header(name)] == [sent]
 
 
-@pytest.mark.parametrize("target", ["http://elsewhere:1/v1/x?model=m", "//elsewhere/v1/x?model=m"])
-async def test_a_target_that_names_a_host_changes_nothing_of_where_it_goes(target: str) -> None:
+async def test_a_target_that_names_a_host_changes_nothing_of_where_it_goes() -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
-        writer.write(f"GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        target = b"http://elsewhere:1/version?model=m"
+        writer.write(b"GET " + target + b" HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         async with asyncio.timeout(10):
             assert (await reader.read()).endswith(b'{"ok": true}')
         writer.close()
     [seen] = upstream.exchanges
-    assert seen.target == target.removeprefix("http://elsewhere:1")
+    assert seen.target == "/version?model=m"
     assert seen.header("host") == [f"127.0.0.1:{upstream.port}"]
 
 
@@ -475,7 +476,8 @@ async def test_a_client_that_goes_away_while_its_body_comes_is_not_relayed() -> 
             connection.setblocking(False)
             await loop.sock_connect(connection, ("127.0.0.1", gateway.port))
             await loop.sock_sendall(
-                connection, b'POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"model":"m"'
+                connection,
+                b'POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{"model":"m"',
             )
             await asyncio.sleep(0.2)
         assert (await gateway.client.get("/health")).status_code == 200

@@ -3,44 +3,173 @@ what those are told who ask for one that there is not."""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import re
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from harness.scripted import Exchange, GatewayProcess, Upstream
 
-from serve_app.gateway.routes import _CLOSED, route_meant
+from serve_app.gateway.routes import RELAYED, methods_of
 
-FOR_CLIENTS = {
-    "/detokenize", "/generative_scoring", "/health", "/inference/v1/generate", "/invocations",
-    "/tokenize", "/tokenizer_info", "/v1/audio/transcriptions", "/v1/audio/translations",
-    "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/chat/completions/derender",
-    "/v1/chat/completions/render", "/v1/completions", "/v1/completions/derender",
-    "/v1/completions/render", "/v1/messages", "/v1/messages/count_tokens",
-    "/v1/messages/render", "/v1/models", "/v1/realtime", "/v1/responses",
-    "/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel", "/version",
+CHAT = "/v1/chat/completions"
+
+OWN = {("GET", "/health"), ("GET", "/v1/models")}
+"""Routes of vLLM that the gateway answers by itself."""
+
+OPERATORS = {
+    ("GET", "/docs"), ("GET", "/docs/oauth2-redirect"), ("GET", "/get_world_size"),
+    ("GET", "/is_paused"), ("GET", "/is_sleeping"), ("GET", "/load"), ("GET", "/metrics"),
+    ("GET", "/openapi.json"), ("GET", "/ping"), ("GET", "/redoc"), ("GET", "/server_info"),
+    ("GET", "/weight_info"), ("HEAD", "/docs"), ("HEAD", "/docs/oauth2-redirect"),
+    ("HEAD", "/openapi.json"), ("HEAD", "/redoc"), ("POST", "/abort_requests"),
+    ("POST", "/adapters"), ("DELETE", "/adapters/{adapter_name}"), ("POST", "/collective_rpc"),
+    ("POST", "/finish_weight_update"), ("POST", "/init_weight_transfer_engine"),
+    ("POST", "/is_scaling_elastic_ep"), ("POST", "/pause"), ("POST", "/ping"),
+    ("POST", "/reset_encoder_cache"), ("POST", "/reset_mm_cache"),
+    ("POST", "/reset_prefix_cache"), ("POST", "/resume"), ("POST", "/scale_elastic_ep"),
+    ("POST", "/sleep"), ("POST", "/start_draft_weight_update"), ("POST", "/start_profile"),
+    ("POST", "/start_weight_update"), ("POST", "/stop_profile"), ("POST", "/update_weight_version"),
+    ("POST", "/update_weights"), ("POST", "/v1/load_lora_adapter"),
+    ("POST", "/v1/unload_lora_adapter"), ("POST", "/wake_up"),
 }  # fmt: skip
+"""Routes of vLLM that act on the engine or show its inside."""
+
+NO_HTTP = {"/metrics", "/v1/realtime"}
+"""A mounted app, and a WebSocket: the gateway relays none."""
 
 
-@pytest.fixture
-def routes(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The routes of vLLM's app with all that can be turned on by its environment turned on."""
+@pytest.fixture(scope="module")
+def routes() -> set[tuple[str, str]]:
+    """The routes of vLLM's app with all tasks, and all that its environment can turn on.
+
+    Cohere's need a package that vLLM does not install by itself.
+    """
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
-    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    class Pooler:
+        """What vLLM asks of a model's settings before it gives the app routes for pooling."""
+
+        hf_config = SimpleNamespace(num_labels=1)
+
+        def get_pooling_task(self, tasks: Any) -> str:
+            return "embed"
+
     profiler = '{"profiler": "torch", "torch_profiler_dir": "/tmp/profile"}'
     argv = ["--model", "m", "--enable-tokenizer-info-endpoint", "--profiler-config", profiler]
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(argv)
-    app = build_app(args, ("generate", "transcription", "realtime"), None)
-    return {route.path for route in app.routes}
+    found: set[tuple[str, str]] = set()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("VLLM_SERVER_DEV_MODE", "1")
+        environment.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        for tasks, model in (
+            (("generate", "transcription", "realtime"), None),
+            (("embed", "classify"), cast(Any, Pooler())),
+        ):
+            for route in build_app(args, tasks, model).routes:
+                methods = getattr(route, "methods", None) or {"no HTTP"}
+                found |= {(method, route.path) for method in methods}
+    return found
 
 
-def test_every_route_of_vllm_is_for_clients_or_closed(routes: set[str]) -> None:
+def test_every_route_of_vllm_is_for_clients_or_for_operators(routes: set[tuple[str, str]]) -> None:
     """A new vLLM that brings a new route makes someone decide which it is."""
-    assert {path for path in routes if not _CLOSED.match(path)} == FOR_CLIENTS
-    assert {"/collective_rpc", "/sleep", "/metrics", "/update_weights"} <= routes
+    relayed = {(r.method, r.path) for r in RELAYED if not r.path.startswith("/cohere/")}
+    assert routes == relayed | OWN | OPERATORS | {("no HTTP", path) for path in NO_HTTP}
+
+
+async def test_only_the_routes_for_clients_reach_a_model() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        for route in RELAYED:
+            path = route.path.replace("{response_id}", "resp_1") + "?model=m"
+            answer = await gateway.client.request(route.method, path)
+            assert answer.status_code == 200, path
+        assert len(upstream.exchanges) == len(RELAYED)
+        for method, path in OPERATORS - {("GET", "/openapi.json"), ("HEAD", "/openapi.json")}:
+            answer = await gateway.client.request(method, f"{path}?model=m", json={"model": "m"})
+            assert answer.status_code == 404, path
+        assert len(upstream.exchanges) == len(RELAYED)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/responses/a/b", "/v1/responses/..", "/v1/responses/.",
+        "/v1/responses/../cancel", "/v1/responses/a/cancel/b", "/v1/responses/a\n/b", "/version\n",
+        "/versions", "/x/version", "version", "", "/", "//version", "/version//",
+    ],
+)  # fmt: skip
+def test_a_path_is_one_of_the_list_from_its_first_to_its_last_character(path: str) -> None:
+    assert methods_of(path) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("DELETE", "/v1/chat/completions", "POST"),
+        ("PUT", "/v1/responses/resp_1", "GET"),
+        ("HEAD", "/version", "GET"),
+        ("POST", "/version", "GET"),
+        ("POST", "/v1/models", "GET, HEAD"),
+        ("DELETE", "/v1/models/m", "GET, HEAD"),
+        ("POST", "/health", "GET, HEAD"),
+        ("OPTIONS", "/ready", "GET, HEAD"),
+    ],
+)
+async def test_a_wrong_method_is_told_the_right_ones(method: str, path: str, allowed: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.request(method, f"{path}?model=m")
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+        if method != "HEAD":
+            assert answer.json()["error"]["code"] == "method_not_allowed"
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/models/org/m:1.0"])
+async def test_head_is_get_without_the_body(path: str) -> None:
+    async with GatewayProcess() as gateway:
+        head, get = await gateway.client.head(path), await gateway.client.get(path)
+    assert head.status_code == get.status_code == 200
+    assert head.content == b"" != get.content
+    assert head.headers["content-length"] == get.headers["content-length"]
+
+
+# --- the OpenAPI document ------------------------------------------------------------------------
+
+
+async def test_the_openapi_document_lists_every_route_and_how_errors_look() -> None:
+    async with GatewayProcess(root_path="/llm") as gateway:
+        answer = await gateway.client.get("/openapi.json")
+        assert answer.status_code == 200
+        document = answer.json()
+        assert (await gateway.client.get("/docs")).status_code == 404
+    assert document["info"]["title"] == "serve_app"
+    assert document["servers"] == [{"url": "/llm"}]
+    listed = {(method.upper(), path) for path, of in document["paths"].items() for method in of}
+    own = {("GET", path) for path in ("/health", "/ready", "/v1/models", "/v1/models/{id}")}
+    assert listed == own | {(r.method, r.path) for r in RELAYED}
+    ids = [
+        operation["operationId"] for of in document["paths"].values() for operation in of.values()
+    ]
+    assert len(ids) == len(set(ids))
+    schemas = document["components"]["schemas"]
+    assert schemas["ErrorEnvelope"]["properties"].keys() == {"error"}
+    error = schemas["Error"]
+    assert error["properties"].keys() == {"message", "type", "param", "code"}
+    assert "string code" in error["properties"]["code"]["description"]
+    assert schemas["ModelCard"]["properties"].keys() >= {"id", "max_model_len", "permission"}
+
+
+async def test_every_reference_of_the_openapi_document_leads_somewhere() -> None:
+    async with GatewayProcess() as gateway:
+        document = (await gateway.client.get("/openapi.json")).json()
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert "ErrorEnvelope" in references
+    assert references <= document["components"]["schemas"].keys()
 
 
 # --- behind a proxy that strips a prefix (http_options.root_path) -------------------------------
@@ -52,9 +181,9 @@ async def test_routes_lie_below_the_root_path(root: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream, root_path=root) as gateway:
         for path in ("/health", "/ready", "/v1/models", "/v1/models/m"):
             assert (await gateway.client.get(path)).status_code == 200, path
-        answer = await gateway.client.post("/v1/x%2Fy?a=%20", json={"model": "m"})
+        answer = await gateway.client.get("/v1/responses/x%2By?model=m&a=%20")
         assert answer.status_code == 200
-        assert [e.target for e in upstream.exchanges] == ["/v1/x%2Fy?a=%20"]
+        assert [e.target for e in upstream.exchanges] == ["/v1/responses/x%2By?model=m&a=%20"]
         closed = await gateway.client.get("/metrics?model=m")
         assert closed.status_code == 404
         assert "GET /metrics." in closed.json()["error"]["message"]
@@ -63,12 +192,12 @@ async def test_routes_lie_below_the_root_path(root: str) -> None:
 
 async def test_a_redirect_stays_below_the_root_path() -> None:
     async def script(exchange: Exchange) -> None:
-        to = f"location: http://{exchange.header('host')[0]}/v1/x"
+        to = f"location: http://{exchange.header('host')[0]}{CHAT}"
         await exchange.answer(b"", to, status="307 Temporary Redirect")
 
     async with Upstream(script) as upstream, GatewayProcess(upstream, root_path="/llm") as gateway:
-        answer = await gateway.client.post("/v1/x/", json={"model": "m"})
-    assert answer.headers["location"] == "/llm/v1/x"
+        answer = await gateway.client.post(f"{CHAT}/", json={"model": "m"})
+    assert answer.headers["location"] == f"/llm{CHAT}"
 
 
 async def test_anthropics_errors_are_its_own_below_the_root_path() -> None:
@@ -99,6 +228,9 @@ async def test_anthropics_errors_are_its_own_below_the_root_path() -> None:
         ("POST", "/responses", "/v1/responses"),
         ("POST", "/messages", "/v1/messages"),
         ("POST", "/audio/transcriptions", "/v1/audio/transcriptions"),
+        ("POST", "/v1/chat/completion", "/v1/chat/completions"),
+        ("POST", "/v1/embedding", "/v1/embeddings"),
+        ("GET", "/v1/model", "/v1/models"),
     ],
 )
 async def test_a_route_without_its_prefix_or_with_too_much_of_it_is_told_which_was_meant(
@@ -113,15 +245,21 @@ async def test_a_route_without_its_prefix_or_with_too_much_of_it_is_told_which_w
         assert upstream.exchanges == []
 
 
-def test_no_route_of_vllm_is_taken_for_another(routes: set[str]) -> None:
-    assert {path: meant for path in routes if (meant := route_meant(path))} == {}
-
-
-@pytest.mark.parametrize("path", ["/v1/nothing", "/", "/completions/x", "/v1/chat/completions/"])
-async def test_any_other_route_is_the_models_to_know(path: str) -> None:
+async def test_one_slash_too_many_at_the_end_is_vllms_to_mend() -> None:
+    """It answers with a redirect."""
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
-        assert (await gateway.client.post(path, json={"model": "m"})).status_code == 200
-        assert [e.target for e in upstream.exchanges] == [path]
+        assert (await gateway.client.post(f"{CHAT}/", json={"model": "m"})).status_code == 200
+        assert [e.target for e in upstream.exchanges] == [f"{CHAT}/"]
+
+
+@pytest.mark.parametrize("path", ["/v1/nothing", "/", "/completions/x", "/ping", "/metrics"])
+async def test_any_other_path_is_told_where_the_routes_are_listed(path: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(path, json={"model": "m"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+        message = f"There is no route POST {path}. GET /openapi.json lists all routes."
+        assert answer.json()["error"]["message"] == message
+        assert upstream.exchanges == []
 
 
 async def test_the_list_of_models_is_had_with_a_slash_too_many() -> None:

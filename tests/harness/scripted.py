@@ -25,11 +25,11 @@ from serve_app.cluster.progress import Phase
 from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import directory
+from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board, Replica
-from serve_app.gateway.routes import build
 from serve_app.gateway.stages import Stage
 
 CREDENTIAL = "the-internal-credential"

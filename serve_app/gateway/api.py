@@ -1,0 +1,263 @@
+"""The routes that the gateway answers by itself, and the OpenAPI document of all routes.
+
+A FastAPI app of their own. What is relayed to a model never passes through it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel, Field
+
+from serve_app import __version__
+from serve_app.config.document import RUN_ID
+from serve_app.gateway import models
+from serve_app.gateway.directory import Directory
+from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.replicas import Board
+from serve_app.gateway.routes import RELAYED, Route
+from serve_app.gateway.versions import versions
+
+
+class Error(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None = Field(
+        description="Of an error of the gateway: OpenAI's string code, such as `model_not_found`; "
+        "branch on it. In an error of the model's server, which is relayed as it is, vLLM has an "
+        "integer here: the HTTP status."
+    )
+
+
+class ErrorEnvelope(BaseModel):
+    """The body of every error, as OpenAI has it; `/v1/messages` adds Anthropic's `type: error`."""
+
+    error: Error
+
+
+class Health(BaseModel):
+    """The gateway process is up."""
+
+    status: Literal["ok"]
+
+
+class Versions(BaseModel):
+    """What is installed here; of a model, its vLLM's ``version`` alone."""
+
+    version: str | None = None
+    """vLLM's, as on vLLM's own route."""
+
+    vllm: str | None = None
+    serve_app: str | None = None
+    ray: str | None = None
+
+
+class Starting(BaseModel):
+    """A replica that does not run yet."""
+
+    replica: str
+    phase: str
+    """What it is doing."""
+
+    seconds: int
+    """For how long."""
+
+
+class ModelStatus(BaseModel):
+    """A deployed model, as Serve reports it."""
+
+    status: str
+    replicas: int
+    """Replicas that run."""
+
+    message: str
+    """Why it is not running, or not as it was deployed; empty while all is well."""
+
+    starting: list[Starting]
+
+
+class Readiness(BaseModel):
+    """Whether every model that shall be up is up."""
+
+    run: str | None = None
+    """Which run of ``serve-app run`` this is; absent elsewhere."""
+
+    status: Literal["ready", "not ready"]
+    waiting_for: list[str]
+    models: dict[str, ModelStatus]
+
+
+class ModelCard(BaseModel):
+    """One id that a request can name, as OpenAI and vLLM describe it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["serve_app"] = "serve_app"
+    root: str
+    parent: str | None
+    max_model_len: int | None
+    permission: list[Any] = []
+
+
+class ModelList(BaseModel):
+    """All ids, also those of models that are scaled to zero."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+def build(
+    directory: Directory,
+    board: Board,
+    send_error: Callable[[Request, GatewayError], Awaitable[Response]],
+) -> FastAPI:
+    """The app. Errors are answered by ``send_error``, as they are elsewhere in the gateway."""
+    app = FastAPI(
+        title="serve_app",
+        version=__version__,
+        docs_url=None,  # its pages load their scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={GatewayError: send_error},  # type: ignore[dict-item]
+    )
+    absent: dict[int | str, dict[str, Any]] = {404: {"model": ErrorEnvelope}}
+    not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness}}
+
+    @app.get("/health", summary="Tell that the gateway is up", tags=_OWN)
+    async def health() -> Health:
+        return Health(status="ok")
+
+    @app.get("/version", summary="Tell the gateway's versions, or a model's", tags=_OWN)
+    async def version(
+        model: Annotated[str | None, Query(description=_MODEL["description"])] = None,
+    ) -> Versions:
+        # With a model the request is relayed, and does not get here.
+        return Versions(**versions())
+
+    @app.get(
+        "/ready",
+        summary="Tell whether every model is up",
+        tags=_OWN,
+        response_model_exclude_unset=True,
+        responses=not_ready,
+    )
+    async def ready(response: Response) -> Readiness:
+        readiness = _readiness(directory)
+        response.status_code = 200 if readiness.status == "ready" else 503
+        return readiness
+
+    @app.get("/v1/models/", include_in_schema=False)
+    @app.get("/v1/models", summary="List the models", tags=_OWN)
+    async def list_models() -> ModelList:
+        return ModelList(data=[_card(directory, board, id) for id in directory.ids()])
+
+    @app.get("/v1/models/{id:path}", summary="Describe a model", tags=_OWN, responses=absent)
+    async def retrieve_model(id: str) -> ModelCard:
+        return _card(directory, board, id)
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+def _readiness(directory: Directory) -> Readiness:
+    found = directory.models()
+    waiting_for = [m.name for m in found if m.must_be_up and not m.up]
+    run = os.environ.get(RUN_ID)
+    return Readiness(
+        **({"run": run} if run else {}),
+        status="ready" if found and not waiting_for else "not ready",
+        waiting_for=waiting_for,
+        models={
+            m.name: ModelStatus(
+                status=m.status,
+                replicas=m.replicas,
+                message=m.message,
+                starting=[Starting(**start) for start in directory.starting(m)],
+            )
+            for m in found
+        },
+    )
+
+
+def _card(directory: Directory, board: Board, id: str) -> ModelCard:
+    model = models.find(directory, id)
+    return ModelCard(
+        id=id,
+        created=model.created,
+        root=model.root,
+        parent=model.name if id in model.adapters else None,
+        max_model_len=model.max_model_len or board.max_model_len.get(model.name),
+    )
+
+
+# --- the document ------------------------------------------------------------------------------
+
+_OWN: list[Any] = ["gateway"]
+_ENVELOPE = {"$ref": "#/components/schemas/ErrorEnvelope"}
+_MODEL = {"type": "string", "description": "One of the ids that GET /v1/models lists."}
+_NAMES_A_MODEL = {
+    "type": "object",
+    "required": ["model"],
+    "properties": {"model": _MODEL},
+    "additionalProperties": True,
+}
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        routes=app.routes,
+        description="Every model of the cluster behind one endpoint. A request names its model; "
+        "the bodies of requests and answers are those of the model's vLLM.",
+    )
+    for route in RELAYED:
+        path = document["paths"].setdefault(route.path, {})
+        path.setdefault(route.method.lower(), _operation(route))
+    return document
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    parameters = re.findall(r"\{(\w+)\}", route.path)
+    operation: dict[str, Any] = {
+        "tags": ["models"],
+        "summary": route.summary,
+        "operationId": f"{route.method.lower()}{re.sub(r'[^a-z0-9]+', '_', route.path)}",
+        "parameters": [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in parameters
+        ],
+        "responses": {
+            "200": {"description": "The model's answer, or a stream of its events."},
+            "default": {
+                "description": "An error of the gateway or of the model.",
+                "content": {"application/json": {"schema": _ENVELOPE}},
+            },
+        },
+    }
+    if route.method == "GET" or parameters:
+        operation["parameters"].append(
+            # The id of a stored response says by itself where it is.
+            {"name": "model", "in": "query", "required": not parameters, "schema": _MODEL}
+        )
+    else:
+        kind = "multipart/form-data" if route.form else "application/json"
+        operation["requestBody"] = {
+            "required": True,
+            "content": {kind: {"schema": _NAMES_A_MODEL}},
+        }
+    return operation
