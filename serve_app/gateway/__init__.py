@@ -14,10 +14,10 @@ from ray import serve
 
 from serve_app.cluster.credential import internal_credential
 from serve_app.cluster.serve import runtime_env
+from serve_app.config import environment
 from serve_app.config.document import DEPLOYMENT, GATEWAY_DEPLOYMENT
 from serve_app.config.settings import GatewayConfig, parse
 from serve_app.errors import ConfigError
-from serve_app.gateway import front
 
 # A request costs Serve one slot for as long as it streams; vLLM is what bounds the load.
 _UNBOUNDED = 1_000_000
@@ -48,7 +48,7 @@ def app(args: dict[str, Any]) -> serve.Application:
             # Serve then calls this code in the loop that owns the sockets: no queue between
             # the two threads for every chunk, and the client's back-pressure reaches us.
             "runtime_env": runtime_env(
-                {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", **front.environment()}
+                {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", **environment.front()}
             ),
         },
     }

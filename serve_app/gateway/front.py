@@ -7,23 +7,18 @@ plain 500 where one is not. It tells everyone its routes. Neither request reache
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from starlette.middleware import Middleware
 
 from serve_app.gateway.errors import GatewayError
 
-_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-
-
-def environment() -> dict[str, str]:
-    """What lets Serve find :func:`middlewares`, unless the operator has some of their own."""
-    return {_CALLBACK: os.environ.get(_CALLBACK, f"{__name__}:{middlewares.__name__}")}
-
 
 def middlewares() -> list[Middleware]:
-    """Called by Serve in each process that has an HTTP port for clients."""
+    """Called by Serve in each process that has an HTTP port for clients.
+
+    :func:`serve_app.config.environment.front` is what tells it to.
+    """
     return [Middleware(Front)]
 
 

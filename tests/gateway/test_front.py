@@ -15,7 +15,7 @@ from ray.serve._private.http_util import (
 )
 from ray.serve._private.utils import call_function_from_import_path
 
-from serve_app.gateway import front
+from serve_app.config import environment
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
@@ -35,7 +35,7 @@ async def serve(scope: Any, receive: Any, send: Any) -> None:
 def client(monkeypatch: pytest.MonkeyPatch, root_path: str = "") -> httpx.AsyncClient:
     """As Serve makes it: its own middleware first, then those that the callback returns."""
     monkeypatch.delenv(CALLBACK, raising=False)
-    returned = call_function_from_import_path(front.environment()[CALLBACK])
+    returned = call_function_from_import_path(environment.front()[CALLBACK])
     app: Any = RequestIdMiddleware(serve)
     for middleware in validate_http_proxy_callback_return(returned):
         app = middleware.cls(app, *middleware.args, **middleware.kwargs)
@@ -79,4 +79,4 @@ async def test_serves_routes_are_no_clients(
 
 def test_an_operator_s_own_callback_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CALLBACK, "theirs:middlewares")
-    assert front.environment() == {CALLBACK: "theirs:middlewares"}
+    assert environment.front() == {CALLBACK: "theirs:middlewares"}
