@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
@@ -118,16 +118,16 @@ class ModelList(BaseModel):
 def build(
     directory: Directory,
     board: Board,
-    send_error: Callable[[Request, GatewayError], Awaitable[Response]],
+    answer_error: Callable[[Request, Exception], Coroutine[Any, Any, Response]],
 ) -> FastAPI:
-    """The app. Errors are answered by ``send_error``, as they are elsewhere in the gateway."""
+    """The app. ``answer_error`` makes an error's answer, as it is elsewhere in the gateway."""
     app = FastAPI(
         title="serve_app",
         version=__version__,
         docs_url=None,  # its pages load their scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={GatewayError: send_error},  # type: ignore[dict-item]
+        exception_handlers={GatewayError: answer_error, Exception: answer_error},
     )
     absent: dict[int | str, dict[str, Any]] = {404: {"model": ErrorEnvelope}}
     not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness}}

@@ -95,8 +95,10 @@ class Gateway:
             return
         path = _below_root_path(scope)[0]
         # Serve makes one where the client sent none, and puts it on the answer.
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = given.decode("utf-8", "replace") or uuid.uuid4().hex
+        headers = dict(scope["headers"])
+        request_id = (
+            headers.get(b"x-request-id", b"").decode("utf-8", "replace") or uuid.uuid4().hex
+        )
         answer = Answer(send)
         try:
             methods = routes.methods_of(path)
@@ -105,7 +107,7 @@ class Gateway:
             ):
                 if scope["method"] not in methods:
                     raise routes.not_allowed(scope["method"], path, methods)
-                await self._relay(scope, request_id, receive, answer)
+                await self._relay(scope, headers, request_id, receive, answer)
             else:
                 await self._answer_own(scope, path, receive, answer)
         except GatewayError as error:
@@ -116,8 +118,7 @@ class Gateway:
             if answer.started_at is not None:
                 raise
             logger.exception(f"request {request_id}: unexpected error in the gateway")
-            failure = GatewayError(500, "The gateway failed on this request.", "server_error")
-            await _send_error(answer, failure, path)
+            await _send_error(answer, _failure(), path)
 
     async def _answer_own(self, scope: Any, path: str, receive: Receive, answer: Answer) -> None:
         method = scope["method"]
@@ -129,8 +130,14 @@ class Gateway:
             raise routes.not_allowed(method, path, ["GET", "HEAD"])
         await self._own(as_get, receive, answer.send)
 
-    async def _relay(self, scope: Any, request_id: str, receive: Receive, answer: Answer) -> None:
-        headers = dict(scope["headers"])
+    async def _relay(
+        self,
+        scope: Any,
+        headers: dict[bytes, bytes],
+        request_id: str,
+        receive: Receive,
+        answer: Answer,
+    ) -> None:
         if headers.get(b"content-encoding", b"").strip().lower() not in _UNCOMPRESSED:
             raise GatewayError(
                 415,
@@ -177,8 +184,14 @@ def _below_root_path(scope: Any) -> tuple[str, bytes]:
     return below, raw.removeprefix(root.encode()) if raw.startswith(root.encode()) else b""
 
 
-async def _error_of_own_route(request: fastapi.Request, error: GatewayError) -> fastapi.Response:
-    return fastapi.Response(error.body(), error.status, media_type="application/json")
+async def _error_of_own_route(request: fastapi.Request, error: Exception) -> fastapi.Response:
+    """The answer that FastAPI sends; it raises again what is not a :class:`GatewayError`."""
+    said = error if isinstance(error, GatewayError) else _failure()
+    return fastapi.Response(said.body(), said.status, media_type="application/json")
+
+
+def _failure() -> GatewayError:
+    return GatewayError(500, "The gateway failed on this request.", "server_error")
 
 
 async def _send_error(answer: Answer, error: GatewayError, path: str, kind: str = "http") -> None:

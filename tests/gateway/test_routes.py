@@ -138,6 +138,20 @@ async def test_head_is_get_without_the_body(path: str) -> None:
     assert head.headers["content-length"] == get.headers["content-length"]
 
 
+async def test_a_failure_of_an_own_route_is_in_the_envelope(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("a bug")
+
+    async with GatewayProcess() as gateway:
+        monkeypatch.setattr(gateway.directory, "models", fails)
+        answer = await gateway.client.get("/ready")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+        assert "a bug" not in answer.text
+        assert (await gateway.client.get("/health")).status_code == 200
+
+
 # --- the OpenAPI document ------------------------------------------------------------------------
 
 
