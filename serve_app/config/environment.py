@@ -1,4 +1,4 @@
-"""The environment variables of a replica, by its settings."""
+"""Environment variables: of a replica, by its settings, and of what has a port for clients."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def environment(config: ModelConfig) -> dict[str, str]:
         cores = len(os.sched_getaffinity(0))
         env["OMP_NUM_THREADS"] = str(max(1, cores - 1))
     return env | config.env
+
+
+_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+
+
+def front() -> dict[str, str]:
+    """For each process with an HTTP port for clients: ``serve_app.gateway.front`` around it.
+
+    An operator's own callback stays.
+    """
+    return {_CALLBACK: os.environ.get(_CALLBACK, "serve_app.gateway.front:middlewares")}

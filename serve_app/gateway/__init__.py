@@ -14,6 +14,7 @@ from ray import serve
 
 from serve_app.cluster.credential import internal_credential
 from serve_app.cluster.serve import runtime_env
+from serve_app.config import environment
 from serve_app.config.document import DEPLOYMENT, GATEWAY_DEPLOYMENT
 from serve_app.config.settings import GatewayConfig, parse
 from serve_app.errors import ConfigError
@@ -46,7 +47,9 @@ def app(args: dict[str, Any]) -> serve.Application:
             "num_cpus": config.num_cpus,
             # Serve then calls this code in the loop that owns the sockets: no queue between
             # the two threads for every chunk, and the client's back-pressure reaches us.
-            "runtime_env": runtime_env({"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}),
+            "runtime_env": runtime_env(
+                {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", **environment.front()}
+            ),
         },
     }
     if nodes := os.environ.get(NODES_ENV):

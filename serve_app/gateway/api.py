@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Coroutine
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, Field
 
@@ -21,6 +21,7 @@ from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.routes import RELAYED, Route
+from serve_app.gateway.versions import versions
 
 
 class Error(BaseModel):
@@ -46,6 +47,17 @@ class Health(BaseModel):
     """The gateway process is up."""
 
     status: Literal["ok"]
+
+
+class Versions(BaseModel):
+    """What is installed here; of a model, its vLLM's ``version`` alone."""
+
+    version: str | None = None
+    """vLLM's, as on vLLM's own route."""
+
+    vllm: str | None = None
+    serve_app: str | None = None
+    ray: str | None = None
 
 
 class Starting(BaseModel):
@@ -123,6 +135,13 @@ def build(
     @app.get("/health", summary="Tell that the gateway is up", tags=_OWN)
     async def health() -> Health:
         return Health(status="ok")
+
+    @app.get("/version", summary="Tell the gateway's versions, or a model's", tags=_OWN)
+    async def version(
+        model: Annotated[str | None, Query(description=_MODEL["description"])] = None,
+    ) -> Versions:
+        # With a model the request is relayed, and does not get here.
+        return Versions(**versions())
 
     @app.get(
         "/ready",
@@ -207,7 +226,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
         "the bodies of requests and answers are those of the model's vLLM.",
     )
     for route in RELAYED:
-        document["paths"].setdefault(route.path, {})[route.method.lower()] = _operation(route)
+        path = document["paths"].setdefault(route.path, {})
+        path.setdefault(route.method.lower(), _operation(route))
     return document
 
 
@@ -231,7 +251,8 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     if route.method == "GET" or parameters:
         operation["parameters"].append(
-            {"name": "model", "in": "query", "required": True, "schema": _MODEL}
+            # The id of a stored response says by itself where it is.
+            {"name": "model", "in": "query", "required": not parameters, "schema": _MODEL}
         )
     else:
         kind = "multipart/form-data" if route.form else "application/json"

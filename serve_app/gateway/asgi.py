@@ -25,6 +25,7 @@ from serve_app.gateway.policy import FewestRequests, Policy
 from serve_app.gateway.relay import Answer, Headers, Relay, Request, Send
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Stage
+from serve_app.gateway.stored_responses import StoredResponses
 
 logger = logging.getLogger("ray.serve")
 
@@ -48,9 +49,10 @@ def build(
     ``stages`` come after what measures every call, so that it measures them too.
     """
     queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
-    dispatcher = Dispatcher(board, queue, policy or FewestRequests(), relay)
+    stored = StoredResponses(board, policy or FewestRequests())
+    dispatcher = Dispatcher(board, queue, stored, relay)
     own = api.build(directory, board, _error_of_own_route)
-    gateway = Gateway(config, directory, own, dispatcher, (Metrics(), *stages))
+    gateway = Gateway(config, directory, own, dispatcher, stored, (Metrics(), stored, *stages))
     if not config.cors_allow_origins:
         return gateway
     return CORSMiddleware(
@@ -71,11 +73,13 @@ class Gateway:
         directory: Directory,
         own: fastapi.FastAPI,
         dispatcher: Dispatcher,
+        stored: StoredResponses,
         stages: Sequence[Stage],
     ) -> None:
         self._directory = directory
         self._own = own
         self._send = dispatcher.send
+        self._stored = stored
         self._stages = stages
         self._bodies = request_body.Bodies(
             int(config.max_body_mib * 2**20),
@@ -97,7 +101,10 @@ class Gateway:
         )
         answer = Answer(send)
         try:
-            if methods := routes.methods_of(path):
+            methods = routes.methods_of(path)
+            if methods and not (
+                path == "/version" and b"model=" not in scope.get("query_string", b"")
+            ):
                 if scope["method"] not in methods:
                     raise routes.not_allowed(scope["method"], path, methods)
                 await self._relay(scope, headers, request_id, receive, answer)
@@ -140,7 +147,8 @@ class Gateway:
             )
         async with self._bodies.read(receive, headers.get(b"content-length")) as body:
             query = scope.get("query_string", b"")
-            id = request_body.model_in(headers.get(b"content-type", b""), query, body)
+            id = self._stored.model_in(_below_root_path(scope)[0])
+            id = id or request_body.model_in(headers.get(b"content-type", b""), query, body)
             model = models.find(self._directory, id)
             request = _request(scope, request_id, body)
             call = Call(request, model, caller=None, arrived=time.perf_counter())

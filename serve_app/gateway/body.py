@@ -63,6 +63,12 @@ class Bodies:
                     "invalid_request_error",
                     code="request_timeout",
                 ) from None
+            if declared and not body and declared.strip(b"0"):
+                raise invalid(
+                    "The request body was lost: the HTTP server does not read that of a request "
+                    "with an 'Upgrade' header; send it without one (curl: without --http2).",
+                    code="body_lost",
+                )
             yield body
         finally:
             self.held -= held
@@ -106,9 +112,10 @@ async def _read(receive: Receive, hold: Callable[[int], None]) -> bytes:
 
 
 class _Names(msgspec.Struct):
-    """The one field of a JSON body that the gateway reads; the others are only checked."""
+    """The fields of a JSON body that the gateway reads; the others are only checked."""
 
     model: Any = None
+    previous_response_id: Any = None
 
 
 _decoder = msgspec.json.Decoder(_Names)
@@ -124,7 +131,7 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     if kind == b"multipart/form-data":
         model: Any = _in_multipart(options.get(b"boundary"), body)
     elif body.strip():
-        model = _in_json(body)
+        model = _in_json(body).model
     else:
         model = None
     if model is None:
@@ -141,6 +148,16 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     return model
 
 
+def previous_response_in(body: bytes) -> str | None:
+    """The stored response that a request to ``POST /v1/responses`` goes on from.
+
+    Raises:
+        GatewayError: 400 for a body that is not a JSON object.
+    """
+    id = _in_json(body).previous_response_id if body.strip() else None
+    return id if isinstance(id, str) else None  # vLLM refuses what is no string
+
+
 # The first escape of half a character: what is before it are characters and whole escapes.
 _HALF = re.compile(
     r"(?:[^\\]++|\\[^u]|\\u(?![dD][89a-fA-F])|\\u[dD][89abAB]..\\u[dD][c-fC-F])*+"
@@ -149,11 +166,11 @@ _HALF = re.compile(
 )
 
 
-def _in_json(body: bytes) -> Any:
+def _in_json(body: bytes) -> _Names:
     # vLLM reads the body by json.loads, which knows UTF-16, UTF-32 and a byte order mark.
     encoding = json.detect_encoding(body)
     try:
-        return _decoder.decode(body if encoding == "utf-8" else body.decode(encoding)).model
+        return _decoder.decode(body if encoding == "utf-8" else body.decode(encoding))
     except msgspec.ValidationError:
         problem = "must be a JSON object"
     except UnicodeDecodeError:

@@ -87,6 +87,11 @@ class Board:
         replicas = self._replicas.setdefault(application, {})
         return replicas.setdefault(id, Replica(id, host, port))
 
+    def application_of(self, replica: str) -> str | None:
+        """The application that has the replica of this id, live or avoided."""
+        having = (name for name, replicas in self._replicas.items() if replica in replicas)
+        return next(having, None)
+
     def live(self, application: str) -> list[Replica]:
         """Those that can be sent a request now: not avoided, and awake unless all are asleep."""
         live = self._not_avoided(application)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from serve_app.config import environment
 from serve_app.errors import UserError
 
 LONGEST = min(
@@ -67,6 +68,7 @@ class Instance:
             # Serve ends a proxy that is not up in three times 5 s, and `serve run` with it. On a
             # slow or busy machine HAProxy's manager alone takes longer to import what it needs.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+            **environment.front(),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         }

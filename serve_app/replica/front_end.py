@@ -12,6 +12,7 @@ import uvicorn
 
 from serve_app import addresses
 from serve_app.errors import UserError
+from serve_app.replica import responses
 from serve_app.replica.engine import Engine
 from serve_app.replica.guard import Guard
 from serve_app.replica.no_route import NoRoute
@@ -46,13 +47,16 @@ class FrontEnd:
         self._serving: asyncio.Task[None] | None = None
 
     @classmethod
-    async def build(cls, engine: Engine, args: Namespace, credential: bytes) -> FrontEnd:
+    async def build(
+        cls, engine: Engine, args: Namespace, credential: bytes, replica: str
+    ) -> FrontEnd:
         """Make a front end of an engine, for requests with this credential.
 
         Args:
             args: those that the engine was started with.
+            replica: Serve's id of this replica.
         """
-        app = await _build_app(engine.llm, args)
+        app = await _build_app(engine.llm, args, replica)
         return cls(app, Guard(app, credential, lambda: engine.dead, lambda: engine.asleep))
 
     async def listen(self, host: str) -> None:
@@ -93,13 +97,15 @@ class FrontEnd:
             await asyncio.wait([self._serving], timeout=5)
 
 
-async def _build_app(llm: Any, args: Namespace) -> Any:
+async def _build_app(llm: Any, args: Namespace, replica: str) -> Any:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
+    if serving := getattr(app.state, "openai_serving_responses", None):
+        responses.mark(serving, replica)
     paths = {getattr(route, "path", "") for route in app.routes}
     app.router.default = NoRoute(args.served_model_name[0], tasks, paths)
     # vLLM's error handler stops the server through this when the engine dies; here the

@@ -54,11 +54,12 @@ class ModelServer:
     async def _start(self) -> tuple[Engine, FrontEnd]:
         config, context = self._config, serve.get_replica_context()
         ids = [context.app_name, *config.served_as]
-        with supervised(config, context.app_name, context.replica_id.unique_id):
+        replica = context.replica_id.unique_id
+        with supervised(config, context.app_name, replica):
             rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
             args = parse_args(config, ids, rank)
             engine = Engine.start(args)
-            front_end = await FrontEnd.build(engine, args, internal_credential())
+            front_end = await FrontEnd.build(engine, args, internal_credential(), replica)
         await front_end.listen(ray.util.get_node_ip_address())
         return engine, front_end
 

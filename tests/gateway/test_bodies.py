@@ -322,7 +322,7 @@ async def test_the_body_wins_over_the_query() -> None:
 @pytest.mark.parametrize("query", ["", "?x=1", "?models=m", "?model="])
 async def test_a_route_without_a_body_is_told_where_to_name_its_model(query: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
-        error = error_in(await gateway.client.get(f"/version{query}"))
+        error = error_in(await gateway.client.get(f"/tokenizer_info{query}"))
         assert (error["param"], error["code"]) == ("model", "missing_model")
         assert "'?model=<id>'" in error["message"]
         assert upstream.exchanges == []

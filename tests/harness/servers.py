@@ -56,7 +56,11 @@ def demo_args(name: str) -> dict[str, Any]:
 
 
 def chat_application() -> dict[str, Any]:
-    return application(CHAT, **demo_args("smollm2-135m") | {"served_as": list(CHAT_ALIASES)})
+    ours = {
+        "served_as": list(CHAT_ALIASES),
+        "env": {"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
+    }
+    return application(CHAT, **demo_args("smollm2-135m") | ours)
 
 
 def embed_application() -> dict[str, Any]:

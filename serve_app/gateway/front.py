@@ -1,0 +1,51 @@
+"""What runs before Serve's own HTTP code, around its proxies and the gateway's HTTP port.
+
+Serve decodes some headers as UTF-8 (``ray/serve/_private/proxy.py`` in
+``setup_request_context_and_handle``, ``replica.py`` in ``_direct_ingress_asgi``), and answers a
+plain 500 where one is not. It tells everyone its routes. Neither request reaches the gateway.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.middleware import Middleware
+
+from serve_app.gateway.errors import GatewayError
+
+
+def middlewares() -> list[Middleware]:
+    """Called by Serve in each process that has an HTTP port for clients.
+
+    :func:`serve_app.config.environment.front` is what tells it to.
+    """
+    return [Middleware(Front)]
+
+
+class Front:
+    """ASGI middleware: headers that Serve can read, and nothing about its routes."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and _is_routes(scope):
+            error = GatewayError(
+                404,
+                "There is no route /-/routes for clients; GET /v1/models lists the models.",
+                "invalid_request_error",
+                code="not_found",
+            )
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": error.status, "headers": headers})
+            await send({"type": "http.response.body", "body": error.body()})
+            return
+        if not all(value.isascii() for _, value in scope.get("headers", ())):
+            readable = [(k, v.decode("utf-8", "replace").encode()) for k, v in scope["headers"]]
+            scope = {**scope, "headers": readable}
+        await self._app(scope, receive, send)
+
+
+def _is_routes(scope: Any) -> bool:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", "")) == "/-/routes"

@@ -1,0 +1,98 @@
+"""Requests that name a stored response go to the replica that keeps it.
+
+Those are ``GET /v1/responses/{id}``, ``POST /v1/responses/{id}/cancel``, which name no model, and
+``POST /v1/responses`` with a ``previous_response_id``. The id itself says which replica made it
+(:mod:`serve_app.cluster.response_ids`): every gateway knows it, also one that has just started.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from serve_app.cluster.response_ids import maker_of
+from serve_app.gateway.body import previous_response_in
+from serve_app.gateway.errors import GatewayError, unavailable
+from serve_app.gateway.policy import Policy
+from serve_app.gateway.relay import Request
+from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.stages import Call, Outcome
+
+_CREATE = "/v1/responses"
+_STORED = re.compile(_CREATE + r"/([^/]+)(?:/cancel)?/?")
+
+
+class StoredResponses:
+    """A policy for requests that name a stored response; others are left to another policy.
+
+    As a stage it refuses those whose replica is gone before they wait for a new one to start.
+    """
+
+    def __init__(self, board: Board, policy: Policy) -> None:
+        self._board = board
+        self._policy = policy
+
+    def model_in(self, path: str) -> str | None:
+        """The application that keeps the response in ``path``; None where there is none in it.
+
+        Also None for an id that does not say who made it: a client chose it.
+
+        Raises:
+            GatewayError: 404 where no replica keeps it.
+        """
+        if (id := _in_path(path)) is None or (maker := maker_of(id)) is None:
+            return None
+        if application := self._board.application_of(maker):
+            return application
+        raise _gone(id)
+
+    async def admit(self, call: Call) -> Call:
+        id = _named_by(call.request)
+        maker = id and maker_of(id)
+        if id and maker and self._board.application_of(maker) != call.model.name:
+            raise _gone(id)
+        return call
+
+    def ended(self, call: Call, outcome: Outcome) -> None:
+        pass
+
+    def choose(self, live: Sequence[Replica], call: Call) -> Replica:
+        id = _named_by(call.request)
+        maker = id and maker_of(id)
+        if not id or not maker:
+            return self._policy.choose(live, call)
+        for replica in live:
+            if replica.id == maker:
+                return replica
+        if self._board.application_of(maker) is None:
+            raise _gone(id)
+        raise unavailable(
+            f"The replica that keeps the response '{id}' failed a moment ago, or is asleep; please "
+            "send the request again."
+        )
+
+
+def _named_by(request: Request) -> str | None:
+    """The id of the stored response that a request names."""
+    path = request.path
+    if not path.startswith(_CREATE):
+        return None
+    if path.rstrip("/") == _CREATE:
+        return previous_response_in(request.body)
+    return _in_path(path)
+
+
+def _in_path(path: str) -> str | None:
+    stored = _STORED.fullmatch(path)
+    return stored[1] if stored else None
+
+
+def _gone(id: str) -> GatewayError:
+    return GatewayError(
+        404,
+        f"The response '{id[:200]}' is not stored any more: the replica that kept it has ended, or "
+        "belongs to another model. Send the whole conversation as 'input' instead.",
+        "invalid_request_error",
+        param="response_id",
+        code="response_not_found",
+    )

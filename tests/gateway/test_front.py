@@ -1,0 +1,82 @@
+"""What runs before Serve's own HTTP code: around a stand-in that decodes headers as Serve does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from ray.serve._private.http_util import (
+    RequestIdMiddleware,
+    parse_disconnect_disabled_header,
+    parse_request_timeout_header,
+    parse_session_id_header,
+    validate_http_proxy_callback_return,
+)
+from ray.serve._private.utils import call_function_from_import_path
+
+from serve_app.config import environment
+
+CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+
+
+async def serve(scope: Any, receive: Any, send: Any) -> None:
+    """What Serve's direct ingress does with the headers of a request."""
+    headers = dict(scope["headers"])
+    headers[b"x-request-id"].decode()
+    parse_session_id_header(headers)
+    parse_disconnect_disabled_header(headers)
+    parse_request_timeout_header(headers, None)
+    body = headers.get(b"serve_multiplexed_model_id", b"").decode().encode()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def client(monkeypatch: pytest.MonkeyPatch, root_path: str = "") -> httpx.AsyncClient:
+    """As Serve makes it: its own middleware first, then those that the callback returns."""
+    monkeypatch.delenv(CALLBACK, raising=False)
+    returned = call_function_from_import_path(environment.front()[CALLBACK])
+    app: Any = RequestIdMiddleware(serve)
+    for middleware in validate_http_proxy_callback_return(returned):
+        app = middleware.cls(app, *middleware.args, **middleware.kwargs)
+    transport = httpx.ASGITransport(app, root_path=root_path)
+    return httpx.AsyncClient(transport=transport, base_url="http://serve")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"x-request-id",
+        b"x-session-id",
+        b"serve_multiplexed_model_id",
+        b"x-request-timeout-seconds",
+        b"x-request-disconnect-disabled",
+    ],
+)
+async def test_serve_can_read_every_header(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
+    async with client(monkeypatch) as http:
+        answer = await http.get("/v1/models", headers=[(name, b"caf\xe9")])
+        assert answer.status_code == 200
+
+
+async def test_utf8_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with client(monkeypatch) as http:
+        name = "modèle".encode()
+        answer = await http.get("/", headers=[(b"serve_multiplexed_model_id", name)])
+        assert answer.content == name
+
+
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+async def test_serves_routes_are_no_clients(
+    monkeypatch: pytest.MonkeyPatch, root_path: str
+) -> None:
+    async with client(monkeypatch, root_path) as http:
+        answer = await http.get(f"{root_path}/-/routes")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "not_found"
+        assert (await http.get(f"{root_path}/-/healthz")).status_code == 200
+
+
+def test_an_operator_s_own_callback_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CALLBACK, "theirs:middlewares")
+    assert environment.front() == {CALLBACK: "theirs:middlewares"}
