@@ -40,7 +40,7 @@ async def app_of(tasks: tuple[str, ...], pooling_task: str | None) -> Any:
 
     config: Any = SimpleNamespace(get_pooling_task=lambda tasks: pooling_task)
     llm: Any = SimpleNamespace(get_supported_tasks=supported, model_config=config)
-    return await front_end._build_app(llm, args)
+    return await front_end._build_app(llm, args, "r0")
 
 
 async def ask(app: Any, method: str, path: str) -> httpx.Response:
