@@ -46,7 +46,7 @@ test-unit: venv  ## the tests without Ray, engines and network (under a minute)
 
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest tests/slow
 
 test-python: venv  ## the tests without engines on each supported Python that is here
 	@for minor in 11 12 13; do \

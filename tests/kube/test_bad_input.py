@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from kuberay_fixtures import ROOT
+from harness.manifests import ROOT
 
 from serve_app.errors import UserError
 from serve_app.kuberay import cli

@@ -22,8 +22,8 @@ pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 
 import yaml
 from click.testing import CliRunner, Result
+from harness.manifests import CRD, ROOT
 from kube_api import KubeAPI
-from kuberay_fixtures import CRD, ROOT
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from kuberay_fixtures import ROOT
+from harness.manifests import ROOT
 
 from serve_app.kuberay.render.profile import RAY_VERSION, ClusterProfile
 

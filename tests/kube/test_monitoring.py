@@ -6,20 +6,25 @@ import json
 import re
 import shutil
 import subprocess
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from harness import exported_metrics
-from kuberay_fixtures import ROOT, fleet
-from prometheus_client.parser import text_string_to_metric_families
+from harness.manifests import ROOT, fleet
+from harness.queries import (
+    DASHBOARDS,
+    dropped_labels,
+    exported,
+    queried,
+    relabeled,
+    rules,
+)
 
 from serve_app.config.engine_args import VLLM_VERSION
 from serve_app.config.yaml_files import plain
-from serve_app.kuberay.render.files import cluster_wide
-from serve_app.kuberay.render.monitoring import cold_models, pod_monitors, prometheus_rules
+from serve_app.kuberay.render.monitoring import cold_models, pod_monitors
 from serve_app.kuberay.render.profile import RAY_VERSION
 
 DATA = Path(__file__).parent / "data"
@@ -28,57 +33,6 @@ needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool (ap
 
 # Not from Ray's agents: kube-state-metrics tells of pods.
 _FROM_ELSEWHERE = {"kube_pod_status_unschedulable": frozenset({"namespace", "pod"})}
-
-# What Prometheus and the PodMonitor add to each sample.
-_OF_THE_POD = frozenset({"namespace", "pod", "container", "cluster", "fleet"})
-
-
-# Grafana's dashboards, their JSON by file name.
-DASHBOARDS: dict[str, str] = {
-    name: text
-    for config_map in yaml.safe_load_all(cluster_wide()["monitoring/dashboards.yaml"])
-    for name, text in config_map["data"].items()
-}
-
-
-def rules() -> dict[str, Any]:
-    spec: dict[str, Any] = plain(prometheus_rules(fleet("fleet"), "fleet", "serve-app"))["spec"]
-    return spec
-
-
-def relabeled(name: str) -> str | None:
-    """What the PodMonitor makes of an exported name; None for a series that it drops."""
-    monitor = plain(pod_monitors("fleet", "serve-app")[0])
-    for rule in monitor["spec"]["podMetricsEndpoints"][0]["metricRelabelings"]:
-        if rule.get("sourceLabels") != ["__name__"]:
-            continue
-        match = re.fullmatch(rule["regex"], name)
-        if match and rule.get("action") == "drop":
-            return None
-        if match:
-            name = rule["replacement"].replace("$1", match[1])
-    return name
-
-
-def exported() -> dict[str, frozenset[str]]:
-    """Samples that Prometheus has of a real run: their labels by their names."""
-    names = {}
-    for name, metric in exported_metrics.recorded().items():
-        found = relabeled(name)
-        if found is not None:
-            ends = ("_bucket", "_count", "_sum") if metric.kind == "histogram" else ("",)
-            kept = frozenset(k for k in metric.labels if not re.fullmatch(dropped_labels(), k))
-            names |= {found + end: kept | _OF_THE_POD for end in ends}
-            if metric.kind == "histogram":
-                names[f"{found}_bucket"] |= {"le"}
-    return names
-
-
-def dropped_labels() -> str:
-    monitor = plain(pod_monitors("fleet", "serve-app")[0])
-    rules_ = monitor["spec"]["podMetricsEndpoints"][0]["metricRelabelings"]
-    (found,) = [rule["regex"] for rule in rules_ if rule.get("action") == "labeldrop"]
-    return str(found)
 
 
 def check_labels(expression: str, known: dict[str, frozenset[str]]) -> None:
@@ -92,11 +46,6 @@ def check_labels(expression: str, known: dict[str, frozenset[str]]) -> None:
     for labels in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression):
         asked = {label.strip() for label in labels.split(",")}
         assert not had or asked <= had, (asked - had, expression)
-
-
-def queried(expression: str) -> set[str]:
-    """The names of the metrics in a PromQL expression; ours all have a selector."""
-    return set(re.findall(r"([a-zA-Z_][\w:]*)\{", expression))
 
 
 def run(*command: str, cwd: Path) -> str:
@@ -199,32 +148,6 @@ def test_no_label_is_dropped_that_tells_series_apart() -> None:
 def test_the_recorded_run_is_of_the_locked_versions() -> None:
     header = exported_metrics.RECORDED.read_text().splitlines()[0]
     assert f"Ray {RAY_VERSION}, vLLM {VLLM_VERSION}" in header
-
-
-def every_query() -> list[str]:
-    panels = [p for text in DASHBOARDS.values() for p in json.loads(text)["panels"]]
-    alerts = [rule["expr"] for group in rules()["groups"] for rule in group["rules"]]
-    return alerts + [target["expr"] for panel in panels for target in panel["targets"]]
-
-
-@pytest.mark.slow
-def test_a_run_of_today_exports_what_the_queries_ask_for(tmp_path: Path) -> None:
-    """The recorded list has not drifted; `make metrics` refreshes it."""
-    page = exported_metrics.run(tmp_path)
-    series = Counter(
-        (relabeled(sample.name), *sorted(kept_labels(sample.labels).items()))
-        for family in text_string_to_metric_families(page)
-        for sample in family.samples
-        if relabeled(sample.name)
-    )
-    assert [key for key, count in series.items() if count > 1] == []
-    names = {key[0] for key in series}
-    asked = set().union(*map(queried, every_query())) & exported().keys()
-    assert asked - names == set()
-
-
-def kept_labels(labels: dict[str, str]) -> dict[str, str]:
-    return {k: v for k, v in labels.items() if not re.fullmatch(dropped_labels(), k)}
 
 
 def test_every_metric_of_the_gateway_was_exported() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from harness.manifests import KEPT, ROOT, bundle, fleet, profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kuberay_fixtures import KEPT, ROOT, bundle, fleet, profile
 
 from serve_app.config import caches
 from serve_app.config.document import parse_document
@@ -25,7 +26,6 @@ from serve_app.kuberay.render.files import cluster_wide, documents, render, writ
 from serve_app.kuberay.render.pods import HAPROXY
 from serve_app.kuberay.render.profile import ClusterProfile, load_profile
 from serve_app.kuberay.render.workers import groups_of, shape_of
-from serve_app.local import haproxy
 from serve_app.planner import hardware
 
 
@@ -213,7 +213,8 @@ def test_an_incremental_upgrade_keeps_kuberays_own_readiness() -> None:
 
 
 def test_the_images_haproxy_is_the_one_that_is_installed() -> None:
-    assert Path(HAPROXY).name == haproxy.COMMAND
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert Path(HAPROXY).name in scripts
 
 
 def test_secrets_are_references_and_only_where_models_load() -> None:

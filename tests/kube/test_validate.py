@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
+from harness.manifests import CRD, NAMES, ROOT, bundle, edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kuberay_fixtures import CRD, NAMES, ROOT, bundle, edit
 
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay.validate import manifests, schema
