@@ -2,7 +2,8 @@
 
 Serve decodes some headers as UTF-8 (``ray/serve/_private/proxy.py`` in
 ``setup_request_context_and_handle``, ``replica.py`` in ``_direct_ingress_asgi``), and answers a
-plain 500 where one is not. It tells everyone its routes. Neither request reaches the gateway.
+plain 500 where one is not. It tells everyone its routes. Neither request reaches the gateway. By
+another header a client keeps Serve from saying that the client has left.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ def middlewares() -> list[Middleware]:
     :func:`serve_app.config.environment.front` is what tells it to.
     """
     return [Middleware(Front)]
+
+
+# With it Serve does not say that the client has left: an engine would generate for nobody.
+_DISCONNECT_DISABLED = b"x-request-disconnect-disabled"
 
 
 class Front:
@@ -40,8 +45,13 @@ class Front:
             await send({"type": "http.response.start", "status": error.status, "headers": headers})
             await send({"type": "http.response.body", "body": error.body()})
             return
-        if not all(value.isascii() for _, value in scope.get("headers", ())):
-            readable = [(k, v.decode("utf-8", "replace").encode()) for k, v in scope["headers"]]
+        headers = scope.get("headers", ())
+        if any(name == _DISCONNECT_DISABLED or not value.isascii() for name, value in headers):
+            readable = [
+                (name, value.decode("utf-8", "replace").encode())
+                for name, value in headers
+                if name != _DISCONNECT_DISABLED
+            ]
             scope = {**scope, "headers": readable}
         await self._app(scope, receive, send)
 

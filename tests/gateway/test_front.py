@@ -25,10 +25,11 @@ async def serve(scope: Any, receive: Any, send: Any) -> None:
     headers = dict(scope["headers"])
     headers[b"x-request-id"].decode()
     parse_session_id_header(headers)
-    parse_disconnect_disabled_header(headers)
+    disabled = str(parse_disconnect_disabled_header(headers)).encode()
     parse_request_timeout_header(headers, None)
     body = headers.get(b"serve_multiplexed_model_id", b"").decode().encode()
-    await send({"type": "http.response.start", "status": 200, "headers": []})
+    said = [(b"disconnect-disabled", disabled)]
+    await send({"type": "http.response.start", "status": 200, "headers": said})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -64,6 +65,15 @@ async def test_utf8_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         name = "modèle".encode()
         answer = await http.get("/", headers=[(b"serve_multiplexed_model_id", name)])
         assert answer.content == name
+
+
+async def test_no_client_keeps_serve_from_noticing_that_it_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert parse_disconnect_disabled_header({b"x-request-disconnect-disabled": b"?1"})
+    async with client(monkeypatch) as http:
+        answer = await http.get("/", headers={"x-request-disconnect-disabled": "?1"})
+        assert answer.headers["disconnect-disabled"] == "False"
 
 
 @pytest.mark.parametrize("root_path", ["", "/llm"])
