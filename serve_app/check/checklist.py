@@ -214,7 +214,11 @@ def _manifests(fleet: Fleet, documents: list[Document] | None) -> tuple[list[Fin
     # Of the config itself, everything has been said.
     findings += [f for f in judged if f.check != "model" and not _is_of_env(f)]
     findings += _monitoring(Manifests(documents))
-    return findings, all(f.status != "fail" for f in judged if f.check in ("manifests", "model"))
+    complete = all(f.status != "fail" for f in judged if f.check in ("manifests", "model"))
+    if not complete:
+        said = "what is not listed here cannot be judged before the failures above are mended"
+        findings.append(Finding("manifests", "warn", _MANIFESTS, said))
+    return findings, complete
 
 
 def _with_config(service: Document, fleet: Fleet) -> Document:

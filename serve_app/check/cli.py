@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from serve_app.errors import ConfigError
 from serve_app.planner.finding import Finding
 
 
@@ -42,8 +43,13 @@ def check(
     for path in configs:
         documents = checklist.find(path, given)
         findings = checklist.static(path, documents)
-        if asked is not None and not any(f.check == "config" for f in findings):
-            findings += on_cluster(load(path), asked, documents)
+        if asked is not None:
+            try:
+                fleet = load(path)
+            except ConfigError:
+                pass  # said above
+            else:
+                findings += on_cluster(fleet, asked, documents)
         by_config[str(path)] = findings
     failed = any(f.status == "fail" for findings in by_config.values() for f in findings)
     if json_:

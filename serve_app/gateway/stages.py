@@ -38,6 +38,9 @@ class Call:
     arrived: float
     """``time.perf_counter`` when the whole request was there."""
 
+    replica: str | None = None
+    """The id of the only replica that can answer it; None where any can."""
+
 
 @dataclass
 class Outcome:

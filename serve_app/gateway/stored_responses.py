@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from serve_app.cluster.response_ids import maker_of
 from serve_app.gateway.body import previous_response_in
@@ -48,23 +49,22 @@ class StoredResponses:
 
     async def admit(self, call: Call) -> Call:
         id = _named_by(call.request)
-        maker = id and maker_of(id)
+        maker = maker_of(id) if id else None
         if id and maker and self._board.application_of(maker) != call.model.name:
             raise _gone(id)
-        return call
+        return replace(call, replica=maker)
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         pass
 
     def choose(self, live: Sequence[Replica], call: Call) -> Replica:
-        id = _named_by(call.request)
-        maker = id and maker_of(id)
-        if not id or not maker:
+        if call.replica is None:
             return self._policy.choose(live, call)
         for replica in live:
-            if replica.id == maker:
+            if replica.id == call.replica:
                 return replica
-        if self._board.application_of(maker) is None:
+        id = _named_by(call.request) or ""
+        if self._board.application_of(call.replica) is None:
             raise _gone(id)
         raise unavailable(
             f"The replica that keeps the response '{id}' failed a moment ago, or is asleep; please "

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from serve_app.config.document import DEPLOYMENT
+from serve_app.config.document import DEPLOYMENT, MODEL_IMPORT_PATH
 from serve_app.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from serve_app.cluster.serve import Application
 
 
 def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str, str]]:
@@ -24,16 +29,23 @@ def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str
     except ConnectionError:
         raise UserError("no Ray cluster is running here; give its address with --address") from None
     try:
-        names = list(serve.applications(serve.report() or {}))
-        if model not in names:
-            raise UserError(
-                f"there is no application '{model}'{did_you_mean(model, names)} "
-                f"(applications: {', '.join(names) or 'none'})"
-            )
-        handle = serve.handle(DEPLOYMENT, model)
-        results = handle.broadcast("admin", action).results()
+        refuse(model, serve.applications(serve.report() or {}))
+        return sorted(serve.handle(DEPLOYMENT, model).broadcast("admin", action).results())
     finally:
         ray.shutdown()
-    if not results:
+
+
+def refuse(model: str, applications: Mapping[str, Application]) -> None:
+    """Refuse what has no replica to call: Serve would wait for one without end.
+
+    Raises:
+        UserError: no such model, or it has no running replica.
+    """
+    models = [n for n, a in applications.items() if a.import_path == MODEL_IMPORT_PATH]
+    if model not in models:
+        raise UserError(
+            f"there is no model '{model}'{did_you_mean(model, models)} "
+            f"(models: {', '.join(models) or 'none'})"
+        )
+    if all(replica.state != "RUNNING" for replica in applications[model].replicas):
         raise UserError(f"'{model}' has no running replica")
-    return sorted(results)

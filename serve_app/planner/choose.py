@@ -60,7 +60,7 @@ class RefusedInstance:
 
 
 def arguments_of(config: ModelConfig) -> dict[str, Any]:
-    """A config's engine arguments, with what its adapters imply (serve_app/engine.py)."""
+    """A config's engine arguments, with what its adapters imply (serve_app/replica/engine.py)."""
     arguments = dict(config.engine)
     if config.adapters:
         arguments.setdefault("enable_lora", True)

@@ -53,19 +53,17 @@ class Adapters:
             await self._load(name)
 
     async def _load(self, name: str) -> None:
-        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
-
         loaded, path = self._serving_models.lora_requests, self._wanted[name]
         try:
             local = await asyncio.to_thread(fetch, path)
-            if name in loaded:
-                if loaded[name].lora_path == local:
-                    return
+            before = loaded[name].lora_path if name in loaded else None
+            if before == local:
+                return
+            if before is not None:
                 await self._unload(name)
-            request = LoadLoRAAdapterRequest(lora_name=name, lora_path=local)
-            answer = await self._serving_models.load_lora_adapter(request)
-            # A request may have loaded it in the meantime, which is refused here.
-            problem = "" if name in loaded else answer.error.message
+            problem = await self._load_from(name, local)
+            if problem and before is not None and not await self._load_from(name, before):
+                problem += "; it stays as it was"
         except Exception as error:
             problem = str(error)
         if not problem:
@@ -73,6 +71,15 @@ class Adapters:
         else:
             reason = " ".join(problem.split())
             logger.error(f"adapter '{name}' cannot be loaded from {path}: {reason}")
+
+    async def _load_from(self, name: str, local: str) -> str:
+        """Why it cannot be loaded; nothing where it is."""
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        request = LoadLoRAAdapterRequest(lora_name=name, lora_path=local)
+        answer = await self._serving_models.load_lora_adapter(request)
+        # A request may have loaded it in the meantime, which is refused here.
+        return "" if name in self._serving_models.lora_requests else str(answer.error.message)
 
     async def _unload(self, name: str) -> None:
         # The lock of vLLM's own handlers: a request that is loading the adapter at this moment
@@ -150,8 +157,9 @@ def _download(system: Any, remote: str, target: Path) -> None:
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """What is in a folder, the newest last."""
-    return sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
+    """The folders in a folder, the newest last."""
+    found = [p for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted(found, key=lambda p: p.stat().st_mtime)
 
 
 def _cache() -> Path:

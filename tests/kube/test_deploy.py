@@ -258,6 +258,16 @@ def test_a_model_that_completes_nothing_is_asked_what_it_answers(
     assert asked == asked_for
 
 
+def test_a_model_server_of_an_older_image_is_understood(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    """Its 404 was FastAPI's, which the gateway puts into the envelope without a code."""
+    deployed(api, run)
+    none = json.dumps({"error": {"message": "Not Found (POST /v1/completions)", "code": None}})
+    api.proxy = lambda method, name, path, body: (200, "{}") if path == "/pooling" else (404, none)
+    assert run("status", NAME).output.rstrip().endswith("ready: every model answers")
+
+
 def test_a_model_that_the_gateway_does_not_know_is_an_error(
     api: KubeAPI, run: Callable[..., Result]
 ) -> None:

@@ -140,6 +140,7 @@ def test_the_last_download_will_do_while_s3_does_not_answer(
 ) -> None:
     caplog.set_level(logging.WARNING, adapters.logger.name)  # vLLM, once imported, quiets it
     folder = adapters.fetch("s3://adapters/team/poet")
+    (Path(folder).parent / "adapter_config.json").touch()  # 0.1 kept an adapter itself there
     monkeypatch.setattr(Bucket, "allowed", False)
     assert adapters.fetch("s3://adapters/team/poet") == folder
     assert "s3://adapters/team/poet cannot be read (" in caplog.text

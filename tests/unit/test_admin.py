@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from serve_app.cluster.serve import Application, ReplicaStatus
+from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH
+from serve_app.errors import UserError
+from serve_app.local import admin
 from serve_app.replica import sleep
 
 
@@ -74,3 +78,28 @@ async def test_an_engine_that_cannot_sleep_serves_on() -> None:
         await sleep.act(engine, engine, "sleep")
     assert engine.done == ["sleep", "wake"]  # vLLM schedules nothing until it is woken
     assert not engine.asleep
+
+
+def deployed(name: str, import_path: str, state: str) -> Application:
+    replica = ReplicaStatus("r", state, "node", 0.0)
+    return Application(name, "RUNNING", "", {"import_path": import_path}, 0.0, (replica,))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gateway", r"there is no model 'gateway' \(models: up, starting\)"),
+        ("startin", "did you mean 'starting'"),
+        ("starting", "'starting' has no running replica"),
+    ],
+)
+def test_what_has_no_replica_to_call_is_refused(name: str, said: str) -> None:
+    """Serve's own call waits for a replica without end."""
+    applications = {
+        "gateway": deployed("gateway", GATEWAY_IMPORT_PATH, "RUNNING"),
+        "up": deployed("up", MODEL_IMPORT_PATH, "RUNNING"),
+        "starting": deployed("starting", MODEL_IMPORT_PATH, "STARTING"),
+    }
+    admin.refuse("up", applications)
+    with pytest.raises(UserError, match=said):
+        admin.refuse(name, applications)

@@ -24,8 +24,10 @@ class FakeEngine:
         self.lora_resolver_lock: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.did: list[str] = []
 
-    async def load_lora_adapter(self, request: Any) -> str:
+    async def load_lora_adapter(self, request: Any) -> Any:
         self.did.append(f"load {request.lora_path}")
+        if "broken" in request.lora_path:
+            return SimpleNamespace(error=SimpleNamespace(message="no adapter_config.json"))
         self.put(request.lora_name, request.lora_path)
         return "Success"
 
@@ -52,6 +54,20 @@ async def test_an_adapter_that_changed_where_it_lies_takes_the_place_of_the_old_
     engine.did.clear()
     await listed.apply(wanted)
     assert engine.did == ["remove /cache/poet/1", "reset", "load /cache/poet/2"]
+
+
+async def test_an_adapter_whose_change_cannot_be_loaded_stays_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    versions = {"s3://poet": "/cache/poet/1"}
+    monkeypatch.setattr(adapters, "fetch", lambda path: versions[path])
+    engine: Any = FakeEngine()
+    listed = adapters.Adapters(engine, engine)
+    await listed.apply([Adapter(name="poet", path="s3://poet")])
+    versions["s3://poet"] = "/cache/poet/broken"  # its upload is still going on
+    await listed.apply([Adapter(name="poet", path="s3://poet")])
+    assert engine.lora_requests["poet"].lora_path == "/cache/poet/1"
+    assert "no adapter_config.json; it stays as it was" in caplog.text
 
 
 async def test_an_adapter_that_a_request_is_loading_is_unloaded_after_it() -> None:

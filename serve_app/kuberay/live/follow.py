@@ -129,9 +129,12 @@ def _ask(target: Target, service: str, model: str) -> tuple[int, str]:
 
 
 def _has_no_such_route(status: int, text: str) -> bool:
-    """Whether a model server answered that it has no such route (serve_app.replica.no_route)."""
+    """Whether a model server answered that it has no such route (serve_app.replica.no_route).
+
+    Those of an older image give no code.
+    """
     try:
-        return status == 404 and bool(json.loads(text)["error"]["code"] == "not_found")
+        return status == 404 and json.loads(text)["error"]["code"] in ("not_found", None)
     except (ValueError, TypeError, LookupError):
         return False
 

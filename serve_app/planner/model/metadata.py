@@ -75,7 +75,11 @@ def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | Non
 def at_hand(name: str, environment: Mapping[str, str]) -> Path:
     """The model's own folder, else where the Hugging Face cache would have it."""
     folder = as_folder(name)
-    return folder if folder.is_dir() else snapshot(name, environment)
+    try:
+        there = folder.is_dir()
+    except OSError:  # in a folder that only others may enter
+        there = False
+    return folder if there else snapshot(name, environment)
 
 
 def snapshot(name: str, environment: Mapping[str, str]) -> Path:

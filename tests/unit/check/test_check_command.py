@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from serve_app.check import inventory
 from serve_app.check.cli import check
+from serve_app.check.inventory import RayInventory
 from serve_app.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -50,3 +52,18 @@ def test_check_exits_with_1_for_a_failure_and_raises_where_it_cannot_run(tmp_pat
     assert "fail parallelism" in shown
     assert "1 to fix" in shown or "2 to fix" in shown
     assert isinstance(invoke("nofile.yaml").exception, UserError)
+
+
+def test_a_warning_about_the_config_does_not_keep_the_cluster_from_being_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tmp_path / "pip.yaml"
+    config.write_text(
+        ONE_MODEL.read_text().replace("  args:", "  runtime_env: {pip: [x]}\n  args:", 1)
+    )
+    monkeypatch.setattr(inventory, "at_hand", lambda: RayInventory([]))
+    rendered = str(ROOT / "kuberay/llama70b")
+    shown = invoke(str(config), "--cluster", "--manifests", rendered, "--json")
+    found = json.loads(shown.stdout)["configs"][str(config)]
+    assert any(f["check"] == "config" and f["status"] == "warn" for f in found)
+    assert any(f["about"] == "Ray cluster" for f in found)
