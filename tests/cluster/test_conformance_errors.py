@@ -119,7 +119,7 @@ def test_a_request_without_a_model_is_bad(client: openai.OpenAI) -> None:
         (b'["model"]', "invalid_json"),
         (b'"model"', "invalid_json"),
         (b'{"model": "\xff\xfe"}', "invalid_json"),
-        (b"\xef\xbb\xbf{}", "invalid_json"),
+        (b"\xef\xbb\xbf{}", "missing_model"),
     ],
 )
 def test_a_body_that_cannot_be_routed_is_bad(http: httpx.Client, body: bytes, code: str) -> None:
