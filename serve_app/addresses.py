@@ -1,7 +1,7 @@
-"""Addresses of both families: an IPv6 one has colons of its own, and sockets of its own kind.
+"""IPv4 and IPv6 addresses: brackets in URLs, and the right kind of socket.
 
-Ray has the same in a private module (``ray._common.network_utils``); this is small, and the
-planner and the renderer, which use it too, do without Ray.
+Ray has such functions in a private module (``ray._common.network_utils``). The planner and the
+renderer need them without Ray.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import ipaddress
 import socket
 
 ANY_IPV6 = "::0"
-"""Every address of both families, as ``http_options.host``. For ``::`` Serve's HAProxy writes
-``*`` (ray/serve/_private/haproxy.py), which is IPv4's alone; this spelling it leaves as it is."""
+"""``http_options.host`` for every address of both families. For ``::`` Serve writes ``*`` into
+HAProxy's file (ray/serve/_private/haproxy.py), which is IPv4 alone; ``::0`` it leaves as it is."""
 
 
 V6_IS_V4 = f"::, of which Serve's HAProxy makes IPv4 alone; set {ANY_IPV6}"
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether a host is an IPv6 address; a name is none."""
+    """Whether a host is an IPv6 address. A name is not."""
     try:
         return ipaddress.ip_address(host).version == 6
     except ValueError:
@@ -31,12 +31,12 @@ def family(host: str) -> socket.AddressFamily:
 
 
 def join(host: str, port: int) -> str:
-    """``host:port``, as URLs have it: an IPv6 address goes in brackets."""
+    """``host:port`` as in URLs: an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"
 
 
 def split(address: str) -> tuple[str, int] | None:
-    """Host and port of ``host:port``; None where it is not that, as an IPv6 address is alone."""
+    """Host and port of ``host:port``; None for anything else, such as a bare IPv6 address."""
     host, _, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]

@@ -1,4 +1,4 @@
-"""The one kind of error that a user is meant to read, and the shape it has over HTTP."""
+"""Errors that a user is meant to read, and their shape over HTTP."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something the user can change, said in one sentence.
+    """An error that the user can mend, said in one sentence.
 
-    The CLI prints it on one line and exits with 2; the gateway puts it into the OpenAI
-    error envelope. The text therefore never holds internals, secrets or a traceback.
+    The CLI prints it on one line and exits with 2. The gateway puts it into OpenAI's error
+    envelope. So the text never contains internals, secrets or a traceback.
     """
 
 
@@ -28,5 +28,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def envelope(
     message: str, type: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error body as OpenAI has it: ``{"error": {"message", "type", "param", "code"}}``."""
+    """OpenAI's error body: ``{"error": {"message", "type", "param", "code"}}``."""
     return {"error": {"message": message, "type": type, "param": param, "code": code}}

@@ -1,10 +1,9 @@
-"""Processes that die with their parent, also with one that was killed (``kill -9``).
+"""Processes that end with their parent, even if the parent is killed (``kill -9``).
 
-Whoever starts a process decides how. What we spawn ourselves, vLLM's engine and its workers, the
-kernel ends (:func:`tie_children`): at once, and also while a library holds the interpreter's lock.
-What Ray starts, a replica and vLLM's workers on Ray, looks at its parent by itself
-(:func:`exit_with_parent`): the kernel's tie is to the thread that started a process, and that one
-is inside Ray.
+There are two ways. Processes that we spawn (vLLM's engine and its workers) are ended by the kernel
+(:func:`tie_children`): at once, even while a library holds the interpreter's lock. Processes that
+Ray starts (replicas, and vLLM's workers on Ray) watch their parent (:func:`exit_with_parent`): the
+kernel ties a process to the thread that started it, and that thread is inside Ray.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from typing import Any
 
 @cache  # once in a process
 def exit_with_parent() -> None:
-    """End this process within a second of its parent, whatever it is doing.
+    """End this process within a second of its parent's end, whatever it is doing.
 
-    For what Ray started: it outlives a raylet that was killed.
+    For processes that Ray started, which outlive a killed raylet.
     """
     parent = os.getppid()
 
@@ -39,11 +38,10 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def tie_children() -> None:
-    """Have the kernel end what this process spawns as soon as this process is gone.
+    """Have the kernel end the processes that this one spawns as soon as this one is gone.
 
-    vLLM's EngineCore has no such tie: after a SIGKILL of its replica it keeps the GPU
-    (vllm#55510). The tie is the child's first statement. What a child spawns in its turn is tied
-    where the child calls this too.
+    Without this, vLLM's EngineCore keeps the GPU after a SIGKILL of its replica (vllm#55510). The
+    tie is the child's first statement. A child's own children are tied if the child calls this too.
     """
     plain = spawn.get_command_line
     if plain.__module__ == __name__ or not sys.platform.startswith("linux"):
@@ -52,7 +50,7 @@ def tie_children() -> None:
     def tied(**kwargs: Any) -> list[str]:
         command: list[str] = plain(**kwargs)
         program = command.index("-c") + 1
-        # The parent may have died before the tie, and then nobody sends the signal.
+        # If the parent died before the tie, the kernel sends no signal.
         command[program] = (
             "import ctypes, os; "
             f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGKILL:d}, 0, 0, 0); "

@@ -21,7 +21,7 @@ from serve_app.replica.server import ModelServer
 
 logger = logging.getLogger("ray.serve")
 
-# Serve never sees the requests, so its own cap must not be what bounds them.
+# Serve never sees the requests, so Serve's cap must not limit them.
 _UNBOUNDED = 1_000_000
 
 
@@ -37,8 +37,8 @@ def app(args: dict[str, Any]) -> Application:
         capacity.refuse_impossible(placement.of(config))
         _refuse_ids_of_others(args, config)
     except ConfigError:
-        # Serve shows `traceback.format_exc()` as the application's status. The frames say
-        # nothing to the user, and this process does nothing but build this application.
+        # Serve shows `traceback.format_exc()` as the application's status. The frames tell the user
+        # nothing. This process only builds this application, so the change affects nothing else.
         sys.tracebacklimit = 0
         raise
     deployment: Any = ModelServer
@@ -48,9 +48,9 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def _refuse_sizes(config: ModelConfig) -> None:
-    """Refuse parallel sizes that the model cannot be split into, before they are asked for.
+    """Refuse parallel sizes that the model cannot be split into, before GPUs are reserved.
 
-    Where the model's ``config.json`` is not on this node, vLLM says it at the start.
+    If the model's ``config.json`` is not on this node, vLLM refuses them at the start.
     """
     if config.engine.keys() & metadata.OTHER_CONFIG:
         return
@@ -62,7 +62,7 @@ def _refuse_sizes(config: ModelConfig) -> None:
 def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:
     """Refuse an alias that another application of this cluster answers to.
 
-    The application being built does not know its own name here, so it is found by its args.
+    A builder is not told its own application's name, so it finds itself by its args.
     """
     claimed = ids_of("", config)[1:]
     report = serve.report() if claimed else None
@@ -89,7 +89,7 @@ def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:
 def _claims(name: str, args: dict[str, Any]) -> list[str]:
     try:
         return ids_of(name, parse(ModelConfig, args, name))
-    except ConfigError:  # refused, as this one may be: Serve reports it all the same
+    except ConfigError:  # an invalid application, which Serve reports all the same
         return [name]
 
 
@@ -98,14 +98,14 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
         **placement.of(config).options(),
         **autoscaling.deployment_options(config),
         "max_ongoing_requests": _UNBOUNDED,
-        # Serve's default of 20 would load a 70B for hours before it says why it cannot.
+        # With Serve's default of 20 a 70B would load for hours before Serve reports why it fails.
         "max_constructor_retry_count": 3,
-        # Serve kills the replica when this has passed; the replica drains within it.
+        # Serve kills the replica after this time; the replica drains within it.
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
     if config.env:
         options["ray_actor_options"]["runtime_env"] = serve.runtime_env(config.env)
     if config.adapters:
-        # A user_config in the config's own `deployments` takes this one's place.
+        # A user_config in the config's own `deployments` replaces this one.
         options["user_config"] = {"adapters": [a.model_dump() for a in config.adapters]}
     return options

@@ -1,4 +1,4 @@
-"""The checks that need no cluster: of the config, and of the manifests rendered from it."""
+"""The checks that need no cluster: of a config, and of the manifests rendered from it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RENAMED_METRICS = {
     "num_requests_swapped": "nothing; vLLM no longer swaps",
     "time_per_output_token_seconds": "inter_token_latency_seconds",
 }
-"""Names that vLLM used to export, with today's (vllm/v1/metrics/loggers.py)."""
+"""Metrics that vLLM has renamed: old and new names (vllm/v1/metrics/loggers.py)."""
 
 _RAY = version("ray")
 _BY_CONFIG = {
@@ -49,8 +49,8 @@ _BY_MANIFESTS = {
     "metrics": "scraped, under the names of today's vLLM",
     "dashboards": "are there",
 }
-"""Lines of the checklist, and what it means when nothing is wrong there: by the config alone, and
-by the manifests."""
+"""The checklist's lines, each with its sentence when nothing is wrong: without manifests, and with
+them."""
 
 _MANIFESTS = "the manifests"
 _AGAIN = "run `serve-app render` again"
@@ -58,10 +58,10 @@ _RENDER = "run `serve-app render`, or name them with --manifests"
 
 
 def find(config: Path, given: Path | None) -> list[Document] | None:
-    """The documents under ``given``, else those that `serve-app render` puts beside a config.
+    """The manifests under ``given``, else those that `serve-app render` puts beside a config.
 
     Raises:
-        ConfigError: nothing is at ``given``, or a file cannot be read.
+        ConfigError: ``given`` does not exist, or a file cannot be read.
     """
     if given is not None:
         if not given.exists():
@@ -70,7 +70,7 @@ def find(config: Path, given: Path | None) -> list[Document] | None:
     folder = config.resolve().parent.parent / "kuberay" / config.stem
     if all(file.name == "profile.yaml" for file in folder.rglob("*.yaml")):
         return None
-    # Monitoring is shared by all configs: rendered once, beside them.
+    # All configs share the monitoring, which is rendered once, beside them.
     shared = folder.parent / "monitoring"
     return read([folder, shared] if shared.is_dir() else [folder])
 
@@ -79,7 +79,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
     """Every check that needs no cluster; ``documents`` are the manifests, if there are any.
 
     Raises:
-        UserError: the file cannot be read at all, or is no Serve config.
+        UserError: the file cannot be read at all, or is not a Serve config.
     """
     document = yaml_files.read(path)
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
@@ -101,7 +101,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
     findings += _secrets(fleet)
     findings += _versions(fleet)
     answers = {check: (str(path), said) for check, said in _BY_CONFIG.items()}
-    if gpus_needed(fleet)[1]:  # a fleet for CPUs alone (the demo) has no cluster to be checked
+    if gpus_needed(fleet)[1]:  # a fleet without GPUs (the demo) has no cluster to check
         found, complete = _manifests(fleet, documents)
         findings += found
         if complete:
@@ -115,7 +115,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
 
 
 def gpus_needed(fleet: Fleet) -> tuple[int, int]:
-    """GPUs at the least and at the most replicas of all models."""
+    """The GPUs of all models at their fewest and at their most replicas."""
     least = most = 0
     for config in fleet.models.values():
         if config.resources.device == "gpu":
@@ -126,12 +126,12 @@ def gpus_needed(fleet: Fleet) -> tuple[int, int]:
 
 
 def _engine_arguments(document: Document) -> Iterator[Finding]:
-    """Every argument of every model, so that one run shows all mistakes."""
+    """Check every argument of every model, so that one run shows all mistakes."""
     check = "engine arguments"
     for application in document["applications"]:
         arguments = get(application, "args.engine")
         if get(application, "import_path") != MODEL_IMPORT_PATH or not isinstance(arguments, dict):
-            continue  # what is none of these is said by parse_document
+            continue  # parse_document reports other types
         name, wrong = str(application.get("name")), False
         for key, value in arguments.items():
             plain = str(key).lstrip("-").replace("-", "_")
@@ -159,7 +159,7 @@ def _renamed_metrics(about: str, text: str) -> Iterator[Finding]:
 
 
 def _secrets(fleet: Fleet) -> Iterator[Finding]:
-    """Literal secrets; the message never repeats one."""
+    """Literal secrets in the config. The message never repeats one."""
     places = {f"{name}: env": config.env for name, config in fleet.models.items()}
     for application in fleet.document["applications"]:
         env = mapping(application, "runtime_env.env_vars")
@@ -188,9 +188,9 @@ def _versions(fleet: Fleet) -> Iterator[Finding]:
 
 
 def _manifests(fleet: Fleet, documents: list[Document] | None) -> tuple[list[Finding], bool]:
-    """What `serve-app validate` says of the manifests, and whether it got to the end.
+    """The findings of `serve-app validate` on the manifests, and whether it got to its end.
 
-    They are judged as if rendered from the config as it is now.
+    The manifests are checked with the current config in place of the one in them.
     """
     services = Manifests(documents or []).services
     if not documents or not services:
@@ -211,7 +211,7 @@ def _manifests(fleet: Fleet, documents: list[Document] | None) -> tuple[list[Fin
             )
     now = [_with_config(d, fleet) if d in services else d for d in documents]
     judged = judge(now)
-    # Of the config itself, everything has been said.
+    # The checks of the config itself have run already.
     findings += [f for f in judged if f.check != "model" and not _is_of_env(f)]
     findings += _monitoring(Manifests(documents))
     complete = all(f.status != "fail" for f in judged if f.check in ("manifests", "model"))

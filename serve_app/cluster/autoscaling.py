@@ -1,10 +1,10 @@
-"""How many replicas a model gets, from the load that its engines report.
+"""The number of a model's replicas, from the load that its engines report.
 
 Requests reach an engine without passing through Serve, so Serve's own count of ongoing requests
-is always 0 here. Each replica instead reports what its engine runs and what waits in it
-(``record_autoscaling_stats``, :mod:`serve_app.replica.load`), and Serve's controller asks
-:class:`LoadPolicy` ten times a second how many replicas that calls for. Around the policy Serve
-applies the delays, the bounds, and the start of one replica for whatever waits at zero.
+is always 0 here. Instead each replica reports the requests that run and wait in its engine
+(``record_autoscaling_stats``, :mod:`serve_app.replica.load`). Serve's controller asks
+:class:`LoadPolicy` ten times a second how many replicas this load needs. Serve itself applies the
+delays and bounds, and starts one replica when a request waits for a model scaled to zero.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ LOOK_BACK_S = 10.0
 """Seconds over which reports are averaged."""
 
 REPORT_INTERVAL_S = 2.0
-"""Seconds between two reports of a replica, and of what waits at a gateway."""
+"""Seconds between two reports of a replica's load, or of a gateway's waiting requests."""
 
 
 class LoadPolicy:
-    """Replicas such that each runs about ``target_load`` of what its engine can run at once.
+    """Keeps each replica at about ``target_load``: the share of its engine's limit that it runs.
 
-    A replica is added as soon as the load per replica passes the target, and one is taken away
-    only when the load would stay ``slack`` below the target without it. Between the two the
-    number stays, so that a load that wavers around a boundary changes nothing.
+    The policy adds a replica as soon as the load per replica passes the target. It removes one only
+    when the load would stay ``slack`` below the target without it. Between the two the number
+    stays, so a load that wavers around a boundary changes nothing.
 
-    Serve copies the class into its controller by value, and creates it there from
-    ``policy_kwargs``; it may use nothing but this module.
+    Serve pickles the class by value and creates it in its controller from ``policy_kwargs``. So the
+    class may use nothing but this module.
     """
 
     def __init__(self, target_load: float, slack: float = 0.2) -> None:
@@ -41,17 +41,17 @@ class LoadPolicy:
         self.slack = slack
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The number of replicas to have; state is not needed."""
+        """The target number of replicas, and the policy's state, which is always empty."""
         target: int = ctx.target_num_replicas
         metrics = ctx.aggregated_metrics or {}
         if not any(metrics.get("capacity", {}).values()):
-            # Cold, all still starting, or too busy to report: nothing tells how much one more
-            # would take on, and silence is not idleness.
+            # No replica has reported: all are starting, or too busy, or there are none. Silence is
+            # not idleness, and nothing tells how much load another replica could take.
             return (max(target, 1) if ctx.total_queued_requests else target), {}
         load = total_load(metrics, ctx.total_queued_requests or 0.0)
         enough = replicas_for(load, self.target_load)
         if enough >= target or len(metrics["capacity"]) < ctx.current_num_replicas:
-            return max(enough, target), {}  # fewer only where all have told what they do
+            return max(enough, target), {}  # scale down only when all replicas have reported
         return min(target, replicas_for(load, self.target_load * (1 - self.slack))), {}
 
 
@@ -61,11 +61,11 @@ def replicas_for(load: float, target_load: float) -> int:
 
 
 def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> float:
-    """The model's load, in engines that it would fill.
+    """The model's load, as the number of engines that it would fill.
 
     Args:
-        metrics: by name of a statistic, its average by replica.
-        queued: what waits at the gateways for a replica, one at a time for each gateway.
+        metrics: for each statistic, its average by replica.
+        queued: requests that wait at the gateways for a replica; each gateway counts one at most.
     """
     capacities = {replica: most for replica, most in metrics.get("capacity", {}).items() if most}
     if not capacities:
@@ -90,9 +90,9 @@ def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> flo
 def engine_load(running: float, waiting: float, capacity: float, kv_cache_usage: float) -> float:
     """One engine's load as a share of what it can run; above 1 where requests wait in it.
 
-    An engine is full when it runs ``capacity`` requests (``max_num_seqs``), or sooner when its
-    KV cache is (``kv_cache_usage`` is 1). In the second case the requests that it runs are all
-    that it can run, and those that wait count in proportion.
+    An engine is full when it runs ``capacity`` requests (``max_num_seqs``), or earlier when its
+    KV cache is full (``kv_cache_usage`` is 1). A full KV cache means that the engine cannot run
+    more than it runs now; the waiting requests then count in proportion.
     """
     by_number = (running + waiting) / capacity
     if running < 1:
@@ -103,7 +103,7 @@ def engine_load(running: float, waiting: float, capacity: float, kv_cache_usage:
 def deployment_options(model: ModelConfig) -> dict[str, Any]:
     """Serve's options for the number of replicas: ``num_replicas`` or ``autoscaling_config``.
 
-    With data parallelism Serve counts ranks, and each of a model's replicas is a gang of them.
+    With data parallelism Serve counts ranks. Each replica of the model is then a gang of ranks.
     """
     ranks = int(model.engine.get("data_parallel_size") or 1)
     autoscaling = model.autoscaling

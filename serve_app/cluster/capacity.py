@@ -1,7 +1,8 @@
-"""What the cluster has, whether a placement fits into it, and what to say when it does not.
+"""The resources of the Ray cluster's nodes, whether a placement fits, and what to say if not.
 
-Ray places; this only tells beforehand, and to people, what Ray can do. A placement that fits once
-others have left is waited for; one that no node could ever hold is refused with what would fit.
+Ray itself places. This module only predicts the result, for people. A placement that fits once
+other replicas have left is waited for. One that the nodes could never hold is refused, with a
+sentence that says what would fit.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Resources = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster: what it has in all, and what is free now."""
+    """A node of the cluster: its resources in all, and those that are free now."""
 
     name: str
     total: Resources
@@ -43,8 +44,8 @@ def nodes() -> list[Node]:
 def may_grow() -> bool:
     """Whether something outside Ray may add nodes to this cluster (KubeRay, ``ray up``).
 
-    Such nodes carry the name of their worker group. Which groups could still come, and how
-    large their nodes are, is not known inside Ray.
+    The nodes of such clusters carry the name of their worker group. Ray does not know which groups
+    could still come, nor the size of their nodes.
     """
     import ray
 
@@ -56,8 +57,8 @@ def may_grow() -> bool:
 def fits(placement: Placement, available: Sequence[Resources]) -> bool:
     """Whether all bundles fit, given each node's available resources.
 
-    Counting is exact here: the first bundle of each rank asks for all that the others ask for
-    and more, and takes no more of a node's GPUs than they do.
+    Counting is exact here, for two reasons: a rank's first bundle asks for everything that its
+    other bundles ask for, and more; and all bundles take the same number of GPUs.
     """
     heads = sum(_times(placement.head, node) for node in available)
     every = sum(_times(placement.stage or placement.head, node) for node in available)
@@ -65,8 +66,8 @@ def fits(placement: Placement, available: Sequence[Resources]) -> bool:
 
 
 def _times(bundle: Resources, node: Resources) -> int:
-    """How many such bundles a node can hold at once."""
-    # Ray counts in units of 1/10000, so that many times 0.001 is exact there.
+    """The number of such bundles that a node can hold at once."""
+    # Ray counts in units of 1/10000, so multiples of 0.001 are exact there.
     units = [
         (round(node.get(name, 0) * 10_000), round(amount * 10_000))
         for name, amount in bundle.items()
@@ -76,10 +77,10 @@ def _times(bundle: Resources, node: Resources) -> int:
 
 
 def refuse_impossible(placement: Placement) -> None:
-    """Refuse what this cluster could never place; to be called before anything is deployed.
+    """Refuse a placement that this cluster could never hold, before anything is deployed.
 
-    Not where the cluster may grow: there a placement group that waits is what makes it grow.
-    Nor where there is no cluster (``serve build``).
+    A cluster that may grow refuses nothing: a pending placement group is what makes it grow.
+    Without a cluster (``serve build``) nothing is refused either.
 
     Raises:
         ConfigError: what is needed, what each node has, and what would fit.
@@ -91,7 +92,7 @@ def refuse_impossible(placement: Placement) -> None:
 
 
 def refuse_unplaceable(placement: Placement, cluster: Sequence[Node]) -> None:
-    """Refuse what the cluster's nodes could not hold if they were all free.
+    """Refuse a placement that the nodes could not hold even if they were all free.
 
     Raises:
         ConfigError: what is needed, what each node has, and what would fit.
@@ -113,7 +114,7 @@ def waiting_for(placement: Placement, cluster: Sequence[Node]) -> str | None:
 
 
 def _listing(placement: Placement, cluster: Sequence[Node], most: int = 8) -> str:
-    """What each node has of what is needed, the most relevant nodes only."""
+    """The needed resources that each node has; the most relevant nodes only."""
     gpus = bool(placement.head.get("GPU"))
     shown = [node for node in cluster if node.total.get("GPU") or not gpus]
     if not shown:
@@ -131,14 +132,14 @@ def _line(placement: Placement, node: Node) -> str:
         ("memory", " GiB of memory", 2**30),
     ):
         needed, free = placement.head.get(name, 0), node.free.get(name, 0)
-        # GPUs are what it is about; the rest is worth a word where it is short.
+        # GPUs are always named; other resources only where the node has too few.
         if needed and (name == "GPU" or free < needed):
             parts.append(f"{free / size:.4g} of {node.total.get(name, 0) / size:.4g}{unit}")
     return f"{node.name} has {' and '.join(parts)} free" if parts else f"{node.name} has room"
 
 
 def _remedy(placement: Placement, totals: Sequence[Resources]) -> str:
-    """What to change in the config, where one change would do."""
+    """What to change in the config, if one change is enough."""
     for name, setting in (
         (TYPE, "change resources.accelerator_type"),
         ("CPU", "lower resources.num_cpus"),

@@ -1,4 +1,4 @@
-"""What gateway and replicas share: the internal credential, and the headers between them."""
+"""The internal credential and the headers between gateway and replicas."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ CREDENTIAL_HEADER = b"x-serve-app-credential"
 """Request header that carries the credential from the gateway to a model server."""
 
 ASLEEP_HEADER = b"x-serve-app-asleep"
-"""On a model server's refusal of a request: its engine sleeps, another replica's may not."""
+"""Response header of a model server that refuses because its engine sleeps."""
 
 _CREDENTIAL_KEY = "internal_credential"
 
 
 def internal_credential() -> bytes:
-    """The cluster's shared secret: made by whoever asks first, kept in the GCS.
+    """The cluster's shared secret. The first process that asks makes it; the GCS keeps it.
 
-    It keeps anything but the gateway out of the model servers' ports. Whoever can read the
-    GCS can run code on the cluster anyway, so it is no weaker than Ray itself.
+    It keeps all but the gateway out of the model servers' ports. It is no weaker than Ray itself:
+    whoever can read the GCS can run code on the cluster anyway.
     """
     kv.put_first(_CREDENTIAL_KEY, secrets.token_urlsafe(32).encode())
     found = kv.get(_CREDENTIAL_KEY)

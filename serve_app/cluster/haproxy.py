@@ -1,17 +1,17 @@
-"""HAProxy as Serve starts it, with what its configuration of Serve 2.60 lacks.
+"""A stand-in for Serve's HAProxy binary that mends Serve 2.60's configuration of it.
 
-That has both ``option splice-request`` and ``option abortonclose``. With HAProxy 2.8.25 the two do
-not go together: when a client leaves before its answer has begun, HAProxy often does not pass that
-on, so the engine generates to the end for nobody, and one of HAProxy's threads turns in a circle
-meanwhile (docs/decisions.md). ``-dS`` forbids splicing whatever the configuration says.
+The configuration has both ``option splice-request`` and ``option abortonclose``, which do not work
+together in HAProxy 2.8.25. When a client leaves before its answer has begun, HAProxy often does not
+notice: the engine generates to the end for nobody, and one of HAProxy's threads loops meanwhile
+(docs/decisions.md). The option ``-dS`` forbids splicing whatever the configuration says.
 
-It also leaves clients as much time for the head of a request as for the whole, passes on upgrades
-that no server behind it understands, and tells everyone Serve's routes. There is no setting of
-Serve for any of it but the one for the binary's path. HAProxy takes such lines in the frontend's
-own section alone, so they are put into the file that Serve has written.
+The configuration also sets no time limit of its own for a request's head, passes on upgrades that
+no server behind it understands, and shows Serve's routes to everyone. Serve has no setting for any
+of this, only one for the binary's path. HAProxy takes the missing lines in the frontend's own
+section alone, so :func:`main` writes them into Serve's file.
 
-Behind HAProxy, Serve also keeps each replica for 30 s after its end was decided, for load balancers
-elsewhere to notice. On a machine of its own there are none, and Ctrl-C would take as long.
+Behind HAProxy, Serve also keeps each stopping replica for 30 s, so that load balancers elsewhere
+notice. ``serve-app run`` has no such load balancers, and Ctrl-C would take 30 s.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ FRONTEND = "frontend http_frontend\n"
 
 
 def environment() -> dict[str, str]:
-    """For a Ray of our own: :func:`main`, installed beside this Python, in HAProxy's place."""
+    """For a Ray of our own: puts :func:`main`, installed beside this Python, in HAProxy's place."""
     return {
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).with_name(COMMAND)),
-        # HAProxy on the same machine is told at once, and asks another gateway where one refuses.
+        # HAProxy on this machine is told at once, and asks another gateway if one refuses.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
 
@@ -48,12 +48,12 @@ def main() -> None:
 
     arguments = sys.argv[1:]
     if "-f" in arguments[:-1]:
-        # Serve knows its HAProxy by this path among its arguments: it must stay the same.
+        # Serve finds its HAProxy's process by this path in its arguments: keep it.
         file = Path(arguments[arguments.index("-f") + 1])
-        with contextlib.suppress(OSError):  # HAProxy says it of a file that it cannot read
+        with contextlib.suppress(OSError):  # HAProxy itself reports an unreadable file
             file.write_text(with_ours(file.read_text()))
-    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # it would find this command by it
-    binary = os.path.realpath(get_haproxy_binary())  # by which an orphan is told to be ours
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)  # the look-up would find this command
+    binary = os.path.realpath(get_haproxy_binary())  # orphans.py knows ours by the real path
     os.execv(binary, [binary, "-dS", *arguments])
 
 
@@ -64,7 +64,7 @@ def with_ours(configuration: str) -> str:
 
 
 def _error(status: int, message: str, code: str) -> str:
-    """Status and body as HAProxy takes them, in OpenAI's envelope."""
+    """Status and body in HAProxy's syntax; the body is OpenAI's envelope."""
     body = json.dumps(envelope(message, "invalid_request_error", code=code))
     assert "'" not in body  # it would end HAProxy's string
     return f"status {status} content-type application/json string '{body}'"

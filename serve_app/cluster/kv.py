@@ -1,6 +1,7 @@
-"""The key-value store of the cluster's GCS: what processes of ours tell each other.
+"""The key-value store of Ray's GCS, by which our processes exchange small values.
 
-It is not public API of Ray: this is the one module that uses it. Keys live until the cluster ends.
+It is a private API of Ray, and this is the only module that uses it. Keys live until the cluster
+ends.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ _PREFIX = "serve_app/"
 
 
 def put(key: str, value: bytes) -> None:
-    """Store a value, in the place of one that is there."""
+    """Store a value; replace an existing one."""
     internal_kv._internal_kv_put(_key(key), value, overwrite=True)
 
 
 def put_first(key: str, value: bytes) -> None:
-    """Store a value unless there is one: of several processes the first wins."""
+    """Store a value unless the key exists: of several processes the first wins."""
     internal_kv._internal_kv_put(_key(key), value, overwrite=False)
 
 
@@ -31,7 +32,7 @@ def exists(key: str) -> bool:
 
 
 def delete(key: str) -> None:
-    """Delete a key, if it is there."""
+    """Delete a key, if it exists."""
     internal_kv._internal_kv_del(_key(key))
 
 

@@ -1,14 +1,14 @@
 """Where a model's GPUs come from: one placement-group bundle for each pipeline stage.
 
-vLLM's tensor-parallel ranks talk at every layer, so they must share a node; its pipeline stages
-may lie on different ones. Ray has no placement strategy for that, but its unit of placement, the
-bundle, is never split between nodes. So a replica asks for one bundle of
-``tensor_parallel_size`` GPUs for each stage, with the strategy PACK: all stages on one node where
-one has room, else on as few as possible, and a tensor-parallel group never straddles. Ray's
-control plane reserves all bundles or none, in the order of asking; until then the request is a
-pending placement group, which is also what a cluster autoscaler acts on.
+vLLM's tensor-parallel ranks communicate at every layer, so they must share a node. Its pipeline
+stages may be on different nodes. Ray has no placement strategy for that, but Ray never splits a
+bundle, its unit of placement, between nodes. So a replica asks for one bundle of
+``tensor_parallel_size`` GPUs for each stage, with the strategy PACK: all stages go to one node if
+one has room, else to as few as possible, and no tensor-parallel group spans nodes. Ray reserves all
+bundles or none, in the order of the requests. Until then the placement group is pending, which is
+what a cluster autoscaler acts on.
 
-vLLM itself wants bundles of one GPU; :mod:`serve_app.replica.executor` is what bridges the two.
+vLLM itself expects bundles of one GPU; :mod:`serve_app.replica.executor` makes it take ours.
 Alternatives and measurements: docs/decisions-placement.md.
 """
 
@@ -22,7 +22,7 @@ from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
 
 STAGES_ENV = "SERVE_APP_STAGE_BUNDLES"
-"""Environment variable of an engine: its stages' bundle indices in pipeline order (``0,2,1``)."""
+"""Environment variable of an engine: the bundle index of each stage, in order (``0,2,1``)."""
 
 _IN_PROCESS = ("mp", "uni")
 _EPSILON = 0.001  # Ray's convention for "on a node that has this resource"
@@ -30,11 +30,10 @@ _EPSILON = 0.001  # Ray's convention for "on a node that has this resource"
 
 @dataclass(frozen=True)
 class Placement:
-    """What the replicas of one model reserve, and how Serve is told.
+    """The resources that each replica of one model reserves, and Serve's options for them.
 
-    ``head`` holds the resources of a replica's first bundle, where the replica itself and
-    pipeline stage 0 run; ``stage`` those of each of the ``stages - 1`` others. Resources have
-    Ray's names; memory is in bytes.
+    ``head`` is a replica's first bundle, in which the replica itself and pipeline stage 0 run;
+    ``stage`` is each of the ``stages - 1`` others. Resources have Ray's names; memory is in bytes.
     """
 
     head: Mapping[str, float]
@@ -44,7 +43,7 @@ class Placement:
     """Data-parallel ranks: a gang of as many replicas, placed and restarted together."""
 
     in_process: bool = False
-    """The replica's own process tree runs the GPUs (vLLM's ``mp`` or ``uni`` executor)."""
+    """Whether the replica's own process tree uses the GPUs (vLLM's ``mp`` or ``uni`` executor)."""
 
     engine_defaults: Mapping[str, Any] = field(default_factory=dict)
     """Engine arguments that the placement implies, where the config does not set them."""
@@ -56,7 +55,7 @@ class Placement:
 
     @property
     def uses_group(self) -> bool:
-        """Whether a placement group is asked for (else the actor holds the resources)."""
+        """Whether a replica needs a placement group. Else its actor holds the resources."""
         return bool(self.stage.get("GPU")) and not self.in_process
 
     def options(self) -> dict[str, Any]:
@@ -84,7 +83,7 @@ class Placement:
         return options
 
     def __str__(self) -> str:
-        """What is needed, for a sentence."""
+        """The needed resources, to be put into a sentence."""
         gpus = int(self.head.get("GPU", 0))
         groups = self.ranks * self.stages
         text = f"{gpus}{type_of(self.head)} GPU{'' if gpus == 1 else 's'}"
@@ -101,11 +100,11 @@ class Placement:
 
 
 TYPE = "accelerator_type:"
-"""Prefix of the resource that Ray adds to a node for the type of GPU it finds there."""
+"""Prefix of the resource by which Ray marks a node's type of GPU."""
 
 
 def type_of(resources: Mapping[str, float]) -> str:
-    """The type of GPU with a space before it, or nothing."""
+    """The type of GPU with a space before it, or an empty string."""
     return next((f" {name[len(TYPE) :]}" for name in resources if name.startswith(TYPE)), "")
 
 
@@ -113,7 +112,7 @@ def of(config: ModelConfig) -> Placement:
     """The placement that a model's engine arguments and resources ask for.
 
     Raises:
-        ConfigError: an executor or a data-parallel mode that cannot be placed.
+        ConfigError: an executor or a data-parallel mode for which there is no placement.
     """
     engine = config.engine
     _refuse_other_launchers(engine)
@@ -136,8 +135,8 @@ def of(config: ModelConfig) -> Placement:
         return Placement(own, {}, ranks=ranks, in_process=True, engine_defaults=backend)
     type_of_node: dict[str, float] = {}
     if resources.accelerator_type:
-        # The resource, and not the node label ray.io/accelerator-type: a cluster autoscaler
-        # that scales a worker group up from zero reads the group's resources.
+        # Not the node label ray.io/accelerator-type: a cluster autoscaler that scales a worker
+        # group up from zero reads the group's resources.
         type_of_node[TYPE + resources.accelerator_type] = _EPSILON
     if engine.get("distributed_executor_backend") in _IN_PROCESS:
         world = {"GPU": float(stages * per_stage), **type_of_node}

@@ -1,4 +1,4 @@
-"""How far the starts of replicas have come, as they publish it and gateways read it."""
+"""The phases of starting replicas: replicas publish them, gateways read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serve_app.cluster import kv
 
 @dataclass(frozen=True)
 class Phase:
-    """What a starting replica is doing."""
+    """The phase that a starting replica is in."""
 
     name: str
     since: float
@@ -20,18 +20,18 @@ class Phase:
 
 
 def read(replicas: Iterable[str]) -> dict[str, Phase]:
-    """The phases of starting replicas by id; without those whose process is not up yet."""
+    """The phases of starting replicas by id. Replicas without a process have none yet."""
     found = {replica: kv.get(_key(replica)) for replica in replicas}
     return {replica: Phase(*json.loads(value)) for replica, value in found.items() if value}
 
 
 def publish(replica: str, name: str) -> None:
-    """Say that this replica's start has come to a phase."""
+    """Publish the phase that this replica's start has come to."""
     kv.put(_key(replica), json.dumps([name, time.time()]).encode())
 
 
 def forget(replicas: Iterable[str]) -> None:
-    """Delete what is left of replicas that were killed while they started."""
+    """Delete the phases of replicas that start no longer."""
     for replica in replicas:
         kv.delete(_key(replica))
 

@@ -1,8 +1,8 @@
-"""The live replicas of applications: Serve's controller pushes each change.
+"""The feed of live replicas: Serve's controller pushes each change.
 
-This is the feed that Serve's own handles and proxies read. A ``request_router_class`` would
-see the same through a documented interface, but Serve refuses one for an application's only
-deployment under HAProxy. The feed is not public API, and a test holds it against the pinned Ray.
+Serve's own handles and proxies read the same feed. It is a private API, so a test checks it
+against the pinned Ray. A ``request_router_class`` would see the same through a documented
+interface, but under HAProxy Serve refuses one for an application's only deployment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from serve_app.cluster import serve
 
 
 class Board(Protocol):
-    """Who is told."""
+    """Receives the changes."""
 
     def publish(
         self,
@@ -28,7 +28,7 @@ class Board(Protocol):
         """An application's replicas are now these: ``{replica id: (host, port)}``.
 
         Args:
-            max_model_len: tokens of one request, by the replicas; None where none says it.
+            max_model_len: the replicas' limit on a request's tokens; None where none reports it.
         """
 
     def forget(self, application: str) -> None:
@@ -44,7 +44,7 @@ class Watcher:
         self._clients: dict[str, LongPollClient] = {}
 
     def watch(self, application: str) -> None:
-        """Start watching, or start again where the feed ended with its controller."""
+        """Start watching, or restart a feed that ended with its controller."""
         client = self._clients.get(application)
         if client is not None and client.is_running:
             return
@@ -72,7 +72,7 @@ class Watcher:
     def _publish(self, application: str, targets: Any) -> None:
         if application not in self._clients:
             return
-        # What ModelServer.record_replica_metadata says of each.
+        # Of each replica: what ModelServer.record_replica_metadata returned.
         running = {
             info.replica_id.unique_id: metadata
             for info in targets.running_replicas

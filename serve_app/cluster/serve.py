@@ -1,7 +1,7 @@
-"""Serve's controller: what it reports of each application, and what a deployment needs of Serve.
+"""The report of Serve's controller on each application, and what a deployment needs of Serve.
 
-Serve has public functions for the status of applications, and none for the config that they were
-deployed with. So this reads the controller's own report, which ``serve status`` prints too.
+Serve has public functions for the status of applications, but none for the config that they were
+deployed with. So this module reads the controller's own report, which ``serve status`` prints too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 SLOW_START = "have taken more than"
-"""In Serve's message about replicas that have been starting for 30 s, as every engine's do."""
+"""Part of Serve's warning about replicas that start for over 30 s, which all engines do."""
 
 _OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
 
@@ -49,11 +49,11 @@ class Application:
     """Serve's ApplicationStatus: ``DEPLOYING``, ``RUNNING``, ``DEPLOY_FAILED`` …"""
 
     message: str
-    """Why it is not running, in one line; empty while all is well."""
+    """Why it is not running, in one line; else empty."""
 
     config: dict[str, Any]
-    """As it was deployed, its ``args`` and ``user_config`` unchecked; empty where that was not by
-    a config file."""
+    """The config that it was deployed with, ``args`` and ``user_config`` unchecked; empty if it was
+    not deployed by a config file."""
 
     deployed_at: float
     """By ``time.time``."""
@@ -129,12 +129,12 @@ def _application(name: str, details: Mapping[str, Any]) -> Application:
 
 
 def _text(value: Any) -> str:
-    """A member of one of Serve's enumerations, which are texts too."""
+    """The text of a member of one of Serve's string enumerations."""
     return str(getattr(value, "value", value))
 
 
 def _one_line(message: str) -> str:
-    """Our own sentence in a status message, else its last line: there a traceback says why."""
+    """Our own sentence in a status message, else its last line, where a traceback says why."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     if not lines or SLOW_START in message:
         return ""
@@ -143,17 +143,18 @@ def _one_line(message: str) -> str:
 
 
 def handle(deployment: str, application: str) -> DeploymentHandle:
-    """A handle of a deployment that need not be there yet."""
+    """A handle of a deployment, which need not exist yet."""
     from ray import serve
 
     return serve.get_deployment_handle(deployment, application, _check_exists=False)
 
 
 def runtime_env(env_vars: Mapping[str, str]) -> dict[str, Any]:
-    """A deployment's ``runtime_env``: these variables over those of its application.
+    """A deployment's ``runtime_env``: its application's, with these variables over it.
 
-    Serve builds an application inside of the application's own ``runtime_env``, and passes that on
-    to a deployment without one. To a deployment that has one it passes on the ``working_dir`` only.
+    A deployment without a ``runtime_env`` inherits its application's. One that has its own inherits
+    only the ``working_dir``. Serve builds an application inside the application's ``runtime_env``,
+    so it can be read here.
     """
     own = dict(ray.get_runtime_context().runtime_env) if ray.is_initialized() else {}
     return own | {"env_vars": (own.get("env_vars") or {}) | dict(env_vars)}

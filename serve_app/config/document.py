@@ -1,8 +1,8 @@
 """The Serve config file: its models and its gateway, read and checked.
 
-It is what ``serve run``, ``serve deploy`` and RayService's ``serveConfigV2`` take as it is. Each
-model is one application whose ``args`` are a :class:`ModelConfig`; the gateway is one more, with
-:class:`GatewayConfig`.
+``serve run``, ``serve deploy`` and a RayService's ``serveConfigV2`` take the same file unchanged.
+Each model is one application whose ``args`` are a :class:`ModelConfig`. The gateway is one more
+application, with :class:`GatewayConfig`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from serve_app.errors import ConfigError, did_you_mean
 MODEL_IMPORT_PATH = "serve_app.model:app"
 GATEWAY_IMPORT_PATH = "serve_app.gateway:app"
 DEPLOYMENT = "ModelServer"
-"""The one deployment of a model's application."""
+"""Name of the one deployment in a model's application."""
 
 GATEWAY_DEPLOYMENT = "Gateway"
-"""The one deployment of the gateway's."""
+"""Name of the one deployment in the gateway's application."""
 
 RUN_ID = "SERVE_APP_RUN_ID"
-"""In the environment of everything that one ``serve-app run`` started: GET /ready repeats it."""
+"""Environment variable with the id of a ``serve-app run``, which its GET /ready repeats."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Fleet:
 
     @property
     def http_options(self) -> dict[str, Any]:
-        """Serve's ``http_options`` that the file sets."""
+        """The file's ``http_options``."""
         return self.document.get("http_options") or {}
 
     @property
@@ -53,22 +53,22 @@ class Fleet:
 
     @property
     def host(self) -> str:
-        """What the OpenAI endpoint listens on (in a config file Serve's default is 0.0.0.0)."""
+        """The OpenAI endpoint's address to listen on (Serve's default for files is 0.0.0.0)."""
         return str(self.http_options.get("host") or "0.0.0.0")
 
     @property
     def on_ipv6(self) -> bool:
-        """Whether pods have IPv6 addresses, to which this endpoint answers."""
+        """Whether the endpoint listens on IPv6, as in clusters whose pods have IPv6 addresses."""
         return self.host == ANY_IPV6
 
     def on_port(self, port: int) -> Fleet:
-        """The same with another ``http_options.port``."""
+        """A copy with another ``http_options.port``."""
         options = self.http_options | {"port": port}
         return replace(self, document=self.document | {"http_options": options})
 
 
 def load(path: str | Path) -> Fleet:
-    """Read a config file and check all that can be checked without a GPU or a cluster.
+    """Read a config file and check everything that needs neither a GPU nor a cluster.
 
     Raises:
         ConfigError: the file, the application and the key, and what to change, in one line.
@@ -97,7 +97,7 @@ _DOCUMENT_KEYS = (
 
 
 def parse_document(document: Any, path: Path) -> Fleet:
-    """Check a config that has been read already; ``path`` only names it in errors."""
+    """Check a config that has been read already. ``path`` names it in errors."""
     if not isinstance(document, dict) or "applications" not in document:
         raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
     for key in document:
@@ -176,7 +176,7 @@ def _check_application(path: Path, position: int, application: Any) -> tuple[str
 
 
 def _check_deployments(where: str, deployments: Any, known: str) -> None:
-    """Serve refuses overrides of a deployment that the application has not."""
+    """Refuse overrides of a deployment that the application does not have, as Serve does."""
     if deployments is None:
         return
     if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
@@ -193,12 +193,12 @@ def _check_deployments(where: str, deployments: Any, known: str) -> None:
 
 
 def deployed(name: str, application: dict[str, Any]) -> ModelConfig:
-    """The settings of a model's application as Serve was given it, which nobody may have checked.
+    """The settings of a deployed model's application, which may not have been checked before.
 
-    Its adapters are those of its ``user_config``, where it has one.
+    The adapters come from its ``user_config``, if it has one.
 
     Raises:
-        ConfigError: they cannot work; prefixed with the application.
+        ConfigError: the settings cannot work; the sentence starts with the application.
     """
     where = f"application {name!r}"
     model = parse(ModelConfig, application.get("args"), where)
@@ -206,7 +206,7 @@ def deployed(name: str, application: dict[str, Any]) -> ModelConfig:
 
 
 def _with_live_adapters(where: str, model: ModelConfig, application: dict[str, Any]) -> ModelConfig:
-    """The model with the adapters of its ``user_config``, which take the place of its own."""
+    """The model with the adapters of its ``user_config``, if it has any, instead of its own."""
     for deployment in application.get("deployments") or []:
         if "user_config" in deployment:
             live = parse(LiveConfig, deployment["user_config"], f"{where}: user_config")
@@ -217,7 +217,7 @@ def _with_live_adapters(where: str, model: ModelConfig, application: dict[str, A
 
 
 def check_name(where: str, name: str) -> None:
-    """Refuse what Serve 2.60 cannot deploy: it makes a log file's path from the name."""
+    """Refuse names that Serve 2.60 cannot deploy, because it makes log files' paths from them."""
     if "/" in name:
         short = name.rsplit("/", 1)[-1]
         raise ConfigError(

@@ -1,8 +1,8 @@
 """vLLM's engine arguments: which exist, what each accepts, and how they reach vLLM.
 
-The table is read off vLLM's own argument parser and kept as package data, so that a config
-is checked in milliseconds on a machine without vLLM (a laptop, a head node); importing vLLM
-takes seconds. ``make engine-args`` refreshes it and a test fails when it drifts from the
+The table comes from vLLM's own argument parser and is kept as package data. So a config is checked
+in milliseconds, also on a machine without vLLM (a laptop, a head node); importing vLLM takes
+seconds. ``make engine-args`` refreshes the table, and a test fails when it differs from the
 installed vLLM.
 """
 
@@ -20,7 +20,7 @@ from serve_app.errors import ConfigError, did_you_mean
 VLLM_VERSION = "0.29.0"
 _TABLE = f"engine_args-{VLLM_VERSION}.json"
 
-# Arguments of `vllm serve` that the deployment decides, with what to use in their place.
+# Arguments of `vllm serve` that the deployment sets, with what to use instead.
 OWNED = {
     "model": "set `model` beside `engine`, not in it",
     "model_tag": "set `model` beside `engine`",
@@ -40,7 +40,7 @@ OWNED = {
     "nnodes": "Ray places the ranks; set pipeline_parallel_size to span nodes",
     "node_rank": "Ray places the ranks",
 }
-# Arguments of vLLM's own HTTP server and process set-up, which is not the one that runs.
+# Arguments of vLLM's own HTTP server and process set-up, which does not run here.
 SERVER_ONLY = {
     "help", "headless", "api_server_count", "config", "grpc", "uds", "uvicorn_log_level",
     "disable_uvicorn_access_log", "disable_access_log_for_endpoints", "root_path", "middleware",
@@ -52,7 +52,7 @@ SERVER_ONLY = {
     "data_parallel_multi_port_external_lb", "enable_offline_docs", "disable_fastapi_docs",
 }  # fmt: skip
 
-# Spellings that people still have in their notes, with what vLLM 0.29 calls them.
+# Outdated names, with the names in vLLM 0.29.
 RENAMED = {
     "speculative_model": "speculative_config: {model: …, num_speculative_tokens: …, method: …}",
     "num_speculative_tokens": "speculative_config: {num_speculative_tokens: …}",
@@ -124,7 +124,7 @@ def _check_one(name: str, value: Any) -> None:
             f"engine.{name} is not an argument of vLLM {VLLM_VERSION}{did_you_mean(name, table())}"
         )
     if value is None:
-        return  # vLLM's default
+        return  # unset: vLLM's default
     if isinstance(value, list) and "array" in arg.accepts:
         if not value:
             raise ConfigError(f"engine.{name} is an empty list; remove it or list something")
@@ -204,7 +204,7 @@ def count(value: Any, name: str, *, least: int = 1) -> int | None:
 
 
 def _whole(value: Any) -> int | None:
-    """As vLLM's ``human_readable_int``; None for what is no whole number."""
+    """As vLLM's ``human_readable_int``; None for anything but a whole number."""
     if isinstance(value, str):
         match = _COUNT.fullmatch(value.strip())
         if match is None:
@@ -224,7 +224,7 @@ def _shown(value: Any) -> str:
 
 
 def to_argv(engine: dict[str, Any]) -> list[str]:
-    """The arguments as `vllm serve` takes them, so that vLLM's own parser reads them."""
+    """The arguments as words on the command line of `vllm serve`, for vLLM's own parser."""
     argv: list[str] = []
     for name, value in engine.items():
         flag = "--" + name.replace("_", "-")
@@ -240,6 +240,6 @@ def to_argv(engine: dict[str, Any]) -> list[str]:
         elif isinstance(value, list):
             argv += [flag, *(v if isinstance(v, str) else json.dumps(v) for v in value)]
         else:
-            # One word, so that a value which starts with a dash (-1) is not taken for a flag.
+            # One word, so that a value that starts with a dash (-1) is not read as a flag.
             argv.append(f"{flag}={value}")
     return argv

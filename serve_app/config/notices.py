@@ -1,4 +1,4 @@
-"""Serve settings that cut or ignore what a user meant: legal, so said and not refused."""
+"""Notices about valid Serve settings that cut off or ignore something that the user meant."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HTTP_OPTIONS: dict[str, Any] = {
 """Serve 2.60's ``HTTPOptionsSchema`` with its defaults; Serve drops every other key silently."""
 
 HEALTH_CHECK_TIMEOUT_S = 30.0
-"""Seconds that Serve by default waits for the answer to one health check."""
+"""Seconds that Serve waits by default for the answer to one health check."""
 
 _ASKED_OTHERWISE = {
     "autoscaling_config": "args.autoscaling, whose policy reads the engine's load: Serve's counts "
@@ -30,22 +30,22 @@ _ASKED_OTHERWISE = {
     "ray_actor_options": "args.resources and args.env",
     "placement_group_bundles": "args.resources and engine's parallel sizes",
 }
-"""Overrides of a model's deployment that replace what its ``args`` come to, and what to set."""
+"""Overrides of a model's deployment that replace its ``args``, and the settings to use instead."""
 
 _PAST_SERVE = ("max_ongoing_requests", "max_queued_requests", "request_router_config")
-"""Overrides without an effect on a model: the gateway sends its requests past Serve."""
+"""Overrides without effect on a model, because the gateway's requests bypass Serve."""
 
 
 def notices(fleet: Fleet) -> list[str]:
-    """One sentence for each setting of Serve's that does not do what it seems to."""
+    """One sentence for each Serve setting that does not do what it seems to."""
     return [*_of_http(fleet), *_of_deployments(fleet)]
 
 
 def ignored_by_running_serve(fleet: Fleet, running: Mapping[str, Any]) -> list[str]:
     """One sentence where the config's ``http_options`` differ from ``running``.
 
-    ``running`` are those of the Serve that runs already, which keeps to them; what it was not
-    given is left out.
+    ``running`` are the options of the Serve that runs already, which keeps them. Options that it
+    was not given are left out.
     """
     options = fleet.http_options
     there = HTTP_OPTIONS | dict(running)
@@ -65,7 +65,7 @@ def _of_http(fleet: Fleet) -> Iterator[str]:
             hint = did_you_mean(str(key), HTTP_OPTIONS) or "; remove it"
             yield f"http_options.{key} is no option of Serve, which ignores it{hint}"
     limit = _number(fleet.http_options.get("request_timeout_s"))
-    if limit is not None and limit >= 0:  # below 0 Serve takes it for no limit
+    if limit is not None and limit >= 0:  # below 0 means no limit to Serve
         yield (
             f"http_options.request_timeout_s is {limit:g}: Serve ends every answer after that many "
             "seconds, a stream without an error event or [DONE]; remove it, and bound the silence "
@@ -86,7 +86,7 @@ def _of_deployments(fleet: Fleet) -> Iterator[str]:
                 drain = fleet.gateway.graceful_shutdown_timeout_s
                 found = [*_of_gateway(override), *_of_both(override, drain)]
             else:
-                continue  # somebody else's
+                continue  # not ours
             yield from (f"{where} {sentence}" for sentence in found)
 
 

@@ -19,12 +19,12 @@ from serve_app.config.document import DEPLOYMENT, GATEWAY_DEPLOYMENT
 from serve_app.config.settings import GatewayConfig, parse
 from serve_app.errors import ConfigError
 
-# A request costs Serve one slot for as long as it streams; vLLM is what bounds the load.
+# Each streaming request occupies one of Serve's slots. vLLM bounds the load, so Serve need not.
 _UNBOUNDED = 1_000_000
 
 NODES_ENV = "SERVE_APP_GATEWAY_NODES"
-"""Environment variable of a cluster's nodes: a Ray label (``key=value``) of those that gateways
-may run on. On Kubernetes these are the endpoints of the Service; unset, any node will do."""
+"""Environment variable on every node: a Ray label (``key=value``) of the nodes on which gateways
+may run. On Kubernetes these nodes are the endpoints of the Service. Unset: any node."""
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -55,7 +55,7 @@ def app(args: dict[str, Any]) -> serve.Application:
     if nodes := os.environ.get(NODES_ENV):
         label, _, value = nodes.partition("=")
         options["ray_actor_options"]["label_selector"] = {label: value}
-        # The first node to come up would take them all, and the others have nothing to serve.
+        # Else the first node to come up takes all gateways, and the other nodes serve nothing.
         options["max_replicas_per_node"] = 1
     deployment: Any = GatewayServer
     return deployment.options(**options).bind(config.model_dump(exclude_unset=True))

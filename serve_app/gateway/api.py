@@ -1,6 +1,6 @@
 """The routes that the gateway answers by itself, and the OpenAPI document of all routes.
 
-A FastAPI app of their own. What is relayed to a model never passes through it.
+They are a FastAPI app. Requests that are relayed to a model never pass through it.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def build(
     app = FastAPI(
         title="serve_app",
         version=__version__,
-        docs_url=None,  # its pages load their scripts from elsewhere
+        docs_url=None,  # its pages load scripts from a CDN
         redoc_url=None,
         redirect_slashes=False,
         exception_handlers={GatewayError: answer_error, Exception: answer_error},
@@ -140,7 +140,7 @@ def build(
     async def version(
         model: Annotated[str | None, Query(description=_MODEL["description"])] = None,
     ) -> Versions:
-        # With a model the request is relayed, and does not get here.
+        # A request that names a model is relayed and does not come here.
         return Versions(**versions())
 
     @app.get(
@@ -251,7 +251,7 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     if route.method == "GET" or parameters:
         operation["parameters"].append(
-            # The id of a stored response says by itself where it is.
+            # The id of a stored response tells which replica keeps it.
             {"name": "model", "in": "query", "required": not parameters, "schema": _MODEL}
         )
     else:

@@ -1,4 +1,5 @@
-"""The gateway's ASGI app: what each request is, and that it is answered, if by an error."""
+"""The gateway's ASGI app: tells own routes from relayed ones, and answers every request, if need
+be with an error."""
 
 from __future__ import annotations
 
@@ -44,9 +45,9 @@ def build(
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
-    """The whole ASGI app: the gateway, and around it what web pages need if any may ask.
+    """The whole ASGI app: the gateway, inside a CORS middleware if any origin is allowed.
 
-    ``stages`` come after what measures every call, so that it measures them too.
+    ``stages`` run inside the metrics stage, so that their time and refusals are counted too.
     """
     queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
     stored = StoredResponses(board, policy or FewestRequests())
@@ -94,7 +95,7 @@ class Gateway:
         if scope["type"] != "http":
             return
         path = _below_root_path(scope)[0]
-        # Serve makes one where the client sent none, and puts it on the answer.
+        # Serve makes an id where the client sent none, and puts it on the answer.
         headers = dict(scope["headers"])
         request_id = (
             headers.get(b"x-request-id", b"").decode("utf-8", "replace") or uuid.uuid4().hex
@@ -112,7 +113,7 @@ class Gateway:
                 await self._answer_own(scope, path, receive, answer)
         except GatewayError as error:
             if answer.started_at is not None:
-                raise  # the server then closes the connection: all that is left to say
+                raise  # the server then closes the connection, the only signal left
             await _send_error(answer, error, path)
         except Exception:
             if answer.started_at is not None:
@@ -173,9 +174,9 @@ def _request(scope: Any, request_id: str, body: bytes) -> Request:
 
 
 def _below_root_path(scope: Any) -> tuple[str, bytes]:
-    """The path, decoded and raw, as the client's proxy passed it on, as FastAPI's routes see it.
+    """The path without ``http_options.root_path``, decoded and raw, as FastAPI's routes see it.
 
-    The server puts ``http_options.root_path`` before each path.
+    The server puts the root path before the path that a proxy has passed on.
     """
     root, path, raw = scope.get("root_path", ""), scope["path"], scope.get("raw_path") or b""
     below = path.removeprefix(root)
@@ -185,7 +186,7 @@ def _below_root_path(scope: Any) -> tuple[str, bytes]:
 
 
 async def _error_of_own_route(request: fastapi.Request, error: Exception) -> fastapi.Response:
-    """The answer that FastAPI sends; it raises again what is not a :class:`GatewayError`."""
+    """Make FastAPI's answer to a :class:`GatewayError`; raise any other error again."""
     said = error if isinstance(error, GatewayError) else _failure()
     return fastapi.Response(said.body(), said.status, media_type="application/json")
 

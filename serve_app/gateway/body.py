@@ -1,4 +1,4 @@
-"""Reading a request body within bounds, and the model that it names."""
+"""Reads a request body within limits, and finds the model that it names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Receive = Callable[[], Awaitable[Any]]
 
 
 class Bodies:
-    """Reads request bodies within bounds: of each, and of all that the gateway holds at once."""
+    """Reads request bodies, with a limit for each and one for all that are held at once."""
 
     def __init__(self, limit: int, limit_of_all: int, timeout_s: float) -> None:
         self.held = 0
-        """Bytes of the bodies of all requests that are not over."""
+        """Bytes that the bodies of all requests in flight have together."""
 
         self._limit = limit
         self._limit_of_all = limit_of_all
@@ -31,15 +31,15 @@ class Bodies:
 
     @contextlib.asynccontextmanager
     async def read(self, receive: Receive, declared: bytes | None) -> AsyncIterator[bytes]:
-        """The whole body; it counts as held until the context ends.
+        """The whole body. It counts as held until the context ends.
 
-        It is kept because the model's name may stand anywhere in it, and because another replica
-        must be able to get it too.
+        The gateway keeps the body for two reasons: the model's name may be anywhere in it, and a
+        second replica may have to get it too.
 
         Raises:
             GatewayError: 413 as soon as more bytes are declared or sent than one body may have;
-                503 where they are more than there is room for beside the other requests'; 408
-                where they take too long.
+                503 where the bodies of all requests would exceed their limit; 408 where the body
+                takes too long.
         """
         held = 0
 
@@ -74,7 +74,7 @@ class Bodies:
             self.held -= held
 
     def _refuse(self, held: int, more: int) -> None:
-        """Refuse ``more`` bytes of a body that has ``held`` already, where they are too many."""
+        """Refuse a body of which ``held`` bytes are here, if ``more`` would exceed a limit."""
         if held + more > self._limit:
             raise GatewayError(
                 413,
@@ -96,7 +96,7 @@ class Bodies:
 
 
 async def _read(receive: Receive, hold: Callable[[int], None]) -> bytes:
-    body = bytearray()  # not a list of pieces, of which a client could make millions
+    body = bytearray()  # one buffer: a client could send millions of pieces
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -112,7 +112,7 @@ async def _read(receive: Receive, hold: Callable[[int], None]) -> bytes:
 
 
 class _Names(msgspec.Struct):
-    """The fields of a JSON body that the gateway reads; the others are only checked."""
+    """The fields of a JSON body that the gateway reads. Other fields need only be valid JSON."""
 
     model: Any = None
     previous_response_id: Any = None
@@ -122,10 +122,10 @@ _decoder = msgspec.json.Decoder(_Names)
 
 
 def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
-    """The model that a request names: in its JSON or multipart body, or as ``?model=``.
+    """The model that a request names in its JSON or multipart body, or as ``?model=``.
 
     Raises:
-        GatewayError: 400 for a body that cannot be read, or that names no model.
+        GatewayError: 400 for a body that cannot be read or that names no model.
     """
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
@@ -149,16 +149,16 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
 
 
 def previous_response_in(body: bytes) -> str | None:
-    """The stored response that a request to ``POST /v1/responses`` goes on from.
+    """The id of the stored response that a ``POST /v1/responses`` continues.
 
     Raises:
         GatewayError: 400 for a body that is not a JSON object.
     """
     id = _in_json(body).previous_response_id if body.strip() else None
-    return id if isinstance(id, str) else None  # vLLM refuses what is no string
+    return id if isinstance(id, str) else None  # vLLM refuses other types
 
 
-# The first escape of half a character: what is before it are characters and whole escapes.
+# The first escaped lone surrogate; before it come only characters and whole escapes.
 _HALF = re.compile(
     r"(?:[^\\]++|\\[^u]|\\u(?![dD][89a-fA-F])|\\u[dD][89abAB]..\\u[dD][c-fC-F])*+"
     r"(\\u[dD][89a-fA-F]..)",
@@ -167,7 +167,7 @@ _HALF = re.compile(
 
 
 def _in_json(body: bytes) -> _Names:
-    # vLLM reads the body by json.loads, which knows UTF-16, UTF-32 and a byte order mark.
+    # vLLM reads the body with json.loads, which accepts UTF-16, UTF-32 and a byte order mark.
     encoding = json.detect_encoding(body)
     try:
         return _decoder.decode(body if encoding == "utf-8" else body.decode(encoding))
@@ -185,7 +185,7 @@ def _in_json(body: bytes) -> _Names:
     raise invalid(f"The request body {problem}.", code="invalid_json")
 
 
-_MAX_PARTS = 1000  # as Starlette, which reads the body next, in vLLM
+_MAX_PARTS = 1000  # the limit of Starlette, with which vLLM reads the body next
 
 
 def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
@@ -208,7 +208,7 @@ def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
         if header_name.lower() == b"content-disposition":
             in_model = parse_options_header(header_value)[1].get(b"name") == b"model"
             if in_model:
-                found.clear()  # of several, the last one counts, as it does for vLLM
+                found.clear()  # of several the last one counts, as in vLLM
         header_name = header_value = b""
 
     def on_part_data(data: bytes, start: int, end: int) -> None:

@@ -1,9 +1,9 @@
 """The cold-start queue: where calls wait for a model without a live replica.
 
-One waiter per model asks Serve; the others queue first-in, first-out on a lock. Serve counts who
-waits for a deployment without replicas, and starts one for one waiter as for many. Serve may also
-never answer (its controller is away, or the replica that it asks), so the gateway's own list of
-replicas and the directory are watched meanwhile.
+One waiter per model asks Serve; the others queue first-in, first-out on a lock. One waiter is
+enough: Serve starts the first replica of a deployment as soon as anyone waits for it. Serve may
+never answer (its controller or the replica that it asks hangs). So the waiter also watches the
+gateway's own list of replicas and the directory.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class ColdStartQueue:
         self._board = board
         self._timeout_s = timeout_s
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """By model. The holder takes long only where there is no live replica."""
+        """By model. A call holds the lock for long only while there is no live replica."""
 
     async def live(self, model: Model) -> Sequence[Replica]:
-        """The model's live replicas, at least one; woken first if it is scaled to zero.
+        """The model's live replicas, at least one. Starts one if the model is scaled to zero.
 
         Raises:
-            GatewayError: 503 where it cannot start, or does not in time; 404 where it is removed.
+            GatewayError: 503 where none can start, or none does in time; 404 for a removed model.
         """
         with contextlib.suppress(TimeoutError):
-            # Also whoever comes while replicas are live takes the lock: a lock is first come,
-            # first served, so nobody overtakes those whom it is being passed on to.
+            # Every call takes the lock, also while replicas are live. The lock is first-in,
+            # first-out, so a new call cannot overtake those that waited for the start.
             async with asyncio.timeout(self._timeout_s), self._locks[model.name]:
                 return self._board.live(model.name) or await self._wake(model.name)
         latest = self._directory.find(model.name) or model
@@ -74,7 +74,7 @@ class ColdStartQueue:
             asking.cancel()
 
     async def _ask_serve(self, name: str) -> Replica:
-        """The first live replica that Serve has."""
+        """Wait until Serve names a replica that the board does not avoid."""
         while True:
             try:
                 async with self._directory.handle(name).choose_replica() as chosen:
@@ -86,5 +86,5 @@ class ColdStartQueue:
             replica = self._board.add(name, chosen.replica_id, found["host"], found["port"])
             if replica is not None:
                 return replica
-            # Either Serve has not noticed yet that it is dead, or it is not.
+            # The board avoids this replica: it is dead and Serve has not noticed, or it recovers.
             await asyncio.sleep(0.1)

@@ -1,8 +1,8 @@
-"""Which models there are: found in what Serve's controller reports, nowhere else.
+"""The models that there are, read from the report of Serve's controller alone.
 
-The controller's details (what ``serve status`` reads) hold every application's status and
-its deployed config, ``args`` included, also while a model is starting or scaled to zero. So
-a model that is deployed, changed or removed shows up here without a restart of the gateway.
+The report (which ``serve status`` reads too) has every application's status and its deployed
+config, ``args`` included, also while a model is starting or scaled to zero. So the directory
+follows each deployment, change and removal without a restart of the gateway.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
-"""Seconds between two looks at the controller; a new model is listed within about that."""
+"""Seconds between two looks at the controller. A new model is listed after about as long."""
 
 _GONE = ("DELETING", "NOT_STARTED")
 
@@ -55,7 +55,7 @@ class Model:
     """Serve's ApplicationStatus."""
 
     message: str
-    """Why it is not running, or not as it was deployed, in one line; empty while all is well."""
+    """Why it does not run, or not with the settings deployed last, in one line; else empty."""
 
     ids: tuple[str, ...]
     adapters: tuple[str, ...]
@@ -69,7 +69,7 @@ class Model:
 
     starts: tuple[Start, ...]
     config: ModelConfig | None
-    """The last settings that could work; None where there were none yet."""
+    """The last valid settings; None where there were none yet."""
 
     @property
     def up(self) -> bool:
@@ -77,7 +77,7 @@ class Model:
 
     @property
     def max_model_len(self) -> int | None:
-        """Tokens of one request, by the config; None where that leaves it to vLLM."""
+        """The config's limit on a request's tokens; None where vLLM decides."""
         given = self.config.engine.get("max_model_len") if self.config else None
         try:
             length = count(given, "max_model_len")
@@ -101,7 +101,7 @@ class Directory:
         self._phases: dict[str, progress.Phase] = {}
 
     async def run(self) -> None:
-        """Refresh for ever; while the controller cannot answer, what is known stays."""
+        """Refresh for ever. While the controller does not answer, the last state stays."""
         while True:
             await asyncio.sleep(REFRESH_S)
             try:
@@ -128,16 +128,16 @@ class Directory:
             self._phases = await asyncio.to_thread(_phases, models.values(), self._phases)
 
     def starting(self, model: Model) -> list[dict[str, Any]]:
-        """Of each replica that does not run yet: what it is doing, and for how many seconds."""
+        """The phase of each starting replica, and the seconds since the phase began."""
         found = []
         for start in model.starts:
             phase = self._phases.get(start.replica, Phase("starting the process", start.since))
-            seconds = max(0, round(time.time() - phase.since))  # clocks of two nodes
+            seconds = max(0, round(time.time() - phase.since))  # two nodes' clocks may differ
             found.append({"replica": start.replica, "phase": phase.name, "seconds": seconds})
         return found
 
     def handle(self, name: str) -> DeploymentHandle:
-        """A Serve handle: the way to wait for a model without replicas, and to wake it."""
+        """A Serve handle, by which to wake a model that is scaled to zero and wait for it."""
         if name not in self._handles:
             self._handles[name] = serve.handle(DEPLOYMENT, name)
         return self._handles[name]
@@ -151,17 +151,17 @@ class Directory:
         return list(self._models.values())
 
     def ids(self) -> list[str]:
-        """Every id that a client can send, except those of models that failed to deploy.
+        """Every id that a client can send, without those of models that failed to deploy.
 
-        One whose update failed serves on with the replicas from before.
+        A model whose update failed is in it: its old replicas serve on.
         """
         return [id for id, model in self._by_id.items() if model.replicas or not model.broken]
 
 
 def _phases(models: Collection[Model], before: Mapping[str, Phase]) -> dict[str, Phase]:
-    """What starting replicas are doing, by id. Asks the GCS, so not in the event loop.
+    """The phases of starting replicas, by id. Blocks on the GCS: not for the event loop.
 
-    ``before`` is the last answer: what those have left that start no longer is deleted.
+    ``before`` is the previous result. Replicas in it that no longer start are deleted in the GCS.
     """
     try:
         starts = [start for model in models for start in model.starts]
@@ -178,7 +178,7 @@ def _phases(models: Collection[Model], before: Mapping[str, Phase]) -> dict[str,
 
 
 def _waits_for(model: Model) -> str | None:
-    """What a replica needs that no node has free at the moment."""
+    """Why the model's next replica cannot be placed now; None where it could be."""
     if model.config is None:
         return None
     return capacity.waiting_for(placement.of(model.config), capacity.nodes())
@@ -193,8 +193,8 @@ def _report(before: Model | None, now: Model) -> None:
 
 
 def _by_id(models: dict[str, Model]) -> dict[str, Model]:
-    # A name beats an alias, a working model beats a broken one; two that claim the same
-    # alias are refused when they are deployed, so this only decides what goes on meanwhile.
+    # A name beats an alias, and a working model beats a broken one. A deployment whose alias is
+    # taken is refused, so this only decides until that refusal.
     ordered = sorted(models.values(), key=lambda m: m.broken)
     by_id: dict[str, Model] = {m.name: m for m in models.values()}
     for model in ordered:
@@ -208,8 +208,8 @@ def read_details(
 ) -> dict[str, Model]:
     """The models among the applications of Serve's report.
 
-    Serve reports what was deployed, also where it was refused. A model whose settings cannot work
-    keeps those that it had in ``before``: its replicas, if any, serve by them.
+    The report shows the config deployed last, even if it was refused. A model with invalid settings
+    keeps those that it has in ``before``, because its replicas, if any, still run with them.
     """
     found: dict[str, Model] = {}
     for name, application in serve.applications(report).items():
@@ -240,7 +240,7 @@ def read_details(
 def _settings(
     name: str, given: dict[str, Any], before: Model | None
 ) -> tuple[ModelConfig | None, str]:
-    """What a model's replicas serve by, and what is wrong with what was deployed, if anything."""
+    """The settings that a model's replicas run with; the error in those deployed last, or ''."""
     try:
         return deployed(name, given), ""
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""The way of an admitted call: to one replica, and where that one fails, to another."""
+"""Sends an admitted call to one replica and, if that one fails, to another."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Dispatcher:
         self._relay = relay
 
     async def send(self, call: Call, answer: Answer, outcome: Outcome) -> int:
-        """Relay to one replica; where it fails before its first byte, once to another.
+        """Relay to one replica and, if it fails before its first byte, once to another.
 
-        One that sleeps has not failed: then it is the turn of those that are awake. Returns the
-        status that was sent.
+        A sleeping replica does not count as failed; replicas that are awake are tried next.
+        Returns the status that was sent.
 
         Raises:
-            GatewayError: no replica could be had, or what they had to answer was lost.
+            GatewayError: no replica was available, or their answers were lost.
         """
         name = call.model.name
         while True:
-            # Nothing may be awaited between the choice and the relay's counting it.
+            # No await between the choice and the relay's count of requests in flight.
             replica = self._policy.choose(await self._queue.live(call.model), call)
             try:
                 return await self._relay.send(replica, call.request, answer)

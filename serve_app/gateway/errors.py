@@ -9,7 +9,7 @@ from serve_app.errors import envelope
 
 
 class GatewayError(Exception):
-    """An answer that is an error. Raised anywhere in the gateway, sent in one place."""
+    """An error answer. Any part of the gateway may raise it; one place sends it."""
 
     def __init__(
         self,
@@ -27,13 +27,13 @@ class GatewayError(Exception):
         self._envelope = envelope(message, type, param=param, code=code)
 
     def body(self, path: str = "") -> bytes:
-        """The envelope as JSON; Anthropic's for Anthropic's route."""
+        """The envelope as JSON: OpenAI's, or Anthropic's on Anthropic's route."""
         if path.startswith("/v1/messages"):
             return json.dumps({"type": "error", **self._envelope}).encode()
         return json.dumps(self._envelope).encode()
 
     def sse_event(self, path: str) -> bytes:
-        """The error as a last server-sent event, in the dialect of the route."""
+        """The error as the last server-sent event, in the format of the route."""
         error = self._envelope["error"]
         if path.startswith("/v1/messages"):
             return b"event: error\ndata: " + self.body(path) + b"\n\n"
@@ -44,12 +44,12 @@ class GatewayError(Exception):
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> GatewayError:
-    """400: the client can change the request."""
+    """400: the client must change the request."""
     return GatewayError(400, message, "invalid_request_error", param=param, code=code)
 
 
 def unavailable(message: str, *, retry_after_s: int = 5) -> GatewayError:
-    """503: nothing wrong with the request; worth another try."""
+    """503: the request is valid and may be sent again."""
     return GatewayError(
         503,
         message,

@@ -1,9 +1,9 @@
-"""What runs before Serve's own HTTP code, around its proxies and the gateway's HTTP port.
+"""Middleware before Serve's own HTTP code, in its proxies and at the gateway's HTTP port.
 
 Serve decodes some headers as UTF-8 (``ray/serve/_private/proxy.py`` in
 ``setup_request_context_and_handle``, ``replica.py`` in ``_direct_ingress_asgi``), and answers a
-plain 500 where one is not. It tells everyone its routes. Neither request reaches the gateway. By
-another header a client keeps Serve from saying that the client has left.
+plain 500 where one is not UTF-8. It also shows its routes to everyone, at ``/-/routes``. Neither
+request reaches the gateway. By another header a client keeps Serve from saying that it has left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serve_app.gateway.errors import GatewayError
 def middlewares() -> list[Middleware]:
     """Called by Serve in each process that has an HTTP port for clients.
 
-    :func:`serve_app.config.environment.front` is what tells it to.
+    :func:`serve_app.config.environment.front` sets the variable that names this function.
     """
     return [Middleware(Front)]
 
@@ -28,7 +28,7 @@ _DISCONNECT_DISABLED = b"x-request-disconnect-disabled"
 
 
 class Front:
-    """ASGI middleware: headers that Serve can read, and nothing about its routes."""
+    """ASGI middleware: makes headers decodable for Serve, and hides Serve's routes."""
 
     def __init__(self, app: Any) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""What the gateway measures. Ray exports it on every node, with ``ray_`` before each name."""
+"""The gateway's metrics. Ray exports them on every node, with ``ray_`` before each name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models as clients see them: found by an id, or not."""
+"""Finds a model by the id that a client sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def find(directory: Directory, id: str) -> Model:
     """The model that answers to ``id``.
 
     Raises:
-        GatewayError: 404 with the closest id, and some of those that there are.
+        GatewayError: 404 with the closest id and some of the existing ones.
     """
     model = directory.find(id)
     if model is not None:

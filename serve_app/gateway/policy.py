@@ -11,12 +11,12 @@ from serve_app.gateway.stages import Call
 
 
 class Policy(Protocol):
-    """Chooses among replicas; called once for each attempt, in the event loop."""
+    """Chooses a replica. Called once for each attempt, in the event loop."""
 
     def choose(self, live: Sequence[Replica], call: Call) -> Replica:
         """One of ``live``, which is never empty.
 
-        Replicas that failed a moment ago are not in it, nor those that sleep while one is awake.
+        ``live`` has no replica that failed a moment ago, and a sleeping one only if all sleep.
         """
         ...
 

@@ -1,8 +1,8 @@
-"""One request to one replica and its answer back, as bytes.
+"""Relays one request to one replica, and the answer back, as bytes.
 
-Nothing is decoded, batched or encoded again: what the replica sends is what the client
-gets, chunk by chunk, as fast as the client takes it. Of an event stream the client gets whole
-events only, so that a replica that dies in the middle of one leaves nothing that cannot be read.
+The relay does not decode, batch or encode again. The client gets the replica's chunks as they
+come, as fast as it takes them. Event streams are cut after whole events only, so that a replica
+that dies within an event leaves the client no half of it.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ logger = logging.getLogger("ray.serve")
 Headers = list[tuple[bytes, bytes]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-# RFC 9110 §7.6.1, and what the HTTP library on either side sets by itself.
+# Hop-by-hop headers (RFC 9110 §7.6.1), and those that the HTTP library on either side sets.
 _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
 _NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CREDENTIAL_HEADER,
                                  b"authorization", b"x-request-id",
-                                 # vLLM then adds the engine's load to its answer's headers.
+                                 # With it vLLM adds the engine's load to its answer's headers.
                                  b"endpoint-load-metrics-format"}  # fmt: skip
-# Serve puts these on every answer itself.
+# Serve sets these on every answer itself.
 _NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id", CREDENTIAL_HEADER}
-# Which web pages may ask is the gateway's to say (cors_allow_origins); vLLM allows all.
+# The gateway decides which origins are allowed (cors_allow_origins); vLLM allows all.
 _CORS = b"access-control-"
 
 
 @dataclass(frozen=True)
 class Request:
-    """A client's request, whole, as it will be sent to a replica."""
+    """A client's whole request, as it will be sent to a replica."""
 
     id: str
     method: str
@@ -54,7 +54,7 @@ class Request:
     headers: Headers
     body: bytes
     root_path: str = ""
-    """What clients write before each path, where a proxy in front strips it."""
+    """The prefix of every path for clients, which a proxy in front strips."""
 
     @property
     def path(self) -> str:
@@ -62,33 +62,33 @@ class Request:
 
 
 class Answer:
-    """The client's side of a request, and what became of it."""
+    """The answer on its way to the client, and how far it has come."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self.started_at: float | None = None
-        """``time.perf_counter`` at the first byte; None while nothing was sent."""
+        """``time.perf_counter`` at the first byte; None before it."""
 
         self.cut = False
-        """Whether the replica was lost when a part of its answer had been sent."""
+        """Whether the replica was lost after a part of its answer had been sent."""
 
     async def send(self, message: MutableMapping[str, Any]) -> None:
-        """Hand one ASGI message to the server; returns when the client can take more."""
+        """Hand one ASGI message to the server; return when the client can take more."""
         if self.started_at is None:
             self.started_at = time.perf_counter()
         await self._send(message)
 
 
 class NotStarted(Exception):
-    """The replica failed before it sent a byte of its answer: another one may have it."""
+    """The replica failed before the first byte of its answer; another one may be tried."""
 
 
 class Asleep(NotStarted):
-    """The replica has been put to sleep; nothing is wrong with it."""
+    """The replica refused the request because it was put to sleep. It has not failed."""
 
 
 class Relay:
-    """The connections of this gateway to all replicas, kept open between requests."""
+    """This gateway's pool of HTTP connections to all replicas."""
 
     def __init__(
         self, credential: bytes, connect_timeout_s: float, silence_timeout_s: float | None
@@ -104,7 +104,7 @@ class Relay:
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            # Two of these are all that one slow client can make the gateway hold.
+            # A slow client makes the gateway hold at most two of these buffers.
             read_bufsize=2**16,
         )
 
@@ -112,15 +112,15 @@ class Relay:
         await self._session.close()
 
     async def send(self, replica: Replica, request: Request, answer: Answer) -> int:
-        """Send the request to ``replica`` and what comes back to ``answer``; the status.
+        """Send the request to ``replica`` and its answer to ``answer``; return the status.
 
-        The answer's head is held back until its first byte of body is there, so that up to
-        then the request can still go to another replica.
+        The answer's head is held back until the first byte of the body has come. Until then the
+        request can still go to another replica.
 
         Raises:
             NotStarted: no byte of an answer came.
-            GatewayError: 504 for a replica that stays silent; 502 for one that is lost when a
-                part of its answer is sent, in which no error can be said.
+            GatewayError: 504 for a replica that stays silent; 502 for one that is lost within an
+                answer that cannot end with an error event.
         """
         events: _Events | None = None
         replica.inflight += 1
@@ -138,10 +138,10 @@ class Relay:
                     raise NotStarted(f"status {response.status}")
                 headers = _to_client(response.raw_headers, replica.base_url, request.root_path)
                 if "content-encoding" in response.headers:
-                    pass  # compressed: a document, whatever is in it
+                    pass  # compressed: relayed as it is
                 elif response.content_type == "text/event-stream":
                     events = _Events()
-                    # Its end may be an error of ours, which the replica did not count.
+                    # The stream may end with the gateway's error event, which this length lacks.
                     headers = [(k, v) for k, v in headers if k != b"content-length"]
                 elif response.status >= 400:
                     await _send_error(response, headers, request, answer)
@@ -168,8 +168,8 @@ class Relay:
             answer.cut = True
             lost = _lost()
             if events is None:
-                # The client was promised a length or a whole document: only a closed
-                # connection tells it that this is not it.
+                # The client expects a length or a whole document. Only a closed connection
+                # tells it that the answer is incomplete.
                 raise lost from error
             gap = b"\n\n" if events.torn else b""
             await answer.send(_body(gap + lost.sse_event(request.path), more=False))
@@ -179,10 +179,10 @@ class Relay:
 
 
 def _probed_socket(address: Any) -> socket.socket:
-    """A socket whose connection ends when the other node has not answered for 25 s.
+    """A socket whose connection fails after the other node's kernel was silent for 25 s.
 
-    A node that loses its power or network closes nothing: without a timeout of its own, what waits
-    for its answer would wait for ever. The kernel of a node that lives answers even while its
+    A node that loses its power or network closes no connection, so a request to it would wait for
+    ever. TCP keep-alive probes find it: the kernel of a live node answers them even while its
     engine is silent.
     """
     family, kind, protocol, *_ = address
@@ -191,7 +191,7 @@ def _probed_socket(address: Any) -> socket.socket:
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    # The same for what was sent and not acknowledged, where no probes are sent.
+    # The same for data not yet acknowledged: while there is some, no probes are sent.
     made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000)
     return made
 
@@ -201,7 +201,7 @@ _MAX_HELD = 2**20
 
 
 class _Events:
-    """Cuts a stream after whole events; vLLM writes whole ones, which pass as they are."""
+    """Cuts a stream after whole events. vLLM writes whole events, which pass without a copy."""
 
     def __init__(self) -> None:
         self.held = bytearray()
@@ -211,11 +211,11 @@ class _Events:
         """Whether an event too large to be held was sent on in part."""
 
     def take(self, chunk: bytes) -> bytes:
-        """What can be sent on now that ``chunk`` has come."""
+        """The bytes that can be sent on after ``chunk`` has come."""
         if not self.held and chunk.endswith(_EVENT_ENDS):
             self.torn = False
             return chunk
-        unseen = max(0, len(self.held) - 2)  # an end may have begun in what is held
+        unseen = max(0, len(self.held) - 2)  # an event's end may have begun in the held bytes
         self.held += chunk
         end = max(
             at + len(mark) if (at := self.held.rfind(mark, unseen)) >= 0 else 0
@@ -234,10 +234,10 @@ class _Events:
 async def _send_error(
     response: aiohttp.ClientResponse, headers: Headers, request: Request, answer: Answer
 ) -> None:
-    """An error of the replica, as it is where it is in an envelope, else in one.
+    """Send the replica's error: unchanged if it has an envelope, else wrapped into one.
 
-    FastAPI has a shape of its own for unknown routes and methods, and the server under it
-    answers in plain text. An error is small and comes at once, so it is read whole.
+    FastAPI answers unknown routes and methods in a shape of its own, and uvicorn in plain text.
+    Errors are small and come at once, so they are read whole.
     """
     body = sent = await response.read()
     try:
@@ -276,11 +276,11 @@ def _lost() -> GatewayError:
 
 
 def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
-    """What a failure means as long as the client has seen nothing."""
+    """The error to raise for a failure before the client got a byte."""
     if isinstance(error, aiohttp.ServerTimeoutError) and not isinstance(
         error, aiohttp.ConnectionTimeoutError
     ):
-        # It took the request and works on it; another replica would only do so again.
+        # The replica works on the request. A second replica would do the same work again.
         return GatewayError(
             504,
             "The model took longer than the gateway's request_timeout_s to answer.",
@@ -294,7 +294,7 @@ def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
 
 def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
     drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
-    # aiohttp writes headers as UTF-8, so that this is what keeps their bytes.
+    # aiohttp writes headers as UTF-8; this decoding preserves their bytes.
     kept = [
         (k.decode("latin-1"), v.decode("utf-8", "replace"))
         for k, v in request.headers
@@ -316,13 +316,13 @@ def _to_client(headers: Iterable[tuple[bytes, bytes]], base_url: str, root_path:
 
 
 def _from_here(location: bytes, base_url: bytes, root_path: bytes) -> bytes:
-    """A redirect within the replica, which clients can reach by the gateway only, as a path.
+    """Turn a redirect to the replica's own address, which clients cannot reach, into a path.
 
-    FastAPI answers a path with one slash too many by one to its own address.
+    FastAPI sends such a redirect for a path with one slash too many.
     """
     if not location.startswith(base_url + b"/"):
         return location
-    path = b"/" + location.removeprefix(base_url).lstrip(b"/")  # "//x" would be a host
+    path = b"/" + location.removeprefix(base_url).lstrip(b"/")  # "//x" would name a host
     return root_path + path
 
 

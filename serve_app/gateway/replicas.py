@@ -1,4 +1,4 @@
-"""The live replicas of every model: no call to Ray."""
+"""The live replicas of every model. A choice among them needs no call to Ray."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from serve_app import addresses
 
 AVOID_S = 3.0
-"""Seconds for which a replica that failed a request is not chosen.
+"""Seconds for which a replica that failed a request is avoided.
 
-Serve removes a dead replica within that time, and a live one (it closed an idle connection
-just when a request went out) gets requests again.
+Serve removes a dead replica within that time. A live replica, which closed an idle connection just
+when a request went out, gets requests again afterwards.
 """
 
 
@@ -23,10 +23,10 @@ class Replica:
     host: str
     port: int
     inflight: int = 0
-    """Requests that this gateway has running there."""
+    """This gateway's requests in flight at the replica."""
 
     asleep_until: float = 0.0
-    """By ``time.monotonic``; until then one that is awake is better."""
+    """By ``time.monotonic``; until then replicas that are awake are preferred."""
 
     @property
     def base_url(self) -> str:
@@ -34,13 +34,13 @@ class Replica:
 
 
 class Board:
-    """Replicas by application, as Serve last reported them, less those that failed since."""
+    """The replicas that Serve reported last, by application. Avoids those that failed since."""
 
     def __init__(self) -> None:
         self._replicas: dict[str, dict[str, Replica]] = {}
         self._avoid_until: dict[str, float] = {}
         self.max_model_len: dict[str, int] = {}
-        """By application, as its last replica said; kept while it is scaled to zero."""
+        """By application, as its replicas reported it last; kept while there are none."""
 
     def publish(
         self,
@@ -50,7 +50,7 @@ class Board:
     ) -> None:
         """Replace an application's replicas by ``{replica id: (host, port)}``.
 
-        ``max_model_len`` is what they say of it; without one the last stays.
+        ``max_model_len`` is what the replicas report; None keeps the last value.
         """
         if max_model_len:
             self.max_model_len[application] = max_model_len
@@ -68,32 +68,32 @@ class Board:
         self.max_model_len.pop(application, None)
 
     def avoid(self, replica: Replica) -> None:
-        """Do not choose it for a while; Serve takes longer to notice than a failed request."""
+        """Keep a replica that failed a request out of :meth:`live` for a few seconds."""
         self._avoid_until[replica.id] = time.monotonic() + AVOID_S
 
     def asleep(self, replica: Replica) -> None:
-        """Choose it for a while only where all are asleep."""
+        """Note that a replica sleeps: for a while it is live only if all others sleep too."""
         replica.asleep_until = time.monotonic() + AVOID_S
 
     def all_asleep(self, application: str) -> bool:
-        """Whether a request found each of its live replicas asleep a moment ago."""
+        """Whether requests found every live replica of an application asleep a moment ago."""
         now = time.monotonic()
         return all(r.asleep_until > now for r in self._not_avoided(application))
 
     def add(self, application: str, id: str, host: str, port: int) -> Replica | None:
-        """A replica that Serve named elsewhere; None where it is to be avoided."""
+        """Add a replica that a Serve handle named; None where it is avoided."""
         if self._is_avoided(id):
             return None
         replicas = self._replicas.setdefault(application, {})
         return replicas.setdefault(id, Replica(id, host, port))
 
     def application_of(self, replica: str) -> str | None:
-        """The application that has the replica of this id, live or avoided."""
+        """The application of the replica with this id, live or avoided."""
         having = (name for name, replicas in self._replicas.items() if replica in replicas)
         return next(having, None)
 
     def live(self, application: str) -> list[Replica]:
-        """Those that can be sent a request now: not avoided, and awake unless all are asleep."""
+        """Replicas to choose from: not avoided, and awake unless all are asleep."""
         live = self._not_avoided(application)
         if len(live) < 2:
             return live

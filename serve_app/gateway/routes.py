@@ -1,7 +1,7 @@
 """The routes of vLLM that clients reach through the gateway: these, and no others.
 
-vLLM has more. They act on the engine or show its inside, and are for operators; a test holds this
-list against all routes of the installed vLLM, so that someone decides about each new one.
+vLLM has more routes. They act on the engine or show its inside, and are for operators. A test
+compares this list with all routes of the installed vLLM, so that someone decides about new ones.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class Route:
 
     method: str
     path: str
-    """As OpenAPI has it: ``{name}`` stands for one segment."""
+    """In OpenAPI's form: ``{name}`` stands for one segment."""
 
     summary: str
     form: bool = False
-    """Whether its body is a multipart form; else it is a JSON object, if it has one."""
+    """Whether the body is a multipart form. Else it is a JSON object, if there is one."""
 
 
 RELAYED = (
@@ -64,7 +64,7 @@ RELAYED = (
 
 
 def _pattern(path: str) -> re.Pattern[str]:
-    # No dots alone: what a path would be tidied up into is not what was allowed.
+    # No segment of dots alone: vLLM's server could resolve it to a path that is not allowed.
     return re.compile(re.sub(r"\{\w+\}", r"(?!\\.\\.?(?:/|$))[^/]+", path))
 
 
@@ -75,9 +75,9 @@ _PATTERNS = [(_pattern(path), methods) for path, methods in _METHODS.items() if 
 
 
 def methods_of(path: str) -> list[str]:
-    """The methods by which clients reach ``path`` at a model; none where it is no route.
+    """The methods that clients may use on ``path``; empty where it is no route of a model.
 
-    One slash too many at the end is vLLM's to mend, by a redirect.
+    A path with one slash too many at its end counts: vLLM answers it with a redirect.
     """
     path = path.removesuffix("/")
     if found := _METHODS.get(path):
@@ -89,9 +89,9 @@ _UNDER_V1 = {path.removeprefix("/v1/") for path in _METHODS if path.startswith("
 
 
 def route_meant(path: str) -> str | None:
-    """The route that was probably meant by a path that is none.
+    """The route that an unknown path probably means.
 
-    Clients leave ``/v1`` out, or write more before it, where their base URL is wrong.
+    Clients with a wrong base URL leave ``/v1`` out, or write more before it.
     """
     tidy = "/" + "/".join(part for part in path.split("/") if part)
     route = tidy.rpartition("/v1/")[2].lstrip("/")
@@ -102,7 +102,7 @@ def route_meant(path: str) -> str | None:
 
 
 def no_route(method: str, path: str) -> GatewayError:
-    """404, with what was meant."""
+    """404, with the route that was probably meant."""
     meant = route_meant(path)
     hint = f"; did you mean {meant[:200]}?" if meant else ". GET /openapi.json lists all routes."
     return GatewayError(
@@ -114,7 +114,7 @@ def no_route(method: str, path: str) -> GatewayError:
 
 
 def not_allowed(method: str, path: str, allowed: list[str]) -> GatewayError:
-    """405, with the methods that the path has."""
+    """405, with the methods that the path allows."""
     methods = ", ".join(allowed)
     return GatewayError(
         405,

@@ -1,7 +1,7 @@
-"""What is done before a call is relayed and after it has ended, one stage per concern.
+"""Stages: hooks before a call is relayed and after it has ended, one stage per concern.
 
-Stages are hooks at both ends of a call. None stands between the replica and the client, so a
-chunk of an answer costs the same however many there are.
+A stage does not stand between the replica and the client. So a chunk of an answer costs the same
+however many stages there are.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class Caller:
 
 @dataclass(frozen=True)
 class Call:
-    """One request on its way: what every stage and policy may look at."""
+    """One request on its way, as stages and policies see it."""
 
     request: Request
     model: Model
     caller: Caller | None
-    """None where nobody has asked who it is."""
+    """None where no stage has identified the caller."""
 
     arrived: float
-    """``time.perf_counter`` when the whole request was there."""
+    """``time.perf_counter`` when the whole request had been read."""
 
     replica: str | None = None
     """The id of the only replica that can answer it; None where any can."""
@@ -44,7 +44,7 @@ class Call:
 
 @dataclass
 class Outcome:
-    """How a call ended. Filled in on its way, complete when a stage sees it."""
+    """How a call ended. Filled in along the way; complete when ``Stage.ended`` gets it."""
 
     end: Literal["answered", "refused", "lost", "left", "failed"] = "left"
     """``answered``: the replica's answer was sent whole, whatever its status. ``refused``: an
@@ -56,10 +56,10 @@ class Outcome:
     ``lost`` and 499 where the client ``left``, whatever status had been sent by then."""
 
     retries: list[str] = field(default_factory=list)
-    """What each replica did that failed before its first byte, where another one was tried."""
+    """One reason for each retry: what the replica did that failed before its first byte."""
 
     first_byte: float | None = None
-    """``time.perf_counter`` when the first byte of the replica's answer was sent; None without."""
+    """``time.perf_counter`` at the first byte of the replica's answer; None without one."""
 
     ended: float = 0.0
     """``time.perf_counter`` at the end."""
@@ -69,10 +69,10 @@ class Stage(Protocol):
     """One thing that is done for each call."""
 
     async def admit(self, call: Call) -> Call:
-        """Let the call pass, with what this stage found out about it; may wait.
+        """Admit the call; return it with what this stage found out about it. May wait.
 
         A stage that raises here, or is cancelled because the client went away, has not admitted
-        the call and is not told of its end.
+        the call, and its ``ended`` is not called.
 
         Raises:
             GatewayError: the answer that the client gets instead, such as 401 or 429.
@@ -80,7 +80,7 @@ class Stage(Protocol):
         ...
 
     def ended(self, call: Call, outcome: Outcome) -> None:
-        """The end of a call that this stage admitted: called exactly once, whatever happened.
+        """Called exactly once, however the call ended, if this stage admitted it.
 
         ``call`` is the one that ``admit`` returned. Must not raise.
         """
@@ -93,7 +93,7 @@ async def run(
     answer: Answer,
     relay: Callable[[Call, Outcome], Awaitable[int]],
 ) -> None:
-    """Have each stage in turn admit the call, then relay it; tell them, last one first, its end.
+    """Let each stage admit the call, relay it, then call ``ended`` on each, the last one first.
 
     ``relay`` returns the status of the answer that it sent.
 
@@ -111,7 +111,7 @@ async def run(
     except GatewayError as error:
         outcome.end, outcome.status = "refused", error.status
         raise
-    except Exception:  # not CancelledError: a client that goes away ends the task by it
+    except Exception:  # not CancelledError, which means that the client went away
         outcome.end, outcome.status = "failed", 500
         raise
     finally:

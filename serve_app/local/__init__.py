@@ -1,1 +1,1 @@
-"""``serve-app run``: one machine, which may be somebody else's too."""
+"""``serve-app run``, on one machine and beside whatever else runs there."""

@@ -1,4 +1,4 @@
-"""The address at which a server on this machine answers, and how it is asked."""
+"""The address at which the server on this machine answers, and requests to it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve_app import addresses
 from serve_app.config.document import Fleet
 from serve_app.errors import UserError
 
-# Nothing on this machine is behind a proxy, whatever HTTP_PROXY says.
+# Requests to this machine never use a proxy, whatever HTTP_PROXY says.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
@@ -29,7 +29,7 @@ class Endpoint:
 
     @classmethod
     def of(cls, fleet: Fleet) -> Endpoint:
-        """As Serve reads ``http_options``."""
+        """The endpoint of a config's ``http_options``, as Serve reads them."""
         return cls(fleet.host, fleet.port)
 
     @property
@@ -49,7 +49,7 @@ class Endpoint:
         return f"http://{addresses.join(self.host, self.port)}"
 
     def refuse_if_taken(self) -> None:
-        """Raises UserError where somebody listens, or the address is not this machine's."""
+        """Raise UserError if the port is taken or the address is not this machine's."""
         try:
             with socket.socket(addresses.family(self.bound)) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -75,10 +75,10 @@ class Endpoint:
         return f"{self.url} cannot be listened on: {error.strerror}; set http_options.host"
 
     def ready(self, run: str | None = None) -> dict[str, Any] | None:
-        """What GET /ready reports; None while nothing of ours answers.
+        """The report of ``GET /ready``; None while no gateway of this run answers.
 
-        ``run`` is the id that a gateway of ours was given
-        (:data:`serve_app.config.document.RUN_ID`): the answer of any other server is none.
+        ``run`` is the id that this run gave its gateway
+        (:data:`serve_app.config.document.RUN_ID`). The answer of any other server is ignored.
         """
         try:
             with _open(f"{self.url}/ready", timeout=5) as answer:
@@ -96,7 +96,7 @@ class Endpoint:
 
 
 def without_proxy(*hosts: str) -> dict[str, str]:
-    """``no_proxy`` with this machine in it, in both spellings, where there is a proxy at all."""
+    """``no_proxy`` and ``NO_PROXY`` with this machine added; empty if no proxy is set."""
     given = ",".join(os.environ.get(variable, "") for variable in ("no_proxy", "NO_PROXY"))
     names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
     if not urllib.request.getproxies_environment() or "*" in names:

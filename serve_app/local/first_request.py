@@ -1,4 +1,4 @@
-"""What ``serve-app run`` prints once the models are up: requests to copy and send as they are."""
+"""The requests, ready to copy, that ``serve-app run`` prints once the models are up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
         body = {
             "model": chat,
             "messages": [{"role": "user", "content": _QUESTION}],
-            "temperature": 0,  # a small model that samples soon talks nonsense, and for long
+            "temperature": 0,  # with sampling a small model soon generates nonsense, and much of it
         }
         lines += [
             f"curl -gs {base}/chat/completions -H 'content-type: application/json' \\",

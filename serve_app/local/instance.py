@@ -1,7 +1,7 @@
-"""What one ``serve-app run`` has to itself on a machine: a folder, and ports.
+"""A folder and ports of its own for each ``serve-app run`` on a machine.
 
-Ray would put everything under ``/tmp/ray`` and HAProxy's files into ``/tmp/haproxy-serve``, whoever
-runs it, and a second instance or a second user would find another's files in its way.
+By default Ray puts everything under ``/tmp/ray`` and HAProxy's files into ``/tmp/haproxy-serve``. A
+second instance, or a second user, would collide with the files of the first.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from serve_app.config import environment
 from serve_app.errors import UserError
 
 LONGEST = min(
-    # Ray's longest socket is that of a part of its dashboard.
+    # Ray's longest socket path is that of a part of its dashboard.
     107 - len("/ray/session_2026-11-26_06-11-12_123456_4194304/sockets/dash_MetricsHead"),
-    # HAProxy binds a temporary name, longer by 10; Serve puts the node's id before it.
+    # HAProxy binds a temporary name, 10 letters longer; Serve prefixes the node's id.
     107 - 10 - len(f"/{56 * 'f'}/metrics.sock"),
 )
-"""Characters that the folder's path may have: Unix sockets are made under it, and Linux takes 107
-for the path of one (unix(7))."""
+"""Most characters of the folder's path. Unix sockets are made in it, and Linux allows 107 for a
+socket's path (unix(7))."""
 
 _SHORT = ("/tmp", "/var/tmp", "/dev/shm")
 
 _KEEP_S = 7 * 86_400.0
-"""Seconds that the folder of an ended run, with its logs, is kept."""
+"""Seconds for which the folder of an ended run is kept, with its logs."""
 
 
 class Instance:
-    """A folder of this run's own, locked while it lives, and what its Ray is told.
+    """This run's folder, locked while the run lives, and the environment of its Ray.
 
-    ``folder`` is named by the port; it holds ``serve.log``, Ray's sessions and HAProxy's files.
+    ``folder`` is named by the port. It has ``serve.log``, Ray's sessions and HAProxy's files.
 
     Raises:
         UserError: another run has this port, or no folder with a short enough path can be written.
@@ -52,21 +52,21 @@ class Instance:
         self.folder = self._base / str(port)
         self.folder.mkdir(exist_ok=True)
         lock = _lock(self.folder)
-        if lock is None:  # it may be seconds from listening
+        if lock is None:  # the other run may be about to listen
             raise UserError(f"port {port} is another serve-app run's; choose another with --port")
         self._lock = lock
         _empty(self.folder, but=("lock",))
         self.log = self.folder / "serve.log"
 
     def environment(self) -> dict[str, str]:
-        """This process's environment, for a Ray of this run's own."""
+        """This process's environment, with changes for a Ray of this run's own."""
         defaults = {
-            # A Ray of its own stays on the loopback interface.
+            # This Ray stays on the loopback interface.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # Ray runs its workers at nice 15, behind whatever else the machine does.
+            # Ray's default, nice 15, starves its workers beside other processes.
             "RAY_worker_niceness": "0",
-            # Serve ends a proxy that is not up in three times 5 s, and `serve run` with it. On a
-            # slow or busy machine HAProxy's manager alone takes longer to import what it needs.
+            # Serve gives a proxy three times 5 s to come up, and then ends `serve run`. On a slow
+            # or busy machine the imports of HAProxy's manager alone take longer.
             "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
             **environment.front(),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
@@ -85,8 +85,8 @@ class Instance:
     def serve(self) -> list[str]:
         """The command ``serve`` of this Python.
 
-        Ray 2.60 puts the interpreter's path into a shell's command as it is
-        (``ray/_private/runtime_env/context.py``), where a space ends it: such a path gets a link.
+        Ray 2.60 puts the interpreter's path unquoted into a shell command
+        (``ray/_private/runtime_env/context.py``). A path with a space is replaced by a link.
         """
         python = Path(sys.executable)
         if shlex.quote(str(python)) != str(python):
@@ -97,7 +97,7 @@ class Instance:
         return [str(python), "-m", "ray.serve.scripts"]
 
     def _short_temporary_folder(self) -> dict[str, str]:
-        """vLLM and multiprocessing make sockets there too, with names of up to 40 characters."""
+        """TMPDIR: vLLM and multiprocessing make sockets in it, with names of up to 40 letters."""
         usual = _temporary_folder()
         if usual and len(usual) <= 107 - 40:
             return {}
@@ -105,7 +105,7 @@ class Instance:
         return {"TMPDIR": str(self.folder / "tmp")}
 
     def close(self, *, keep: bool) -> None:
-        """Give the folder up; without ``keep`` only the log stays in it."""
+        """Release the folder; without ``keep`` all but the log is deleted."""
         (self.folder / "config.yaml").unlink(missing_ok=True)  # models' env may hold secrets
         if not keep:
             _empty(self.folder, but=("lock", self.log.name))
@@ -123,17 +123,17 @@ def _empty(folder: Path, *, but: tuple[str, ...]) -> None:
 
 
 def _base() -> Path:
-    """This user's folder for all runs, where sockets can be made."""
-    name = f"sa-{os.getuid()}"  # ids have up to ten digits
+    """This user's folder for all runs, with a path short enough for sockets."""
+    name = f"sa-{os.getuid()}"  # up to ten digits
     for parent in (os.environ.get("RAY_TMPDIR"), _temporary_folder(), *_SHORT):
         base = Path(parent or "/nowhere") / name
-        # Ray puts paths into a shell's command as they are.
+        # Ray puts paths unquoted into shell commands.
         if len(str(base / "65535")) > LONGEST or shlex.quote(str(base)) != str(base):
             continue
         with contextlib.suppress(OSError):
             base.mkdir(mode=0o700, exist_ok=True)
             there = base.lstat()
-            # Not what another user has made in our place.
+            # Not a folder that another user made under this name.
             if stat.S_ISDIR(there.st_mode) and there.st_uid == os.getuid():
                 base.chmod(0o700)
                 tempfile.TemporaryFile(dir=base).close()
@@ -147,12 +147,12 @@ def _base() -> Path:
 def _temporary_folder() -> str | None:
     try:
         return tempfile.gettempdir()
-    except OSError:  # none that can be written
+    except OSError:  # no temporary folder is writable
         return None
 
 
 def _lock(folder: Path) -> int | None:
-    """Held as long as this process lives, whatever ends it; None where another has it."""
+    """Lock the folder for this process's life, however it ends; None if another process has it."""
     lock = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,21 +173,21 @@ def _forget_old(base: Path) -> None:
 
 
 def _home(base: Path) -> dict[str, str]:
-    """A home where there is none that can be written: Ray keeps its token there, vLLM its caches.
+    """A substitute for a home that is not writable: Ray keeps its token there, vLLM its caches.
 
-    What the real one has of the model hub stays in use.
+    The Hugging Face cache of the real home stays in use.
     """
     env = {}
     try:
         pwd.getpwuid(os.getuid())
-    except KeyError:  # a container's arbitrary user: getpass and others fail without a name
+    except KeyError:  # a container's arbitrary user id: getpass and others need a name
         env = {"USER": f"uid-{os.getuid()}", "LOGNAME": f"uid-{os.getuid()}"}
     home = Path(os.environ.get("HOME", ""))
     try:
         home = home if home.is_absolute() else Path.home()
         tempfile.TemporaryFile(dir=home).close()
         return env
-    except (OSError, RuntimeError):  # read-only, or a user without one
+    except (OSError, RuntimeError):  # read-only, or the user has none
         pass
     instead = base / "home"
     instead.mkdir(exist_ok=True)
@@ -199,7 +199,7 @@ def _home(base: Path) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    """Any: the usual ones, 9101 and 8404, may be another instance's, also one that just starts."""
+    """A free port. The usual ones, 9101 and 8404, may be another instance's that is starting."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The Ray cluster that somebody named on purpose with RAY_ADDRESS, and what it serves already."""
+"""The Ray cluster that RAY_ADDRESS names, and what it already serves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serve_app import addresses
 from serve_app.errors import UserError
 
 _PATIENCE_S = 60.0
-"""For a cluster whose port answers; Ray itself would go on trying for minutes."""
+"""Seconds that a cluster has to answer once its port does. Ray itself would try for minutes."""
 
 _ASK = """
 import json, ray
@@ -33,18 +33,18 @@ print(json.dumps([
 
 @dataclass(frozen=True)
 class NamedCluster:
-    """A cluster that is not ours: the address of its head, and Serve's options if it runs."""
+    """A cluster that this run did not start: its head's address, and its Serve's options if any."""
 
     host: str
     http_options: dict[str, Any] | None
 
 
 def named_cluster() -> NamedCluster | None:
-    """What RAY_ADDRESS names, or None where this run starts a Ray of its own.
+    """The cluster that RAY_ADDRESS names; None where this run starts a Ray of its own.
 
     Raises:
-        UserError: it does not answer, or serves something already: ``serve run`` would replace
-            that, and end it with Ctrl-C.
+        UserError: the cluster does not answer, or already serves something, which ``serve run``
+            would replace and Ctrl-C would end.
     """
     given = os.environ.get("RAY_ADDRESS", "").strip()
     if given in ("", "local"):
@@ -62,7 +62,7 @@ def named_cluster() -> NamedCluster | None:
 
 
 def recorded_address() -> str | None:
-    """What the last ``ray start`` on this machine wrote down; its cluster may be gone."""
+    """The address that the last ``ray start`` on this machine recorded; it may be stale."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     record = Path(folder) / "ray" / "ray_current_cluster"
     return record.read_text().strip() if record.is_file() else None
@@ -82,7 +82,7 @@ def _refuse_dead(given: str) -> None:
     if given == "auto":
         given = recorded_address() or ""
         if not given:
-            return  # Ray looks for one among the processes, and does not wait
+            return  # Ray looks among the processes, and does not wait
     found = addresses.split(given.rpartition("://")[2])
     if found is None:
         raise UserError(

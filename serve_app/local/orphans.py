@@ -1,9 +1,9 @@
-"""Processes that outlive a killed ``serve run``, and how they are told from all others.
+"""Finds and ends processes that outlived a killed ``serve run``.
 
 Ray's daemons, its HAProxy and vLLM's engines normally end with their parent. After a
-``kill -9`` of ``serve run`` some do not (Ray 2.60: HAProxy and two agents of each node). They
-are then children of process 1, and run from this environment's own folder, so no process of
-another installation, and none that still has its parent, is ever touched.
+``kill -9`` of ``serve run`` some do not (Ray 2.60: HAProxy and two agents of each node). Only
+processes that are children of process 1 and run from this environment's own folder are touched:
+none of another installation, and none that still has its parent.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def orphans() -> list[Orphan]:
 
 
 def _parent(entry: Path) -> int:
-    # The name in parentheses may hold spaces; the parent is the second field after it.
+    # The name in parentheses may contain spaces. The parent is the second field after it.
     return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
 
 
@@ -50,10 +50,10 @@ def _name_if_ours(entry: Path) -> str | None:
     first, _, _ = (entry / "cmdline").read_bytes().decode(errors="replace").partition("\0")
     home = str(Path(sys.prefix).resolve()) + os.sep
     if first.startswith(home):
-        # Not gcs_server, raylet or dashboard: those of `ray start` have no parent by design.
+        # Not gcs_server, raylet or dashboard: after `ray start` these have no parent by design.
         return "haproxy" if Path(first).name == "haproxy" else None
-    # Ray's workers and vLLM's processes rename themselves, and their title may lie where their
-    # environment was. So either that tells, or the libraries that they have loaded.
+    # Ray's workers and vLLM's processes rename themselves, which may overwrite their environment.
+    # So either the environment tells, or the libraries that they have loaded.
     if first.startswith(("ray::", "VLLM::")):
         first = first.split()[0]
         environment = (entry / "environ").read_bytes().decode(errors="replace")
@@ -65,7 +65,7 @@ def _name_if_ours(entry: Path) -> str | None:
 
 
 def end(found: list[Orphan], patience_s: float = 5.0) -> list[Orphan]:
-    """SIGTERM, then after ``patience_s`` seconds SIGKILL; those that were still there."""
+    """Send SIGTERM, after ``patience_s`` seconds SIGKILL; return those that were still there."""
     for orphan in found:
         _signal(orphan.pid, signal.SIGTERM)
     deadline = time.monotonic() + patience_s

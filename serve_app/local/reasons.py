@@ -1,6 +1,6 @@
 """Why ``serve run`` ended by itself, in one sentence.
 
-What is known of, with what to do about it; else the last exception that its log tells of.
+A known reason comes with a remedy. Any other is the last exception in the log.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 _SLOW = "The current node timed out during startup"
 
 _KNOWN = (
-    # (what the log says, what is told): Ray 2.60's and Python's own words.
+    # (pattern in the log, sentence): patterns are Ray 2.60's and Python's own words.
     (
         r"AF_UNIX path (?:length cannot exceed|too long)",
         "the folder for Ray's sockets has too long a path; set TMPDIR to a shorter one, as /tmp",
@@ -52,20 +52,20 @@ _MARKS = re.compile(r"\x1b\[[0-9;]*m|^\(\w[^)]*pid=\d+[^)]*\) ", re.M)
 
 
 def why_it_ended(status: int, log: Path | None) -> str:
-    """One sentence for ``serve run``'s exit ``status``; without a log it was on the terminal."""
+    """One sentence for ``serve run``'s exit ``status``. Without a log nothing more is known."""
     text = _MARKS.sub("", log.read_text(errors="replace")) if log else ""
     where = f" (its log is {log})" if log else ""
     return f"serve run ended by itself: {_reason(status, text)}{where}"
 
 
 def was_slow(log: Path | None) -> bool:
-    """Whether Ray gave up on itself, which a second start on a busy machine may mend."""
+    """Whether Ray's own start timed out. On a busy machine a second start may succeed."""
     return log is not None and _SLOW in log.read_text(errors="replace")
 
 
 def _reason(status: int, text: str) -> str:
     known = [(m, told) for pattern, told in _KNOWN for m in re.finditer(pattern, text)]
-    if known:  # what came last ended it; before that there are warnings too
+    if known:  # the last one ended it; earlier ones may be warnings
         match, told = max(known, key=lambda each: each[0].start())
         return told.format(next((group for group in match.groups() if group), ""))
     if status < 0:

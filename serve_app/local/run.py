@@ -1,4 +1,4 @@
-"""``serve-app run``: ``serve run`` with a readable start, and nothing left at the end."""
+"""``serve-app run``: ``serve run`` with a readable start, and no process left at the end."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def run(
     verbose: bool = False,
     check: bool = True,
 ) -> int:
-    """Run the config in the foreground until Ctrl-C; the exit status.
+    """Run the config in the foreground until Ctrl-C; return the exit status.
 
-    On a Ray of its own, unless RAY_ADDRESS names one. ``port`` takes the place of
+    It runs on a Ray of its own, unless RAY_ADDRESS names one. ``port`` replaces
     ``http_options.port``. Ray's and vLLM's own output goes to a log file, or to the terminal with
-    ``verbose``. Without ``check`` nobody looks whether what is to be loaded is there.
+    ``verbose``. Without ``check`` the models are not looked for before the start.
 
     Raises:
         UserError: the port is taken, there is nothing to load, RAY_ADDRESS names a cluster that is
@@ -57,7 +57,7 @@ def run(
     endpoint = _endpoint(fleet, cluster)
     for sentence in _notices(fleet, cluster):
         console.print(f"note: {sentence}", soft_wrap=True, markup=False, highlight=False)
-    if check and cluster is None:  # on another machine it may be there
+    if check and cluster is None:  # another machine may have other files
         weights.refuse_missing(fleet)
     instance = Instance(endpoint.port)
     ours = secrets.token_hex(8) if cluster is None else None
@@ -77,7 +77,7 @@ def run(
             serve = serve_process.start(fleet, instance, env, log)
             ready = _wait_until_ready(fleet, endpoint, ours, serve, stop, console, started)
         if ready:
-            told = how_to_ask(fleet, endpoint)  # never wrapped: it is to be copied
+            told = how_to_ask(fleet, endpoint)  # never wrapped, so that it can be copied
             console.print(told, soft_wrap=True, markup=False, highlight=False)
         while serve.poll() is None and not stop.asked:
             time.sleep(0.2)
@@ -91,16 +91,16 @@ def run(
 
 
 def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
-    """Where the server will answer.
+    """The address at which the server will answer.
 
     Raises:
-        UserError: somebody else's answers there already.
+        UserError: another server answers there already.
     """
     endpoint = Endpoint.of(fleet)
     if fleet.host == "::" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
         raise UserError(f"http_options.host is {V6_IS_V4}")
     if cluster is not None and cluster.http_options:
-        # Serve keeps to the options that it started with.
+        # A running Serve keeps the options that it started with.
         endpoint = Endpoint(cluster.http_options["host"], cluster.http_options["port"])
     elif cluster is None or is_here(cluster.host):
         endpoint.refuse_if_taken()
@@ -128,21 +128,21 @@ def _environment(instance: Instance, endpoint: Endpoint, ours: str | None) -> di
 
 
 class Terminal(Console):
-    """Standard output; where nobody reads it any more, the server goes on without it."""
+    """Standard output. The server goes on when nobody reads it any more."""
 
     def on_broken_pipe(self) -> None:
-        """Called by rich, whose own way is to end the process."""
+        """Called by rich on a broken pipe; rich's own version ends the process."""
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """As rich's, but a terminal that is gone (EIO) is none to end for."""
+        """As rich's, but a terminal that is gone (EIO) does not end the process."""
         with contextlib.suppress(OSError):
             super().print(*objects, **options)
 
 
 class _Stop:
-    """Ctrl-C, SIGTERM and a closed terminal, noted; a second one does nothing."""
+    """Notes Ctrl-C, SIGTERM or a closed terminal. A second signal has no effect."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -164,7 +164,7 @@ def _wait_until_ready(
     console: Console,
     started: float,
 ) -> bool:
-    """Say when each model is up; True when all are, False when asked to stop."""
+    """Report each model when it is up; True when all are, False when asked to stop."""
     told: set[str] = set()
     with console.status("starting Ray") as status:
         while serve.poll() is None and not stop.asked:
@@ -191,6 +191,6 @@ def _wait_until_ready(
 
 
 def _doing(name: str, model: dict[str, Any]) -> str:
-    """What the last of a model's replicas to start is doing."""
+    """The phase of the replica that started last."""
     starting = model.get("starting") or [{"phase": "loading"}]
     return f"{name}: {starting[-1]['phase']}"

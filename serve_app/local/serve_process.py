@@ -1,4 +1,4 @@
-"""The process ``serve run``: how it is started, and that nothing of it is left at the end."""
+"""Starts the process ``serve run``, and ends it with everything that it started."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def start(
     fleet: Fleet, instance: Instance, env: dict[str, str], log: Path | None
 ) -> subprocess.Popen[bytes]:
-    """Start it with the config and this environment; its output goes to ``log``, if any."""
-    # Written anew: --port is in it.
+    """Start ``serve run`` with this config and environment; its output goes to ``log``, if any."""
+    # A copy of the config, because --port changes it.
     config = instance.folder / "config.yaml"
     config.touch(mode=0o600)  # models' env may hold secrets
     config.write_text(yaml.safe_dump(fleet.document, sort_keys=False))
     command = [*instance.serve(), "run", str(config)]
     if RUN_ID in env:
-        # Never whatever Ray it finds on this machine: `serve run` would replace what runs there.
+        # Never another Ray on this machine: `serve run` would replace the applications there.
         command += ["--address", "local"]
         env.pop("RAY_ADDRESS", None)
     output = log.open("wb") if log else None
@@ -43,7 +43,7 @@ def start(
             stderr=subprocess.STDOUT if output else None,
             stdin=subprocess.DEVNULL,
             env=env,
-            # Ctrl-C in the terminal reaches only us; we pass it on, once.
+            # Ctrl-C in the terminal reaches this process only, which passes it on once.
             start_new_session=True,
             preexec_fn=_interrupt_when_parent_dies,
         )
@@ -53,14 +53,14 @@ def start(
 
 
 def _interrupt_when_parent_dies() -> None:
-    """If this command is killed, `serve run` gets the Ctrl-C that it would have passed on."""
+    """Have the kernel send `serve run` a Ctrl-C if this command is killed."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end(serve: subprocess.Popen[bytes], console: Console) -> None:
-    """Pass Ctrl-C on, and kill what is still there a minute later; all that it started ends."""
+    """Pass Ctrl-C on, and kill all that ``serve run`` started and is still there a minute later."""
     if serve.poll() is None:
         console.print("stopping")
         serve.send_signal(signal.SIGINT)
@@ -69,7 +69,7 @@ def end(serve: subprocess.Popen[bytes], console: Console) -> None:
         except subprocess.TimeoutExpired:
             serve.kill()
             serve.wait()
-    # What Ray started may need a moment to notice that its driver is gone.
+    # Ray's processes may need a moment to notice that their driver is gone.
     for _ in _moments(5.0):
         if not _in_session(serve.pid):
             break
@@ -86,7 +86,7 @@ def _moments(seconds: float) -> Iterator[None]:
 
 
 def _in_session(session: int) -> list[int]:
-    """Pids of the session that `serve run` led: all that it started and is still there."""
+    """Pids in the session of `serve run`: all that it started and is still there."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

@@ -1,7 +1,7 @@
-"""Whether what a config wants to load is there, asked before anything starts.
+"""Checks, before anything starts, that what a config wants to load is there.
 
-vLLM finds out after the imports and three starts, and then speaks of a hub that the user never
-meant: ``models/mine`` is a folder only for whoever stands beside it.
+vLLM finds out only after its imports and three starts, and then reports an error of the hub. The
+user may never have meant the hub: ``models/mine`` is a folder only in the right working directory.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _HUB_S = 5.0
 
 
 def refuse_missing(fleet: Fleet) -> None:
-    """Refuse a config with a model, tokenizer, adapter or template that is nowhere.
+    """Refuse a config with a model, tokenizer, adapter or template that does not exist.
 
     Raises:
-        ConfigError: the first one, and where it was looked for.
+        ConfigError: the first one that is missing, and where it was looked for.
     """
     for name, config in fleet.models.items():
         environment = os.environ | caches.downloads(config.cache_dir) | config.env
         if _is_on(environment, "VLLM_USE_MODELSCOPE") or "download_dir" in config.engine:
-            continue  # neither the hub nor its cache is what counts
+            continue  # loaded neither from the hub nor from its cache
         for setting, value in _named(config):
             if why := _missing(value, environment):
                 raise ConfigError(
@@ -40,21 +40,21 @@ def refuse_missing(fleet: Fleet) -> None:
 
 
 def _named(config: ModelConfig) -> Iterator[tuple[str, str]]:
-    """Every model or part of one that is named by a folder or a hub id."""
+    """Every model or part of one that a config names by a folder or hub id."""
     yield "model", config.model
     for key in ("tokenizer", "hf_config_path"):
         if isinstance(value := config.engine.get(key), str):
             yield f"engine.{key}", value
     draft = config.engine.get("speculative_config")
     value = draft.get("model") if isinstance(draft, dict) else None
-    if isinstance(value, str) and value.strip("[]") != "ngram":  # vLLM's word for no model at all
+    if isinstance(value, str) and value.strip("[]") != "ngram":  # a draft without a model
         yield "engine.speculative_config.model", value
     for adapter in config.adapters:
         yield f"the path of the adapter '{adapter.name}'", adapter.path
 
 
 def _missing(value: str, environment: Mapping[str, str]) -> str | None:
-    """Why ``value`` cannot be loaded, None where it may be."""
+    """Why ``value`` cannot be loaded; None where it perhaps can."""
     if "://" in value:
         return None
     path = metadata.as_folder(value)
@@ -63,7 +63,7 @@ def _missing(value: str, environment: Mapping[str, str]) -> str | None:
             return None if any(path.iterdir()) else f"the folder {path.absolute()} is empty"
         if path.exists():
             return None
-    except OSError as error:  # another user's
+    except OSError as error:  # another user's folder
         return f"it cannot be read ({error.strerror}); let this user read it, or correct it"
     nowhere = f"there is no folder {path.absolute()}"
     if metadata.is_path(value) and "/" in value:  # gpt2 is a hub id too
@@ -77,7 +77,7 @@ def _missing(value: str, environment: Mapping[str, str]) -> str | None:
 
 
 def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
-    """Why the hub does not have the model, None where it does."""
+    """Why the hub does not have the model; None where it does."""
     if _is_on(environment, "HF_HUB_OFFLINE") or _is_on(environment, "TRANSFORMERS_OFFLINE"):
         return "it is not in the cache, and HF_HUB_OFFLINE is set"
     said: list[str | None] = []
@@ -92,7 +92,7 @@ def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
             said.append(None)
         except GatedRepoError:
             said.append("it is gated; accept its terms on the hub and set HF_TOKEN")
-        except Exception as error:  # the hub's, its HTTP client's, a name that is no id
+        except Exception as error:  # of the hub, of its HTTP client, or for a name that is no id
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status in (401, 403, 404):
                 said.append("the hub has no such model, or a private one (then set HF_TOKEN)")
@@ -107,12 +107,12 @@ def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
 
 
 def _is_on(environment: Mapping[str, str], variable: str) -> bool:
-    """As huggingface_hub reads its own."""
+    """Whether a variable is on, as huggingface_hub reads its own variables."""
     return environment.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _missing_template(value: object) -> str | None:
-    """As vLLM tells a file from a template: by the characters that Jinja has."""
+    """Why a chat template cannot be read. As in vLLM, Jinja's characters mark it as no file."""
     if not isinstance(value, str) or set(value) & set("{}\n"):
         return None
     path = metadata.as_folder(value)

@@ -1,6 +1,6 @@
 """Checks of one model: its memory, precision, context length and parallelism.
 
-:func:`refuse` is the part that `serve-app run` waits for: what certainly cannot start.
+:func:`refuse` has the checks that `serve-app run` waits for: models that certainly cannot start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from serve_app.planner.vllm.memory import Plan
 def refuse(fleet: Fleet) -> None:
     """Refuse a config that certainly cannot work, before ``serve-app run`` starts anything.
 
-    Needs no network: a model whose metadata is not on this machine is let through.
+    Needs no network: a model whose metadata is not on this machine passes.
 
     Raises:
         ConfigError: the first model that cannot start, and what to change.
@@ -44,7 +44,7 @@ def refuse(fleet: Fleet) -> None:
 
 
 def undeployable(config: ModelConfig) -> str | None:
-    """What the model's application would refuse when it is built, or wait for in vain."""
+    """Why the model's application would refuse to be built, or wait for GPUs in vain."""
     try:
         placement.of(config)
         autoscaling.deployment_options(config)
@@ -113,8 +113,8 @@ _OFFLOADS = ("cpu_offload_gb", "cpu_offload_params", "offload_group_size", "offl
 def impossible(config: ModelConfig, model: Model) -> str | None:
     """Why the model could not start on any machine; None where it might.
 
-    Unlike :func:`checked`, only what no estimate enters: weights that are more than the GPU has,
-    but not activations or a KV cache that seem too large, nor what EC2 does not offer.
+    Unlike :func:`checked`, this uses no estimates. Weights that exceed the GPU are a reason;
+    estimated activations, the KV cache and EC2's offers are not.
     """
     arguments = choose.arguments_of(config)
     for why, remedy in parallelism.remedies(model.shape, defaults.parallelism(arguments)):
@@ -126,7 +126,7 @@ def impossible(config: ModelConfig, model: Model) -> str | None:
         gpu, _ = hardware.find(asked)
         plan = choose.plan_on(model, arguments, gpu)
     except UserError:
-        return None  # not in the planner's tables, which is no reason not to start
+        return None  # a GPU that the planner's tables lack may still be enough
     refused = choose.refusal(plan.engine.quantization, plan.engine, gpu)
     if refused or any(map(arguments.get, _OFFLOADS)):
         return refused
@@ -253,7 +253,7 @@ def _context(name: str, config: ModelConfig, plan: Plan) -> Iterator[Finding]:
             f"set it to {longest} or less",
         )
     elif not plan.fits:
-        return  # said under memory
+        return  # _memory_finding reports it
     elif not plan.groups:
         yield Finding("context length", "ok", name, f"{asked} tokens, no KV cache needed")
     elif plan.concurrency() < 2:

@@ -1,6 +1,6 @@
 """The smallest TP×PP that fits per GPU type, and the EC2 instances for it.
 
-"Smallest" is fewest GPUs; among equals tensor parallelism within one machine comes before
+"Smallest" means the fewest GPUs. Among equals, tensor parallelism within one machine comes before
 pipeline stages across machines, as vLLM advises (TP = GPUs per node, PP = nodes).
 """
 
@@ -26,7 +26,7 @@ from serve_app.planner.vllm.memory import Plan
 from serve_app.planner.vllm.sharding import Parallelism
 
 MAX_NODES = 4
-"""Machines that one replica may span while searching; more is asked for explicitly."""
+"""Machines that one replica may span in this search; a config may ask for more."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Machines:
     instance: Instance
     count: int
     stranded_gpus: int
-    """GPUs that are paid for and that this replica leaves idle."""
+    """GPUs of these machines that the replica leaves idle."""
     price: float | None
 
 
@@ -60,7 +60,7 @@ class RefusedInstance:
 
 
 def arguments_of(config: ModelConfig) -> dict[str, Any]:
-    """A config's engine arguments, with what its adapters imply (serve_app/replica/engine.py)."""
+    """A config's engine arguments, with LoRA on if it has adapters (replica/engine.py)."""
     arguments = dict(config.engine)
     if config.adapters:
         arguments.setdefault("enable_lora", True)
@@ -70,7 +70,7 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
 def plan_on(
     model: Model, arguments: dict[str, Any], gpu: GPU, parallel: Parallelism | None = None
 ) -> Plan:
-    """One plan, as the arguments say or split as ``parallel``; never fits where it cannot start.
+    """One plan, split as the arguments say or as ``parallel``. It never fits if vLLM cannot start.
 
     Raises:
         ConfigError: arguments that vLLM would refuse on any GPU.
@@ -90,7 +90,7 @@ def plan_on(
 
 
 def refusal(scheme: Quantization | None, engine: engine_module.Engine, gpu: GPU) -> str | None:
-    """Why vLLM would not run this precision on ``gpu`` at all, if so."""
+    """Why vLLM cannot run this precision on ``gpu``; None where it can."""
     if gpu.capability < 75:
         # Prebuilt vLLM has kernels from compute capability 7.5 on (CMakeLists.txt).
         return f"{gpu.name} (compute capability {gpu.capability / 10}) is too old for vLLM's wheels"
@@ -142,7 +142,7 @@ def _layouts(
 
 
 def per_gpu_type(model: Model, arguments: dict[str, Any]) -> list[Choice]:
-    """Every GPU type: what fits, by total GPU memory (a stand-in for price), then the refused."""
+    """A choice for every GPU type: those that fit by total GPU memory (a proxy for price) first."""
     choices = [smallest(model, arguments, gpu) for gpu in hardware.gpus().values()]
     return sorted(choices, key=lambda choice: (choice.plan is None, choice.total_memory_bytes))
 
@@ -159,7 +159,7 @@ class Lighter:
 
 
 def lighter(model: Model, arguments: dict[str, Any], gpu: GPU, gpus: int) -> list[Lighter]:
-    """Quantizations of an unquantized checkpoint that need fewer than ``gpus``."""
+    """The quantizations of a 16-bit checkpoint that need fewer GPUs than ``gpus``."""
     if model.shape.quantization is not None or arguments.get("quantization"):
         return []
     options = [
@@ -213,7 +213,7 @@ def machines(
                 )
             )
             continue
-        # Whole tensor groups per machine.
+        # A machine holds whole tensor-parallel groups.
         groups_per_node = instance.gpus // parallel.tensor
         groups = parallel.pipeline * parallel.data
         nodes = math.ceil(groups / groups_per_node)

@@ -1,4 +1,4 @@
-"""What a check found: a line of ``serve-app check`` and of ``serve-app validate``."""
+"""The result of a check: one line of ``serve-app check`` or ``serve-app validate``."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 Status = Literal["ok", "warn", "fail"]
-"""``fail`` cannot work; ``warn`` works and costs."""
+"""``fail``: it cannot work. ``warn``: it works, at a cost that the message names."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is right or wrong.
+    """One thing that a check found to be right or wrong.
 
-    ``check`` is its line of the checklist. ``about`` names the model, the application or the
-    file; in a manifest the field, with which ``message`` makes a sentence: ``Ingress/x: spec.y``
-    ``is missing``. ``fix`` says what to change where the message does not.
+    ``check`` is the checklist's line that it belongs to. ``about`` names the model, application or
+    file. For manifests ``about`` is the field, and makes a sentence with ``message``:
+    ``Ingress/x: spec.y`` ``is missing``. ``fix`` says what to change, if the message does not.
     """
 
     check: str

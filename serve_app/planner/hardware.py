@@ -1,7 +1,7 @@
 """GPUs and EC2 instances, from two tables kept as package data.
 
-``data/gpus.json`` has what CUDA reports and what vLLM decides by; ``data/ec2_gpu_instances.csv``
-the machines. Where the numbers come from stands in ``data/README.md``.
+``data/gpus.json`` has what CUDA reports of a GPU and the properties that vLLM decides by;
+``data/ec2_gpu_instances.csv`` has the machines. ``data/README.md`` names the sources.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class GPU:
-    """A GPU type. ``memory_bytes`` is what CUDA reports as total, below the nameplate."""
+    """A GPU type. ``memory_bytes`` is CUDA's total, which is below the nameplate."""
 
     name: str
     ec2_name: str | None
@@ -29,9 +29,9 @@ class GPU:
     capability: int
     """Compute capability times ten: 90 for Hopper."""
     ray_name: str | None
-    """What ``resources.accelerator_type`` calls it."""
+    """Its name in ``resources.accelerator_type``."""
     measured: bool = False
-    """Whether the memory model was calibrated on it."""
+    """Whether the planner's constants were measured on it."""
 
     @property
     def supports_bf16(self) -> bool:
@@ -106,7 +106,7 @@ def find(name: str) -> tuple[GPU, Instance | None]:
     """The GPU that a user names: a GPU type, Ray's name for one, or an EC2 instance type.
 
     Raises:
-        UserError: nothing is called that, with the closest name.
+        UserError: there is no such name; the error has the closest one.
     """
     instance = instances().get(name.lower())
     if instance is not None:
@@ -128,7 +128,7 @@ def with_accelerator(accelerator: str, where: str) -> tuple[Instance, ...]:
     """The instances with an accelerator, by Ray's name for it, fewest GPUs first.
 
     Raises:
-        ConfigError: no EC2 type has it, with the closest name that one has.
+        ConfigError: no EC2 type has it; the error has the closest name.
     """
     names = {gpu.ray_name: [gpu] for gpu in gpus().values() if gpu.ray_name}
     names["A100"] = [*names["A100-40G"], *names["A100-80G"]]

@@ -1,4 +1,4 @@
-"""From a config's model to what can be planned."""
+"""Loads the checkpoint metadata that a config's model names."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from serve_app.planner.vllm.memory import Plan
 
 
 def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
-    """A config's model and, where it speculates with another one, that one's metadata.
+    """The metadata of a config's model, and of its draft model if it has one.
 
-    ``offline`` takes only what is on this machine under the model's own name: an alias may be
-    any other model's.
+    ``offline`` uses only files on this machine, found by the model's own name: an alias could
+    belong to another model.
 
     Raises:
-        UserError: the model's metadata cannot be had; a draft's is left out instead.
+        UserError: the model's metadata cannot be had. A draft without metadata is left out instead.
     """
     aliases = () if offline else config.served_as
     model = metadata.load(config.model, also_known_as=aliases, offline=offline)
@@ -31,12 +31,12 @@ def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
     try:
         return replace(model, draft=metadata.load(draft.model, offline=offline))
     except UserError:
-        return model  # said in the report's notes
+        return model  # the report's notes say so
 
 
 def cpu_plan(model: Model, config: ModelConfig) -> Plan:
     """The plan of a model on vLLM's CPU engine."""
-    # Any GPU with bfloat16 and the small batch defaults, which the CPU engine has as well.
+    # A GPU with bfloat16 and the small batch defaults stands in: the CPU engine has both too.
     like = hardware.gpus()["A100-80G"]
     engine = engine_module.resolve(choose.arguments_of(config), model.shape, like)
     space = config.env.get("VLLM_CPU_KVCACHE_SPACE", str(memory.DEFAULT_CPU_KV_GIB))

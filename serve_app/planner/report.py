@@ -1,4 +1,4 @@
-"""A plan as a person reads it (tables, bars, a picture), and as a program does (JSON)."""
+"""A plan's report: tables, bars and a picture for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from serve_app.planner.model.tensors import PRECISION_BITS, parameter_bytes
 from serve_app.planner.vllm.memory import GPUMemory, Plan
 
 TIGHT_SHARE = 0.03
-"""A plan whose KV cache exceeds what one request needs by less than this share of the GPU is
-within the planner's own error; see docs/planner-accuracy.md."""
+"""A plan is tight if its KV cache exceeds the need of one request by less than this share of the
+GPU: that is within the planner's own error (docs/planner-accuracy.md)."""
 
-# Part of a GPU's memory, its name, its colour.
+# Each part of a GPU's memory: field of GPUMemory, name, colour.
 PARTS = (
     ("weights", "weights", "blue"),
     ("non_torch", "non-torch", "bright_black"),
@@ -35,7 +35,7 @@ PARTS = (
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known about one model: the plan as asked, and the choices around it."""
+    """One model's report: the plan as asked for, and the alternatives."""
 
     name: str
     plan: Plan
@@ -181,7 +181,7 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print the report: verdict, bar, numbers, then what else would do."""
+    """Print the report: verdict, bar, numbers, then the alternatives."""
     plan = report.plan
     console.print(_verdict(report))
     console.print()
@@ -244,7 +244,7 @@ def _verdict(report: Report) -> RenderableType:
 
 
 def bars(plan: Plan, *, width: int) -> RenderableType:
-    """One stacked bar per pipeline stage, of one GPU's memory; ``width`` characters at full."""
+    """A stacked bar of one GPU's memory for each pipeline stage, at most ``width`` characters."""
     lines: list[RenderableType] = []
     full = max(plan.stages[0].total, max(_used(stage) for stage in plan.stages))
     for index, stage in enumerate(plan.stages):

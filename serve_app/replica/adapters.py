@@ -24,7 +24,7 @@ class Adapters:
     """Keeps the engine's adapters equal to what the config lists.
 
     vLLM asks :meth:`resolve_lora` (its ``LoRAResolver`` interface) for an adapter that it does
-    not have, and lets the request wait for it; so a request that comes before the adapter is
+    not have, and the request waits for the answer. So a request that comes before its adapter is
     loaded loads it.
     """
 
@@ -35,9 +35,9 @@ class Adapters:
         serving_models.lora_resolvers.append(self)
 
     async def apply(self, adapters: list[Adapter]) -> None:
-        """Unload what is gone or moved, load what is new or has changed where it lies.
+        """Unload adapters that are gone or moved; load those that are new or whose files changed.
 
-        One that fails leaves the others.
+        An adapter that fails to load does not stop the others.
 
         Raises:
             UserError: the engine was started without LoRA.
@@ -78,7 +78,7 @@ class Adapters:
 
         request = LoadLoRAAdapterRequest(lora_name=name, lora_path=local)
         answer = await self._serving_models.load_lora_adapter(request)
-        # A request may have loaded it in the meantime, which is refused here.
+        # vLLM refuses an adapter that a request has loaded in the meantime.
         return "" if name in self._serving_models.lora_requests else str(answer.error.message)
 
     async def _unload(self, name: str) -> None:
@@ -89,13 +89,13 @@ class Adapters:
             if request is None:
                 return
             await self._llm.remove_lora(request.lora_int_id)
-            # vLLM tells cached blocks apart by the adapter's name: without this, another one of
-            # the same name would go on from this one's.
+            # vLLM's prefix cache knows adapters by name only. Without this reset, a new adapter of
+            # the same name would reuse KV blocks that the old one computed.
             await self._llm.reset_prefix_cache(reset_running_requests=True)
         logger.info(f"adapter '{name}' is unloaded")
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any | None:
-        """vLLM's question for an adapter by name; None for one that is not listed."""
+        """Load the adapter of this name for vLLM; None where the config does not list it."""
         from vllm.lora.request import LoRARequest
 
         path = self._wanted.get(lora_name)
@@ -104,17 +104,17 @@ class Adapters:
         try:
             path = await asyncio.to_thread(fetch, path)
         except UserError as error:
-            # vLLM cannot load the address either, and tells the client that this adapter is there
-            # but does not load. An exception here would be a 500 that says nothing.
+            # vLLM then tries the address itself, fails, and tells the client that the adapter
+            # exists but does not load. An exception here would be a 500 without a reason.
             logger.error(f"adapter '{lora_name}': {error}")
         return LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=path)
 
 
 def fetch(path: str) -> str:
-    """A local folder or hub id as it is; anything with a scheme (``s3://``) downloaded.
+    """Download an address with a scheme (``s3://``); return a local folder or hub id as it is.
 
-    What is there is looked at each time, and downloaded again where it has changed. While it
-    cannot be looked at, the last download will do.
+    Each call looks whether the remote files changed, and downloads them again if so. While the
+    store cannot be reached, the last download is used.
 
     Raises:
         UserError: the address cannot be read.
@@ -127,7 +127,7 @@ def fetch(path: str) -> str:
     try:
         system, remote = fsspec.core.url_to_fs(path)
         remote = remote.rstrip("/") + "/"
-        system.invalidate_cache()  # of its listings, which it keeps for ever
+        system.invalidate_cache()  # fsspec keeps listings for ever
         listed = sorted(system.find(remote, detail=True).items())
         target = versions / hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
         if not target.exists():
@@ -142,7 +142,7 @@ def fetch(path: str) -> str:
 
 
 def _download(system: Any, remote: str, target: Path) -> None:
-    """Into ``target``, which is there only when it is whole."""
+    """Download into ``target``, which appears only when the download is complete."""
     partial = _cache() / f"partial-{uuid.uuid4().hex}"
     try:
         system.get(remote, f"{partial}/", recursive=True)

@@ -1,4 +1,4 @@
-"""One vLLM engine, and what there is once for it, however many front ends send it requests."""
+"""One vLLM engine and what belongs to it once, however many front ends send it requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Nam
 
 
 class Engine:
-    """An AsyncLLM with its load and whether it sleeps. Ended by :meth:`stop`."""
+    """An AsyncLLM, its load, and whether it sleeps. :meth:`stop` ends it."""
 
     def __init__(self, llm: AsyncLLM, load: EngineLoad) -> None:
         self.llm = llm
@@ -62,7 +62,7 @@ class Engine:
 
     @classmethod
     def start(cls, args: Namespace) -> Engine:
-        """Load the model, in the event loop that will use it, which this blocks meanwhile.
+        """Load the model. Blocks the event loop, which must be the one that will use the engine.
 
         Args:
             args: of :func:`parse_args`.
@@ -82,7 +82,7 @@ class Engine:
             vllm_config,
             executor_class=executor_class(vllm_config, gang.member()),
             usage_context=UsageContext.OPENAI_API_SERVER,
-            # Ray's exporter carries vLLM's metrics to Prometheus; the second keeps /metrics.
+            # Ray's logger exports vLLM's metrics to Prometheus; vLLM's own one keeps /metrics.
             stat_loggers=[load.attach, RayPrometheusStatLogger, PrometheusStatLogger],
             log_requests=given.enable_log_requests,
             log_stats=not given.disable_log_stats,
@@ -92,12 +92,12 @@ class Engine:
 
     @property
     def dead(self) -> bool:
-        """Whether its processes have ended by themselves, for good."""
+        """Whether the engine's processes have ended by themselves. They do not come back."""
         return bool(self.llm.errored)
 
     @property
     def busy(self) -> bool:
-        """Whether it has requests that it should be making progress on."""
+        """Whether the engine has requests, so that it should be making steps."""
         return bool(self.llm.output_processor.has_unfinished_requests())
 
     async def stop(self) -> None:

@@ -1,11 +1,11 @@
 """vLLM's Ray executor on bundles that each hold a whole tensor-parallel group.
 
-``RayExecutorV2`` gives every rank a bundle of its own and refuses bundles of more than one GPU,
-yet all that it does with them is to start rank after rank at ``(placement group, bundle)``. Ray
-starts several one-GPU actors in one bundle just as well. So the two functions by which it finds
-ranks' bundles are replaced by ours, and everything else is vLLM's.
+``RayExecutorV2`` gives every rank a placement-group bundle of its own, and refuses bundles of more
+than one GPU. It only uses a bundle to start a rank's actor in it, though, and Ray can start several
+one-GPU actors in one bundle. So this module replaces the two functions that find the ranks'
+bundles. Everything else is vLLM's.
 
-Imported where the engine is built (it imports vLLM), and in EngineCore, which unpickles the class.
+The replica imports this module to build the engine; EngineCore, to unpickle the class.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from vllm.v1.executor.abstract import Executor
 from serve_app.cluster.placement import STAGES_ENV, stage_bundles
 
 FAILED_S = 3.0
-"""Seconds that EngineCore has to end by itself after a worker died."""
+"""Seconds after a worker's death in which EngineCore must have ended by itself."""
 
 
 def executor_class(vllm_config: Any, member: int = 0) -> type[Executor]:
-    """The executor for the engine of the replica that this process is.
+    """The executor class for this replica's engine.
 
     Give it to ``AsyncLLM(executor_class=...)`` in place of ``Executor.get_class``. For the Ray
-    executor it also tells the engine, through the environment, which bundles are its stages'.
+    executor it also sets the environment variable that lists the bundles of the engine's stages.
 
     Args:
         vllm_config: as ``create_engine_config`` made it, in the replica: it then holds the
@@ -44,7 +44,7 @@ def executor_class(vllm_config: Any, member: int = 0) -> type[Executor]:
     nodes = _nodes_of_bundles(parallel.placement_group)
     bundles = stage_bundles(nodes, parallel.pipeline_parallel_size, member)
     os.environ[STAGES_ENV] = ",".join(map(str, bundles))
-    # EngineCore connects to Ray by itself; without this it looks for a cluster of its own.
+    # EngineCore connects to Ray by itself. Without this it would look for another cluster.
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     return StageExecutor
 
@@ -60,11 +60,11 @@ class StageExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]
         super()._init_executor()
 
     def register_failure_callback(self, callback: Callable[[], None]) -> None:
-        """End EngineCore soon after a worker died, also when it is not there to be told.
+        """End EngineCore soon after a worker died, even while it is blocked in a step.
 
-        It learns of it from its queue of inputs. Where it waits for the step of a worker on
-        another node, that is minutes later (``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS``), and until
-        then no client gets a word.
+        EngineCore reads of the death in its input queue. While it waits for a step of a worker on
+        another node, it reads nothing for minutes (``VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS``), and
+        its clients wait as long.
         """
 
         def told() -> None:
@@ -79,7 +79,7 @@ class StageExecutor(ray_executor_v2.RayExecutorV2):  # type: ignore[misc]
 def _connect(parallel_config: Any, require_gpu_on_driver: bool = False) -> None:
     """Join the replica's cluster; its placement group is already in ``parallel_config``."""
     if not ray.is_initialized():
-        # Its workers' lines would come twice: the replica's driver has them already.
+        # The replica's own connection prints the workers' lines already.
         ray.init(runtime_env=parallel_config.ray_runtime_env, log_to_driver=False)
 
 

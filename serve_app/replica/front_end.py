@@ -34,13 +34,13 @@ class FrontEnd:
                 guard,
                 log_level="warning",
                 access_log=False,
-                # The gateway keeps connections open and is the one to close them, so that
-                # it never sends a request into a connection that is just being closed.
+                # The gateway closes idle connections, never this server: so the gateway cannot
+                # send a request into a connection that is just being closed.
                 timeout_keep_alive=3600,
                 backlog=4096,
                 server_header=False,
                 date_header=False,
-                # There is no proxy to believe: the gateway is the only client.
+                # The gateway is the only client, so no proxy's forwarding headers are trusted.
                 proxy_headers=False,
             )
         )
@@ -50,10 +50,10 @@ class FrontEnd:
     async def build(
         cls, engine: Engine, args: Namespace, credential: bytes, replica: str
     ) -> FrontEnd:
-        """Make a front end of an engine, for requests with this credential.
+        """Make a front end for an engine. It accepts requests that carry this credential.
 
         Args:
-            args: those that the engine was started with.
+            args: the engine's own arguments.
             replica: Serve's id of this replica.
         """
         app = await _build_app(engine.llm, args, replica)
@@ -76,15 +76,15 @@ class FrontEnd:
 
     @property
     def running(self) -> int:
-        """HTTP requests that are being answered at the moment."""
+        """Number of HTTP requests in flight."""
         return self._guard.running
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until no request is running, ``timeout_s`` seconds at most."""
+        """Wait until no request is in flight, ``timeout_s`` seconds at most."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         quiet = 0
-        # Gateways learn of the shutdown within moments of each other; a request that one of
-        # them sent before it knew must still find the port open.
+        # Gateways learn of the shutdown at slightly different times. A request that one of them
+        # sent before it knew must still find the port open.
         while quiet < 5 and asyncio.get_running_loop().time() < deadline:
             quiet = quiet + 1 if self.running == 0 else 0
             await asyncio.sleep(0.1)
@@ -108,7 +108,7 @@ async def _build_app(llm: Any, args: Namespace, replica: str) -> Any:
         responses.mark(serving, replica)
     paths = {getattr(route, "path", "") for route in app.routes}
     app.router.default = NoRoute(args.served_model_name[0], tasks, paths)
-    # vLLM's error handler stops the server through this when the engine dies; here the
-    # replica does that, for the whole process.
+    # vLLM's error handler uses this to stop the server of a dead engine. Here the replica ends the
+    # whole process instead (health.py).
     app.state.server = types.SimpleNamespace()
     return app

@@ -1,8 +1,8 @@
-"""Data-parallel ranks of one mixture-of-experts model: a gang of replicas that find each other.
+"""A gang: the replicas that are the data-parallel ranks of one mixture-of-experts model.
 
 Each rank is a Serve replica with an engine and an HTTP port of its own, so the gateway balances
-over ranks as over any replicas. Serve places the members of a gang all or none, in one placement
-group, and restarts them together. What is left to do is to tell every engine where rank 0 is.
+over ranks as over any replicas. Serve places all members of a gang or none, in one placement
+group, and restarts them together. This module tells every engine where rank 0 is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def member() -> int:
 
 
 async def join(stages: int, timeout_s: float) -> dict[str, Any]:
-    """The engine arguments that make this replica's engine a rank of its gang; none without one.
+    """The engine arguments that make this replica's engine a rank of its gang; ``{}`` without one.
 
     Args:
         stages: bundles of the placement group that each member has.
@@ -44,7 +44,7 @@ async def join(stages: int, timeout_s: float) -> dict[str, Any]:
     node_of = placement_group_table(get_current_placement_group())["bundles_to_node_id"]
     nodes = [node_of[bundle] for bundle in sorted(node_of)]
     rank = data_parallel_rank(nodes, stages, gang.rank)
-    # A gang that is restarted has a new id, so nobody finds the address of the one before.
+    # A restarted gang has a new id, so no member reads the address of the previous one.
     key = f"gang/{gang.gang_id}"
     if rank == 0:
         host = ray.util.get_node_ip_address()
@@ -66,12 +66,11 @@ async def join(stages: int, timeout_s: float) -> dict[str, Any]:
 
 
 async def drained(timeout_s: float) -> None:
-    """Say that this member has no request left, and wait until the others say it too.
+    """Announce that this member has drained, and wait until all others have announced it.
 
-    A member that never came up says it with ``timeout_s`` 0, so that nobody waits for it.
-
-    Every step of a mixture of experts takes all ranks, so one that ended early would take the
-    requests of the others with it.
+    Every step of a mixture of experts needs all ranks: a member that ended early would end the
+    requests of the others. A member that never came up calls this with ``timeout_s`` 0, so that
+    the others do not wait for it.
     """
     gang = serve.get_replica_context().gang_context
     if gang is None:

@@ -1,4 +1,4 @@
-"""Who may ask a front end, and when."""
+"""Lets only the gateway's requests reach a front end, and only while the replica can serve them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ASLEEP = envelope("This replica is asleep.", "server_error", code="model_asleep
 
 
 class Guard:
-    """ASGI middleware around everything: who may ask, when, and a count of running requests."""
+    """ASGI middleware around the whole app: checks the credential, refuses, counts requests."""
 
     def __init__(
         self,
@@ -56,9 +56,9 @@ class Guard:
             return
 
         async def send_unless_dead(message: Message) -> None:
-            # A dead engine answers 500 to everything, or an error event where the head of a
-            # stream is out already. This process is about to exit; saying nothing until then
-            # lets the gateway give what has no byte yet to another replica.
+            # With a dead engine vLLM answers 500, or an error event within a stream. This process
+            # is about to exit. Until then it sends nothing, so that the gateway can give requests
+            # without a first byte to another replica.
             if self._dead():
                 await asyncio.Event().wait()
             await send(message)

@@ -1,4 +1,4 @@
-"""A replica whose engine is dead or hangs ends itself, so that Serve replaces it at once."""
+"""Ends a replica whose engine is dead or hangs, so that Serve replaces it at once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from serve_app.replica.engine import Engine
 logger = logging.getLogger("ray.serve")
 
 FIRST_REQUEST_S = 300.0
-"""Seconds that an engine may go without a step until it has finished a request: what no warm-up
-covers is compiled and tuned then. vLLM gives up by itself after as long."""
+"""Seconds that an engine may take for a step before it has finished its first request. Kernels that
+the warm-up missed are compiled and tuned then. vLLM's own limit is as long."""
 
 _PERIOD_S = 0.2
 
 
 async def exit_with_engine(engine: Engine, hang_timeout_s: float) -> None:
-    """End this process as soon as the engine is dead, or busy without a step for so long.
+    """End this process when the engine is dead, or busy for ``hang_timeout_s`` without a step.
 
-    Serve replaces a replica whose process is gone at once, but only after three failed
-    health checks when it is still there.
+    Serve replaces a replica at once when its process is gone. While the process lives, Serve first
+    waits for three failed health checks.
     """
-    # Counted in turns of this loop: when this process itself gets no turn (the first request
-    # imports, the node is overloaded), that is no silence of the engine.
+    # Time is counted in turns of this loop. When this process itself does not run (the first
+    # request imports, the node is overloaded), the engine is not the one that is silent.
     silent, seen = 0.0, 0.0
     while True:
         await asyncio.sleep(_PERIOD_S)

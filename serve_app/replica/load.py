@@ -1,8 +1,8 @@
-"""What one engine is doing, for autoscaling, and a warning when its KV cache is too small.
+"""One engine's load, for autoscaling, and a warning when its KV cache is too small.
 
 vLLM hands statistics of every step to its stat loggers; :class:`EngineLoad` is one of them. It
-keeps the latest numbers for ``record_autoscaling_stats`` and watches for preemptions: requests
-that vLLM throws out of a full KV cache and computes again later, which it does without a word.
+keeps the latest numbers for ``record_autoscaling_stats`` and counts preemptions: requests that
+vLLM evicts from a full KV cache and computes again later. vLLM itself logs nothing of it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WINDOW_S = 60.0
 """Seconds over which preemptions are counted."""
 
 MANY_PREEMPTIONS = 10
-"""Preemptions within the window that are worth a warning."""
+"""Preemptions within the window from which on a warning is due."""
 
 QUIET_S = 600.0
 """Seconds between two warnings of one engine."""
@@ -71,24 +71,23 @@ class EngineLoad:
         self.last_step = clock()
         """When the engine last made a step, in the clock's seconds."""
         self.first_request_done = False
-        """Whether it has finished a request: until then a step may hold compilers up."""
+        """Whether it has finished a request. Until then kernels may be compiled within a step."""
 
         self._watch = PreemptionWatch()
 
     def attach(self, vllm_config: Any, engine_index: int = 0) -> EngineLoad:
-        """vLLM's factory of stat loggers: one engine, so one logger."""
+        """vLLM calls it as a factory of stat loggers; one engine has one logger, this."""
         self._config = vllm_config
         return self
 
     def stats(self, answering: int = 0) -> dict[str, float]:
         """What ``record_autoscaling_stats`` returns; see :mod:`serve_app.cluster.autoscaling`.
 
-        Requests ``running`` and ``waiting`` in the engine and, of the ``answering`` that its
-        front end has, those ``in_front_end`` alone (the first ones wait while vLLM imports what
-        it needs for them, others for a download or the tokenizer); its ``capacity``
-        (``max_num_seqs``),
-        ``kv_cache_usage`` (0 to 1), ``preemptions`` so far, and ``tokens_per_s`` generated since
-        the call before.
+        ``running`` and ``waiting`` are requests in the engine. ``in_front_end`` are those of the
+        ``answering`` requests that have not reached it: they wait for an import of vLLM's, an
+        adapter's download or the tokenizer. ``capacity`` is ``max_num_seqs``, ``kv_cache_usage``
+        goes from 0 to 1, ``preemptions`` are all so far, and ``tokens_per_s`` is the rate of
+        generation since the previous call.
         """
         now = self._clock()
         before, tokens = self._asked
@@ -114,7 +113,7 @@ class EngineLoad:
         self.last_step = self._clock()
         if scheduler_stats is not None:
             self._running = scheduler_stats.num_running_reqs
-            # Those skipped wait as well: for a grammar, an adapter or remote KV blocks.
+            # Skipped requests wait as well: for a grammar, an adapter or remote KV blocks.
             self._waiting = (
                 scheduler_stats.num_waiting_reqs + scheduler_stats.num_skipped_waiting_reqs
             )
@@ -130,13 +129,13 @@ class EngineLoad:
                 logger.warning(preemption_warning(self._model, count, self._running, limits))
 
     def log(self) -> None:
-        """vLLM calls it now and then to have something logged; there is nothing."""
+        """vLLM calls it at intervals to have statistics logged; this logger logs none."""
 
     def log_engine_initialized(self) -> None:
         """vLLM calls it once the engine runs."""
 
     def record_sleep_state(self, sleep: int, level: int) -> None:
-        """vLLM 0.29 calls it on its own loggers only; ``Engine.asleep`` is what knows."""
+        """vLLM 0.29 never calls it on loggers of users; ``Engine.asleep`` holds the state."""
 
 
 class PreemptionWatch:
@@ -152,7 +151,7 @@ class PreemptionWatch:
         self._warned = float("-inf")
 
     def add(self, preempted: int, now: float) -> int:
-        """The preemptions in the window where a warning is due, else 0."""
+        """The number of preemptions in the window if a warning is due, else 0."""
         self._recent.append((now, preempted))
         while self._recent[0][0] <= now - self._window_s:
             self._recent.popleft()
@@ -164,12 +163,12 @@ class PreemptionWatch:
 
 
 def preemption_warning(model: str, count: int, running: int, limits: Limits) -> str:
-    """One line on what preempts requests of ``model`` and which settings help.
+    """One line: why requests of ``model`` are preempted, and which settings help.
 
     Args:
         model: the model's id.
         count: preemptions within the last :data:`WINDOW_S` seconds.
-        running: requests that the engine runs now: about what its KV cache does hold.
+        running: requests that the engine runs now, about as many as its KV cache can hold.
         limits: the engine's settings.
     """
     holds = ""

@@ -1,4 +1,4 @@
-"""What a model server answers to a route that vLLM gave it none of."""
+"""The 404 of a model server for a route that its model does not have."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from starlette.websockets import WebSocketClose
 
 from serve_app.errors import envelope
 
-# What clients use a model by; vLLM gives each model those of its tasks.
+# The routes by which clients use a model. vLLM adds only those of the model's own tasks.
 _WORK = (
     "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings",
     "/v1/rerank", "/v1/score", "/classify", "/v1/audio/transcriptions", "/v1/audio/translations",
@@ -19,9 +19,9 @@ _WORK = (
 
 
 class NoRoute:
-    """The default of a FastAPI app's router: 404, with the tasks and routes that the model has.
+    """A FastAPI router's ``default``: 404, with the tasks and routes that the model has.
 
-    Most often it is a chat request to an embedding model; FastAPI's own says ``Not Found``.
+    The usual case is a chat request to an embedding model. FastAPI's own answer is ``Not Found``.
     """
 
     def __init__(self, model: str, tasks: Collection[str], paths: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Responses that vLLM stores get ids by which the gateway finds their replica again."""
+"""Marks the ids of stored responses with their replica, so that the gateway finds it again."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from serve_app.cluster.response_ids import made_by
 def mark(serving: Any, replica: str) -> None:
     """Let ``serving`` (vLLM's ``OpenAIServingResponses``) mark the ids that it makes.
 
-    vLLM takes a response's id from the request's ``request_id``, which it makes up where the client
-    sent none. One that the client chose stays as it is.
+    vLLM uses the request's ``request_id`` as the response's id, and makes one up where the client
+    sent none. An id that the client chose is not marked.
     """
     create = serving.create_responses
 

@@ -34,12 +34,12 @@ class ModelServer:
     """One replica: an engine, and its front end on an HTTP port that only the gateway may use."""
 
     _started = False
-    """Whether Serve has found this replica healthy: from then on it may have requests."""
+    """Whether Serve has found this replica healthy. From then on it can get requests."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
         lifeline.exit_with_parent()
         self._config = ModelConfig.model_validate(args)
-        # Before vLLM is imported, and here: what it needs depends on this node's cores.
+        # Before vLLM is imported, and in the replica: the variables depend on this node's cores.
         os.environ.update(environment(self._config))
         try:
             self._engine, self._front_end = await self._start()
@@ -64,7 +64,7 @@ class ModelServer:
         return engine, front_end
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """Where the gateway reaches this replica, and what it says of the model there."""
+        """For the gateway: this replica's address, and what the gateway tells of its model."""
         return {
             "host": self._front_end.host,
             "port": self._front_end.port,
@@ -75,8 +75,9 @@ class ModelServer:
         """Called by Serve at the start and when only ``user_config`` changed: no restart.
 
         Raises:
-            UserError: it cannot work. At the start only: Serve stops a replica for it, and one
-                that serves shall not end for a typo. The gateway says it (GET /ready).
+            UserError: the settings cannot work; raised at the start only. Serve stops a replica
+                that raises here, and a replica that serves must not end for a typo. ``GET /ready``
+                tells of it instead.
         """
         try:
             live = parse(LiveConfig, user_config, "user_config")
@@ -99,7 +100,7 @@ class ModelServer:
         return self._engine.load.stats(self._front_end.running)
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead. Serve's first call ends the start."""
+        """Raise when the engine is dead. With Serve's first call the start is over."""
         await self._engine.llm.check_health()
         self._started = True
 
@@ -112,8 +113,8 @@ class ModelServer:
         began = time.monotonic()
         await self._front_end.drain(self._config.graceful_shutdown_timeout_s)
         left = self._config.graceful_shutdown_timeout_s - (time.monotonic() - began)
-        with contextlib.suppress(Exception):  # without the GCS the engine must end as well
+        with contextlib.suppress(Exception):  # the engine must end, also without the GCS
             await gang.drained(left)
-        self._health.cancel()  # not before: nothing waits for an engine that dies in the meantime
+        self._health.cancel()  # only now: an engine that died in the drain must end it
         await self._front_end.close()
         await engine.stop()

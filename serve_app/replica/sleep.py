@@ -13,10 +13,10 @@ ACTIONS = ("sleep", "wake", "reset-prefix-cache")
 
 
 async def act(engine: Engine, front_end: FrontEnd, action: str) -> str:
-    """Do ``action`` on one engine; what to say about it.
+    """Do ``action`` on one engine; return what to tell the operator.
 
     Sleep is vLLM's level 1: the weights go to host memory, the KV cache is dropped. Level 2 drops
-    the weights too, and an engine that wakes from it speaks nonsense until they are loaded again.
+    the weights too, and an engine that wakes from it generates nonsense until they are reloaded.
     """
     llm = engine.llm
     if action == "sleep":
@@ -25,7 +25,7 @@ async def act(engine: Engine, front_end: FrontEnd, action: str) -> str:
         async with engine.sleep_lock:
             return await _sleep(engine, front_end)
     if action == "wake":
-        # Not while it falls asleep: vLLM would go on with that at its first idle moment.
+        # Never during `_sleep`: vLLM would fall asleep after all, at its first idle moment.
         async with engine.sleep_lock:
             await llm.wake_up()
             engine.asleep = False
@@ -39,14 +39,14 @@ async def act(engine: Engine, front_end: FrontEnd, action: str) -> str:
 async def _sleep(engine: Engine, front_end: FrontEnd) -> str:
     engine.asleep = True  # from now on new requests are refused
     try:
-        # vLLM would wait for those that run, and keep those that wait until it is woken.
+        # vLLM would finish the running requests, and hold the waiting ones until it is woken.
         await front_end.drain(DRAIN_S)
         if front_end.running:
             engine.asleep = False
             return f"not asleep: {front_end.running} requests still run; try again"
         await engine.llm.sleep(level=1)
     except BaseException:
-        await engine.llm.wake_up()  # it has stopped to schedule, however far it came
+        await engine.llm.wake_up()  # vLLM stopped scheduling, even if sleep failed
         engine.asleep = False
         raise
     return "asleep"

@@ -4,7 +4,7 @@ No cluster can run on the machines that run these tests, so this imitates what d
 bearer tokens, RBAC, discovery, plain 404 for unknown kinds against Status for missing objects,
 generations and resourceVersions, server-side apply with field ownership and conflicts, dry run,
 strict field validation and defaults from the real CRD, watches that end and expire, logs and the
-Service proxy. Real kubectl is run against it in test_kuberay_deploy.py, which is what keeps it
+Service proxy. Real kubectl is run against it in test_deploy.py, which is what keeps it
 honest. What it has not: admission, garbage collection, structural merge of keyed lists (every
 list is atomic, as the RayService CRD has it).
 

@@ -1,9 +1,9 @@
-"""The API server of a cluster, as little of it as deploying needs.
+"""A client for a cluster's API server, with the few verbs that deploying needs.
 
-Neither of KubeRay's Python clients knows RayService, so this is first-party. The official
-``kubernetes`` package does what is hard to get right: kubeconfig, EKS's exec credentials,
-in-cluster tokens, TLS. The requests themselves are plain REST over its connection pool, because
-server-side apply on custom kinds needs headers that the generated classes hide.
+It is our own because KubeRay's Python clients do not know RayService. The official ``kubernetes``
+package does what is hard to get right: kubeconfig, EKS's exec credentials, in-cluster tokens, TLS.
+The requests themselves are plain REST over its connection pool, because server-side apply on custom
+kinds needs headers that the generated classes hide.
 
 Every failure becomes a :class:`UserError` of one line that says what to do.
 """
@@ -22,7 +22,7 @@ import yaml
 from serve_app.errors import UserError, did_you_mean
 
 FIELD_MANAGER = "serve-app"
-"""Owner of every field that we apply, as the API server records it."""
+"""Our name as field manager: the API server records it as owner of each field that we apply."""
 
 _TIMEOUT_S = 30.0
 
@@ -66,15 +66,15 @@ KINDS = {
 
 
 class Conflict(UserError):
-    """Somebody else owns a field that we would change."""
+    """Another field manager owns a field that we would change."""
 
 
 class Forbidden(UserError):
-    """The credentials are good, but may not do this."""
+    """The credentials are valid, but not allowed to do this."""
 
 
 class Gone(Exception):
-    """A watch whose resourceVersion the API server no longer has: list again."""
+    """The API server no longer has a watch's resourceVersion: list again."""
 
 
 class APIServer:
@@ -86,7 +86,7 @@ class APIServer:
 
     @classmethod
     def connect(cls, kubeconfig: Path | None = None, context: str | None = None) -> APIServer:
-        """Credentials from the kubeconfig, or of the pod that this runs in.
+        """Connect with the kubeconfig's credentials, or with those of the pod that this runs in.
 
         Raises:
             UserError: there are none, or the context does not exist.
@@ -112,7 +112,7 @@ class APIServer:
             where = kubeconfig or "kubeconfig"
             raise UserError(f"{where}: cannot be read ({_first_line(str(error))})") from None
         except (ConfigException, TypeError, KeyError, AttributeError, ValueError) as error:
-            # Without a kubeconfig we may be a pod ourselves; a wrong context is the user's.
+            # Without a kubeconfig this may run in a pod. A wrong context is the user's error.
             if context is not None or kubeconfig is not None:
                 known = _contexts(kubeconfig)
                 if context is not None and known and context not in known:
@@ -127,7 +127,7 @@ class APIServer:
                     "no kubeconfig and not inside a cluster; run "
                     "aws eks update-kubeconfig --name CLUSTER"
                 ) from None
-        # Ours is the only retry: a broken address must not take a minute to be told.
+        # No retries below ours: a wrong address must be reported before a minute is over.
         configuration.retries = False
         return cls(kubernetes.client.ApiClient(configuration))
 
@@ -150,7 +150,7 @@ class APIServer:
         return [item for item in items if isinstance(item, dict)]
 
     def apply(self, document: Document, *, dry_run: bool = False, force: bool = False) -> Document:
-        """Server-side apply: the object as it is, or with ``dry_run`` would be, afterwards.
+        """Server-side apply. Returns the object as it then is, or with ``dry_run`` would be.
 
         Raises:
             Conflict: another manager owns a field that differs, and ``force`` is not set.
@@ -171,14 +171,14 @@ class APIServer:
         return self._checked("apply", kind, name, status, body)
 
     def create(self, document: Document) -> Document:
-        """Make a new object; its name must be free."""
+        """Create an object, whose name must be free."""
         kind, name = document["kind"], document["metadata"]["name"]
         path = _path(kind, document["metadata"].get("namespace"))
         status, body = self._send("POST", path, {}, json.dumps(document), "application/json")
         return self._checked("create", kind, name, status, body)
 
     def delete(self, kind: str, name: str, namespace: str | None = None) -> None:
-        """Delete an object; one that is gone already is no error."""
+        """Delete an object. It is no error if the object does not exist."""
         status, body = self._send("DELETE", _path(kind, namespace, name))
         if status != 404:
             self._checked("delete", kind, name, status, body)
@@ -186,9 +186,9 @@ class APIServer:
     def watch(
         self, kind: str, name: str, namespace: str, *, since: str, timeout_s: float
     ) -> Iterator[Document]:
-        """The object each time it changes after ``since`` (a resourceVersion).
+        """Yield the object at each change after ``since`` (a resourceVersion).
 
-        Ends after ``timeout_s`` seconds at the latest, and earlier when the server hangs up.
+        Ends after ``timeout_s`` seconds, or earlier if the server closes the connection.
 
         Raises:
             Gone: ``since`` is too old; get the object again.
@@ -233,7 +233,7 @@ class APIServer:
     def through_service(
         self, service: str, namespace: str, method: str, path: str, body: Any = None
     ) -> tuple[int, str]:
-        """An HTTP request to a Service by way of the API server: status and body.
+        """Send an HTTP request to a Service through the API server; return status and body.
 
         The API server gives up after a minute.
         """
@@ -275,7 +275,7 @@ class APIServer:
         headers = {"Accept": "application/json", "User-Agent": "serve-app"}
         if content_type and body is not None:
             headers["Content-Type"] = content_type
-        # Asks the exec plugin again when its token has expired.
+        # With an expired token this asks the exec plugin for a new one.
         self._api.update_params_for_auth(
             headers, [], ["BearerToken"], path, method, body, request_auth=None
         )
@@ -313,12 +313,12 @@ class APIServer:
             if rest:
                 yield rest.decode("utf-8", "replace")
         except (HTTPError, OSError):
-            return  # hung up: whoever watches asks again
+            return  # connection closed: the caller asks again
         finally:
             response.close()
 
     def _checked(self, verb: str, kind: str, name: str, status: int, body: str) -> Document:
-        """The object in an answer, or the error that it tells of."""
+        """The object in an answer; raises the error that the answer reports."""
         if 200 <= status < 300:
             try:
                 value = json.loads(body)
@@ -353,7 +353,7 @@ class APIServer:
 
 
 def _contexts(kubeconfig: Path | None) -> list[str]:
-    """The names of the contexts, or none where the file has none that can be read."""
+    """The names of the kubeconfig's contexts; empty if it cannot be read."""
     import kubernetes
 
     try:
@@ -377,7 +377,7 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
 
 
 def _is_status(body: str) -> bool:
-    """Whether it is Kubernetes' own kind of error; an unknown path gets plain text."""
+    """Whether a body is a Kubernetes ``Status``. The answer for an unknown path is plain text."""
     try:
         return bool(json.loads(body).get("kind") == "Status")
     except (ValueError, AttributeError):
@@ -392,5 +392,5 @@ def _message(body: str) -> str:
 
 
 def _first_line(text: str) -> str:
-    """A server's message on one line, without what repeats the verb."""
+    """A server's message on one line, without the part that repeats the verb."""
     return " ".join(text.split())[:600]

@@ -1,8 +1,8 @@
-"""What applying a RayService would do, told before it is done.
+"""Predicts the effect of applying a RayService.
 
-The rules are KubeRay's (``rayservice_controller.go``, 1.7): the hash of ``rayClusterConfig``
-without replica bounds, tolerations and a few others decides about a new cluster; groups appended
-at the end do not count; ``serveConfigV2`` is changed in place.
+The rules are KubeRay's (``rayservice_controller.go``, 1.7). A new hash of ``rayClusterConfig``,
+computed without replica bounds, tolerations and a few other fields, makes a new cluster. Groups
+appended at the end do not count. ``serveConfigV2`` is changed in place.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Kind = Literal["create", "none", "in place", "new cluster", "ignored"]
 
 @dataclass(frozen=True)
 class Change:
-    """The kind of change, and what changes, one line each."""
+    """The kind of change, and one line for each thing that changes."""
 
     kind: Kind
     changes: list[str]
     gpus: int = 0
-    """GPUs that must be free for it, beside those in use."""
+    """GPUs that must be free for the change, beyond those in use."""
 
     def __str__(self) -> str:
         what = {
@@ -44,7 +44,7 @@ class Change:
 
 
 def between(live: Document | None, wanted: Document) -> Change:
-    """Compare a live RayService with what it would be (the server's dry run, with defaults)."""
+    """Compare a live RayService with the wanted one (from the server's dry run, with defaults)."""
     if live is None:
         return Change("create", [], _gpus_of(wanted))
     models = list(_models(live, wanted))
@@ -70,7 +70,7 @@ def between(live: Document | None, wanted: Document) -> Change:
 
 
 def _gpus_of(document: Document) -> int:
-    """GPUs that the worker groups hold at their least."""
+    """GPUs that the worker groups hold at their minimum."""
     return sum(map(_gpus_of_group, _groups(document)))
 
 
@@ -82,7 +82,7 @@ def _gpus_of_group(group: Document) -> int:
 
 
 def _needed(wanted: Document, strategy: str) -> int:
-    """GPUs beside the running cluster's: all, or the surge; never less than a replica of each."""
+    """GPUs beyond the running cluster's: all again, or the surge, at least a replica per model."""
     if strategy != "NewClusterWithIncrementalUpgrade":
         return _gpus_of(wanted)
     options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
@@ -116,7 +116,7 @@ def _hashed(document: Document) -> Document:
 
 
 def _appended(live: Document, wanted: Document) -> list[str] | None:
-    """Names of groups added at the end, where that is the only change of the cluster."""
+    """Names of groups appended at the end, if that is the only change of the cluster."""
     before, after = _hashed(live), _hashed(wanted)
     old, new = before.pop("workerGroupSpecs", []), after.pop("workerGroupSpecs", [])
     if before != after or new[: len(old)] != old:
@@ -166,7 +166,7 @@ def _short(value: Any) -> str:
 
 
 def difference(live: Document | None, future: Document) -> str:
-    """A unified diff of the two as YAML, without what only the server writes."""
+    """A unified diff of the two as YAML, without fields that only the server writes."""
     before = _readable(live) if live else []
     name = f"RayService/{future['metadata']['name']}"
     return "".join(
@@ -179,7 +179,7 @@ def _readable(document: Document) -> list[str]:
     shown.pop("status", None)
     for key in ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation"):
         shown["metadata"].pop(key, None)
-    # As its own document: a diff of one quoted string helps nobody.
+    # Parsed: a diff of one quoted string would not be readable.
     config = shown["spec"].pop("serveConfigV2", "")
     text = yaml.safe_dump(shown, width=100, sort_keys=True)
     return [*text.splitlines(keepends=True), "# serveConfigV2\n", *config.splitlines(keepends=True)]

@@ -1,4 +1,4 @@
-"""Applying a fleet, and what that would do, by the API server's own dry run."""
+"""Applies a fleet, or previews that by the API server's own dry run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Document = dict[str, Any]
 def preview(
     server: APIServer, documents: list[Document], *, force: bool = False
 ) -> tuple[Change, Document | None, Document]:
-    """What applying would do, by the API server's own dry run: change, live object, future object.
+    """Preview an apply by the API server's dry run: the change, the live and the future object.
 
-    Nothing is changed. Where the namespace does not exist yet, the server cannot try what goes
-    into it, and the documents themselves stand for its answer.
+    Nothing is changed. In a namespace that does not exist yet the server cannot try anything; the
+    documents themselves then stand for its answer.
 
     Raises:
         UserError: the server refuses one of the documents, or lacks a kind.
@@ -28,7 +28,7 @@ def preview(
     namespace = service["metadata"]["namespace"]
     live = server.get("RayService", service["metadata"]["name"], namespace)
     if live is None:
-        server.list("RayService", namespace)  # says so when KubeRay is not installed
+        server.list("RayService", namespace)  # raises if KubeRay is not installed
     if server.get("Namespace", namespace) is None:
         return between(None, service), None, service
     future = service
@@ -49,7 +49,7 @@ def apply(
     """Apply all, record the revision, and return its number.
 
     Raises:
-        UserError: the server refuses one; those before it are applied.
+        UserError: the server refuses a document; those before it stay applied.
     """
     for document in documents:
         server.apply(document, force=force)

@@ -1,4 +1,4 @@
-"""Watching a RayService until every model answers."""
+"""Watches a RayService until every model answers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from serve_app.kuberay.live.target import Target
 Document = dict[str, Any]
 
 _SETTLE_S = 5.0
-"""Everything must run for this long: KubeRay reports the old models for a moment after a change."""
+"""Seconds for which all must run: just after a change KubeRay still reports the old models."""
 
 _LOOK_S = 10.0
-"""Between two looks at the pods while the RayService itself says nothing new."""
+"""Seconds between two looks at the pods while the RayService itself does not change."""
 
 
 def follow(target: Target, *, timeout_s: float, tell: Callable[[str], None]) -> None:
-    """Watch until every application runs and nothing is under way, telling what changes.
+    """Watch until every application runs and no change is under way; ``tell`` what happens.
 
     Raises:
-        UserError: it failed, with the reason; or the time is over, with what is missing.
+        UserError: the deployment failed, with the reason; or timed out, with what is missing.
     """
     deadline = time.monotonic() + timeout_s
     told: set[str] = set()
@@ -70,12 +70,12 @@ def _wait_for_change(target: Target, document: Document, timeout_s: float) -> No
             return
     except Gone:
         return
-    # The server may hang up at once (a proxy, a rolling control plane): do not spin.
+    # The server may close at once (a proxy, a rolling control plane): do not spin.
     time.sleep(max(0.0, min(1.0, timeout_s - (time.monotonic() - started))))
 
 
 def _with_reasons(target: Target, headline: str) -> str:
-    """One line: the headline, then the first reason that the cluster itself gives."""
+    """One line: the headline, and the first reason that pods or events give."""
     try:
         found = reasons.explain(target)
     except UserError:
@@ -87,10 +87,10 @@ def _with_reasons(target: Target, headline: str) -> str:
 def unanswered(target: Target, document: Document) -> list[str]:
     """The models that do not answer a real request through the Service, one line each.
 
-    A model that may be scaled to nothing is left alone: asking would wake it.
+    Models that may be scaled to zero are not asked, because a request would wake them.
 
     Raises:
-        Forbidden: these credentials may not use the API server's way to Services.
+        Forbidden: these credentials may not use the API server's proxy to Services.
     """
     silent = []
     for name, application in state.models_of(document).items():
@@ -98,7 +98,7 @@ def unanswered(target: Target, document: Document) -> list[str]:
         if (args.get("autoscaling") or {}).get("min_replicas") == 0:
             continue
         status, text = _ask(target, f"{_serve_service(document)}:serve", name)
-        # 401 and 403 of the gateway are an answer: it wants an API key, which we have not.
+        # 401 and 403 are answers too: the gateway wants an API key, which we do not have.
         if status not in (200, 401, 403) and not _has_no_such_route(status, text):
             silent.append(f"{name} answers HTTP {status}: {' '.join(text.split())[:200]}")
     return silent
@@ -107,12 +107,11 @@ def unanswered(target: Target, document: Document) -> list[str]:
 def _ask(target: Target, service: str, model: str) -> tuple[int, str]:
     """Status and body of the cheapest request that the model truly answers.
 
-    What a model is for is vLLM's to know: one that completes nothing says so, and is then asked
-    what every pooling model answers. One for speech has neither route; that it says so itself has
-    to do.
+    Only vLLM knows a model's tasks. A model without a completions route says so, and is then asked
+    for pooling. A speech model has neither route; its own answer that says so counts as an answer.
 
     Raises:
-        Forbidden: these credentials may not use the API server's way to Services.
+        Forbidden: these credentials may not use the API server's proxy to Services.
     """
     status, text = 0, ""
     for path, question in (

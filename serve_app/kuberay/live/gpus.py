@@ -1,4 +1,4 @@
-"""Whether a change gets its GPUs: idle ones on nodes, and those that Karpenter may still make."""
+"""Whether a change can get its GPUs: idle ones, and those of nodes that Karpenter may add."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _GPU = "nvidia.com/gpu"
 
 
 def check(server: APIServer, change: Change, *, force: bool, tell: Callable[[str], None]) -> None:
-    """Tell whether the GPUs for a change can be had.
+    """Tell whether there are enough GPUs for a change.
 
     Raises:
-        UserError: they cannot, it would be a second cluster, and ``force`` is not set.
+        UserError: there are not, the change makes a second cluster, and ``force`` is not set.
     """
     if not change.gpus:
         return
@@ -34,8 +34,8 @@ def check(server: APIServer, change: Change, *, force: bool, tell: Callable[[str
         f"it {needs}, but {idle + to_come} can be had ({how}); raise the NodePool's "
         "limits.nvidia.com/gpu"
     )
-    # A first deployment waits for its nodes and harms nobody; a second cluster that never comes
-    # up blocks every later change (kuberay#1476).
+    # A first deployment that waits for nodes does no harm. A second cluster that never comes up
+    # blocks every later change (kuberay#1476).
     if change.kind == "new cluster" and not force:
         raise UserError(
             f"{shortage}, choose upgrade.strategy None or NewClusterWithIncrementalUpgrade, or go "
@@ -45,10 +45,9 @@ def check(server: APIServer, change: Change, *, force: bool, tell: Callable[[str
 
 
 def _free(server: APIServer) -> tuple[int, int]:
-    """GPUs that are idle on nodes, and GPUs of nodes to come.
+    """The idle GPUs on nodes, and the GPUs of nodes that Karpenter may still add.
 
-    A NodePool's limit is what Karpenter may ask EC2 for, not what EC2 has: the second is an upper
-    bound.
+    The second number is an upper bound: a NodePool's limit does not say what EC2 has.
 
     Raises:
         Forbidden: these credentials may not list nodes, pods or NodePools.

@@ -1,4 +1,4 @@
-"""The logs of a fleet's replicas, by way of the log shipper in each pod."""
+"""The logs of a fleet's replicas, read from the log shipper in each pod."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stream(
 ) -> Iterator[str]:
     """``pod: line`` of every pod, or of the replicas of one model.
 
-    ``previous`` reads what Ray itself said before its container ended.
+    ``previous`` reads Ray's own output before its container last ended.
 
     Raises:
         UserError: there is no pod, or no such model.
@@ -71,13 +71,13 @@ def stream(
         else:
             shown += 1
             yield item
-    # A pod that is only starting has no log yet, which is no error beside those that have.
+    # A starting pod has no log yet. That is no error as long as other pods have one.
     if problems and not shown:
         raise problems[0]
 
 
 def readable(line: str, model: str | None) -> str | None:
-    """The text in a line of the shipper's; None for a line of another model."""
+    """The text in a line from the log shipper; None for a line of another model."""
     try:
         record: Any = json.loads(line)
         file, text = str(record.get("file") or ""), str(record["log"])
@@ -89,9 +89,9 @@ def readable(line: str, model: str | None) -> str | None:
 
 
 def _is_of(model: str, file: str) -> bool:
-    """Whether Serve names a model's log so: ``replica_<application>_<deployment>_<id>.log``.
+    """Whether a log file is a model's: ``replica_<application>_<deployment>_<id>.log``.
 
-    The id has no underscore, and what no file name may have in it becomes one.
+    The id has no underscore. Characters that file names cannot have become underscores.
     """
     name = re.sub(r'[^\x20-\x7E]|[<>:"/\\|?*]', "_", f"replica_{model}_{DEPLOYMENT}_")
     return re.fullmatch(f"{re.escape(name)}[^_]+", file.rpartition("/")[2]) is not None

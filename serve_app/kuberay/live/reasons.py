@@ -1,4 +1,4 @@
-"""Why a deployment does not come up: the pods' own words, and the cluster's warnings."""
+"""Why a deployment does not come up, from the pods' states and Kubernetes' warning events."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HINTS = {
 
 
 def pod_lines(target: Target) -> list[str]:
-    """How many pods of each group are where; one line a group."""
+    """One line for each group: how many of its pods are at which stage."""
     groups: dict[str, dict[str, int]] = {}
     for pod in target.pods():
         group = pod["metadata"]["labels"].get("ray.io/group") or pod["metadata"]["labels"].get(
@@ -37,7 +37,7 @@ def pod_lines(target: Target) -> list[str]:
 
 
 def stage_of(pod: Document) -> str:
-    """One word for where a pod is on its way to Ready."""
+    """The stage of a pod on its way to Ready, in a few words."""
     status = pod.get("status") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or []}
     if pod["metadata"].get("deletionTimestamp"):
@@ -75,7 +75,7 @@ def explain(target: Target) -> list[str]:
 
 
 def _trouble(pod: Document) -> str | None:
-    """What keeps a pod from being Ready; None where nothing does, or it is still early."""
+    """What keeps a pod from being Ready; None for a pod without trouble, or with none yet."""
     status = pod.get("status") or {}
     for condition in status.get("conditions") or []:
         if condition["type"] == "PodScheduled" and condition.get("status") == "False":

@@ -1,4 +1,4 @@
-"""What was deployed before, kept on the cluster: the source of a rollback.
+"""Earlier deployments, kept on the cluster for a rollback.
 
 Each deployment stores the RayService that it applied as a ControllerRevision, the kind that
 Kubernetes itself uses for this (StatefulSets, DaemonSets).
@@ -14,7 +14,7 @@ from serve_app.kuberay.live.target import Target
 from serve_app.kuberay.render.names import labels
 
 KEEP = 10
-"""Revisions that stay; older ones are deleted."""
+"""Number of revisions that are kept; older ones are deleted."""
 
 Document = dict[str, Any]
 
@@ -26,7 +26,7 @@ def history(target: Target) -> list[Document]:
 
 
 def record(target: Target, service: Document) -> int:
-    """Store what was applied, and return its number. The same again is not stored twice."""
+    """Store an applied RayService, unless it equals the latest revision; return its number."""
     name, namespace = target.name, target.namespace
     past = history(target)
     if past and past[-1]["data"] == service:
@@ -53,10 +53,10 @@ def record(target: Target, service: Document) -> int:
 
 
 def find(target: Target, number: int | None) -> Document:
-    """The RayService of a revision; without a number, the one before the last.
+    """The RayService of a revision; without a number, of the last but one.
 
     Raises:
-        UserError: there is none, with those that there are.
+        UserError: there is no such revision; the error lists those that exist.
     """
     past, name = history(target), target.name
     numbers = [int(revision["revision"]) for revision in past]

@@ -1,4 +1,4 @@
-"""What a RayService's status says, and when it means that every model answers."""
+"""Reads a RayService's status, and decides whether every application runs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class State:
     """A RayService at one moment."""
 
     seen: bool
-    """The operator has read the spec as it is now."""
+    """Whether the operator has seen the current spec."""
 
     active: str = ""
     pending: str = ""
     applications: dict[str, Application] = field(default_factory=dict)
     pending_applications: dict[str, Application] = field(default_factory=dict)
     conditions: dict[str, tuple[bool, str, str]] = field(default_factory=dict)
-    """Type -> whether it holds, reason, message."""
+    """By type: whether the condition holds, its reason, its message."""
 
     expected: list[str] = field(default_factory=list)
     """Applications of the config that was applied last."""
@@ -46,9 +46,9 @@ class State:
 
     @property
     def running(self) -> bool:
-        """Every expected application runs, and no change is under way.
+        """Whether every expected application runs and no change is under way.
 
-        KubeRay's own Ready only means that one endpoint exists.
+        KubeRay's own Ready means only that one endpoint exists.
         """
         return (
             self.seen
@@ -62,12 +62,12 @@ class State:
 
     @property
     def failure(self) -> str | None:
-        """Why it will not get better by waiting; None while it may."""
+        """Why waiting will not help; None while it may."""
         _, reason, message = self.conditions.get("Ready", (False, "", ""))
         if reason in ("InitializingTimeout", "ValidationFailed") and not self.holds("Ready"):
             return f"{reason}: {message}"
         if not self.seen:
-            return None  # the statuses are still those of the spec before
+            return None  # the statuses still belong to the previous spec
         where = self.pending_applications or self.applications
         for name, application in where.items():
             if application.status == "DEPLOY_FAILED":
@@ -115,7 +115,7 @@ def config_of(document: Document) -> dict[str, Document]:
 
 
 def models_of(document: Document) -> dict[str, Document]:
-    """Of these, the models."""
+    """The models among a RayService's applications, by name."""
     return {
         name: application
         for name, application in config_of(document).items()
@@ -138,7 +138,7 @@ def _applications(cluster: Document | None) -> dict[str, Application]:
 
 
 def _last_line(message: str) -> str:
-    """Of a traceback, the sentence at its end."""
+    """A message's last line; of a traceback, the sentence at its end."""
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
     text = lines[-1] if lines else "no message"
     return text if len(text) <= 300 else f"{text[:299]}…"

@@ -35,5 +35,5 @@ class Target:
         return document
 
     def pods(self) -> list[Document]:
-        """Its pods, those of a cluster that goes or comes too."""
+        """All its pods, also those of a second cluster during an upgrade."""
         return self.server.list("Pod", self.namespace, labels(self.name))

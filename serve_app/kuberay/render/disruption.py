@@ -1,4 +1,4 @@
-"""How many pods a drain may take at once."""
+"""PodDisruptionBudgets: how many pods a drain may evict at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from serve_app.kuberay.render.workers import WorkerGroup
 def budgets(
     fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup]
 ) -> list[dict[str, Any]]:
-    """KubeRay makes none (kuberay#5004): without them a drain takes every pod at once."""
+    """KubeRay makes no budgets (kuberay#5004). Without them a drain evicts every pod at once."""
     name = instance_name(fleet)
 
     def budget(suffix: str, selector: dict[str, str], allowed: Any) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def budgets(
     found = [
         budget(
             group.name,
-            # Labels that stay: ray.io/cluster changes with every upgrade.
+            # Not the label ray.io/cluster, which changes with every upgrade.
             labels(name, group.role) | {"ray.io/group": group.name},
             1,
         )

@@ -1,4 +1,4 @@
-"""A config and a profile become a folder of manifests that kustomize and kubectl take.
+"""Renders a config and a profile into a folder of manifests for kustomize and kubectl.
 
 ::
 
@@ -30,7 +30,7 @@ from serve_app.kuberay.render.workers import WorkerGroup, groups_of
 
 INCREMENTAL = "NewClusterWithIncrementalUpgrade"
 
-# The order in which they are applied: what the RayService refers to comes before it.
+# The order of application: objects that the RayService refers to come before it.
 _DEPLOYED = (
     "namespace.yaml",
     "serviceaccount.yaml",
@@ -44,7 +44,7 @@ _DEPLOYED = (
 
 
 def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
-    """Every file of the folder, its text by its path.
+    """The text of every file of the folder, by its path.
 
     Raises:
         ConfigError: the config cannot become a RayService, with what to change.
@@ -74,7 +74,7 @@ def render(fleet: Fleet, profile: ClusterProfile) -> dict[str, str]:
 
 
 def documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
-    """What `serve-app deploy` applies, in order: the base without comments.
+    """The objects that `serve-app deploy` applies, in order: the base, without comments.
 
     Raises:
         ConfigError: the config cannot become a RayService, with what to change.
@@ -84,15 +84,15 @@ def documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
 
 
 def node_documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
-    """What whoever runs the cluster applies for this fleet: the machines, without comments."""
+    """The fleet's node pools, which the cluster's operator applies; without comments."""
     nodes = _nodes(fleet, profile, _groups(fleet, profile))
     return [plain(document) for documents in nodes.values() for document in documents]
 
 
 def cluster_wide() -> dict[str, str]:
-    """What a cluster needs once, whatever fleets run on it: operator, storage, dashboards.
+    """The files that a cluster needs once for all fleets: operator, storage, dashboards.
 
-    The files are kept as package data; their text by their path.
+    They are kept as package data. Returns their text by their path.
     """
     root = resources.files("serve_app").joinpath("data", "cluster-wide")
     files = {f"{folder.name}/{f.name}": f for folder in root.iterdir() for f in folder.iterdir()}
@@ -168,7 +168,7 @@ def _overlays(
     ]
     if profile.redis is not None:
         cheaper.append({"op": "remove", "path": "/spec/rayClusterConfig/gcsFaultToleranceOptions"})
-    # The GatewayClass is the cluster's: two overlays would fight for it.
+    # The GatewayClass is cluster-scoped: two overlays would overwrite each other's.
     without = ("poddisruptionbudget.yaml", "ingress.yaml", "gateway-class.yaml")
     patches: list[Any] = [
         note(
@@ -240,7 +240,7 @@ def _kustomization(**settings: Any) -> dict[str, Any]:
 
 
 def write(files: dict[str, str], into: Path) -> list[Path]:
-    """Write the files, remove manifests of an earlier rendering, and return what changed.
+    """Write the files, remove those of an earlier rendering, and return the changed paths.
 
     Raises:
         ConfigError: the folder cannot be written to.
@@ -262,9 +262,9 @@ def write(files: dict[str, str], into: Path) -> list[Path]:
 
 
 def _stale(files: dict[str, str], into: Path) -> list[Path]:
-    """What this same rendering wrote before, and does not now: known by its first line.
+    """Files of an earlier rendering, known by their first line, that this one does not write.
 
-    Only the folders of this rendering are searched: one below may hold a rendering of its own.
+    Only this rendering's own folders are searched: a folder below may hold another rendering.
     """
     ours = {text.partition("\n")[0] for text in files.values() if text.startswith("# Rendered")}
     wanted = {into / name for name in files}

@@ -12,11 +12,11 @@ CPU_POOL = "serve-app-cpu"
 NODE_CLASS = "serve-app"
 
 _TERMINATION_GRACE = "3h"
-"""How long a node waits for its pods; longer than any pod's own grace period."""
+"""How long a draining node waits for its pods: longer than any pod's own grace period."""
 
 
 def node_pools(profile: ClusterProfile, instance_types: list[str]) -> list[dict[str, Any]]:
-    """The pools for a profile; ``instance_types`` are those that the worker groups can use."""
+    """The NodePools. ``instance_types`` are those that the worker groups can use."""
     prefix = profile.instance_label_prefix
     common = [
         {"key": "kubernetes.io/arch", "operator": "In", "values": ["amd64"]},

@@ -1,9 +1,8 @@
-"""What Prometheus scrapes, and when it calls someone.
+"""Prometheus: what it scrapes, and its alerts.
 
-vLLM and the gateway give their metrics to Ray, whose agent on each node exports them under
-names of its own (``ray_vllm_num_requests_running``). Relabeling gives them back the names that
-vLLM documents (``vllm:num_requests_running``), so that rules and dashboards written for vLLM
-work here, and a server that exports them directly needs no other.
+vLLM and the gateway hand their metrics to Ray. Ray's agent on each node exports them under names of
+its own (``ray_vllm_num_requests_running``). Relabeling restores the names that vLLM documents
+(``vllm:num_requests_running``), so that rules and dashboards written for vLLM work here too.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ _RELABELINGS = [
 
 
 def pod_monitors(name: str, namespace: str) -> list[dict[str, Any]]:
-    """One for every Ray node of the fleet, and one for what only the head has."""
+    """One PodMonitor for all Ray nodes of the fleet, and one for metrics that only the head has."""
 
     def monitor(suffix: str, selector: dict[str, str], endpoints: list[Any]) -> dict[str, Any]:
         return {
@@ -125,7 +124,7 @@ def prometheus_rules(fleet: Fleet, name: str, namespace: str) -> dict[str, Any]:
 
 
 def cold_models(fleet: Fleet) -> list[str]:
-    """Models that may have no replica: they are no reason to call anyone."""
+    """Models that may be scaled to zero. Their having no replica raises no alert."""
     return [
         name
         for name, model in fleet.models.items()
@@ -175,8 +174,8 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
     alerts = [
         _alert(
             "ServeAppModelHasNoReplica",
-            # Not `sum(...) == 0`: a replica that is gone has no series to sum. Status 3 is
-            # UPDATING, a first start, which may take its minutes.
+            # Not `sum(...) == 0`: without replicas there is no series to sum. Status 3 is
+            # UPDATING, a first start, which may take minutes.
             f"min by (application) (ray_serve_deployment_status{{{servers}}} != 3) "
             "unless on (application) sum by (application) "
             f"(ray_serve_deployment_replica_healthy{{{servers}}}) > 0",

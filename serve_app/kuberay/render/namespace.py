@@ -1,4 +1,4 @@
-"""The namespace, and what the pods find in it: identity, secrets, model cache."""
+"""The namespace, and in it the pods' identity, secrets and model cache."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def namespace(profile: ClusterProfile) -> dict[str, Any]:
         "kind": "Namespace",
         "metadata": {
             "name": profile.namespace,
-            # Not elbv2.k8s.aws/pod-readiness-gate-inject: KubeRay's Service selects GPU pods too,
-            # and those would wait for ever to become healthy targets.
+            # Without elbv2.k8s.aws/pod-readiness-gate-inject: KubeRay's Service selects GPU pods
+            # too, which would wait for ever to become healthy targets.
             "labels": {
                 "pod-security.kubernetes.io/enforce": note(
                     "baseline", "Our pods would pass restricted; KubeRay's Redis clean-up job not."
@@ -65,7 +65,7 @@ def cache_claim(profile: ClusterProfile) -> dict[str, Any]:
 
 
 def secrets_template(profile: ClusterProfile) -> list[dict[str, Any]]:
-    """The Secrets that must exist, without their values: not part of any kustomization."""
+    """The Secrets that must exist, without their values. No kustomization includes them."""
     wanted = [profile.hf_token, profile.redis.password if profile.redis else None]
     return [
         {

@@ -1,4 +1,4 @@
-"""How traffic gets in, and what else may reach the pods."""
+"""The ways in: ingress or Gateway API, and the network policies."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from serve_app.kuberay.render.names import ROLE_LABEL, instance_name, labels
 from serve_app.kuberay.render.profile import ClusterProfile
 
 HEALTH_PATH = "/-/healthz"
-"""Serve's proxy: 200 only while it has routes and is not draining."""
+"""A path of Serve's proxy: 200 only while the proxy has routes and is not draining."""
 
 GATEWAY_CLASS = "serve-app-alb"
 
 
 def why_unreachable(host: str) -> str | None:
-    """What is wrong with an ``http_options.host`` in pods; None where other pods reach it."""
+    """Why other pods cannot reach an ``http_options.host``; None where they can."""
     if host in ("0.0.0.0", ANY_IPV6):
         return None
     if host == "::":
@@ -98,7 +98,7 @@ def ingress(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
 
 
 def ingress_class(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
-    """The class `alb` on EKS Auto Mode, whose own controller comes without one."""
+    """The IngressClass `alb` for EKS Auto Mode, whose own controller comes without one."""
     group = profile.instance_label_prefix
     return [
         {
@@ -120,10 +120,10 @@ def ingress_class(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]
 
 
 def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
-    """The class from which KubeRay makes its Gateway, for incremental upgrades.
+    """The GatewayClass of KubeRay's Gateway, for incremental upgrades.
 
-    KubeRay writes the Gateway and the HTTPRoute itself, without any of these settings, so they
-    hang on the class (AWS Load Balancer Controller 3.0 or later).
+    KubeRay writes the Gateway and the HTTPRoute itself, without these settings. So the settings are
+    attached to the class (AWS Load Balancer Controller 3.0 or later).
     """
     attributes = {
         "deregistration_delay.timeout_seconds": str(min(3600, profile.ingress.request_timeout_s)),
@@ -186,7 +186,7 @@ def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
 
 
 def network_policies(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
-    """Only the endpoint is open; Ray's ports, the models' and the metrics stay inside."""
+    """Policies that open only the endpoint. Ports of Ray, models and metrics stay inside."""
     name = instance_name(fleet)
     everyone = {"matchLabels": labels(name)}
 

@@ -1,4 +1,4 @@
-"""The pods of a RayService: containers, environment, volumes, and the machines they go to."""
+"""The pods of a RayService: containers, environment, volumes, scheduling."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from serve_app.planner import hardware
 
 CACHE_PATH = "/models"
 SERVE_STOP_MARGIN_S = 15
-"""What ``serve_app.model`` adds to a model's own drain before Serve kills the replica."""
+"""Seconds that ``serve_app.model`` adds to a model's own drain before Serve kills the replica."""
 
 PROXY_DRAIN_S = 30
 """Serve's RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S."""
 
 HAPROXY = f"/opt/venv/bin/{haproxy.COMMAND}"
-"""In the image."""
+"""The path of HAProxy's stand-in, in the image."""
 
 LOG_SHIPPER_IMAGE = "cr.fluentbit.io/fluent/fluent-bit:4.0.3"
 
 
 def head_spec(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
-    """The head's pod: control only, on a machine that stays."""
+    """The head's pod: control plane only, on an on-demand or reserved machine."""
     size = {"cpu": str(profile.head.cpu), "memory": f"{profile.head.memory_gib}Gi"}
     container = {
         "name": "ray-head",
@@ -66,7 +66,7 @@ def head_spec(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
 
 
 def drain_s(fleet: Fleet, profile: ClusterProfile) -> int:
-    """Seconds that a pod's drain may take: a replacement's start, then the longest answer."""
+    """Seconds that a pod's drain may take: the replacement's start, then the longest answer."""
     longest = max(model.graceful_shutdown_timeout_s for model in fleet.models.values())
     if fleet.gateway is not None:
         longest = max(longest, fleet.gateway.graceful_shutdown_timeout_s)
@@ -79,7 +79,7 @@ def worker_spec(
     name = instance_name(fleet)
     drain = drain_s(fleet, profile)
     loads_models = group.role != "gateway"
-    # A gateway's pod has a core beside the gateway's for HAProxy and Ray.
+    # A gateway's pod has one core more than the gateway needs, for HAProxy and Ray.
     cores = group.cpu + 1 if group.role == "gateway" else group.cpu
     requests: dict[str, Any] = {"cpu": str(cores), "memory": f"{group.memory_gib}Gi"}
     limits: dict[str, Any] = {
@@ -105,8 +105,8 @@ def worker_spec(
         "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", _drain_script(drain)]}}},
     }
     if group.role == "gateway" or incremental:
-        # KubeRay's default readiness asks the proxy, which is right for whoever gets traffic.
-        # An incremental upgrade ignores serveService and sends to every pod with a proxy.
+        # KubeRay's default readiness probe asks Serve's proxy: right for pods that get traffic. An
+        # incremental upgrade ignores serveService and sends traffic to every pod with a proxy.
         container["ports"].insert(0, {"containerPort": fleet.port, "name": "serve"})
     else:
         container["readinessProbe"] = note(
@@ -136,10 +136,10 @@ def worker_spec(
 
 
 def _drain_script(drain_s: int) -> str:
-    """What a worker does before it is stopped: move its replicas, and wait until they are gone.
+    """A worker's ``preStop`` hook: move its replicas elsewhere, and wait until they are gone.
 
-    ``ray drain-node`` makes Serve start replacements elsewhere, and stop the replicas here once
-    these run. Without it SIGTERM would end the raylet, and with it every stream.
+    ``ray drain-node`` makes Serve start replacements, and stop this pod's replicas once those run.
+    Without it SIGTERM would end the raylet, and with it every stream.
     """
     return (
         "# Serve starts replacements elsewhere, then drains the replicas here.\n"
@@ -153,9 +153,9 @@ def _drain_script(drain_s: int) -> str:
 
 
 def _env(fleet: Fleet, profile: ClusterProfile, group: str | None) -> list[Any]:
-    """The environment of Ray's container; ``group`` is the worker group's name where models load.
+    """The environment of Ray's container. ``group`` names a worker group that loads models.
 
-    A config's own ``cache_dir`` and ``env`` go over it, model by model.
+    Each model's own ``cache_dir`` and ``env`` override it.
     """
     env: list[Any] = [
         note(
@@ -213,7 +213,7 @@ def _efa_env() -> list[Any]:
 
 
 def container_security() -> dict[str, Any]:
-    """What no container of ours needs."""
+    """The security context of all our containers: without what none of them needs."""
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
@@ -297,7 +297,7 @@ def _pod_spec(
 
 def _scheduling(group: WorkerGroup, name: str, profile: ClusterProfile) -> dict[str, Any]:
     selector = {"matchLabels": labels(name, group.role) | {"ray.io/group": group.name}}
-    # Pods of an upgrade's second cluster count on their own.
+    # The pods of an upgrade's second cluster are scheduled independently.
     this_cluster = {"matchLabelKeys": ["ray.io/cluster"]}
     scheduling: dict[str, Any] = {"nodeSelector": {"kubernetes.io/arch": "amd64"}}
     affinity: dict[str, Any] = {}

@@ -1,7 +1,7 @@
-"""What a renderer must know of the cluster: names, machines, limits, and how to upgrade.
+"""The cluster profile: names, machines, limits, and the upgrade strategy.
 
-A profile is a YAML file with any of these settings; without one the defaults render a set of
-manifests that works on an EKS cluster made as docs/eks.md says.
+A profile is a YAML file with any of these settings. The defaults alone render manifests that work
+on an EKS cluster made as docs/eks.md says.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from serve_app.config.settings import parse
 from serve_app.errors import ConfigError
 
 RAY_VERSION = "2.60.0"
-"""The Ray in the image; KubeRay picks probes and features by it."""
+"""The version of Ray in the image, by which KubeRay picks probes and features."""
 
 
 def _a_name(text: str) -> str:
@@ -42,7 +42,7 @@ def _a_network(text: str) -> str:
 
 
 _Name = Annotated[str, AfterValidator(_a_name)]
-"""Of a Kubernetes object, or of a namespace."""
+"""The name of a Kubernetes object or namespace."""
 
 _Image = Annotated[str, AfterValidator(_an_image)]
 _Network = Annotated[str, AfterValidator(_a_network)]
@@ -63,14 +63,14 @@ class Cache(_Profile):
     """The volume that keeps downloaded weights and compiled kernels between pods."""
 
     kind: Literal["pvc", "none"] = "pvc"
-    """``none`` when every model streams from S3 (``load_format: runai_streamer``)."""
+    """``none`` if every model streams from S3 (``load_format: runai_streamer``)."""
 
     claim: _Name = "model-cache"
     storage_class: _Name = "efs-sc"
     """Must offer ReadWriteMany: pods of every zone and of two clusters mount it at once."""
 
     size_gib: int = Field(default=1000, ge=1)
-    """Size to ask for, in GiB; EFS grows by itself and ignores it."""
+    """Requested size in GiB. EFS grows by itself and ignores it."""
 
 
 class Redis(_Profile):
@@ -92,8 +92,8 @@ class Ingress(_Profile):
     """ACM certificate; without one the load balancer listens on plain HTTP."""
 
     request_timeout_s: int = Field(default=900, ge=1, le=4000)
-    """Seconds that a response may stay silent, a long non-streamed one included. It is the load
-    balancer's idle timeout, of which 4000 is the largest that AWS takes (its default is 60)."""
+    """The load balancer's idle timeout: seconds that a response may stay silent, which a long
+    non-streamed one does. AWS takes 4000 at most (its default is 60)."""
 
 
 class Upgrade(_Profile):
@@ -110,7 +110,7 @@ class Upgrade(_Profile):
     """Seconds between two steps (incremental only)."""
 
     max_surge_percent: int = Field(default=50, ge=1, le=100)
-    """Capacity that may exist beyond 100 %, in percent (incremental only)."""
+    """Replicas that may exist beyond 100 %, in percent (incremental only)."""
 
     @model_validator(mode="after")
     def _step_within_surge(self) -> Upgrade:
@@ -147,7 +147,7 @@ class ClusterProfile(_Profile):
     """The image of this repo's Dockerfile, with its registry."""
 
     karpenter: Literal["self-managed", "auto-mode"] = "self-managed"
-    """Decides the prefix of the instance labels and the kind of NodeClass."""
+    """Who starts nodes. Decides the prefix of instance labels and the kind of NodeClass."""
 
     default_accelerator: str | None = None
     """The accelerator of models that name none in ``resources.accelerator_type``."""
@@ -157,13 +157,13 @@ class ClusterProfile(_Profile):
     types make a model span several machines: 4 GPUs a machine for TP 4 and PP 2."""
 
     capacity_types: list[Literal["reserved", "on-demand", "spot"]] = ["reserved", "on-demand"]
-    """Spot takes a machine back after two minutes, which is less than a long answer."""
+    """A spot machine goes with two minutes' notice, which is less than a long answer."""
 
     zones: list[str] = []
     """Availability zones to stay in; empty leaves the choice to Karpenter."""
 
     max_gpus: int = Field(default=16, ge=0)
-    """The NodePool's limit. Room for two clusters is what an upgrade without downtime needs."""
+    """The NodePool's limit. An upgrade without downtime needs room for two clusters."""
 
     service_account: _Name = "serve-app"
     node_role: str | None = None
@@ -204,7 +204,7 @@ class ClusterProfile(_Profile):
 
     @property
     def instance_label_prefix(self) -> str:
-        """Karpenter's own labels and EKS Auto Mode's differ in nothing but this."""
+        """The one difference between Karpenter's own labels and EKS Auto Mode's."""
         return "karpenter.k8s.aws" if self.karpenter == "self-managed" else "eks.amazonaws.com"
 
 

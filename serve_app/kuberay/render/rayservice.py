@@ -1,4 +1,4 @@
-"""The RayService: the config, a head without a GPU, and one worker group a pod shape."""
+"""The RayService: the config, a head without a GPU, and one worker group for each pod shape."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _worker_group(
     resources = {"CPU": str(group.cpu), "memory": f"{group.memory_gib}Gi"}
     if group.shape is not None:
         resources["GPU"] = str(group.gpus)
-        # Ray finds the GPU's type when the node is up; the autoscaler must know it before.
+        # Ray finds the GPU's type once the node is up; the autoscaler must know it earlier.
         resources[f"accelerator_type:{group.shape.accelerator}"] = "1"
     document: dict[str, Any] = {
         "groupName": group.name,

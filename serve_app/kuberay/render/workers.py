@@ -1,4 +1,4 @@
-"""From models to pods: how many GPUs a pod gets, on which machines, and how many pods there are.
+"""Worker groups, from the models: a pod's GPUs, its possible machines, and the number of pods.
 
 One pod holds one replica, or one pipeline stage of it where a replica spans machines. Pods of
 the same shape form one worker group, whatever models they serve.
@@ -18,29 +18,29 @@ from serve_app.planner import hardware
 from serve_app.planner.hardware import Instance, with_accelerator
 
 OBJECT_STORE_GIB = 1
-"""Ray's object store in each pod. Ray would take 30 % of the memory; tokens never go there."""
+"""Ray's object store in each pod. Ray's default is 30 % of memory; tokens never go there."""
 
 SPARE = 1
-"""Replicas that a group has room for beyond those that its models ask for. A pod whose machine is
-drained counts until it is gone, and it waits for its replacement to run: without room for that
-one, both would wait for the deadline."""
+"""Replicas that a group has room for beyond those that its models ask for. A draining pod counts
+until it is gone, and waits for its replacement to run. Without room for the replacement both would
+wait for the deadline."""
 
 _SHM_PER_GPU_GIB = 4
-"""NCCL's and vLLM's shared-memory queues for one tensor-parallel rank, with room to spare."""
+"""/dev/shm for one tensor-parallel rank: NCCL's and vLLM's queues, with room to spare."""
 
 _MEMORY_PER_GPU_GIB = 12
-"""Least host memory for one rank: CUDA context, Python, and pinned buffers while loading."""
+"""Least host memory of one rank: CUDA context, Python, and pinned buffers while loading."""
 
 _MEMORY_BASE_GIB = 8
-"""Raylet, Serve's proxy, the API server and the engine's front end."""
+"""Host memory of the raylet, Serve's proxy, the API server and the engine's front end."""
 
 
 @dataclass(frozen=True)
 class WorkerShape:
-    """What one replica needs of the cluster. The planner may compute it instead of this module.
+    """The pods that one replica needs.
 
-    ``instance_types`` are those a pod fits on, the smallest first; ``pods_per_replica`` is above
-    1 for a replica that spans machines.
+    ``instance_types`` are those that a pod fits on, the smallest first. ``pods_per_replica`` is
+    above 1 for a replica that spans machines.
     """
 
     accelerator: str
@@ -73,7 +73,7 @@ class WorkerGroup:
 
     @property
     def efa(self) -> int:
-        """Network adapters of a pod: its share of the machine's, if a replica spans machines."""
+        """A pod's EFA adapters: its share of the machine's if a replica spans machines, else 0."""
         if self.shape is None or self.shape.pods_per_replica == 1:
             return 0
         machine = hardware.instances()[self.shape.instance_types[0]]
@@ -85,7 +85,7 @@ class WorkerGroup:
 
 
 def replicas_of(model: ModelConfig) -> tuple[int, int]:
-    """The least and the most replicas that Serve will ask for."""
+    """The fewest and the most replicas that Serve will ask for."""
     if model.autoscaling is not None:
         return model.autoscaling.min_replicas, model.autoscaling.max_replicas
     count = model.replicas or 1
@@ -93,7 +93,7 @@ def replicas_of(model: ModelConfig) -> tuple[int, int]:
 
 
 def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
-    """GPUs that must share a machine, groups of them in a rank, and ranks in a replica.
+    """The GPUs of a tensor-parallel group, a rank's groups (stages), and a replica's ranks.
 
     Raises:
         ConfigError: engine arguments that cannot be placed.
@@ -108,8 +108,8 @@ def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
 def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerShape:
     """The pods that one replica of ``model`` needs.
 
-    A replica stays on one machine when any allowed type has GPUs enough; else every pipeline
-    stage gets a machine, because tensor-parallel traffic must not leave it.
+    A replica stays on one machine if any allowed type has enough GPUs. Else every pipeline stage
+    gets a machine, because tensor-parallel traffic must not leave a machine.
 
     Raises:
         ConfigError: no accelerator is named, or no allowed type can hold the model.
@@ -133,7 +133,7 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
             )
     stage, pp, dp = sizes_of(where, model)
     largest = max(i.gpus for i in instances)
-    # What must share a machine, from the most to the least: all, a data-parallel rank, a stage.
+    # GPUs of one pod, the most first: the whole replica, a data-parallel rank, a stage.
     splits = ((stage * pp * dp, 1), (stage * pp, dp), (stage, pp * dp))
     gpus, pods = next((split for split in splits if split[0] <= largest), (0, 0))
     if not gpus:
@@ -154,7 +154,7 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
 
 
 def _fits(instance: Instance, gpus: int, model: ModelConfig, profile: ClusterProfile) -> bool:
-    # Sizes that do not divide would leave GPUs that nothing can ever use.
+    # A size that does not divide the machine's GPUs would leave some that nothing can use.
     if instance.gpus % gpus:
         return False
     cpu, memory = _share(instance, gpus, profile)
@@ -162,15 +162,15 @@ def _fits(instance: Instance, gpus: int, model: ModelConfig, profile: ClusterPro
 
 
 def _share(instance: Instance, gpus: int, profile: ClusterProfile) -> tuple[int, int]:
-    """The cores and GiB that go with ``gpus`` of a machine's GPUs, whole numbers."""
+    """The whole cores and GiB that go with ``gpus`` of a machine's GPUs."""
     cpu = (instance.allocatable_cpu_m - profile.reserved_cpu_m) * gpus / instance.gpus / 1000
     mib = (instance.allocatable_memory_mib - profile.reserved_memory_mib) * gpus / instance.gpus
-    # The log shipper in the same pod has its share too.
+    # The log shipper in the same pod needs a part of it.
     return math.floor(cpu - 0.1), math.floor(mib / 1024 - 0.25)
 
 
 def _cpus(model: ModelConfig, gpus: int) -> int:
-    """Cores that a pod needs: one for each GPU's busy worker, the replica's own, one for Ray."""
+    """A pod's cores: one for each GPU's busy worker, the replica's own, one for Ray."""
     return gpus + math.ceil(model.resources.num_cpus) + (1 if gpus > 1 else 0)
 
 
@@ -182,8 +182,8 @@ def _memory_gib(model: ModelConfig, gpus: int) -> int:
 def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
     """Every worker group of the RayService, in a stable order: gateway, CPU, then GPU shapes.
 
-    New shapes come last, because appending a group is the one change of groups that KubeRay
-    makes in place.
+    New shapes come last: appending a group is the only change of groups that KubeRay makes in
+    place.
 
     Raises:
         ConfigError: a model that fits on no machine.
@@ -207,14 +207,14 @@ def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
 def _gpu_group(
     members: list[tuple[str, WorkerShape]], fleet: Fleet, profile: ClusterProfile
 ) -> WorkerGroup:
-    """The group for models of one shape: on the machines that all of them fit on."""
+    """The group for models of one pod shape, on machines that all of them fit on."""
     shape = members[0][1]
     types = tuple(t for t in shape.instance_types if all(t in m.instance_types for _, m in members))
     if not types:
         names = ", ".join(f"'{name}'" for name, _ in members)
         raise ConfigError(f"{fleet.path}: no {shape.accelerator} machine fits each of {names}")
     if shape.pods_per_replica > 1:
-        # A replica over several machines must find them alike.
+        # The machines of a replica that spans several must be alike.
         types = types[:1]
     shape = replace(shape, instance_types=types)
     cpu, memory = _share(hardware.instances()[types[0]], shape.gpus_per_pod, profile)
@@ -250,7 +250,7 @@ def _gateway_group(gateway: GatewayConfig, profile: ClusterProfile) -> WorkerGro
 
 
 def _cpu_group(models: dict[str, ModelConfig]) -> WorkerGroup:
-    """One kind of CPU pod, large enough for the most demanding of the models."""
+    """One group of CPU pods, each large enough for the most demanding model."""
     least = sum(replicas_of(model)[0] for model in models.values())
     most = sum(replicas_of(model)[1] for model in models.values())
     cores = max(math.ceil(model.resources.num_cpus) for model in models.values())

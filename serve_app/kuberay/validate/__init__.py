@@ -1,0 +1,1 @@
+"""Checks manifests without a cluster, by the API server's, KubeRay's and our own rules."""

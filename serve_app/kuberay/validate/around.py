@@ -1,4 +1,4 @@
-"""The documents around the RayService: do they mean the same pods, names and times?"""
+"""Rules for the documents around the RayService: do pods, names and times agree with it?"""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from serve_app.kuberay.validate.serving import fleet_of
 from serve_app.planner import hardware
 
 READINESS_GATE = "elbv2.k8s.aws/pod-readiness-gate-inject"
-"""Label of a namespace: a pod behind a load balancer is Ready only when that one says so."""
+"""Label of a namespace: a pod behind a load balancer then is Ready only once that is healthy."""
 
 _IMAGE_DISK = 60 * hardware.GIB
-"""Bytes of disk that the image takes while it unpacks, with the system's own."""
+"""Bytes of disk that the image needs while it unpacks, the system's own included."""
 
 _ALB = "alb.ingress.kubernetes.io"
 _ALB_LONGEST_S = 4000
@@ -35,8 +35,8 @@ _ALB_LONGEST_S = 4000
 def namespace(document: Document, manifests: Manifests) -> Found:
     if mapping(document, "metadata.labels").get(READINESS_GATE) != "enabled":
         return
-    # KubeRay's Service selects every worker, and the controller gates whatever it selects;
-    # but only a pod with the port becomes a target that can get healthy.
+    # KubeRay's Service selects every worker, and the controller gates every pod that a Service
+    # selects. But only a pod with the port becomes a target, which can get healthy.
     waiting = [p for s in manifests.services for p in workers_of(s) if "serve" not in p.ports]
     for pods in waiting[:1]:
         yield fail(
@@ -91,7 +91,7 @@ def _idle_timeout(at: str, given: str, services: list[Document]) -> Found:
         try:
             gateway = fleet_of(service).gateway
         except UserError:
-            continue  # said of the RayService
+            continue  # a rule of the RayService reports it
         silent = gateway.request_timeout_s if gateway else None
         if silent is not None and silent > idle:
             yield fail(
@@ -124,7 +124,7 @@ def budget(document: Document, manifests: Manifests) -> Found:
 
 @check("selectors")
 def selector(document: Document, manifests: Manifests) -> Found:
-    """Does the selector match any pod of these manifests?"""
+    """Does the selector match a pod of these manifests?"""
     if not manifests.services:
         return
     field = "spec.podSelector" if document.get("kind") == "NetworkPolicy" else "spec.selector"
@@ -154,7 +154,7 @@ def node_pool(document: Document) -> Found:
             yield fail(f"{at}.key", f"is karpenter.sh/{name}, which is no label of Karpenter's")
         if requirement.get("key") == INSTANCE_TYPE:
             for value in texts(requirement, "values"):
-                # Families of GPU machines start so; the table does not have the others.
+                # GPU families start with these letters; the table has no others.
                 if value[:1] in "gp" and value not in hardware.instances():
                     said = f"names '{value}', which is no EC2 type with a GPU"
                     yield fail(f"{at}.values", said)

@@ -1,8 +1,8 @@
-"""Manifests judged without a cluster: one line a mistake, naming the document and the field.
+"""Checks manifests without a cluster. Each mistake is one line with the document and the field.
 
-Three parties would refuse or misread a manifest, in this order: the API server (:mod:`schema`),
-KubeRay (:mod:`operator_rules`), and reality (the other rules: machines that do not fit, labels
-that no node has, timeouts that cut each other).
+A manifest can fail in three places, in this order: the API server refuses it (:mod:`schema`);
+KubeRay refuses it (:mod:`operator_rules`); or it is accepted and does not work (the other rules:
+machines that do not fit, labels that no node has, timeouts that cut each other).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from serve_app.planner.finding import Finding
 
 
 def judge(documents: list[Document], crd: dict[str, Any] | None = None) -> list[Finding]:
-    """Everything wrong with these documents, taken together.
+    """All findings about these documents, taken together.
 
-    ``crd`` is :func:`schema.load_crd`'s; without it the names of the RayService's own fields and
-    its pod templates are checked, but not every type.
+    ``crd`` comes from :func:`schema.load_crd`. Without it only the names of the RayService's own
+    fields and its pod templates are checked, not every type.
     """
     refused = [list(_refused(document, crd)) for document in documents]
-    # What nobody would accept says nothing of the others: its names and pods will change.
+    # A refused document says nothing about others: its names and pods will change.
     sound = Manifests(d for d, wrong in zip(documents, refused, strict=True) if not wrong)
     found: dict[Finding, None] = {}  # in order, each once
     for document, wrong in zip(documents, refused, strict=True):
@@ -43,10 +43,10 @@ def _one_line(text: str) -> str:
 
 
 def refuse_errors(findings: list[Finding]) -> None:
-    """Raise when something cannot work.
+    """Refuse manifests with findings of status ``fail``.
 
     Raises:
-        UserError: the first that cannot, and how many more there are.
+        UserError: the first such finding, and the number of others.
     """
     errors = [finding for finding in findings if finding.status == "fail"]
     if errors:
@@ -55,7 +55,7 @@ def refuse_errors(findings: list[Finding]) -> None:
 
 
 def _refused(document: Document, crd: dict[str, Any] | None) -> Found:
-    """What the API server or KubeRay would refuse: no other rule makes sense before."""
+    """Findings of the API server's and KubeRay's rules. Other rules assume that these hold."""
     version, kind = document.get("apiVersion"), document.get("kind")
     if not re.fullmatch(r"([a-z][-a-z0-9.]*/)?v[0-9][a-z0-9]*", str(version)):
         yield fail("apiVersion", f"is {version!r}", "write it as apps/v1")
@@ -73,7 +73,7 @@ def _refused(document: Document, crd: dict[str, Any] | None) -> Found:
 
 
 def _misread(document: Document, manifests: Manifests) -> Found:
-    """What would be accepted, and not work."""
+    """Findings about what would be accepted, but would not work."""
     match document.get("kind"):
         case "RayService":
             yield from _service(document, manifests)
@@ -112,7 +112,7 @@ def _service(service: Document, manifests: Manifests) -> Iterator[Finding]:
     impossible = list(serving.models(fleet))
     yield from impossible
     if any(finding.status == "fail" for finding in impossible):
-        return  # how many GPUs such a model takes says nothing
+        return  # such a model's number of GPUs tells nothing
     yield from serving.capacity(service, fleet, manifests)
     yield from serving.stages(service, fleet)
     yield from serving.caches(service, fleet)

@@ -1,7 +1,7 @@
-"""The one reader of manifests: values at a path, quantities, pods, and what documents say together.
+"""The one reader of manifests: values at a path, quantities, pods, and facts of all documents.
 
-Whatever a document holds can be read: a value of another type than Kubernetes has there counts as
-missing, because telling so is the schemas' business.
+Reading never fails: a value of another type than Kubernetes has there counts as missing. The
+schemas (:mod:`schema`) report the wrong type.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ INSTANCE_TYPE = "node.kubernetes.io/instance-type"
 
 
 class Pods:
-    """The pods of one group of a RayService, all alike: the head's, or a worker group's.
+    """The pods of one group of a RayService, which are all alike: the head's or a worker group's.
 
-    ``where`` is the group's path in the document. The container is Ray's, which is the first.
+    ``where`` is the group's path in the document. The container is the first one, Ray's.
     """
 
     def __init__(self, where: str, group: Document) -> None:
@@ -41,26 +41,26 @@ class Pods:
         self.limits = mapping(self.container, "resources.limits")
         self.requests = mapping(self.container, "resources.requests")
         self.told = mapping(group, "resources")
-        """What KubeRay tells Ray that the pod has."""
+        """The resources that KubeRay tells Ray the pod has."""
         self.gpus = whole(self.limits.get(GPU))
         self.memory = byte_count(self.limits.get("memory"))
-        """Bytes; None where there is no limit."""
+        """The container's memory limit in bytes; None where it has none."""
 
     @property
     def accelerator(self) -> str:
-        """Ray's name of its GPU type; empty where the group does not tell it."""
+        """Ray's name of the pod's GPU type; empty where the group does not give it."""
         prefix = "accelerator_type:"
         named = (str(key) for key in self.told if str(key).startswith(prefix))
         return next(named, "").removeprefix(prefix)
 
     @property
     def cores(self) -> float:
-        """Cores that the container asks for."""
+        """Cores that the container requests."""
         return core_count(self.requests.get("cpu"))
 
     @property
     def ray_cores(self) -> float:
-        """Cores that Ray takes the pod to have."""
+        """Cores that Ray believes the pod has."""
         told = self.told.get("CPU")
         return self.cores if told is None else core_count(told)
 
@@ -84,11 +84,11 @@ class Pods:
         return {str(m.get("mountPath")).rstrip("/") for m in mounts if m.get("name") in kept}
 
     def bound(self, field: str) -> int:
-        """Pods by ``minReplicas`` or ``maxReplicas``."""
+        """The number of pods, at ``minReplicas`` or ``maxReplicas``."""
         return whole(self.group.get(field)) * (whole(self.group.get("numOfHosts")) or 1)
 
     def gpus_by(self, field: str) -> int:
-        """GPUs of the whole group by ``minReplicas`` or ``maxReplicas``."""
+        """The group's GPUs, at ``minReplicas`` or ``maxReplicas``."""
         return self.bound(field) * self.gpus
 
     def affinity(self, key: str) -> list[str]:
@@ -132,7 +132,7 @@ class Manifests:
 
     @cached_property
     def secrets(self) -> set[str]:
-        """Names of the Secrets, and of those that an ExternalSecret makes."""
+        """Names of the Secrets here, and of those that an ExternalSecret makes."""
         made = self.of_kind("ExternalSecret")
         targets = {str(get(d, "spec.target.name") or get(d, "metadata.name")) for d in made}
         return self.names("Secret") | targets
@@ -154,14 +154,14 @@ class Manifests:
 
     @property
     def gpu_limit(self) -> int | None:
-        """GPUs at which the NodePools stop; None where no pool says."""
+        """The NodePools' limit of GPUs; None where no pool has one."""
         return sum(whole(mapping(p, "spec.limits").get(GPU)) for p in self.node_pools) or None
 
 
 def read(paths: Iterable[Path]) -> list[Document]:
     """Every document of the files, and of the YAML files in the folders.
 
-    Kustomize's own files and patches are left out: they are no Kubernetes objects.
+    Kustomize's own files and patches are left out, because they are not Kubernetes objects.
 
     Raises:
         ConfigError: a file that cannot be read, with line and column; or no document at all.
@@ -220,7 +220,7 @@ def required_values(pool: Document, key: str) -> list[str] | None:
 
 
 def whole(value: Any) -> int:
-    """A count as manifests have it, a number or its text; 0 for anything else."""
+    """A count that is a number or a numeric text; 0 for anything else."""
     text = str(value)
     return int(text) if text.isdecimal() else 0
 

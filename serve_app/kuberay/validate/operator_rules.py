@@ -1,8 +1,8 @@
-"""The rules by which KubeRay refuses a RayService, so that they speak before `kubectl apply`.
+"""The rules by which KubeRay refuses a RayService, checked before `kubectl apply`.
 
-The API server checks types; the operator checks the rest, and says so only in a condition of
-the object. Source: ray-operator/controllers/ray/utils/validation.go of KubeRay 1.7. Here are those
-that an edit of a rendering can break; fields that no rendering has are left to the operator.
+The API server checks types. The operator checks the rest, and reports it only in a condition of
+the object. Source: ray-operator/controllers/ray/utils/validation.go of KubeRay 1.7. This module has
+the rules that an edit of a rendering can break. Fields that no rendering has are left to KubeRay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STRATEGIES = ("NewCluster", _INCREMENTAL, "None")
 
 @check("manifests")
 def rules(service: Document) -> Found:
-    """What KubeRay 1.7 would refuse of a RayService that the API server takes."""
+    """What KubeRay 1.7 would refuse in a RayService that the API server accepts."""
     name = str(get(service, "metadata.name"))
     if len(name) > MAX_NAME:
         yield fail("metadata.name", f"has {len(name)} characters; KubeRay takes {MAX_NAME} at most")
@@ -32,7 +32,7 @@ def rules(service: Document) -> Found:
             f"is '{name}'; it must be lower-case letters, digits and '-', and start with a letter",
         )
     cluster = mapping(service, _CLUSTER)
-    # As the operator sees it: only when written out.
+    # As for the operator: only if written out.
     v2 = get(cluster, "autoscalerOptions.version") == "v2"
     seen: set[str] = set()
     for pods in pods_of(service):

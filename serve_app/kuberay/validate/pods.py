@@ -1,4 +1,4 @@
-"""Do the pods fit each other, their limits, and any machine?"""
+"""Rules for pods: do they fit each other, their limits, and a machine?"""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from serve_app.planner.hardware import GIB, MIB, Instance, with_accelerator
 from serve_app.planner.vllm import memory
 
 HEAD_MEMORY = 5 * GIB
-"""Bytes that a head needs at the least."""
+"""Least memory of a head, in bytes."""
 
 KARPENTER_LABELS = {"capacity-type", "nodepool", "initialized", "registered"}
-"""The names that exist under ``karpenter.sh/``; those of machines have another prefix."""
+"""The labels that exist under ``karpenter.sh/``. Labels of machines have another prefix."""
 
 _DAEMONS_CPU_M, _DAEMONS_MIB = 300, 512
-"""What a node's DaemonSets take at the least: CNI, kube-proxy, device plugin, log shipper."""
+"""The least that a node's DaemonSets take: CNI, kube-proxy, device plugin, log shipper."""
 
 _WORKER_MEMORY = 4 * GIB
 """Bytes of host memory that one GPU's worker fills while it loads: CUDA, Python, a shard."""
@@ -160,7 +160,7 @@ def shared_memory(pods: Pods) -> Found:
             f"set it to {math.ceil((2 * queues + store) / GIB)}Gi: NCCL's segments come on top",
         )
     if limit is None or (pods.is_head and limit < HEAD_MEMORY):
-        return  # said of the limit already
+        return  # the finding about the limit covers it
     if size >= limit:
         said = "of /dev/shm is not below the pod's memory limit, which counts it"
         yield fail(f"{at}.sizeLimit", said)
@@ -174,7 +174,7 @@ def shared_memory(pods: Pods) -> Found:
 
 @check("resources")
 def resources(pods: Pods) -> Found:
-    """What Kubernetes grants, and what Ray is told of it."""
+    """Does Ray believe that the pod has the resources that Kubernetes grants it?"""
     at = f"{pods.container_at}.resources"
     for field, amounts in (("limits", pods.limits), ("requests", pods.requests)):
         for key, amount in amounts.items():
@@ -205,7 +205,7 @@ def resources(pods: Pods) -> Found:
 
 @check("machines")
 def machines(pods: Pods, manifests: Manifests) -> Found:
-    """Is there a machine for this pod, and a NodePool that makes it?"""
+    """Is there a machine for this pod, and a NodePool that starts it?"""
     at = pods.spec_at
     for key in mapping(pods.spec, "nodeSelector"):
         prefix, _, name = str(key).partition("/")
@@ -253,7 +253,7 @@ def machines(pods: Pods, manifests: Manifests) -> Found:
 
 
 def _misfit(instance: Instance, pods: Pods) -> str:
-    """Why the pod does not fit on the machine, or nothing."""
+    """Why the pod does not fit on the machine; empty if it does."""
     gpus = pods.gpus
     if gpus > instance.gpus:
         return f"{gpus} GPUs, but {instance.name} has {instance.gpus}"
@@ -283,7 +283,7 @@ _OTHER_KARPENTER = {
 
 
 def _pools(pods: Pods, types: list[str], manifests: Manifests) -> Found:
-    """Does a NodePool make machines that this pod accepts?"""
+    """Does a NodePool start machines that this pod accepts?"""
     for pool in manifests.node_pools:
         owner = str(get(pool, "spec.template.spec.nodeClassRef.group"))
         for key in mapping(pods.spec, "nodeSelector"):
@@ -293,7 +293,7 @@ def _pools(pods: Pods, types: list[str], manifests: Manifests) -> Found:
                     f"is a label of the other Karpenter: the NodePools' class is of {owner}",
                 )
                 return
-    # A pool with a type that does not exist is told of on its own.
+    # A rule of its own reports a pool with a type that does not exist.
     pools = [
         (pool, names)
         for pool in manifests.node_pools
@@ -308,7 +308,7 @@ def _pools(pods: Pods, types: list[str], manifests: Manifests) -> Found:
 
 
 def _refusal(pool: Document, names: list[str], types: list[str], pods: Pods) -> str:
-    """Why the pool makes no machine for the pod, or nothing."""
+    """Why the pool starts no machine for the pod; empty if it does."""
     name = f"NodePool '{get(pool, 'metadata.name')}'"
     if not set(types) & set(names):
         return f"{name} has none of {', '.join(types)}"

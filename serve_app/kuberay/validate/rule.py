@@ -1,4 +1,4 @@
-"""What a rule is: a generator of findings about fields, under one line of the checklist."""
+"""Rules are generators of findings about fields, each under one line of the checklist."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Found = Iterator[Finding]
 
 
 def fail(field: str, message: str, fix: str | None = None) -> Finding:
-    """What cannot work."""
+    """A finding: this cannot work."""
     return Finding("manifests", "fail", field, message, fix)
 
 
 def warn(field: str, message: str, fix: str | None = None) -> Finding:
-    """What works, and costs."""
+    """A finding: this works, at a cost."""
     return Finding("manifests", "warn", field, message, fix)
 
 
 def check(name: str) -> Callable[[Callable[_P, Found]], Callable[_P, Found]]:
-    """Put what a rule finds under this line of the checklist."""
+    """Decorate a rule: its findings belong to this line of the checklist."""
 
     def named(rule: Callable[_P, Found]) -> Callable[_P, Found]:
         @wraps(rule)

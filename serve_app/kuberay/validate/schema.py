@@ -1,9 +1,9 @@
 """Types and spelling: the RayService CRD's own schema, and Kubernetes' for built-in kinds.
 
-The CRD is not ours to ship. ``serve-app validate --crd FILE`` takes it from the cluster
-(``kubectl get crd rayservices.ray.io -o yaml``) or from KubeRay's Helm chart. Without it the names
-of the RayService's own fields are checked, and its pod templates. The schemas of the built-in kinds
-are those of the package kubernetes-validate.
+The CRD is KubeRay's and not shipped here. ``serve-app validate --crd FILE`` reads it, from the
+cluster (``kubectl get crd rayservices.ray.io -o yaml``) or from KubeRay's Helm chart. Without it
+only the names of the RayService's own fields and its pod templates are checked. The schemas of the
+built-in kinds are those of the package kubernetes-validate.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def load_crd(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or "rayClusterConfig" not in str(document)[:200_000]:
         raise ConfigError(f"{path}: not the CRD of ray.io/v1 RayService")
     schema: dict[str, Any] = _strict(document)
-    # The CRD says no more of metadata than that it is an object.
+    # The CRD says of metadata only that it is an object.
     schema["properties"]["metadata"] = {"type": "object"}
     return schema
 
 
 def _strict(schema: Any) -> Any:
-    """The schema as the API server applies it with fieldValidation=Strict."""
+    """The schema with unknown fields refused, as by the API server's fieldValidation=Strict."""
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -71,7 +71,7 @@ def _strict(schema: Any) -> Any:
 
 
 def with_defaults(schema: dict[str, Any], value: Any) -> Any:
-    """A copy of ``value`` with the schema's defaults, which the API server fills in first."""
+    """A copy of ``value`` with the schema's defaults. The API server fills them in first, too."""
     if isinstance(value, dict):
         properties = schema.get("properties") or {}
         filled = {
@@ -140,7 +140,7 @@ _WITHOUT_CRD = _fields(
 
 
 def rayservice(document: Document, crd: dict[str, Any] | None) -> Found:
-    """What the API server would refuse of a RayService."""
+    """What the API server would refuse in a RayService."""
     for path, said in crd_findings(crd or _WITHOUT_CRD, document):
         yield fail(path, said)
     if crd is None:
@@ -152,16 +152,16 @@ def rayservice(document: Document, crd: dict[str, Any] | None) -> Found:
 
 
 def crd_findings(schema: dict[str, Any], document: Document) -> Iterator[tuple[str, str]]:
-    """Fields that the schema of a CRD refuses, and why."""
+    """The fields that a CRD's schema refuses, each with the reason."""
     validator = jsonschema.Draft202012Validator(schema)
     for error in validator.iter_errors(with_defaults(schema, document)):
         yield from _explain(error)
 
 
 def builtin(document: Document) -> Found:
-    """What the API server would refuse of a kind that Kubernetes itself has.
+    """What the API server would refuse in a document of a built-in kind.
 
-    Nothing is found for kinds of other parties.
+    Documents of other kinds have no findings.
     """
     for path, said in _builtin(json.dumps(document, default=str)):
         yield fail(path, said)
@@ -169,7 +169,7 @@ def builtin(document: Document) -> Found:
 
 @cache
 def _builtin(text: str) -> tuple[tuple[str, str], ...]:
-    """Of one document as JSON. Kept, because the package reads its 2 MB of schemas every time."""
+    """The errors of one document (JSON). Cached: the package reads 2 MB of schemas every time."""
     try:
         kubernetes_validate.validate(json.loads(text), KUBERNETES_VERSION, strict=True)
     except kubernetes_validate.ValidationError as error:
@@ -180,7 +180,7 @@ def _builtin(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _explain(error: jsonschema.ValidationError) -> Iterator[tuple[str, str]]:
-    """One line for one mistake: the field, and what is wrong with it."""
+    """One line for each mistake: the field, and what is wrong with it."""
     path = _path(error.absolute_path)
     if error.validator == "additionalProperties":
         known = sorted((error.schema or {}).get("properties") or {})

@@ -1,4 +1,4 @@
-"""Secrets in plain text, and placeholders that nobody has filled in."""
+"""Rules for secrets in plain text, and for placeholders that were never replaced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from serve_app.kuberay.validate.manifests import (
 from serve_app.kuberay.validate.rule import Found, check, fail
 
 PLACEHOLDER = "REPLACE_ME"
-"""What is to be filled in: in secrets.template.yaml, and in the profiles of kuberay/."""
+"""The placeholder in secrets.template.yaml and in the profiles of kuberay/."""
 
 _NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)(_|$)", re.I)
 _VALUE = re.compile(
@@ -27,14 +27,14 @@ _REFERENCE = "valueFrom.secretKeyRef"
 
 
 def in_plain_text(env: Mapping[Any, Any]) -> Iterator[str]:
-    """The variables that hold a secret, by their name or their value."""
+    """The variables that, by name or value, hold a secret."""
     for name, value in env.items():
         if value and (_NAME.search(str(name)) or looks_like_one(str(value))):
             yield str(name)
 
 
 def looks_like_one(text: str) -> bool:
-    """Whether a token of a known form is in the text."""
+    """Whether the text contains a token of a known form."""
     return bool(_VALUE.search(text))
 
 
@@ -50,7 +50,7 @@ def secret(document: Document) -> Found:
 
 @check("secrets")
 def of_service(service: Document, manifests: Manifests) -> Found:
-    """Secrets of the pods and of Redis: by reference, to one that a manifest makes."""
+    """Do pods and Redis refer to their secrets, and do these Secrets exist in the manifests?"""
 
     def known(field: str, holder: Any) -> Found:
         name = get(holder, f"{_REFERENCE}.name")
@@ -71,7 +71,7 @@ def of_service(service: Document, manifests: Manifests) -> Found:
 
 
 def refuse_placeholders(documents: list[Document]) -> None:
-    """Refuse to deploy what nobody has filled in.
+    """Refuse to deploy documents with placeholders.
 
     Raises:
         UserError: the first value that is still a placeholder.

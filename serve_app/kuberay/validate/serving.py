@@ -1,4 +1,4 @@
-"""What the Serve config asks for, and whether the pods can give it."""
+"""Rules for the Serve config: can the pods provide what it asks for?"""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _on_gpus(fleet: Fleet) -> Iterator[tuple[str, ModelConfig]]:
 
 @check("config")
 def config(service: Document, fleet: Fleet) -> Found:
-    """What works on one machine, but not in these pods."""
+    """Does the config have settings that work on one machine, but not in these pods?"""
     if problem := why_unreachable(fleet.host):
         yield fail(CONFIG, problem)
     if (location := fleet.document.get("proxy_location")) in ("HeadOnly", "Disabled"):
@@ -110,7 +110,7 @@ def environment(fleet: Fleet) -> Found:
 def models(fleet: Fleet) -> Found:
     """Can each model be split as its sizes say, and does it fit its GPUs?
 
-    Needs no network: a model whose metadata is not on this machine is let through.
+    Needs no network: a model whose metadata is not on this machine passes.
     """
     for name, model in fleet.models.items():
         if model.engine.keys() & metadata.OTHER_CONFIG:
@@ -133,7 +133,7 @@ def models(fleet: Fleet) -> Found:
 
 @check("autoscaling")
 def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
-    """Do the worker groups, and the NodePools, hold the replicas that Serve may ask for?"""
+    """Have the worker groups and the NodePools room for the replicas that Serve may ask for?"""
     workers = workers_of(service)
     least_asked: dict[str, int] = {}
     most_asked: dict[str, int] = {}
@@ -187,7 +187,7 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
 
 
 def _idle(workers: list[Pods], asked: int) -> Found:
-    """GPUs of the last machine that nothing can use, where there is only one kind of machine."""
+    """GPUs of the last machine that no replica can use, if there is only one kind of machine."""
     machines = _machines(workers)
     if len(machines) == 1 and (idle := -asked % machines[0].gpus):
         yield warn(
@@ -198,7 +198,7 @@ def _idle(workers: list[Pods], asked: int) -> Found:
 
 
 def _node_pools(service: Document, most: int, always: int, limit: int) -> Found:
-    """GPUs that the models take at their most, and during an upgrade, against the pools' limit."""
+    """Is the pools' limit enough for the models at their maximum, and during an upgrade?"""
     strategy = get(service, "spec.upgradeStrategy.type") or "NewCluster"
     if most > limit:
         yield fail(
@@ -215,14 +215,14 @@ def _node_pools(service: Document, most: int, always: int, limit: int) -> Found:
 
 
 def _with_accelerator(workers: list[Pods], accelerator: str | None) -> list[Pods]:
-    """Groups with such a GPU; one that does not say its type (an error of its own) may have it."""
+    """Groups with this type of GPU, or with an unnamed type (for which there is a rule)."""
     return [
         p for p in workers if p.gpus and (not accelerator or p.accelerator in (accelerator, ""))
     ]
 
 
 def _holding(workers: list[Pods], model: ModelConfig) -> list[Pods]:
-    """Of these, the ones whose pods hold a replica, or whole stages or ranks of it."""
+    """Those of the groups whose pods hold a replica, or whole stages or ranks of one."""
     stage, stages, ranks = sizes_of("", model)
     whole = [p for p in workers if p.gpus >= stage * stages * ranks]
     if whole or stages * ranks == 1:
@@ -237,7 +237,7 @@ def _machines(workers: list[Pods]) -> list[hardware.Instance]:
 
 @check("placement")
 def stages(service: Document, fleet: Fleet) -> Found:
-    """Pods that together make a replica: one zone, and its network where the machine has one."""
+    """Do pods that share a replica have one zone, and EFA where the machine has it?"""
     workers = workers_of(service)
     spread: dict[str, Pods] = {}
     for _, model in _on_gpus(fleet):
@@ -269,7 +269,7 @@ _HUB_CACHE = "/root/.cache/huggingface"
 
 @check("model cache")
 def caches(service: Document, fleet: Fleet) -> Found:
-    """What is downloaded and compiled: is it on a volume that outlives the pod?"""
+    """Are downloads and compiled code on a volume that outlives the pod?"""
     workers = workers_of(service)
     kept = {mount for pods in workers for mount in pods.lasting_mounts}
     lost: list[tuple[str, str]] = []  # GPU pods, and where they keep the hub's files for a while
@@ -299,7 +299,7 @@ def _within(folder: str, mounts: set[str]) -> bool:
 
 @check("draining")
 def drain(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
-    """Grace periods that contain each other: generation, replica, pod, node."""
+    """Is each grace period longer than the one inside it: answer, replica, pod, node?"""
     longest = max((m.graceful_shutdown_timeout_s for m in fleet.models.values()), default=0.0)
     slowest: tuple[int, str] = (0, "")
     for pods in workers_of(service):

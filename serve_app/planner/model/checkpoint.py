@@ -11,9 +11,9 @@ from serve_app.planner.model.tensors import Tensor
 
 @dataclass(frozen=True)
 class Model:
-    """A model that can be planned: its shape and the tensors of its checkpoint.
+    """A model's shape and the tensors of its checkpoint: the input of a plan.
 
-    ``exact`` is False where the tensors were derived from the config, not read.
+    ``exact`` is False if the tensors were derived from ``config.json``, not read.
     """
 
     name: str
@@ -21,12 +21,12 @@ class Model:
     tensors: tuple[Tensor, ...]
     exact: bool
     source: str
-    """Where the metadata came from, for the report."""
+    """The source of the metadata, for the report."""
     draft: Model | None = None
 
     @property
     def parameters(self) -> int:
-        """Weights of the model itself, counted before quantization where they can be."""
+        """The model's number of weights, before quantization if that can be told."""
         plain = derive.unquantized(self.shape) if self.shape.known else self.tensors
         return sum(
             tensor.elements

@@ -1,7 +1,7 @@
 """The tensors that a config implies, for models whose weights are not at hand.
 
-The names and shapes are those of the checkpoints that Hugging Face hosts, so that the rest of
-the planner cannot tell a derived list from one read off safetensors headers.
+The names and shapes are those of checkpoints on the Hugging Face hub. So the rest of the planner
+treats a derived list like one that was read from safetensors headers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def tensors(shape: ModelShape) -> list[Tensor]:
 
 
 def unquantized(shape: ModelShape) -> list[Tensor]:
-    """The same in the model's own dtype: one matrix ``[out, in]`` per linear layer."""
+    """The same tensors before quantization: one matrix ``[out, in]`` for each linear layer."""
     dtype = TORCH_DTYPES.get(shape.dtype, "BF16")
     layers = _encoder(shape) if not shape.causal else _decoder(shape)
     return [Tensor(name, dtype, dims, count) for name, dims, count in layers]
@@ -105,7 +105,7 @@ def _decoder_layer(shape: ModelShape, i: int) -> Iterator[_Spec]:
     if shape.model_type in _FOUR_NORMS:
         yield _one(f"{at}.pre_feedforward_layernorm.weight", hidden)
         yield _one(f"{at}.post_feedforward_layernorm.weight", hidden)
-    # A multi-token-prediction layer is built like the last one.
+    # A multi-token-prediction layer is built like the model's last layer.
     if shape.is_moe(min(i, shape.num_hidden_layers - 1)):
         yield from _moe(shape, f"{at}.mlp")
     else:

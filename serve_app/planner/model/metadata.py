@@ -1,7 +1,7 @@
-"""Where a model's ``config.json`` and tensor list come from.
+"""Finds a model's ``config.json`` and its list of tensors.
 
-In this order: a local folder; the configs kept as package data; the Hugging Face cache; the hub,
-of which only the config and the headers of the safetensors files are fetched. No weights are read.
+The sources, in this order: a local folder; the configs kept as package data; the Hugging Face
+cache; the hub, from which only the config and the headers of the safetensors files are fetched.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, Tensor
 
 OTHER_CONFIG = frozenset({"hf_overrides", "hf_config_path", "config_format", "revision"})
-"""Engine arguments that may make vLLM read another config than the one found here."""
+"""Engine arguments that can make vLLM read another config than this module."""
 
 _INDEX = "model.safetensors.index.json"
 _HUB_TIMEOUT_S = 10
@@ -38,7 +38,7 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
     ``offline`` never asks the hub.
 
     Raises:
-        UserError: not found, not allowed, no network, or unreadable metadata; one sentence.
+        UserError: in one sentence: not found, not allowed, no network, or unreadable metadata.
     """
     folder = as_folder(name)
     if folder.is_dir():
@@ -51,7 +51,7 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
         raise UserError(f"{name}: no such folder (a hub id has the form organisation/name)")
     cached = snapshot(name, os.environ)
     if list(cached.glob("*.safetensors")):
-        with contextlib.suppress(UserError):  # fetched in part: the hub knows better
+        with contextlib.suppress(UserError):  # a partial download: ask the hub instead
             return _from_folder(name, cached)
     if offline:
         raise UserError(f"{name}: its metadata is not at hand")
@@ -59,10 +59,10 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
 
 
 def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | None:
-    """What is known of the model called ``name`` from a file on this machine, else None.
+    """The shape of the model called ``name``, if its ``config.json`` is on this machine, else None.
 
-    ``environment`` says where the Hugging Face cache is. Meant for a process that must not wait:
-    it reads one small file.
+    ``environment`` says where the Hugging Face cache is. The function reads one small file, for
+    processes that must not wait.
     """
     try:
         config = at_hand(name, environment) / "config.json"
@@ -83,9 +83,9 @@ def at_hand(name: str, environment: Mapping[str, str]) -> Path:
 
 
 def snapshot(name: str, environment: Mapping[str, str]) -> Path:
-    """Where the Hugging Face cache has a model; the folder need not exist.
+    """The folder of a model in the Hugging Face cache, which need not exist.
 
-    By hand, because importing huggingface_hub takes longer than everything else here.
+    Computed here, because importing huggingface_hub takes longer than all else in this module.
     """
     home = environment.get("HF_HOME") or (
         Path(environment.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
@@ -99,7 +99,7 @@ def snapshot(name: str, environment: Mapping[str, str]) -> Path:
 
 
 def as_folder(name: str) -> Path:
-    """The folder that ``name`` would be."""
+    """``name`` as a path, with ``~`` expanded."""
     try:
         return Path(name).expanduser()
     except RuntimeError:  # ~ of a user that does not exist
@@ -107,7 +107,7 @@ def as_folder(name: str) -> Path:
 
 
 def is_path(name: str) -> bool:
-    """Whether ``name`` can only be a folder's, not a hub id."""
+    """Whether ``name`` can only be a folder, not a hub id."""
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
 
 
@@ -227,7 +227,7 @@ def _from_hub(name: str) -> Model:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     api = HfApi()
     try:
-        api.model_info(name, timeout=_HUB_TIMEOUT_S)  # asked once; a download would retry
+        api.model_info(name, timeout=_HUB_TIMEOUT_S)  # one request first; a download would retry
         config = _object(
             Path(hf_hub_download(name, "config.json")).read_text(), f"{name}/config.json"
         )
@@ -248,7 +248,7 @@ def _from_hub(name: str) -> Model:
 
 
 def _hub_error(name: str, error: Exception) -> UserError:
-    """One sentence for whatever the hub's library raises, and what to do."""
+    """One sentence for an error of the hub's library, with what to do."""
     kind = type(error).__name__
     if kind == "GatedRepoError":
         return UserError(

@@ -1,7 +1,7 @@
-"""What a tensor's name tells: its layer, its part in it, and whether it is loaded at all.
+"""What a tensor's name tells: its layer, its role there, and whether vLLM loads it at all.
 
-vLLM decides by the layer class that a module is built with; here the module's name decides, which
-comes to the same for the names that checkpoints use.
+vLLM decides by the class of a module's layer. Here the module's name decides; for the names in
+today's checkpoints the result is the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a weight matrix is stored, and which GPUs can run that.
+"""How a weight matrix is stored, and which GPUs can use it.
 
 A scheme turns the logical matrix ``[out, in]`` of a checkpoint into the tensors that vLLM
 keeps on the GPU: the packed weight and its scales and zero points.
@@ -35,16 +35,16 @@ class Quantization:
     online: bool = False
     ignored: tuple[str, ...] = ()
     kv_cache_dtype: str | None = None
-    """The KV cache's dtype where the checkpoint brings scales for it."""
+    """The KV cache's dtype, if the checkpoint has scales for it."""
 
     @property
     def min_capability(self) -> int:
-        """Least compute capability, times ten (8.0 is 80), that vLLM accepts for it."""
+        """The least compute capability that vLLM accepts for it, times ten (8.0 is 80)."""
         return _MIN_CAPABILITY.get(self.method, 75)
 
     @property
     def label(self) -> str:
-        """What a person calls it: ``fp8``, ``awq int4`` …"""
+        """Its usual name: ``fp8``, ``awq int4`` …"""
         if self.method in ("awq", "gptq"):
             return f"{self.method} int{self.bits:g}"
         if self.method == "compressed-tensors":
@@ -218,7 +218,7 @@ def online(name: str) -> Quantization:
     """The scheme that ``engine.quantization`` asks for on a 16-bit checkpoint.
 
     Raises:
-        ConfigError: a name that needs a checkpoint that was quantized before.
+        ConfigError: a scheme that needs a checkpoint quantized in advance.
     """
     scheme = ONLINE.get(name)
     if scheme is None:

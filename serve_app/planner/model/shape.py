@@ -1,7 +1,7 @@
-"""What ``config.json`` says about a model, under one set of names.
+"""The sizes in a model's ``config.json``, under one set of names.
 
-Checkpoints spell the same thing many ways; everything after this module reads a
-:class:`ModelShape`. Sizes are whole-model counts, before any parallelism.
+Checkpoints spell the same size in many ways; the rest of the planner reads a :class:`ModelShape`.
+Sizes are those of the whole model, before any parallelism.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from serve_app.planner.model import quantization
 from serve_app.planner.model.quantization import Quantization
 
 LayerKind = Literal["full", "sliding", "chunked", "ssm", "none"]
-"""What a layer keeps per request: all tokens, a window, a chunk, one state, or nothing."""
+"""What a layer caches of a request: all tokens, a window, a chunk, one state, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MLA:
 
 @dataclass(frozen=True)
 class MoE:
-    """Mixture of experts. ``layers`` tells for each layer whether it is one."""
+    """Mixture of experts. ``layers`` says of each layer whether it has experts."""
 
     num_experts: int
     top_k: int
@@ -84,14 +84,14 @@ class ModelShape:
     ssm: SSM | None
     quantization: Quantization | None
     pooling: bool
-    """Embeds, scores or classifies; does not generate."""
+    """Whether the model embeds, scores or classifies instead of generating."""
     causal: bool
     """False for an encoder, which keeps no KV cache."""
     vision: dict[str, Any] | None
     draft_layers: int
-    """Multi-token-prediction layers behind the model's own, loaded only to speculate."""
+    """Multi-token-prediction layers after the model's own, loaded only to speculate."""
     known: bool
-    """Whether the tensors that this architecture has can be told from ``config.json``."""
+    """Whether :mod:`derive` knows this architecture's tensors."""
     config: dict[str, Any]
     """The (text) config itself, for details that only one module needs."""
 
@@ -116,7 +116,7 @@ _SSM = {
     "falcon_h1", "qwen3_next", "zamba2", "lfm2",
 }  # fmt: skip
 
-# What the config classes of transformers fill in where config.json leaves a key out.
+# Defaults of transformers' config classes for keys that config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208,
@@ -198,8 +198,8 @@ def from_config(config: dict[str, Any]) -> ModelShape:
     )
 
 
-# How the names end that vLLM has for models which generate, and for others; what ends in neither
-# way generates (vllm/config/model.py: _SUFFIX_TO_DEFAULTS, and the registry's exceptions).
+# Suffixes of vLLM's architecture names for models that generate, and for others. A name with
+# neither generates (vllm/config/model.py: _SUFFIX_TO_DEFAULTS, and the registry's exceptions).
 _GENERATES = (
     "ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel", "ChatGLMModel",
     "MiDashengLMModel", "MossAudioModel", "Qwen2_5OmniModel", "UltravoxModel",
@@ -313,7 +313,7 @@ def _layer_kinds(text: dict[str, Any], model_type: str, layers: int) -> tuple[La
 
 
 def _attention_period(text: dict[str, Any]) -> Callable[[int], bool] | None:
-    """How a hybrid model spaces its attention layers, if it says so by a period."""
+    """Which layers of a hybrid model are attention layers, if its config gives a period."""
     if isinstance(indices := text.get("attn_layer_indices"), list):
         return lambda i: i in indices
     if isinstance(period := text.get("attn_layer_period"), int) and period > 0:

@@ -30,7 +30,7 @@ PRECISION_BITS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """``count`` tensors of one shape; a ``*`` in the name stands for what tells them apart."""
+    """``count`` tensors of one shape. A ``*`` stands for the part in which their names differ."""
 
     name: str
     dtype: str
@@ -59,7 +59,7 @@ _EXPERT = re.compile(r"(\.experts\.)\d+(\.)")
 
 
 def grouped(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The experts of a layer as one entry: a large MoE has tens of thousands of tensors."""
+    """Group each layer's experts into one entry: a large MoE has tens of thousands of tensors."""
     counts: Counter[Tensor] = Counter()
     for tensor in tensors:
         key = replace(tensor, name=_EXPERT.sub(r"\1*\2", tensor.name), count=1)

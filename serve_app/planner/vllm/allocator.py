@@ -1,10 +1,10 @@
-"""How much more than it was asked for PyTorch's CUDA allocator hands out.
+"""The bytes that PyTorch's CUDA allocator hands out beyond those that tensors ask for.
 
-It takes segments from the driver and splits them, but not where next to nothing would be left,
-nor, while vLLM loads a model, any of 20 MiB or more (vllm/v1/worker/gpu_worker.py:493). The rest
-then counts as allocated (``c10/cuda/CUDACachingAllocator.cpp``: ``get_allocation_size``,
-``get_free_block``, ``should_split``). A MiB here and there: nothing beside a 70B, a few percent of
-a 135M.
+The allocator takes segments from the driver and splits them. It does not split where next to
+nothing would be left, and, while vLLM loads a model, no block of 20 MiB or more
+(vllm/v1/worker/gpu_worker.py:493). The whole block then counts as allocated
+(``c10/cuda/CUDACachingAllocator.cpp``: ``get_allocation_size``, ``get_free_block``,
+``should_split``). The difference is a few percent of a 135M and nothing beside a 70B.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from collections.abc import Iterable
 from serve_app.planner.hardware import MIB
 
 _UNIT = 512  # kMinBlockSize
-_SMALL = 1 * MIB  # kSmallSize: up to it a tensor comes from segments of its own kind
+_SMALL = 1 * MIB  # kSmallSize: tensors up to this size share small segments
 _SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
 _SEGMENT = 20 * MIB  # kLargeBuffer
-_LARGE = 10 * MIB  # kMinLargeAlloc: from it on a tensor has a segment of its own
+_LARGE = 10 * MIB  # kMinLargeAlloc: tensors from this size on get a segment each
 _ROUND = 2 * MIB  # kRoundLarge
-_MAX_SPLIT = 20 * MIB  # vLLM's max_split_size_mb: from it on nothing is split
+_MAX_SPLIT = 20 * MIB  # vLLM's max_split_size_mb: blocks from this size on are not split
 
 
 def unsplit_bytes(sizes: Iterable[int]) -> int:
     """Bytes that tensors of these sizes, allocated in this order, hold beyond their sizes."""
-    free: tuple[list[int], list[int]] = ([], [])  # sorted; of the small and the large pool
+    free: tuple[list[int], list[int]] = ([], [])  # sorted; the small and the large pool
     unsplit = 0
     for asked in sizes:
         size = -(-asked // _UNIT) * _UNIT
@@ -58,9 +58,9 @@ _MERGED = (
 
 
 def merged(name: str) -> str:
-    """The parameter of vLLM that holds a checkpoint's tensor, by a name of our own.
+    """The vLLM parameter that a checkpoint's tensor is loaded into, under a name of ours.
 
-    vLLM keeps q, k and v in one, gate and up, and all experts of a layer.
+    vLLM merges q, k and v into one parameter, likewise gate and up, and all experts of a layer.
     """
     for pattern, together in _MERGED:
         name = pattern.sub(together, name)

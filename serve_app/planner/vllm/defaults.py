@@ -1,7 +1,7 @@
 """vLLM's defaults for the engine arguments that memory depends on.
 
-What a user leaves out, vLLM 0.29 fills in by the GPU and the model; so does this module, each
-default with the place it comes from.
+vLLM 0.29 derives each argument that a user leaves out from the GPU and the model. This module does
+the same; beside each default is the place in vLLM that it follows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Draft:
-    """Speculative decoding. ``model`` is None where the draft needs no weights of its own."""
+    """Speculative decoding. ``model`` is None where the draft has no weights of its own."""
 
     method: str
     num_speculative_tokens: int
@@ -48,7 +48,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Engine:
-    """Engine arguments with every default resolved. Lengths and batches are tokens."""
+    """Engine arguments with every default resolved. Lengths and batches are in tokens."""
 
     parallel: Parallelism
     gpu_memory_utilization: float
@@ -84,9 +84,9 @@ def resolve(
     gpu: GPU,
     parallel: Parallelism | None = None,
 ) -> Engine:
-    """What vLLM makes of ``arguments`` (a config's ``engine``) on ``gpu``.
+    """Resolve ``arguments`` (a config's ``engine``) as vLLM does on ``gpu``.
 
-    ``parallel`` overrides the sizes that the arguments name.
+    ``parallel`` overrides the parallel sizes in the arguments.
 
     Raises:
         ConfigError: a value that vLLM would refuse, and what to change.
@@ -135,7 +135,7 @@ def resolve(
 
 
 def parallelism(arguments: dict[str, Any]) -> Parallelism:
-    """The sizes that a config names; 1 where it names none."""
+    """The parallel sizes that a config sets; 1 where it sets none."""
 
     def size(name: str) -> int:
         value = count(arguments.get(name), name) or 1
@@ -143,7 +143,7 @@ def parallelism(arguments: dict[str, Any]) -> Parallelism:
             raise ConfigError(f"engine.{name} is {value}; no cluster has that many GPUs")
         return value
 
-    # Ranks of their own for the prefill have other rules (config/parallel.py:553): left to vLLM.
+    # Separate prefill ranks have other rules (config/parallel.py:553), left to vLLM.
     prefill = size("prefill_context_parallel_size")
     return Parallelism(
         size("tensor_parallel_size"),
@@ -179,7 +179,7 @@ def _batch_limits(
         tokens, seqs = 2 * tokens, 2 * seqs
     seqs = asked_seqs or seqs
     if asked_tokens is None:
-        # Encoders, and decoders that pool by mean or first token, see a prompt in one piece.
+        # Encoders, and decoders that pool by mean or first token, cannot chunk a prompt.
         chunked = arguments.get("enable_chunked_prefill")
         if chunked is None:
             chunked = shape.causal
@@ -199,7 +199,7 @@ def _batch_limits(
 
 
 def _dtype(asked: Any, shape: ModelShape, gpu: GPU, *, pooling: bool) -> str:
-    """``_get_and_verify_dtype`` (config/model.py:2268): float32 is halved, bf16 where it runs."""
+    """``_get_and_verify_dtype`` (config/model.py:2268): float32 is halved, to bf16 if it runs."""
     name = str(asked or "auto")
     if name in ("auto", "half", "float16", "bfloat16", "float", "float32"):
         name = {"half": "float16", "float": "float32"}.get(name, name)
@@ -236,7 +236,7 @@ def _kv_dtype(asked: Any, shape: ModelShape, dtype: str) -> str:
 
 
 def _block_size(asked: Any, shape: ModelShape, gpu: GPU) -> int:
-    """Tokens per block: 16, unless the attention backend takes only larger ones.
+    """Tokens per KV cache block: 16, unless the attention backend takes only larger blocks.
 
     MLA on Blackwell runs on FlashInfer, whose smallest block is 32
     (platforms/cuda.py:82, attention/backends/mla/flashinfer_mla.py:162).
@@ -257,7 +257,7 @@ def _mamba_mode(arguments: dict[str, Any], shape: ModelShape) -> MambaMode:
         return "none"
     caching = arguments.get("enable_prefix_caching")
     if caching is None:
-        caching = "full" in shape.layers  # attention-free models have it off
+        caching = "full" in shape.layers  # off for attention-free models
     if not caching:
         return "none"
     return "all" if arguments.get("mamba_cache_mode") == "all" else "align"
@@ -292,7 +292,7 @@ def cudagraph_sizes(
 
 
 def _quantization(asked: Any, shape: ModelShape) -> Quantization | None:
-    """The scheme in use: the checkpoint's own, or one made while loading."""
+    """The quantization in use: the checkpoint's own, or one applied while loading."""
     if shape.quantization is not None or asked in (None, "auto"):
         return shape.quantization
     return quantization.online(str(asked))
@@ -309,7 +309,7 @@ def _lora(arguments: dict[str, Any]) -> LoRA | None:
 
 
 def draft_of(arguments: dict[str, Any]) -> Draft | None:
-    """The speculation that a config asks for, if any."""
+    """The speculative decoding that a config asks for, if any."""
     config = arguments.get("speculative_config")
     config = dict(config) if isinstance(config, dict) else {}
     for short, name in (("spec_method", "method"), ("spec_model", "model"),

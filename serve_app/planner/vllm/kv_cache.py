@@ -1,9 +1,9 @@
 """Blocks, tokens and concurrency of the KV cache, as vLLM computes them.
 
 Every function mirrors one of ``vllm/v1/core/kv_cache_utils.py`` or
-``vllm/v1/kv_cache_interface.py`` (0.29.0), named in its docstring. A *page* is what one layer
-keeps for one block of tokens on one GPU; layers of one kind form *groups*, and a block id means
-a page in each layer of one group.
+``vllm/v1/kv_cache_interface.py`` (0.29.0), named in its docstring. A *page* is the memory of one
+layer for one block of tokens on one GPU. Layers of one kind form *groups*; a block id stands for
+one page in each layer of a group.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MambaMode = Literal["none", "align", "all"]
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer keeps. ``page_bytes`` is for ``block_size`` tokens, on one GPU."""
+    """One layer's KV cache. ``page_bytes`` is for ``block_size`` tokens, on one GPU."""
 
     kind: LayerKind
     block_size: int
@@ -31,7 +31,7 @@ class LayerSpec:
     mamba_mode: MambaMode = "none"
 
     def blocks_per_request(self, length: int, in_flight: int) -> int:
-        """Blocks that a request of ``length`` tokens holds at most.
+        """The most blocks that a request of ``length`` tokens holds at a time.
 
         ``max_memory_usage_bytes`` of the spec classes in kv_cache_interface.py, in pages.
         ``in_flight`` is ``VllmConfig.max_in_flight_tokens`` (config/vllm.py:571).
@@ -50,23 +50,23 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share block ids; ``layers`` are positions in the model."""
+    """Layers that share block ids. ``layers`` are their positions in the model."""
 
     spec: LayerSpec
     layers: tuple[int, ...]
     pages: tuple[int, ...]
-    """Page bytes of each layer; they differ only where all layers keep all tokens."""
+    """Page bytes of each layer. They differ only if all layers keep all tokens."""
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """The pool that fits one replica: the stage with the fewest blocks decides."""
+    """The block pool of one replica. The pipeline stage with the fewest blocks decides its size."""
 
     num_blocks: int
     blocks_per_request: int
     max_model_len: int
     bytes_per_block: int
-    """On the stage that decides, over all its layers."""
+    """On that stage, over all its layers."""
     groups: int
 
     @property
@@ -89,7 +89,7 @@ def layer_specs(
     mamba_mode: MambaMode,
     max_model_len: int,
 ) -> list[tuple[int, LayerSpec]]:
-    """What each layer keeps, by its position. An encoder's layers keep nothing.
+    """Each layer's position and KV cache. An encoder's layers have none.
 
     ``kv_dtype`` is vLLM's ``--kv-cache-dtype`` with ``auto`` resolved already.
     """
@@ -108,7 +108,7 @@ def layer_specs(
     windows = {"sliding": shape.sliding_window, "chunked": shape.attention_chunk_size}
     specs: list[tuple[int, LayerSpec]] = []
     for layer, kind in enumerate(shape.layers):
-        if kind == "ssm" or shape.model_type == "falcon_h1":  # which has both in every layer
+        if kind == "ssm" or shape.model_type == "falcon_h1":  # both kinds in every layer
             specs.append((layer, state))
         if kind not in ("ssm", "none"):
             specs.append((layer, LayerSpec(kind, block_size, page, windows.get(kind) or 0)))
@@ -116,7 +116,7 @@ def layer_specs(
 
 
 def attention_bytes_per_token(shape: ModelShape, tensor: int, kv_dtype: str) -> int:
-    """Bytes of one token in one attention layer on one GPU (AttentionSpec.page_size_bytes)."""
+    """Bytes of a token's KV in one attention layer on one GPU (AttentionSpec.page_size_bytes)."""
     if shape.mla:
         # One latent vector, whole on every rank (mla_attention.py:1207).
         if kv_dtype == "fp8_ds_mla":
@@ -157,7 +157,7 @@ def _align_hybrid(
 ) -> tuple[int, int]:
     """Block size and page of a hybrid: ``_align_hybrid_block_size`` (platforms/interface.py:767).
 
-    The attention block grows until its page holds a whole state, and states are padded to it.
+    The attention block grows until its page holds a whole state; states are padded to that page.
     """
     step = max(block_size, 128) if mla else block_size
     if mode == "all":
@@ -176,8 +176,8 @@ _MAMBA_CHUNK = 256  # ModelConfig.get_mamba_chunk_size(): the config's, 256 for 
 def groups_of(specs: list[tuple[int, LayerSpec]], *, hybrid_manager: bool = True) -> list[Group]:
     """``get_kv_cache_groups`` (kv_cache_utils.py:1906), without the block-outermost packing.
 
-    ``hybrid_manager`` is False under ``--disable-hybrid-kv-cache-manager``, which gives windowed
-    layers room for all tokens.
+    ``hybrid_manager`` is False under ``--disable-hybrid-kv-cache-manager``: sliding-window layers
+    then get room for all tokens.
     """
     kept = list(specs)
     if not kept:
@@ -188,7 +188,7 @@ def groups_of(specs: list[tuple[int, LayerSpec]], *, hybrid_manager: bool = True
             for i, s in kept
         ]
     if _same_slots([spec for _, spec in kept]):
-        # One table for all, whatever their page sizes: _get_kv_cache_groups_uniform_type.
+        # One group for all, whatever their page sizes: _get_kv_cache_groups_uniform_type.
         layers = tuple(i for i, _ in kept)
         return [Group(kept[0][1], layers, tuple(spec.page_bytes for _, spec in kept))]
     kept = _unify_pages(kept)
@@ -261,9 +261,9 @@ def allocate(
     in_flight: int,
     override: int | None = None,
 ) -> KVCache:
-    """Blocks for the memory that each stage has left (``get_kv_cache_configs``, :2207).
+    """The blocks that fit the memory that each stage has left (``get_kv_cache_configs``, :2207).
 
-    The stage that can afford the fewest decides for all. ``override`` is
+    The stage with room for the fewest decides for all. ``override`` is
     ``--num-gpu-blocks-override``.
     """
     per_request = sum(g.spec.blocks_per_request(max_model_len, in_flight) for g in groups)

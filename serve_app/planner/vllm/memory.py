@@ -1,15 +1,14 @@
 """The memory budget of one GPU, line by line as vLLM measures it at start-up.
 
-vLLM asks for ``ceil(total × gpu_memory_utilization)``, loads the weights, runs one dummy batch,
-captures (a sample of) its CUDA graphs, and gives the KV cache what is left
+vLLM's budget is ``ceil(total × gpu_memory_utilization)``. It loads the weights, runs one dummy
+batch, captures (a sample of) its CUDA graphs, and gives the KV cache the rest of the budget
 (``vllm/v1/worker/gpu_worker.py:513-673``)::
 
     KV cache = requested - weights - non-torch - buffers - activation peak - CUDA graphs
 
-Weights, buffers and the KV cache follow from shapes exactly. The activation peak follows from
-the tensors that are alive at once in the widest place of a layer. Non-torch memory and CUDA
-graphs are the driver's, and are the named constants below, measured on an H200
-(docs/planner-accuracy.md).
+Weights, buffers and the KV cache follow exactly from shapes. The activation peak is the sum of the
+tensors that are alive at once at the widest point of a layer. Non-torch memory and CUDA graphs
+depend on the driver: they are the constants below, measured on an H200 (docs/planner-accuracy.md).
 """
 
 from __future__ import annotations
@@ -33,33 +32,33 @@ from serve_app.planner.vllm.sharding import Parallelism
 # --- Measured on one H200 (benchmarks/results/planner_h200.json), unless said otherwise. --------
 
 NON_TORCH_BYTES = 230 * MIB
-"""Growth outside PyTorch's allocator from the first snapshot to after the dummy batch: modules
-that kernels are loaded from, library workspaces. The same for all models."""
+"""Growth outside PyTorch's allocator from vLLM's first snapshot to after the dummy batch: kernel
+modules and library workspaces. The same for all models."""
 
 ALLOCATOR_SLACK_BYTES = 64 * MIB
-"""What PyTorch's allocator has reserved and not handed out by then: 6 to 123 MiB, 49 on average."""
+"""Memory that PyTorch's allocator then has reserved but not handed out: 6 to 123 MiB, mean 49."""
 
 COMMUNICATION_BYTES = int(0.35 * GIB)
-"""An estimate: NCCL's and the custom all-reduce's buffers, where TP or PP is more than one GPU."""
+"""An estimate: buffers of NCCL and of the custom all-reduce, where TP or PP exceeds 1."""
 
 TORCH_STATE_BYTES = 32 * MIB
 """Small persistent tensors that are not modelled one by one (cuBLAS workspaces, sampler state)."""
 
 ACTIVATION_FACTOR = 1.0
-"""Peak that PyTorch's allocator reports over the sum of the tensors that are alive."""
+"""The peak that PyTorch's allocator reports, over the sum of the tensors that are alive."""
 
 CUDAGRAPH_BASE_BYTES = 150 * MIB
-"""The first graph's pool: activations of the largest captured batch."""
+"""Memory pool of the first graph: activations of the largest captured batch."""
 
 CUDAGRAPH_BYTES_PER_GRAPH = int(1.0 * MIB)
-"""Each captured batch size; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
+"""For each captured batch size; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
 
 CUDAGRAPH_BYTES_PER_LAYER = int(0.47 * MIB)
-"""Each layer of each captured batch size: a line through models of 32, 48 and 64 layers."""
+"""For each layer and captured batch size: a line through models of 32, 48 and 64 layers."""
 
 CONTEXT_BYTES = 527 * MIB
-"""What the CUDA context takes before the first snapshot. It is not part of the budget, but must
-be free beside it (vllm/v1/worker/utils.py:516)."""
+"""Memory of the CUDA context, taken before the first snapshot. It must be free beside the budget
+(vllm/v1/worker/utils.py:516)."""
 
 # ------------------------------------------------------------------------------------------------
 
@@ -68,7 +67,7 @@ MLA_WORKSPACE_TOKENS = 64 * 1024  # mla_attention.py:2176
 
 @dataclass(frozen=True)
 class GPUMemory:
-    """One GPU of one pipeline stage. All in bytes."""
+    """The memory budget of one GPU of a pipeline stage, in bytes."""
 
     total: int
     requested: int
@@ -79,7 +78,7 @@ class GPUMemory:
     activation: int
     cudagraph: int
     kv_cache: int
-    """What is left for the KV cache; below zero where the rest does not fit."""
+    """The rest of the budget; below zero where the other parts exceed it."""
 
     @property
     def without_kv(self) -> int:
@@ -88,17 +87,17 @@ class GPUMemory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model takes on a GPU type, split in a given way."""
+    """A model's layout on GPUs of one type: parallelism, memory budgets, KV cache."""
 
     model: Model
     engine: Engine
     gpu: GPU
     stages: tuple[GPUMemory, ...]
-    """One GPU of each pipeline stage, first to last."""
+    """The budget of one GPU of each pipeline stage, first to last."""
     cache: KVCache
     groups: tuple[Group, ...]
     kv_bytes_per_token: int
-    """On one GPU of the stage that decides, over its layers that keep every token."""
+    """On one GPU of the tightest stage, over its layers that keep every token."""
     fits: bool
     reasons: tuple[str, ...]
 
@@ -108,7 +107,7 @@ class Plan:
 
     @property
     def tightest(self) -> GPUMemory:
-        """The stage that decides: the one with the least room for its share of the KV cache."""
+        """The stage whose GPUs have the least memory left for the KV cache."""
         return min(self.stages, key=lambda stage: stage.kv_cache)
 
     @property
@@ -135,7 +134,7 @@ def plan(model: Model, engine: Engine, gpu: GPU) -> Plan:
     """Lay ``model`` out on GPUs of one type as ``engine`` says.
 
     Raises:
-        ConfigError: the KV cache's dtype or block size cannot be used for this model.
+        ConfigError: the model cannot use this dtype or block size of the KV cache.
     """
     shape, parallel = model.shape, engine.parallel
     parts = sharding.stages(shape.num_hidden_layers, parallel.pipeline)
@@ -236,7 +235,7 @@ def element_bytes(engine: Engine) -> int:
 
 
 def weight_bytes(model: Model, engine: Engine) -> list[int]:
-    """What "Model loading took" reports, for one GPU of each pipeline stage."""
+    """The bytes that vLLM logs as "Model loading took", for one GPU of each pipeline stage."""
     unsplit = [
         allocator.unsplit_bytes(parameters.values())
         for parameters in _parameters(
@@ -247,7 +246,7 @@ def weight_bytes(model: Model, engine: Engine) -> list[int]:
 
 
 def tensor_bytes(model: Model, engine: Engine) -> list[int]:
-    """The same before the CUDA allocator rounds it up: parameters and lasting tables."""
+    """The same without the CUDA allocator's rounding: parameters and permanent tables."""
     tensors = tensors_in_use(model, engine.quantization)
     shape, parallel = model.shape, engine.parallel
     stages = _parameters(tensors, shape, parallel, engine.dtype)
@@ -266,7 +265,7 @@ _parameters = lru_cache(maxsize=64)(sharding.stage_parameters)
 
 
 def tensors_in_use(model: Model, scheme: Quantization | None) -> tuple[Tensor, ...]:
-    """The checkpoint's tensors, quantized while loading where the engine is told to."""
+    """The checkpoint's tensors, quantized if the engine arguments ask for it."""
     if scheme is None or not scheme.online or model.shape.quantization is not None:
         return model.tensors
     return _quantized(model.tensors, scheme)
@@ -300,9 +299,10 @@ def mla_copy_bytes(shape: ModelShape, engine: Engine) -> int:
 
 
 def _lora_bytes(shape: ModelShape, engine: Engine, lora: LoRA) -> list[int]:
-    """Slots for adapters beside every linear layer (vllm/lora/layers/base_linear.py:100).
+    """Slots for LoRA adapters beside every linear layer (vllm/lora/layers/base_linear.py:100).
 
-    A column-parallel layer keeps A whole and B's share, a row-parallel one the reverse.
+    A rank keeps A whole and its share of B for a column-parallel layer; the reverse for a
+    row-parallel one.
     """
     parallel = engine.parallel
     parts = sharding.stages(shape.num_hidden_layers, parallel.pipeline)
@@ -345,7 +345,7 @@ def draft_weight_bytes(model: Model, engine: Engine) -> int:
 
 
 def _draft_specs(model: Model, engine: Engine) -> list[tuple[int, kv_cache.LayerSpec]]:
-    """The draft's own KV cache layers, behind the model's."""
+    """The KV cache of the draft's layers, which come after the model's."""
     if engine.draft is None:
         return []
     first = model.shape.num_hidden_layers
@@ -388,10 +388,10 @@ def buffer_bytes(shape: ModelShape, engine: Engine, *, first: bool, last: bool) 
 
 
 def moe_workspace_bytes(shape: ModelShape, engine: Engine) -> int:
-    """The two work spaces of the fused experts (fused_moe/experts/triton_moe.py:218).
+    """The two workspaces of the fused experts (fused_moe/experts/triton_moe.py:218).
 
-    Kept from the dummy batch on (vllm/v1/worker/workspace.py). With data parallelism a rank
-    sees the tokens of all.
+    vLLM keeps them after the dummy batch (vllm/v1/worker/workspace.py). With data parallelism a
+    rank sees the tokens of all ranks.
     """
     if shape.moe is None:
         return 0
@@ -406,8 +406,8 @@ def moe_workspace_bytes(shape: ModelShape, engine: Engine) -> int:
 def activation_bytes(shape: ModelShape, engine: Engine, *, last: bool) -> int:
     """Peak of the dummy batch (``profile_run``, v1/worker/gpu/model_runner.py:851).
 
-    The largest of: the MLP, attention, the experts, and on the last stage the logits. The
-    residual and the layer's input are alive in each.
+    The largest of the MLP, attention, the experts and, on the last stage, the logits. The residual
+    and the layer's input are alive in each of them.
     """
     tokens, tp = engine.max_num_batched_tokens, engine.parallel.tensor
     element = element_bytes(engine)
@@ -460,10 +460,10 @@ def cudagraph_bytes(shape: ModelShape, engine: Engine) -> int:
 
 
 def shm_bytes(workers: int) -> int:
-    """/dev/shm that vLLM's message queues can fill on a node with that many workers.
+    """Bytes of /dev/shm that vLLM's message queues can fill on a node with that many workers.
 
-    One queue to the workers (10 × 16 MiB: envs.VLLM_MQ_MAX_CHUNK_BYTES_MB) and one from each
-    (10 × 24 MiB: shm_broadcast.py:472). NCCL's own segments come on top.
+    There is one queue to all workers (10 × 16 MiB: envs.VLLM_MQ_MAX_CHUNK_BYTES_MB) and one from
+    each (10 × 24 MiB: shm_broadcast.py:472). NCCL's own segments come on top.
     """
     return 0 if workers == 1 else (160 + 240 * workers) * MIB
 
@@ -472,13 +472,13 @@ def shm_bytes(workers: int) -> int:
 
 CPU_BLOCK_SIZE = 128  # vllm/platforms/cpu.py
 DEFAULT_CPU_KV_GIB = 1
-"""VLLM_CPU_KVCACHE_SPACE that serve_app sets where a config does not (serve_app/model.py)."""
+"""VLLM_CPU_KVCACHE_SPACE that serve_app/config/environment.py sets where a config does not."""
 
 
 def plan_on_cpu(model: Model, engine: Engine, kv_gib: float, memory_gib: float | None) -> Plan:
-    """The CPU engine: its KV cache is what it is given, in host memory.
+    """The plan on vLLM's CPU engine, whose KV cache has ``kv_gib`` of host memory.
 
-    ``memory_gib`` is the host memory reserved for the replica; None leaves ``fits`` to the host.
+    ``memory_gib`` is the host memory reserved for the replica; None leaves that check out.
     """
     engine = replace(engine, block_size=CPU_BLOCK_SIZE, cudagraph_sizes=())
     specs = kv_cache.layer_specs(

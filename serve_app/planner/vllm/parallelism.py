@@ -1,8 +1,8 @@
-"""What tensor, pipeline, data, expert and context parallelism must divide.
+"""The sizes of tensor, pipeline, data, expert and context parallelism that a model can take.
 
-vLLM refuses the other sizes too, but only once it holds the GPUs, and in terms of its layers.
-Each rule is one that vLLM 0.29 refuses to start without; the place stands beside it. What depends
-on more than ``config.json`` (a kernel's shapes, say) is left to vLLM.
+vLLM refuses other sizes too, but only once it holds the GPUs, and in terms of its layers. Each rule
+here is one without which vLLM 0.29 does not start; its place in vLLM is beside it. Rules that need
+more than ``config.json`` (a kernel's shapes, say) are left to vLLM.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ARGUMENTS = {
 def problems(
     shape: ModelShape, parallel: Parallelism, scheme: Quantization | None = None
 ) -> list[str]:
-    """Why ``shape`` cannot be split as ``parallel``, one sentence each; empty if it can."""
+    """The reasons why ``shape`` cannot be split as ``parallel``, one sentence each."""
     return [why for _, why in _problems(shape, parallel, scheme)]
 
 
@@ -38,7 +38,7 @@ def refuse(shape: ModelShape, parallel: Parallelism) -> None:
     """Refuse sizes that the model cannot be split into.
 
     Raises:
-        ConfigError: the first problem, and the values that the argument can have.
+        ConfigError: the first problem, and the values that the argument can take.
     """
     for why, remedy in remedies(shape, parallel):
         raise ConfigError(f"engine.{why}; {remedy}")
@@ -51,7 +51,7 @@ def remedies(
     *,
     largest_group: int = _MOST_GPUS_PER_GROUP,
 ) -> Iterator[tuple[str, str]]:
-    """Each problem, and the values that the argument at fault can have instead."""
+    """Each problem, with the values that the argument at fault can take instead."""
     most = {
         "tensor": largest_group,
         "pipeline": shape.num_hidden_layers,
@@ -79,7 +79,7 @@ def _listed(sizes: list[int]) -> str:
 def _problems(
     shape: ModelShape, parallel: Parallelism, scheme: Quantization | None
 ) -> Iterator[tuple[str, str]]:
-    """The field of ``parallel`` that is at fault, and the sentence."""
+    """Each problem: the field of ``parallel`` at fault, and the sentence."""
     tp, pp = parallel.tensor, parallel.pipeline
     for why in _tensor(shape, tp, scheme or shape.quantization):
         yield "tensor", f"tensor_parallel_size {tp} {why}"
@@ -122,11 +122,11 @@ def _has_dense_layers(shape: ModelShape) -> bool:
 
 
 def _quantized(shape: ModelShape, tp: int, scheme: Quantization) -> Iterator[str]:
-    """A rank must hold whole quantization groups of a matrix that is split by its input.
+    """A rank must hold whole quantization groups of a matrix that is split along its input.
 
-    distributed/utils.py:67 for groups, quantization/utils/fp8_utils.py:1197 for blocks. Experts
-    have kernels without that limit (quantization/fp8.py:490, auto_awq.py:344, mxfp4.py:186), and
-    with act order every rank holds all scales (auto_gptq.py:367).
+    See distributed/utils.py:67 for groups, quantization/utils/fp8_utils.py:1197 for blocks. The
+    experts' kernels lack this limit (quantization/fp8.py:490, auto_awq.py:344, mxfp4.py:186). With
+    act order every rank holds all scales (auto_gptq.py:367).
     """
     unit, kind = (scheme.block[1], "block") if scheme.block else (scheme.group_size, "group")
     if unit <= 1 or scheme.desc_act:
@@ -172,7 +172,7 @@ def _experts(shape: ModelShape, parallel: Parallelism) -> Iterator[tuple[str, st
 
 
 def _context(shape: ModelShape, parallel: Parallelism) -> Iterator[tuple[str, str]]:
-    """The KV cache can be split between the ranks that would else hold the same heads."""
+    """DCP splits the KV cache between ranks that would otherwise hold copies of the same heads."""
     tp, context = parallel.tensor, parallel.context
     heads, kv = shape.num_attention_heads, shape.num_key_value_heads
     why = None

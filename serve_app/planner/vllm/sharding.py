@@ -1,7 +1,7 @@
-"""Which part of a tensor one GPU holds, for tensor, pipeline and expert parallelism.
+"""The part of a tensor that one GPU holds, for tensor, pipeline and expert parallelism.
 
-vLLM decides by the layer class that a module is built with (``vllm/model_executor/layers/
-linear.py``, ``vocab_parallel_embedding.py``, ``fused_moe/``); here :func:`names.role` does.
+vLLM decides by the class of a module's layer (``vllm/model_executor/layers/linear.py``,
+``vocab_parallel_embedding.py``, ``fused_moe/``). Here :func:`names.role` decides by its name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Parallelism:
     data: int = 1
     expert_parallel: bool = False
     context: int = 1
-    """Of the tensor ranks, those that share the KV cache of a head between them."""
+    """Decode context parallelism (DCP): tensor ranks that share the KV cache of one head."""
 
     @property
     def gpus(self) -> int:
@@ -35,7 +35,7 @@ class Parallelism:
 
     @property
     def expert(self) -> int:
-        """Ranks that share the experts of a layer: EP, or TP over all data-parallel ranks."""
+        """Ranks that split a layer's experts: by EP, or by TP over all data-parallel ranks."""
         return self.tensor * self.data
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class Parallelism:
 def stages(layers: int, pipeline: int) -> list[range]:
     """The layers of each pipeline stage, as vllm/distributed/utils.py:127 splits them.
 
-    What is left over goes to the stages before the last, one each.
+    Layers that remain go to the stages before the last, one each.
     """
     sizes = [layers // pipeline] * pipeline
     for i in range(2, layers % pipeline + 2):
@@ -58,7 +58,7 @@ def stages(layers: int, pipeline: int) -> list[range]:
 
 
 def local_kv_heads(shape: ModelShape, tensor: int) -> int:
-    """KV heads on one rank; below one per rank they are replicated (config/model.py:1517)."""
+    """KV heads on one rank: at least one, replicated if need be (config/model.py:1517)."""
     return max(1, shape.num_key_value_heads // tensor)
 
 
@@ -70,7 +70,7 @@ def rank_bytes(tensor: Tensor, shape: ModelShape, parallel: Parallelism, dtype: 
     if kind == "expert":
         experts = _experts_in(tensor)
         if parallel.expert_parallel:
-            # The first ranks hold one more (fused_moe/expert_map_manager.py:67).
+            # The first ranks hold one expert more (fused_moe/expert_map_manager.py:67).
             return math.ceil(nbytes * math.ceil(experts / parallel.expert) / experts)
         return math.ceil(nbytes / parallel.expert)
     if tp == 1 and kind != "vocab":
@@ -95,14 +95,14 @@ def rank_bytes(tensor: Tensor, shape: ModelShape, parallel: Parallelism, dtype: 
 
 
 def _experts_in(tensor: Tensor) -> int:
-    """Experts that an entry holds: listed one by one, or stacked in its first axis."""
+    """The experts in an entry: one by one, or stacked along its first axis."""
     if tensor.count > 1:
         return tensor.count
     return tensor.shape[0] if len(tensor.shape) > 2 else 1
 
 
 def loaded_bytes(tensor: Tensor, shape: ModelShape, dtype: str) -> int:
-    """Bytes on a GPU that holds the whole tensor: floating weights take the engine's dtype."""
+    """Bytes on a GPU that holds the whole tensor. Floating-point weights get the engine's dtype."""
     target = TORCH_DTYPES[dtype]
     scale = "scale" in tensor.name.rsplit(".", 1)[-1]
     if tensor.dtype in FLOATS and not scale:
@@ -121,7 +121,7 @@ def stage_weights(
 def stage_parameters(
     tensors: Iterable[Tensor], shape: ModelShape, parallel: Parallelism, dtype: str
 ) -> list[dict[str, int]]:
-    """The parameters of vLLM on one GPU of each pipeline stage, and the bytes of each."""
+    """The vLLM parameters on one GPU of each pipeline stage, with their bytes."""
     parts = stages(shape.num_hidden_layers, parallel.pipeline)
     held: list[dict[str, int]] = [{} for _ in range(parallel.pipeline)]
     last = parallel.pipeline - 1
@@ -147,7 +147,7 @@ def stage_parameters(
 
 
 # Models whose class in vllm/model_executor/models/ builds the embedding, the last norm and the
-# head without asking which stage it is on; the others put them on the first and the last.
+# head on every stage. Other classes build them on the first and the last stage only.
 _WHOLE_ON_EVERY_STAGE = {
     "gemma", "gemma2", "gemma3", "gemma3_text", "granitemoe", "granitemoehybrid", "cohere",
     "cohere2", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "gpt_oss", "stablelm", "jamba",

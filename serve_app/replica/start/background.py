@@ -1,4 +1,4 @@
-"""A background thread, for while vLLM's constructor holds the event loop."""
+"""A background thread, for work while vLLM's constructor blocks the event loop."""
 
 from __future__ import annotations
 
@@ -32,4 +32,4 @@ class BackgroundThread(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """What the thread does; it looks at ``_over`` now and then."""
+        """The thread's work. It must return soon after ``_over`` is set."""

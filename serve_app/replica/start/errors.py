@@ -12,7 +12,7 @@ _TOKEN = "set HF_TOKEN where Ray runs (on EKS: the secret that the RayService re
 def explain(error: str, config: ModelConfig) -> str:
     """The sentence for ``error``, which is ``"<exception type>: <its text>"``.
 
-    What is not recognized is passed on in its own words, on one line.
+    An error that is not recognized keeps its own words, on one line.
     """
     model = config.model
     error = _cause(error)
@@ -23,7 +23,7 @@ def explain(error: str, config: ModelConfig) -> str:
 
 
 def too_slow(phase: str, config: ModelConfig) -> str:
-    """The sentence for a start that was broken off while it was doing ``phase``."""
+    """The sentence for a start that exceeded its time limit in ``phase``."""
     return (
         f"'{config.model}' did not start within start_timeout_s ({config.start_timeout_s:g} s); it "
         f"was {phase}; the replica's log says how far it came; if it only needs longer, raise "
@@ -40,7 +40,7 @@ def _numbers(config: ModelConfig) -> dict[str, object]:
     }
 
 
-# Most telling first: an out-of-memory error may hold the words of others.
+# The most specific come first: an out-of-memory error may contain the words of others.
 _KNOWN: tuple[tuple[str, str], ...] = (
     (
         r"node running low on memory",  # Ray's, and an OutOfMemoryError by its type
@@ -113,7 +113,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
 
 
 def _cause(error: str) -> str:
-    """The exception itself, of an error that came from a worker on Ray with its traceback."""
+    """The exception alone, where Ray's error holds the traceback of a worker."""
     if not error.startswith("RayTaskError"):
         return error
     lines = re.sub(r"\x1b\[\d+m", "", error).splitlines()

@@ -1,4 +1,4 @@
-"""What is done inside the processes that vLLM starts (EngineCore and its workers).
+"""Runs inside the processes that vLLM starts (EngineCore and its workers).
 
 vLLM calls :func:`prepare` there as a plugin (``vllm.general_plugins`` in pyproject.toml).
 """
@@ -41,9 +41,9 @@ LINES = {
     "Graph capturing finished": "warming up",
     "init engine": "starting the server",
 }
-"""How those lines of vLLM 0.29's log begin that begin a phase of its start, and the phase."""
+"""Phases of a start, by the beginning of the line of vLLM 0.29's log that opens each."""
 
-# Some of these lines are for debugging. vLLM's own handler still drops them.
+# Some of these lines have level DEBUG. vLLM's own handler still drops them.
 _DETAILS = (
     "vllm.compilation.decorators",
     "vllm.model_executor.model_loader.weight_utils",
@@ -55,11 +55,11 @@ _LOGGERS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
 
 
 def prepare() -> None:
-    """Have this process end with its parent, and write down its start and why that failed.
+    """Tie this process's life to its parent's, and note the phases and errors of its start.
 
-    Called by vLLM in every process of it, also in those that are not ours (a `vllm serve` of the
-    same environment): these are left alone. vLLM hands the environment on to all processes of an
-    engine, also to those on other nodes.
+    vLLM calls this in every process that it starts, a `vllm serve` in the same Python environment
+    included; those are left alone. Ours are known by an environment variable, which vLLM passes to
+    all processes of an engine, also on other nodes.
     """
     if START_FOLDER not in os.environ:
         return
@@ -68,8 +68,8 @@ def prepare() -> None:
     for name in _DETAILS:
         logging.getLogger(name).setLevel(logging.DEBUG)
     if multiprocessing.parent_process() is None:
-        # The replica itself, or a worker that Ray started. Why one fails reaches the replica as
-        # an exception.
+        # The replica itself, or a worker that Ray started: its error reaches the replica as an
+        # exception.
         lifeline.exit_with_parent()
         return
     lifeline.tie_children()
@@ -78,7 +78,7 @@ def prepare() -> None:
 
 
 class _FirstError(logging.Handler):
-    """Writes the first logged exception to a file; later ones are its consequences."""
+    """Writes the first logged exception to a file. Later ones follow from the first."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.ERROR)
@@ -87,13 +87,13 @@ class _FirstError(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
-            # It exists already, or the start is over.
+            # The file exists already, or the start is over and its folder gone.
             with contextlib.suppress(OSError), self._path.open("x") as file:
                 file.write(f"{type(error).__name__}: {error}")
 
 
 class _Phase(logging.Handler):
-    """Writes to a file which phase a line of vLLM's log begins."""
+    """Writes the phase that vLLM's log has come to into a file."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -102,5 +102,5 @@ class _Phase(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         for line, phase in LINES.items():
             if str(record.msg).startswith(line):
-                with contextlib.suppress(OSError):  # the start is over, or its folder elsewhere
+                with contextlib.suppress(OSError):  # the start is over, or on another node
                     self._path.write_text(phase)

@@ -1,8 +1,8 @@
-"""How far the start of a replica has come: for its log, ``GET /ready`` and whoever waits for it.
+"""The phases of a replica's start: for its log, ``GET /ready`` and whoever waits for it.
 
-The engine's processes note what they do in a file (:mod:`serve_app.replica.start.plugin`). In the
-replica :class:`Progress` follows that file and publishes each phase in the GCS, because Serve
-passes on nothing from a replica that does not run yet. Gateways read it there.
+The engine's processes write their phase into a file (:mod:`serve_app.replica.start.plugin`). In
+the replica, :class:`Progress` follows that file and publishes each phase in the GCS, where gateways
+read it. Serve itself passes on nothing from a replica that is still starting.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from serve_app.replica.start.background import BackgroundThread
 logger = logging.getLogger("ray.serve")
 
 FIRST = "starting the engine"
-"""The phase before vLLM's first line: imports, mostly."""
+"""The phase before vLLM's first log line: mostly imports."""
 
 PERIOD_S = 0.5
 """Seconds between two looks at the file."""
@@ -38,7 +38,7 @@ class Progress(BackgroundThread):
         try:
             self._follow()
             progress.forget([self._replica])
-        except Exception:  # the start itself goes on
+        except Exception:  # a start needs no progress report to go on
             logger.exception("how this start goes on is not shown in GET /ready")
 
     def _follow(self) -> None:

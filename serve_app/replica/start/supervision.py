@@ -1,5 +1,5 @@
-"""The start of an engine: shown while it goes on, ended when it takes too long, and explained
-where it fails."""
+"""Supervises the start of an engine: reports its phases, ends it at the time limit, explains its
+failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger("ray.serve")
 
 @contextmanager
 def supervised(config: ModelConfig, application: str, replica: str) -> Iterator[None]:
-    """Supervise what its block starts, as the replica of this id.
+    """Supervise the engine that the ``with`` block starts in the replica of this id.
 
     Raises:
         UserError: why the block failed, in one sentence.

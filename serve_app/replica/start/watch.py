@@ -1,9 +1,9 @@
-"""Ends a start that takes too long, and one that nobody waits for any more.
+"""Ends a start that takes too long, and the start of a replica that Serve is stopping.
 
-vLLM's constructor holds the replica's event loop until its engine is up, and waits for workers
-that hang (two GPUs that cannot reach each other) without end. Serve's order to stop waits for
-that loop too, so a model that is deleted while it loads would keep its GPUs for as long as a
-running one may drain. So a thread looks after both.
+vLLM's constructor blocks the replica's event loop until its engine is up. It waits without end for
+workers that hang (two GPUs that cannot reach each other). Serve's order to stop needs that loop
+too: a model that is deleted while it loads would keep its GPUs for as long as a running one may
+drain. So a thread ends both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PERIOD_S = 5.0
 """Seconds between two looks at Serve's report."""
 
 GRACE_S = 30.0
-"""Seconds in which a start that was broken off must have ended by itself."""
+"""Seconds after the end of the engine's processes in which the constructor must have failed."""
 
 
 class StartWatch(BackgroundThread):
@@ -61,7 +61,7 @@ class StartWatch(BackgroundThread):
     def _is_stopping(self) -> bool:
         try:
             report = serve.report(timeout_s=PERIOD_S)
-        except Exception:  # it is busy, or starts anew
+        except Exception:  # the controller is busy, or restarts
             return False
         application = serve.applications(report or {}).get(self._application)
         return application is not None and any(
