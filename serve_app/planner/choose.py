@@ -89,7 +89,7 @@ def plan_on(
     return replace(found, fits=not reasons, reasons=reasons)
 
 
-def refusal(scheme: Quantization | None, engine: engine_module.Engine, gpu: GPU) -> str | None:
+def refusal(scheme: Quantization | None, engine: engine_module.EngineArgs, gpu: GPU) -> str | None:
     """Why vLLM cannot run this precision on ``gpu``; None where it can."""
     if gpu.capability < 75:
         # Prebuilt vLLM has kernels from compute capability 7.5 on (CMakeLists.txt).

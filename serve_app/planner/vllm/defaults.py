@@ -47,7 +47,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineArgs:
     """Engine arguments with every default resolved. Lengths and batches are in tokens."""
 
     parallel: Parallelism
@@ -83,7 +83,7 @@ def resolve(
     shape: ModelShape,
     gpu: GPU,
     parallel: Parallelism | None = None,
-) -> Engine:
+) -> EngineArgs:
     """Resolve ``arguments`` (a config's ``engine``) as vLLM does on ``gpu``.
 
     ``parallel`` overrides the parallel sizes in the arguments.
@@ -111,7 +111,7 @@ def resolve(
     eager = bool(get("enforce_eager")) or get("optimization_level") in (0, "0")
     query_len = 1 + (draft.num_speculative_tokens if draft else 0)
     graphs = () if eager else cudagraph_sizes(arguments, gpu, seqs, tokens, query_len)
-    return Engine(
+    return EngineArgs(
         parallel=parallel,
         gpu_memory_utilization=utilization,
         max_model_len=max_len,

@@ -25,7 +25,7 @@ from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
 from serve_app.planner.vllm import allocator, kv_cache, sharding
-from serve_app.planner.vllm.defaults import Engine, LoRA
+from serve_app.planner.vllm.defaults import EngineArgs, LoRA
 from serve_app.planner.vllm.kv_cache import Group, KVCache
 from serve_app.planner.vllm.sharding import Parallelism
 
@@ -90,7 +90,7 @@ class Plan:
     """A model's layout on GPUs of one type: parallelism, memory budgets, KV cache."""
 
     model: Model
-    engine: Engine
+    engine: EngineArgs
     gpu: GPU
     stages: tuple[GPUMemory, ...]
     """The budget of one GPU of each pipeline stage, first to last."""
@@ -130,7 +130,7 @@ class Plan:
         return self.cache.num_blocks / blocks * self.parallel.data
 
 
-def plan(model: Model, engine: Engine, gpu: GPU) -> Plan:
+def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
     """Lay ``model`` out on GPUs of one type as ``engine`` says.
 
     Raises:
@@ -203,7 +203,7 @@ def plan(model: Model, engine: Engine, gpu: GPU) -> Plan:
 
 
 def _why_not(
-    stages: Sequence[GPUMemory], groups: list[Group], engine: Engine, longest: int, gpu: GPU
+    stages: Sequence[GPUMemory], groups: list[Group], engine: EngineArgs, longest: int, gpu: GPU
 ) -> tuple[str, ...]:
     reasons = []
     worst = min(stages, key=lambda stage: stage.kv_cache)
@@ -226,7 +226,7 @@ def _why_not(
     return tuple(reasons)
 
 
-def element_bytes(engine: Engine) -> int:
+def element_bytes(engine: EngineArgs) -> int:
     """Bytes of one activation."""
     return DTYPE_BITS[TORCH_DTYPES[engine.dtype]] // 8
 
@@ -234,7 +234,7 @@ def element_bytes(engine: Engine) -> int:
 # --- weights -----------------------------------------------------------------------------------
 
 
-def weight_bytes(model: Model, engine: Engine) -> list[int]:
+def weight_bytes(model: Model, engine: EngineArgs) -> list[int]:
     """The bytes that vLLM logs as "Model loading took", for one GPU of each pipeline stage."""
     unsplit = [
         allocator.unsplit_bytes(parameters.values())
@@ -245,7 +245,7 @@ def weight_bytes(model: Model, engine: Engine) -> list[int]:
     return [sum(both) for both in zip(tensor_bytes(model, engine), unsplit, strict=True)]
 
 
-def tensor_bytes(model: Model, engine: Engine) -> list[int]:
+def tensor_bytes(model: Model, engine: EngineArgs) -> list[int]:
     """The same without the CUDA allocator's rounding: parameters and permanent tables."""
     tensors = tensors_in_use(model, engine.quantization)
     shape, parallel = model.shape, engine.parallel
@@ -286,7 +286,7 @@ def rope_bytes(shape: ModelShape, dtype: str) -> int:
     return tables * shape.max_position_embeddings * width * DTYPE_BITS[TORCH_DTYPES[dtype]] // 8
 
 
-def mla_copy_bytes(shape: ModelShape, engine: Engine) -> int:
+def mla_copy_bytes(shape: ModelShape, engine: EngineArgs) -> int:
     """Per layer: the 16-bit halves of a quantized ``kv_b_proj`` (mla_attention.py:1086-1188).
 
     Without quantization they are views of the weight itself.
@@ -298,7 +298,7 @@ def mla_copy_bytes(shape: ModelShape, engine: Engine) -> int:
     return shape.mla.kv_lora_rank * heads * width * 2
 
 
-def _lora_bytes(shape: ModelShape, engine: Engine, lora: LoRA) -> list[int]:
+def _lora_bytes(shape: ModelShape, engine: EngineArgs, lora: LoRA) -> list[int]:
     """Slots for LoRA adapters beside every linear layer (vllm/lora/layers/base_linear.py:100).
 
     A rank keeps A whole and its share of B for a column-parallel layer; the reverse for a
@@ -324,7 +324,7 @@ def _lora_bytes(shape: ModelShape, engine: Engine, lora: LoRA) -> list[int]:
     return totals
 
 
-def draft_weight_bytes(model: Model, engine: Engine) -> int:
+def draft_weight_bytes(model: Model, engine: EngineArgs) -> int:
     """Weights that only speculative decoding needs, on one GPU of the last stage."""
     draft = engine.draft
     if draft is None:
@@ -344,7 +344,7 @@ def draft_weight_bytes(model: Model, engine: Engine) -> int:
     ) + rope_bytes(model.draft.shape, engine.dtype)
 
 
-def _draft_specs(model: Model, engine: Engine) -> list[tuple[int, kv_cache.LayerSpec]]:
+def _draft_specs(model: Model, engine: EngineArgs) -> list[tuple[int, kv_cache.LayerSpec]]:
     """The KV cache of the draft's layers, which come after the model's."""
     if engine.draft is None:
         return []
@@ -365,7 +365,7 @@ def _draft_specs(model: Model, engine: Engine) -> list[tuple[int, kv_cache.Layer
 # --- buffers, activations, graphs --------------------------------------------------------------
 
 
-def buffer_bytes(shape: ModelShape, engine: Engine, *, first: bool, last: bool) -> int:
+def buffer_bytes(shape: ModelShape, engine: EngineArgs, *, first: bool, last: bool) -> int:
     """Tensors that vLLM's model runner allocates once (vllm/v1/worker/gpu/, V2 runner)."""
     seqs, tokens = engine.max_num_seqs, engine.max_num_batched_tokens
     element = element_bytes(engine)
@@ -387,7 +387,7 @@ def buffer_bytes(shape: ModelShape, engine: Engine, *, first: bool, last: bool) 
     return total + moe_workspace_bytes(shape, engine)
 
 
-def moe_workspace_bytes(shape: ModelShape, engine: Engine) -> int:
+def moe_workspace_bytes(shape: ModelShape, engine: EngineArgs) -> int:
     """The two workspaces of the fused experts (fused_moe/experts/triton_moe.py:218).
 
     vLLM keeps them after the dummy batch (vllm/v1/worker/workspace.py). With data parallelism a
@@ -403,7 +403,7 @@ def moe_workspace_bytes(shape: ModelShape, engine: Engine) -> int:
     return rows * (max(inner, hidden) + max(2 * inner, hidden)) * element_bytes(engine)
 
 
-def activation_bytes(shape: ModelShape, engine: Engine, *, last: bool) -> int:
+def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> int:
     """Peak of the dummy batch (``profile_run``, v1/worker/gpu/model_runner.py:851).
 
     The largest of the MLP, attention, the experts and, on the last stage, the logits. The residual
@@ -449,7 +449,7 @@ def activation_bytes(shape: ModelShape, engine: Engine, *, last: bool) -> int:
     return math.ceil(max(places) * element * ACTIVATION_FACTOR)
 
 
-def cudagraph_bytes(shape: ModelShape, engine: Engine) -> int:
+def cudagraph_bytes(shape: ModelShape, engine: EngineArgs) -> int:
     """vLLM's own estimate before capture (v1/worker/gpu/cudagraph_utils.py:718)."""
     graphs = len(engine.cudagraph_sizes)
     if not graphs:
@@ -475,7 +475,7 @@ DEFAULT_CPU_KV_GIB = 1
 """VLLM_CPU_KVCACHE_SPACE that serve_app/config/environment.py sets where a config does not."""
 
 
-def plan_on_cpu(model: Model, engine: Engine, kv_gib: float, memory_gib: float | None) -> Plan:
+def plan_on_cpu(model: Model, engine: EngineArgs, kv_gib: float, memory_gib: float | None) -> Plan:
     """The plan on vLLM's CPU engine, whose KV cache has ``kv_gib`` of host memory.
 
     ``memory_gib`` is the host memory reserved for the replica; None leaves that check out.
