@@ -15,8 +15,7 @@ from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError
 from serve_app.planner.model import metadata
-from serve_app.planner.vllm import defaults as planner_engine
-from serve_app.planner.vllm import parallelism
+from serve_app.planner.vllm import defaults, parallelism
 from serve_app.replica.server import ModelServer
 
 logger = logging.getLogger("ray.serve")
@@ -56,7 +55,7 @@ def _refuse_sizes(config: ModelConfig) -> None:
         return
     shape = metadata.shape_at_hand(config.model, os.environ | environment(config))
     if shape is not None:
-        parallelism.refuse(shape, planner_engine.parallelism(config.engine))
+        parallelism.refuse(shape, defaults.parallelism(config.engine))
 
 
 def _refuse_ids_of_others(args: dict[str, Any], config: ModelConfig) -> None:

@@ -20,8 +20,7 @@ from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.model import quantization
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
-from serve_app.planner.vllm import defaults as engine_module
-from serve_app.planner.vllm import memory, parallelism
+from serve_app.planner.vllm import defaults, memory, parallelism
 from serve_app.planner.vllm.memory import Plan
 from serve_app.planner.vllm.sharding import Parallelism
 
@@ -75,7 +74,7 @@ def plan_on(
     Raises:
         ConfigError: arguments that vLLM would refuse on any GPU.
     """
-    engine = engine_module.resolve(arguments, model.shape, gpu, parallel)
+    engine = defaults.resolve(arguments, model.shape, gpu, parallel)
     refused = refusal(engine.quantization, engine, gpu)
     wrong = parallelism.problems(model.shape, engine.parallel, engine.quantization)
     if wrong:
@@ -89,7 +88,7 @@ def plan_on(
     return replace(found, fits=not reasons, reasons=reasons)
 
 
-def refusal(scheme: Quantization | None, engine: engine_module.EngineArgs, gpu: GPU) -> str | None:
+def refusal(scheme: Quantization | None, engine: defaults.EngineArgs, gpu: GPU) -> str | None:
     """Why vLLM cannot run this precision on ``gpu``; None where it can."""
     if gpu.capability < 75:
         # Prebuilt vLLM has kernels from compute capability 7.5 on (CMakeLists.txt).
@@ -108,7 +107,7 @@ def refusal(scheme: Quantization | None, engine: engine_module.EngineArgs, gpu: 
 
 def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
     """The smallest layout on one GPU type. Data parallelism stays as the arguments say."""
-    asked = engine_module.parallelism(arguments)
+    asked = defaults.parallelism(arguments)
     closest: Plan | None = None
     for parallel in _layouts(model, arguments, gpu, asked):
         found = plan_on(model, arguments, gpu, parallel)
@@ -129,7 +128,7 @@ def _layouts(
 ) -> Iterator[Parallelism]:
     """Layouts by number of GPUs, within a machine before across machines."""
     per_node = hardware.max_gpus_per_node(gpu)
-    scheme = engine_module.resolve(arguments, model.shape, gpu).quantization
+    scheme = defaults.resolve(arguments, model.shape, gpu).quantization
     sizes = [
         tp
         for tp in range(1, per_node + 1)

@@ -9,8 +9,7 @@ from serve_app.errors import ConfigError, UserError
 from serve_app.planner import choose, hardware
 from serve_app.planner.model import metadata
 from serve_app.planner.model.checkpoint import Model
-from serve_app.planner.vllm import defaults as engine_module
-from serve_app.planner.vllm import memory
+from serve_app.planner.vllm import defaults, memory
 from serve_app.planner.vllm.memory import Plan
 
 
@@ -25,7 +24,7 @@ def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
     """
     aliases = () if offline else config.served_as
     model = metadata.load(config.model, also_known_as=aliases, offline=offline)
-    draft = engine_module.draft_of(config.engine)
+    draft = defaults.draft_of(config.engine)
     if draft is None or draft.model is None:
         return model
     try:
@@ -38,7 +37,7 @@ def cpu_plan(model: Model, config: ModelConfig) -> Plan:
     """The plan of a model on vLLM's CPU engine."""
     # A GPU with bfloat16 and the small batch defaults stands in: the CPU engine has both too.
     like = hardware.gpus()["A100-80G"]
-    engine = engine_module.resolve(choose.arguments_of(config), model.shape, like)
+    engine = defaults.resolve(choose.arguments_of(config), model.shape, like)
     space = config.env.get("VLLM_CPU_KVCACHE_SPACE", str(memory.DEFAULT_CPU_KV_GIB))
     try:
         kv_gib = float(space)

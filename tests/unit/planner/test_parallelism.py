@@ -9,8 +9,7 @@ from harness.models import kept
 
 from serve_app.errors import ConfigError
 from serve_app.planner.model import shape
-from serve_app.planner.vllm import defaults as planner_engine
-from serve_app.planner.vllm import parallelism
+from serve_app.planner.vllm import defaults, parallelism
 from serve_app.planner.vllm.sharding import Parallelism
 
 LLAMA_70B = {
@@ -70,12 +69,12 @@ AWQ_32B = {  # Qwen2.5-32B-AWQ
 
 def problems(hf_config: dict[str, Any], **engine: Any) -> list[str]:
     described = shape.from_config(hf_config)
-    return parallelism.problems(described, planner_engine.parallelism(engine))
+    return parallelism.problems(described, defaults.parallelism(engine))
 
 
 def refusal(hf_config: dict[str, Any], **engine: Any) -> str:
     with pytest.raises(ConfigError) as refused:
-        parallelism.refuse(shape.from_config(hf_config), planner_engine.parallelism(engine))
+        parallelism.refuse(shape.from_config(hf_config), defaults.parallelism(engine))
     return str(refused.value)
 
 
