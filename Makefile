@@ -37,8 +37,9 @@ test: venv  ## lint, types and every test that a CPU can run (under 20 minutes o
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
 	@$(BIN)/serve-app fetch demo
 	@rm -f .cache/left-out
-	@$(TESTS) -m "not slow" --ignore tests/cluster/test_placement_cluster.py
-	@$(TESTS) tests/cluster/test_placement_cluster.py  # a Ray of its own, so a process of its own
+	@$(TESTS) tests/unit tests/gateway tests/vllm tests/kube tests/setup
+	@$(TESTS) tests/cluster --ignore tests/cluster/test_placement_cluster.py  # connected to a Ray
+	@$(TESTS) tests/cluster/test_placement_cluster.py  # to another
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
 
 test-unit: venv  ## the tests without Ray, engines and network (under a minute)

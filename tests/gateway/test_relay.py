@@ -48,7 +48,7 @@ async def test_path_and_query_stay_as_they_were_quoted(target: str) -> None:
     assert [e.target for e in upstream.exchanges] == [target]
 
 
-@pytest.mark.parametrize(("method", "path"), [("POST", CHAT), ("GET", "/version")])
+@pytest.mark.parametrize(("method", "path"), [("POST", CHAT), ("GET", "/tokenizer_info")])
 async def test_the_method_stays_and_a_body_goes_with_any_of_them(method: str, path: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         await gateway.client.request(method, path, json=ASK)

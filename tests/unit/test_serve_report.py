@@ -115,5 +115,5 @@ def test_serve_still_asks_a_replica_for_its_load_and_its_place(hook: str) -> Non
 def test_serve_still_reads_the_variable_that_keeps_a_gateway_in_one_thread() -> None:
     name = "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD"
     deployment: Any = gateway.app({})._bound_deployment
-    assert deployment.ray_actor_options["runtime_env"]["env_vars"] == {name: "0"}
+    assert deployment.ray_actor_options["runtime_env"]["env_vars"][name] == "0"
     assert f'get_env_bool(\n    "{name}"' in Path(constants.__file__).read_text()
