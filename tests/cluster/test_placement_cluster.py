@@ -369,7 +369,7 @@ def its_place_in_serve_is_read(
     address = ray.get_runtime_context().gcs_address
     asked, listens, applications = named._ask(address)
     assert (asked, applications) == (address, [application])
-    assert listens and listens[1] == 8000
+    assert listens is not None and listens["port"] == 8000
 
     # By their names `serve-app logs` tells models apart (serve_app.kuberay.live.podlogs).
     names = {f"replica_{application}_{deployment}_{r.id}.log" for r in found.replicas}
