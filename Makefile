@@ -33,7 +33,7 @@ demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=
 ROOMS := $(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
 
-test: venv  ## lint, types and every test that a CPU can run (under 20 minutes on 2 cores)
+test: venv  ## lint, types and every test that a CPU can run
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
 	@$(BIN)/serve-app fetch demo
 	@rm -f .cache/left-out
@@ -42,7 +42,7 @@ test: venv  ## lint, types and every test that a CPU can run (under 20 minutes o
 	@$(TESTS) tests/cluster/test_placement_cluster.py  # to another
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
 
-test-unit: venv  ## the tests without Ray, engines and network (under a minute)
+test-unit: venv  ## the tests without Ray, engines and network (about a minute)
 	@$(BIN)/python -m pytest -q tests/unit
 
 test-slow: venv  ## the tests that kill, drain and trace
