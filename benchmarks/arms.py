@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -20,6 +19,7 @@ import psutil
 import yaml
 
 from benchmarks import load
+from serve_app import lifeline
 from serve_app.cluster import haproxy
 from serve_app.config import engine_args
 from serve_app.config.environment import environment
@@ -36,7 +36,6 @@ ENGINE: dict[str, Any] = {
     "distributed_executor_backend": "mp",
 }
 _START_S = 420
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -241,18 +240,13 @@ def started(arm: Arm, setup: Setup) -> Iterator[Running]:
             stdin=subprocess.DEVNULL,
             env=env,
             start_new_session=True,
-            preexec_fn=_interrupt_when_parent_dies,
+            preexec_fn=lifeline.interrupt_with_parent,
         )
     running = Running(arm, port, process, log)
     try:
         yield running
     finally:
         running.stop()
-
-
-def _interrupt_when_parent_dies() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _free_port() -> int:

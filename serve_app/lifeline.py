@@ -1,13 +1,16 @@
 """Processes that end with their parent, even if the parent is killed (``kill -9``).
 
-There are two ways. Processes that we spawn (vLLM's engine and its workers) are ended by the kernel
-(:func:`tie_children`): at once, even while a library holds the interpreter's lock. Processes that
-Ray starts (replicas, and vLLM's workers on Ray) watch their parent (:func:`exit_with_parent`): the
-kernel ties a process to the thread that started it, and that thread is inside Ray.
+There are three ways. A command that we start gets a Ctrl-C from the kernel, and ends by itself what
+it has started (:func:`interrupt_with_parent`). Processes that we spawn (vLLM's engine and its
+workers) are killed by the kernel (:func:`tie_children`): at once, even while a library holds the
+interpreter's lock. Processes that Ray starts (replicas, and vLLM's workers on Ray) watch their
+parent (:func:`exit_with_parent`): the kernel ties a process to the thread that started it, and that
+thread is inside Ray.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -35,6 +38,16 @@ def exit_with_parent() -> None:
 
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def interrupt_with_parent() -> None:
+    """As a ``preexec_fn``: the kernel sends the command a Ctrl-C as soon as this process is gone.
+
+    It also ends an inherited deafness: what runs in the background ignores Ctrl-C.
+    """
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tie_children() -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +13,10 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from serve_app import lifeline
 from serve_app.config.document import RUN_ID, Fleet
 from serve_app.local import orphans
 from serve_app.local.instance import Instance
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def start(
@@ -45,18 +42,11 @@ def start(
             env=env,
             # Ctrl-C in the terminal reaches this process only, which passes it on once.
             start_new_session=True,
-            preexec_fn=_interrupt_when_parent_dies,
+            preexec_fn=lifeline.interrupt_with_parent,
         )
     finally:
         if output:
             output.close()
-
-
-def _interrupt_when_parent_dies() -> None:
-    """Have the kernel send `serve run` a Ctrl-C if this command is killed."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def end(serve: subprocess.Popen[bytes], console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from serve_app import lifeline
 
 REPO = Path(__file__).parents[2]
 
@@ -43,17 +44,8 @@ def start(command: list[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             env={**os.environ, **env},
-            preexec_fn=_ready_for_ctrl_c,
+            preexec_fn=lifeline.interrupt_with_parent,
         )
-
-
-def _ready_for_ctrl_c() -> None:
-    """A test run in the background ignores Ctrl-C, and children inherit that.
-
-    A test run that is killed has its children get one.
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    ctypes.CDLL(None).prctl(1, signal.SIGINT, 0, 0, 0)  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def in_session(leader: int) -> dict[int, str]:
