@@ -94,7 +94,7 @@ class Gateway:
             return
         if scope["type"] != "http":
             return
-        path = _below_root_path(scope)[0]
+        path, raw_path = _below_root_path(scope)
         # Serve makes an id where the client sent none, and puts it on the answer.
         headers = dict(scope["headers"])
         request_id = (
@@ -108,7 +108,7 @@ class Gateway:
             ):
                 if scope["method"] not in methods:
                     raise routes.not_allowed(scope["method"], path, methods)
-                await self._relay(scope, headers, request_id, receive, answer)
+                await self._relay(scope, path, raw_path, headers, request_id, receive, answer)
             else:
                 await self._answer_own(scope, path, receive, answer)
         except GatewayError as error:
@@ -134,6 +134,8 @@ class Gateway:
     async def _relay(
         self,
         scope: Any,
+        path: str,
+        raw_path: bytes,
         headers: dict[bytes, bytes],
         request_id: str,
         receive: Receive,
@@ -148,19 +150,18 @@ class Gateway:
             )
         async with self._bodies.read(receive, headers.get(b"content-length")) as body:
             query = scope.get("query_string", b"")
-            id = self._stored.model_in(_below_root_path(scope)[0])
+            id = self._stored.model_in(path)
             id = id or request_body.model_in(headers.get(b"content-type", b""), query, body)
             model = models.find(self._directory, id)
-            request = _request(scope, request_id, body)
+            request = _request(scope, raw_path or quote(path).encode(), request_id, body)
             call = Call(request, model, caller=None, arrived=time.perf_counter())
             await stages.run(
                 self._stages, call, answer, lambda call, so_far: self._send(call, answer, so_far)
             )
 
 
-def _request(scope: Any, request_id: str, body: bytes) -> Request:
-    path, raw_path = _below_root_path(scope)
-    target = (raw_path or quote(path).encode()).decode("latin-1")
+def _request(scope: Any, raw_path: bytes, request_id: str, body: bytes) -> Request:
+    target = raw_path.decode("latin-1")
     if query := scope.get("query_string"):
         target += "?" + query.decode("latin-1")
     return Request(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.middleware import Middleware
+from starlette.responses import Response
 
 from serve_app.gateway.errors import GatewayError
 
@@ -41,9 +42,8 @@ class Front:
                 "invalid_request_error",
                 code="not_found",
             )
-            headers = [(b"content-type", b"application/json")]
-            await send({"type": "http.response.start", "status": error.status, "headers": headers})
-            await send({"type": "http.response.body", "body": error.body()})
+            answer = Response(error.body(), error.status, media_type="application/json")
+            await answer(scope, receive, send)
             return
         headers = scope.get("headers", ())
         if any(name == _DISCONNECT_DISABLED or not value.isascii() for name, value in headers):

@@ -52,7 +52,7 @@ class StoredResponses:
         maker = maker_of(id) if id else None
         if id and maker and self._board.application_of(maker) != call.model.name:
             raise _gone(id)
-        return replace(call, replica=maker)
+        return replace(call, replica=maker) if maker else call
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         pass
