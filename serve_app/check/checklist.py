@@ -206,9 +206,7 @@ def _manifests(fleet: Fleet, documents: list[Document] | None) -> tuple[list[Fin
         if rendered != fleet.document:
             said = "holds another config than this one, which is judged here in its place"
             name = f"RayService/{get(service, 'metadata.name')}"
-            findings.append(
-                Finding("manifests", "warn", name, said, "run `serve-app render` again")
-            )
+            findings.append(Finding("manifests", "warn", name, said, _AGAIN))
     now = [_with_config(d, fleet) if d in services else d for d in documents]
     judged = judge(now)
     # The checks of the config itself have run already.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from harness import configs
 
 from serve_app.check import checklist
 from serve_app.check.inventory import Node
 from serve_app.check.on_cluster import on_cluster
-from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, load
+from serve_app.config.document import load
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay.render.files import render
 from serve_app.kuberay.render.profile import ClusterProfile
@@ -19,29 +21,7 @@ from serve_app.kuberay.validate.judge import judge
 from serve_app.planner.finding import Finding
 from serve_app.planner.model import metadata
 
-LLAMA_70B = {
-    "model": "meta-llama/Llama-3.3-70B-Instruct",
-    "replicas": 1,
-    "resources": {"accelerator_type": "H100", "num_cpus": 8},
-    "engine": {"tensor_parallel_size": 4, "max_model_len": 8192},
-}
-
-
-def write(tmp_path: Path, **changes: Any) -> Path:
-    """A config of one model and a gateway, the model's args changed; ``engine`` is merged."""
-    engine = {**LLAMA_70B["engine"], **changes.pop("engine", {})}  # type: ignore[dict-item]
-    application: dict[str, Any] = {
-        "name": "llama",
-        "route_prefix": None,
-        "import_path": MODEL_IMPORT_PATH,
-        "args": {**LLAMA_70B, "engine": engine, **changes},
-    }
-    if runtime_env := application["args"].pop("runtime_env", None):
-        application["runtime_env"] = runtime_env
-    path = tmp_path / "config.yaml"
-    gateway = {"name": "gateway", "route_prefix": "/", "import_path": GATEWAY_IMPORT_PATH}
-    path.write_text(yaml.safe_dump({"applications": [gateway, application]}))
-    return path
+write = partial(configs.write, gateway=True)
 
 
 def find(findings: list[Finding], check: str, status: str) -> Finding:

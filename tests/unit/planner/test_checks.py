@@ -6,35 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from harness.configs import LLAMA_70B, write
 
-from serve_app.config.document import MODEL_IMPORT_PATH, load
+from serve_app.config.document import load
 from serve_app.errors import ConfigError
 from serve_app.planner.check_model import refuse
 from serve_app.planner.model import metadata
-
-LLAMA_70B = {
-    "model": "meta-llama/Llama-3.3-70B-Instruct",
-    "replicas": 1,
-    "resources": {"accelerator_type": "H100", "num_cpus": 8},
-    "engine": {"tensor_parallel_size": 4, "max_model_len": 8192},
-}
-
-
-def write(tmp_path: Path, **changes: Any) -> Path:
-    """A config of one model, its args changed; ``engine`` is merged."""
-    engine = {**LLAMA_70B["engine"], **changes.pop("engine", {})}  # type: ignore[dict-item]
-    application: dict[str, Any] = {
-        "name": "llama",
-        "route_prefix": None,
-        "import_path": MODEL_IMPORT_PATH,
-        "args": {**LLAMA_70B, "engine": engine, **changes},
-    }
-    if runtime_env := application["args"].pop("runtime_env", None):
-        application["runtime_env"] = runtime_env
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
-    return path
 
 
 @pytest.mark.parametrize(
