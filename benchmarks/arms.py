@@ -258,7 +258,7 @@ def _free_port() -> int:
 def title(process: psutil.Process) -> str:
     """A process's name, short enough for a table."""
     command = process.cmdline()
-    first = command[0] if command else process.name()
+    first = str(command[0] if command else process.name())
     if first.startswith(("ray::", "VLLM::")):
         return first.split("#")[0]
     line = " ".join(command)

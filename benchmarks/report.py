@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,7 @@ def ratios(records: list[Record], titles: dict[str, str]) -> str:
     by_round = {(r["arm"], r["round"]): r for r in records}
     rows = []
     for ours, other in pairs:
-        cells = [
-            _spread(list(_paired(by_round, ours, other, lambda r, c=c: r["load"].get(c))), "{:.2f}")
-            for c in levels
-        ]
+        cells = [_spread(list(_paired(by_round, ours, other, c)), "{:.2f}") for c in levels]
         rows.append([f"{ours} / {other}", *cells])
     return _table(["ratio of the same round", *(f"c={c}" for c in levels)], rows)
 
@@ -108,12 +105,12 @@ def _paired(
     by_round: dict[tuple[str, int], Record],
     ours: str,
     other: str,
-    load: Callable[[Record], Any],
+    level: int,
 ) -> Iterable[float]:
     for (arm, number), record in by_round.items():
         against = by_round.get((other, number))
-        if arm == ours and against and load(record) and load(against):
-            yield load(record)["tokens_per_s"] / load(against)["tokens_per_s"]
+        if arm == ours and against and level in record["load"] and level in against["load"]:
+            yield record["load"][level]["tokens_per_s"] / against["load"][level]["tokens_per_s"]
 
 
 def cores(records: list[Record]) -> str:

@@ -11,9 +11,18 @@ from typing import Any
 
 import httpx
 
-from harness import processes, servers
-from harness.processes import REPO, children, eventually, free_port, in_session, is_port_free
+from harness import servers
+from harness.processes import (
+    REPO,
+    children,
+    eventually,
+    free_port,
+    in_session,
+    is_port_free,
+    kill_session,
+)
 from harness.servers import BIN, EMBED
+from serve_app import lifeline
 
 
 class Run:
@@ -47,7 +56,7 @@ class Run:
             )
 
     def _prepare(self) -> None:
-        processes._ready_for_ctrl_c()
+        lifeline.interrupt_with_parent()
         if self.before:
             self.before()
 
@@ -84,9 +93,9 @@ class Run:
         finally:
             left = in_session(self.process.pid) | in_session(serve)
             self.kill()
-            processes.kill_session(serve)
+            kill_session(serve)
         assert is_port_free(self.port)
         return left
 
     def kill(self) -> None:
-        processes.kill_session(self.process.pid)
+        kill_session(self.process.pid)

@@ -47,7 +47,7 @@ def relabeled(name: str) -> str | None:
 
 def exported() -> dict[str, frozenset[str]]:
     """Samples that Prometheus has of a real run: their labels by their names."""
-    names = {}
+    names: dict[str, frozenset[str]] = {}
     for name, metric in exported_metrics.recorded().items():
         found = relabeled(name)
         if found is not None:
