@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve_app import addresses
+from serve_app.cluster import head
 from serve_app.errors import UserError
-from serve_app.local.named import recorded_address
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class RayInventory:
     @classmethod
     def connect(cls) -> RayInventory:
         """Raises UserError where no Ray cluster answers."""
-        _refuse_silent_gcs()
+        head.refuse_gone(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
         import ray
 
         try:
@@ -141,24 +139,6 @@ class KubernetesInventory:
             )
             for item in self._get(resource)
         }
-
-
-def _refuse_silent_gcs() -> None:
-    """Ray waits minutes for the address of a cluster that is gone; a connection tells at once."""
-    address = os.environ.get("RAY_ADDRESS", "").removeprefix("ray://")
-    if address in ("", "auto"):
-        address = recorded_address() or ""
-    if not address:
-        raise UserError("no Ray cluster runs here (RAY_ADDRESS is not set)")
-    found = addresses.split(address)
-    if found is None:
-        raise UserError(
-            f"RAY_ADDRESS is {address}; write it as host:port, an IPv6 address in brackets"
-        )
-    try:
-        socket.create_connection(found, timeout=3).close()
-    except OSError as error:
-        raise UserError(f"no Ray cluster answers at {address} ({_first_line(error)})") from None
 
 
 def at_hand() -> Inventory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,11 @@ def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str
     """
     import ray
 
-    from serve_app.cluster import serve
+    from serve_app.cluster import head, serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    named = os.environ.get("RAY_ADDRESS")
+    head.refuse_gone(address or named, "--address" if address else "RAY_ADDRESS")
     try:
         ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError:

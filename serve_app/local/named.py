@@ -7,12 +7,11 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from serve_app import addresses
+from serve_app.cluster import head
 from serve_app.errors import UserError
 
 _PATIENCE_S = 60.0
@@ -49,23 +48,19 @@ def named_cluster() -> NamedCluster | None:
     given = os.environ.get("RAY_ADDRESS", "").strip()
     if given in ("", "local"):
         return None
-    _refuse_dead(given)
-    address, http_options, applications = _ask(given)
+    try:
+        head.refuse_gone(given, "RAY_ADDRESS")
+        address, http_options, applications = _ask(given)
+    except UserError as error:
+        raise UserError(f"{error}; correct it, or unset it for a Ray of this run's own") from None
     if applications:
         raise UserError(
             f"the Ray cluster at {given} (RAY_ADDRESS) serves {', '.join(applications)} already, "
             "which this run would replace; add the models there with serve deploy, or unset "
             "RAY_ADDRESS for a Ray of this run's own"
         )
-    head = addresses.split(address)
-    return NamedCluster(head[0] if head else address, http_options)
-
-
-def recorded_address() -> str | None:
-    """The address that the last ``ray start`` on this machine recorded; it may be stale."""
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    record = Path(folder) / "ray" / "ray_current_cluster"
-    return record.read_text().strip() if record.is_file() else None
+    found = addresses.split(address)
+    return NamedCluster(found[0] if found else address, http_options)
 
 
 def is_here(host: str) -> bool:
@@ -78,23 +73,6 @@ def is_here(host: str) -> bool:
     return True
 
 
-def _refuse_dead(given: str) -> None:
-    if given == "auto":
-        given = recorded_address() or ""
-        if not given:
-            return  # Ray looks among the processes, and does not wait
-    found = addresses.split(given.rpartition("://")[2])
-    if found is None:
-        raise UserError(
-            f"RAY_ADDRESS is '{given}', which is no address; write host:6379 (an IPv6 address in "
-            "brackets), or unset it for a Ray of this run's own"
-        )
-    try:
-        socket.create_connection(found, timeout=5).close()
-    except OSError as error:
-        raise UserError(_silent(given, str(error.strerror or error))) from None
-
-
 def _ask(given: str) -> tuple[str, dict[str, Any] | None, list[str]]:
     try:
         done = subprocess.run(
@@ -105,7 +83,8 @@ def _ask(given: str) -> tuple[str, dict[str, Any] | None, list[str]]:
             timeout=_PATIENCE_S,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(_silent(given, f"no answer in {_PATIENCE_S:.0f} s")) from None
+        why = f"no answer in {_PATIENCE_S:.0f} s"
+        raise head.silent(given, "RAY_ADDRESS", why) from None
     if done.returncode:
         if "AuthenticationError" in done.stderr:
             raise UserError(
@@ -113,13 +92,6 @@ def _ask(given: str) -> tuple[str, dict[str, Any] | None, list[str]]:
                 "and RAY_AUTH_TOKEN to it"
             )
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(_silent(given, lines[-1] if lines else f"status {done.returncode}"))
+        raise head.silent(given, "RAY_ADDRESS", lines[-1] if lines else f"status {done.returncode}")
     address, http_options, applications = json.loads(done.stdout.splitlines()[-1])
     return address, http_options, applications
-
-
-def _silent(given: str, why: str) -> str:
-    return (
-        f"no Ray cluster answers at RAY_ADDRESS={given} ({why}); correct it, or unset it for a Ray "
-        "of this run's own"
-    )

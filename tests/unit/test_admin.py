@@ -103,3 +103,12 @@ def test_what_has_no_replica_to_call_is_refused(name: str, said: str) -> None:
     admin.refuse("up", applications)
     with pytest.raises(UserError, match=said):
         admin.refuse(name, applications)
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match=r"no Ray cluster answers at 127.0.0.1:9 \(--address\)"):
+        admin.broadcast("m", "sleep", address="127.0.0.1:9")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match=r"no Ray cluster answers at 127.0.0.1:9 \(RAY_ADDRESS\)"):
+        admin.broadcast("m", "sleep", address=None)

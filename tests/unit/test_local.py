@@ -324,9 +324,9 @@ def test_without_an_address_the_ray_is_our_own(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("address", "told"),
     [
-        (f"127.0.0.1:{free_port()}", "no Ray cluster answers at RAY_ADDRESS=127.0.0.1:"),
-        (f"ray://127.0.0.1:{free_port()}", "no Ray cluster answers at RAY_ADDRESS=ray://"),
-        (f"[::1]:{free_port()}", "no Ray cluster answers at RAY_ADDRESS=[::1]:"),
+        (f"127.0.0.1:{free_port()}", "no Ray cluster answers at 127.0.0.1:"),
+        (f"ray://127.0.0.1:{free_port()}", "no Ray cluster answers at ray://"),
+        (f"[::1]:{free_port()}", "no Ray cluster answers at [::1]:"),
         ("nonsense", "RAY_ADDRESS is 'nonsense', which is no address; write host:6379 (an"),
     ],
 )
