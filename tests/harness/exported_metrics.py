@@ -99,8 +99,8 @@ def run(folder: Path) -> str:
 
 def _load(cluster: Cluster) -> None:
     """Chats that fill the KV cache and share a prefix, half of them streamed; an embedding."""
-    with ThreadPoolExecutor(24) as pool:
-        list(pool.map(lambda n: _chat(cluster, n, stream=n % 2 == 0), range(24)))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: _chat(cluster, n, stream=n % 2 == 0), range(8)))
     embedded = httpx.post(
         f"{cluster.base_url}/v1/embeddings", json={"model": EMBED, "input": "Paris"}, timeout=60
     )
