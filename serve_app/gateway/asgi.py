@@ -3,29 +3,29 @@ be with an error."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
-from urllib.parse import quote
 
 import fastapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 from serve_app.config.settings import GatewayConfig
-from serve_app.gateway import api, models, routes, stages
+from serve_app.gateway import api, metrics, models, routes, stages
 from serve_app.gateway import body as request_body
 from serve_app.gateway.cold_start import ColdStartQueue
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
-from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.errors import GatewayError, invalid
 from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import FewestRequests, Policy
 from serve_app.gateway.relay import Answer, Headers, Relay, Request, Send
 from serve_app.gateway.replicas import Board
-from serve_app.gateway.stages import Call, Stage
+from serve_app.gateway.stages import Call, Outcome, Stage
 from serve_app.gateway.stored_responses import StoredResponses
 
 logger = logging.getLogger("ray.serve")
@@ -94,32 +94,26 @@ class Gateway:
             return
         if scope["type"] != "http":
             return
-        path, raw_path = _below_root_path(scope)
-        # Serve makes an id where the client sent none, and puts it on the answer.
-        headers = dict(scope["headers"])
-        request_id = (
-            headers.get(b"x-request-id", b"").decode("utf-8", "replace") or uuid.uuid4().hex
-        )
+        path = _below_root_path(scope)
         answer = Answer(send)
+        call: Call | None = None
         try:
-            methods = routes.methods_of(path)
-            if methods and not (
-                path == "/version" and b"model=" not in scope.get("query_string", b"")
-            ):
-                if scope["method"] not in methods:
-                    raise routes.not_allowed(scope["method"], path, methods)
-                await self._relay(scope, path, raw_path, headers, request_id, receive, answer)
-            else:
-                await self._answer_own(scope, path, receive, answer)
-        except GatewayError as error:
+            async with contextlib.AsyncExitStack() as held:
+                if _is_relayed(scope, path):
+                    call = await self._call(scope, path.removesuffix("/"), receive, held)
+                    await stages.run(self._stages, call, answer, self._relay(answer))
+                else:
+                    await self._answer_own(scope, path, receive, answer)
+        except Exception as error:
             if answer.started_at is not None:
                 raise  # the server then closes the connection, the only signal left
+            if not isinstance(error, GatewayError):
+                id = call.request.id if call else "that was not read yet"
+                logger.exception(f"request {id}: unexpected error in the gateway")
+                error = _failure()
+            if call is None:
+                metrics.count_refused(error.status)
             await _send_error(answer, error, path)
-        except Exception:
-            if answer.started_at is not None:
-                raise
-            logger.exception(f"request {request_id}: unexpected error in the gateway")
-            await _send_error(answer, _failure(), path)
 
     async def _answer_own(self, scope: Any, path: str, receive: Receive, answer: Answer) -> None:
         method = scope["method"]
@@ -131,16 +125,15 @@ class Gateway:
             raise routes.not_allowed(method, path, ["GET", "HEAD"])
         await self._own(as_get, receive, answer.send)
 
-    async def _relay(
-        self,
-        scope: Any,
-        path: str,
-        raw_path: bytes,
-        headers: dict[bytes, bytes],
-        request_id: str,
-        receive: Receive,
-        answer: Answer,
-    ) -> None:
+    def _relay(self, answer: Answer) -> Callable[[Call, Outcome], Awaitable[int]]:
+        return lambda call, so_far: self._send(call, answer, so_far)
+
+    async def _call(
+        self, scope: Any, path: str, receive: Receive, held: contextlib.AsyncExitStack
+    ) -> Call:
+        """Read the whole request. Its body counts as held until ``held`` is closed."""
+        headers = dict(scope["headers"])
+        id = _request_id(headers)
         if headers.get(b"content-encoding", b"").strip().lower() not in _UNCOMPRESSED:
             raise GatewayError(
                 415,
@@ -148,42 +141,57 @@ class Gateway:
                 "invalid_request_error",
                 code="unsupported_content_encoding",
             )
-        async with self._bodies.read(receive, headers.get(b"content-length")) as body:
-            query = scope.get("query_string", b"")
-            id = self._stored.model_in(path)
-            id = id or request_body.model_in(headers.get(b"content-type", b""), query, body)
-            model = models.find(self._directory, id)
-            request = _request(scope, raw_path or quote(path).encode(), request_id, body)
-            call = Call(request, model, caller=None, arrived=time.perf_counter())
-            await stages.run(
-                self._stages, call, answer, lambda call, so_far: self._send(call, answer, so_far)
-            )
+        reading = self._bodies.read(receive, headers.get(b"content-length"))
+        body = await held.enter_async_context(reading)
+        query = _query(scope)
+        named = self._stored.model_in(path) or request_body.model_in(
+            headers.get(b"content-type", b""), query, body
+        )
+        model = models.find(self._directory, named)
+        request = Request(id, scope["method"], path, query, scope["headers"], body)
+        return Call(request, model, caller=None, arrived=time.perf_counter())
 
 
-def _request(scope: Any, raw_path: bytes, request_id: str, body: bytes) -> Request:
-    target = raw_path.decode("latin-1")
-    if query := scope.get("query_string"):
-        target += "?" + query.decode("latin-1")
-    return Request(
-        id=request_id,
-        method=scope["method"],
-        target=target,
-        headers=scope["headers"],
-        body=body,
-        root_path=scope.get("root_path", "").rstrip("/"),
-    )
+def _is_relayed(scope: Any, path: str) -> bool:
+    """Whether a model answers, not the gateway itself.
+
+    Raises:
+        GatewayError: 405 for a method that the models' route does not have.
+    """
+    methods = routes.methods_of(path)
+    if not methods:
+        return False
+    if path.rstrip("/") == "/version" and not request_body.model_in_query(_query(scope)):
+        return False  # the gateway tells its own
+    if scope["method"] not in methods:
+        raise routes.not_allowed(scope["method"], path, methods)
+    return True
 
 
-def _below_root_path(scope: Any) -> tuple[str, bytes]:
-    """The path without ``http_options.root_path``, decoded and raw, as FastAPI's routes see it.
+def _query(scope: Any) -> bytes:
+    query: bytes = scope.get("query_string", b"")
+    return query
+
+
+_MAX_REQUEST_ID = 512  # OpenAI's limit for X-Client-Request-Id
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's or a new one. Serve makes one too, and puts it on the answer."""
+    id = headers.get(b"x-request-id", b"").decode("utf-8", "replace")
+    if len(id) > _MAX_REQUEST_ID:
+        raise invalid(f"The header X-Request-Id has more than {_MAX_REQUEST_ID} characters.")
+    return id or uuid.uuid4().hex
+
+
+def _below_root_path(scope: Any) -> str:
+    """The path without ``http_options.root_path``, decoded, as FastAPI's routes see it.
 
     The server puts the root path before the path that a proxy has passed on.
     """
-    root, path, raw = scope.get("root_path", ""), scope["path"], scope.get("raw_path") or b""
-    below = path.removeprefix(root)
-    if below == path or not below.startswith("/"):
-        return path, raw
-    return below, raw.removeprefix(root.encode()) if raw.startswith(root.encode()) else b""
+    path: str = scope["path"]
+    below = path.removeprefix(scope.get("root_path", ""))
+    return below if below.startswith("/") else path
 
 
 async def _error_of_own_route(request: fastapi.Request, error: Exception) -> fastapi.Response:
@@ -219,4 +227,4 @@ async def _refuse_websocket(scope: Any, receive: Receive, send: Send) -> None:
         "invalid_request_error",
         code="websocket_not_supported",
     )
-    await _send_error(Answer(send), error, _below_root_path(scope)[0], "websocket.http")
+    await _send_error(Answer(send), error, _below_root_path(scope), "websocket.http")

@@ -17,6 +17,10 @@ from serve_app.gateway.errors import GatewayError, invalid
 
 Receive = Callable[[], Awaitable[Any]]
 
+_SMALL = 2**16
+"""Bytes up to which a body is read however many others are held: a few large uploads must not keep
+everybody's chats out."""
+
 
 class Bodies:
     """Reads request bodies, with a limit for each and one for all that are held at once."""
@@ -83,7 +87,7 @@ class Bodies:
                 "invalid_request_error",
                 code="request_too_large",
             )
-        if more and self.held + more > self._limit_of_all:
+        if held + more > _SMALL and self.held + more > self._limit_of_all:
             raise GatewayError(
                 503,
                 f"The bodies of all running requests would be larger than "
@@ -135,7 +139,7 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     else:
         model = None
     if model is None:
-        model = next(iter(parse_qs(query.decode("latin-1")).get("model", ())), None)
+        model = model_in_query(query)
     if model is None or model == "":
         raise invalid(
             "You must provide a model: set 'model' in the body, or as '?model=<id>', to one of the "
@@ -146,6 +150,11 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     if not isinstance(model, str):
         raise invalid("'model' must be a string.", param="model", code="invalid_type")
     return model
+
+
+def model_in_query(query: bytes) -> str | None:
+    """The model that ``?model=`` names."""
+    return next(iter(parse_qs(query.decode("latin-1")).get("model", ())), None)
 
 
 def previous_response_in(body: bytes) -> str | None:

@@ -11,7 +11,8 @@ _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 
 _requests = Counter(
     "serve_app_gateway_requests_total",
     "Requests answered, by model and HTTP status (499: the client went away; 502: the replica was "
-    "lost in the middle of an answer that had begun with another status).",
+    "lost in the middle of an answer that had begun with another status). Without a model: those "
+    "that the gateway refused before it knew one.",
     tag_keys=("model", "code"),
 )
 _duration = Histogram(
@@ -38,6 +39,11 @@ _retries = Counter(
 )
 
 _running: dict[str, int] = {}
+
+
+def count_refused(status: int) -> None:
+    """Count a request that was refused before it was known which model it is for."""
+    _requests.inc(tags={"model": "", "code": str(status)})
 
 
 class Metrics:

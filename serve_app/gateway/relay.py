@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 from yarl import URL
@@ -37,7 +38,9 @@ _NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CREDENTI
                                  # With it vLLM adds the engine's load to its answer's headers.
                                  b"endpoint-load-metrics-format"}  # fmt: skip
 # Serve sets these on every answer itself.
-_NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id", CREDENTIAL_HEADER}
+_NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id", CREDENTIAL_HEADER,
+                                # No route redirects; a replica's address is not for clients.
+                                b"location"}  # fmt: skip
 # The gateway decides which origins are allowed (cors_allow_origins); vLLM allows all.
 _CORS = b"access-control-"
 
@@ -48,17 +51,20 @@ class Request:
 
     id: str
     method: str
-    target: str
-    """Path and query, still percent-encoded."""
+    path: str
+    """Decoded, as the routes of :mod:`serve_app.gateway.routes` are written."""
+
+    query: bytes
+    """Still percent-encoded."""
 
     headers: Headers
     body: bytes
-    root_path: str = ""
-    """The prefix of every path for clients, which a proxy in front strips."""
 
     @property
-    def path(self) -> str:
-        return self.target.partition("?")[0]
+    def target(self) -> str:
+        """Path and query, as a replica gets them: it sees the path that was checked, no other."""
+        query = f"?{self.query.decode('latin-1')}" if self.query else ""
+        return quote(self.path) + query
 
 
 class Answer:
@@ -106,6 +112,10 @@ class Relay:
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             # A slow client makes the gateway hold at most two of these buffers.
             read_bufsize=2**16,
+            # A replica may repeat a client's header in its answer. A header that aiohttp does not
+            # accept would count as the replica's failure.
+            max_line_size=2**17,
+            max_field_size=2**17,
         )
 
     async def close(self) -> None:
@@ -123,6 +133,7 @@ class Relay:
                 answer that cannot end with an error event.
         """
         events: _Events | None = None
+        begun = b""
         replica.inflight += 1
         try:
             async with self._session.request(
@@ -136,7 +147,7 @@ class Relay:
                     raise Asleep("asleep")
                 if not 200 <= response.status < 600:
                     raise NotStarted(f"status {response.status}")
-                headers = _to_client(response.raw_headers, replica.base_url, request.root_path)
+                headers = _to_client(response.raw_headers)
                 if "content-encoding" in response.headers:
                     pass  # compressed: relayed as it is
                 elif response.content_type == "text/event-stream":
@@ -144,13 +155,18 @@ class Relay:
                     # The stream may end with the gateway's error event, which this length lacks.
                     headers = [(k, v) for k, v in headers if k != b"content-length"]
                 elif response.status >= 400:
-                    await _send_error(response, headers, request, answer)
-                    return response.status
+                    begun = await _up_to(_MAX_ERROR, response.content)
+                    if response.content.at_eof():
+                        await _send_error(response, begun, headers, request, answer)
+                        return response.status
                 head = {
                     "type": "http.response.start",
                     "status": response.status,
                     "headers": headers,
                 }
+                if begun:
+                    await answer.send(head)
+                    await answer.send(_body(begun, more=True))
                 async for chunk in response.content.iter_any():
                     if events is not None and not (chunk := events.take(chunk)):
                         continue
@@ -231,15 +247,31 @@ class _Events:
         return whole
 
 
+_MAX_ERROR = 2**20
+"""Bytes up to which a replica's error is held. vLLM repeats wrong input many times in its error, so
+a client decides how long that is. A longer one is relayed as it is."""
+
+
+async def _up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
+    """Read until the end, or until a little over ``limit`` bytes have come."""
+    read = bytearray()
+    while len(read) <= limit and (chunk := await content.readany()):
+        read += chunk
+    return bytes(read)
+
+
 async def _send_error(
-    response: aiohttp.ClientResponse, headers: Headers, request: Request, answer: Answer
+    response: aiohttp.ClientResponse,
+    body: bytes,
+    headers: Headers,
+    request: Request,
+    answer: Answer,
 ) -> None:
     """Send the replica's error: unchanged if it has an envelope, else wrapped into one.
 
     FastAPI answers unknown routes and methods in a shape of its own, and uvicorn in plain text.
-    Errors are small and come at once, so they are read whole.
     """
-    body = sent = await response.read()
+    sent = body
     try:
         shown = json.loads(body)
     except (ValueError, RecursionError):
@@ -305,25 +337,10 @@ def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
     return kept
 
 
-def _to_client(headers: Iterable[tuple[bytes, bytes]], base_url: str, root_path: str) -> Headers:
+def _to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
     kept = [(k.lower(), v) for k, v in headers]
     drop = _NOT_TO_CLIENT | _named_by_connection(kept)
-    return [
-        (k, _from_here(v, base_url.encode(), root_path.encode()) if k == b"location" else v)
-        for k, v in kept
-        if k not in drop and not k.startswith(_CORS)
-    ]
-
-
-def _from_here(location: bytes, base_url: bytes, root_path: bytes) -> bytes:
-    """Turn a redirect to the replica's own address, which clients cannot reach, into a path.
-
-    FastAPI sends such a redirect for a path with one slash too many.
-    """
-    if not location.startswith(base_url + b"/"):
-        return location
-    path = b"/" + location.removeprefix(base_url).lstrip(b"/")  # "//x" would name a host
-    return root_path + path
+    return [(k, v) for k, v in kept if k not in drop and not k.startswith(_CORS)]
 
 
 def _named_by_connection(headers: Headers) -> set[bytes]:

@@ -77,7 +77,7 @@ _PATTERNS = [(_pattern(path), methods) for path, methods in _METHODS.items() if 
 def methods_of(path: str) -> list[str]:
     """The methods that clients may use on ``path``; empty where it is no route of a model.
 
-    A path with one slash too many at its end counts: vLLM answers it with a redirect.
+    A path with one slash too many at its end counts, without it.
     """
     path = path.removesuffix("/")
     if found := _METHODS.get(path):

@@ -20,7 +20,7 @@ from serve_app.gateway.replicas import Board, Replica
 from serve_app.gateway.stages import Call, Outcome
 
 _CREATE = "/v1/responses"
-_STORED = re.compile(_CREATE + r"/([^/]+)(?:/cancel)?/?")
+_STORED = re.compile(_CREATE + r"/([^/]+)(?:/cancel)?")
 
 
 class StoredResponses:
@@ -77,7 +77,7 @@ def _named_by(request: Request) -> str | None:
     path = request.path
     if not path.startswith(_CREATE):
         return None
-    if path.rstrip("/") == _CREATE:
+    if path == _CREATE:
         return previous_response_in(request.body)
     return _in_path(path)
 

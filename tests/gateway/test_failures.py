@@ -294,6 +294,36 @@ async def test_an_error_of_the_replica_that_is_in_no_envelope_is_put_into_one(
     assert 0 < len(answer.json()["error"]["message"]) < 3000
 
 
+@pytest.mark.parametrize("length", ["content-length", "transfer-encoding"])
+async def test_a_huge_error_of_the_replica_is_relayed_and_not_held(length: str) -> None:
+    """vLLM repeats wrong input in its error: 100 KB of it become 11 MB."""
+    error = json.dumps({"error": {"message": "x" * (50 * 2**20)}}).encode()
+    sent = 0
+
+    async def script(exchange: Exchange) -> None:
+        nonlocal sent
+        if length == "content-length":
+            await exchange.head(f"content-length: {len(error)}", status="400 Bad Request")
+        else:
+            await exchange.head("transfer-encoding: chunked", status="400 Bad Request")
+        for at in range(0, len(error), 2**16):
+            piece = error[at : at + 2**16]
+            await (exchange.send if length == "content-length" else exchange.chunk)(piece)
+            sent = at
+        if length == "transfer-encoding":
+            await exchange.send(b"0\r\n\r\n")
+
+    async with (
+        Upstream(script) as upstream,
+        GatewayProcess(upstream) as gateway,
+        gateway.client.stream("POST", CHAT, json=ASK) as answer,
+    ):
+        await asyncio.sleep(1)
+        assert answer.status_code == 400
+        assert sent < len(error) / 2  # a client that does not read holds the replica back
+        assert b"".join([chunk async for chunk in answer.aiter_raw()]) == error
+
+
 async def test_a_compressed_error_of_the_replica_is_relayed_as_it_is() -> None:
     body = gzip.compress(b'{"error": {"message": "x"}}')
 
@@ -604,6 +634,32 @@ async def test_an_exception_in_the_gateway_is_counted_as_an_error(
         else:
             assert (await gateway.client.post(CHAT, json=ASK)).status_code == 500
         assert await until(lambda: counted)
+    assert counted == ["500"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        (CHAT, {"model": "other"}, "404"),
+        (CHAT, {}, "400"),
+        (CHAT, {"model": "m", "x": "a" * 2**20}, "413"),
+        ("/v1/nothing", {"model": "m"}, "404"),
+    ],
+)
+async def test_what_is_refused_before_its_model_is_known_is_counted(
+    counted: list[str], path: str, body: Any, code: str
+) -> None:
+    async with GatewayProcess(max_body_mib=1) as gateway:
+        assert (await gateway.client.post(path, json=body)).status_code == int(code)
+    assert counted == [code]
+
+
+async def test_an_exception_before_the_model_is_known_is_counted(
+    counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.gateway.models.find", lambda directory, id: 1 / 0)
+    async with GatewayProcess() as gateway:
+        assert (await gateway.client.post(CHAT, json=ASK)).status_code == 500
     assert counted == ["500"]
 
 
