@@ -45,9 +45,7 @@ def test_a_cluster_that_is_gone_is_said_at_once(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(
-        UserError, match=rf"answers at {re.escape(address)} \(RAY_ADD"
-    ):
+    with pytest.raises(UserError, match=rf"answers at {re.escape(address)} \(RAY_ADD"):
         RayInventory.connect()
 
 
@@ -56,7 +54,5 @@ def test_an_address_that_is_none_is_said_to_be_so(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(
-        UserError, match=rf"is .{address}., which is no address; write host:6379"
-    ):
+    with pytest.raises(UserError, match=rf"is .{address}., which is no address; write host:6379"):
         RayInventory.connect()
