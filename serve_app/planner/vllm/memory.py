@@ -44,9 +44,6 @@ COMMUNICATION_BYTES = int(0.35 * GIB)
 TORCH_STATE_BYTES = 32 * MIB
 """Small persistent tensors that are not modelled one by one (cuBLAS workspaces, sampler state)."""
 
-ACTIVATION_FACTOR = 1.0
-"""The peak that PyTorch's allocator reports, over the sum of the tensors that are alive."""
-
 CUDAGRAPH_BASE_BYTES = 150 * MIB
 """Memory pool of the first graph: activations of the largest captured batch."""
 
@@ -435,7 +432,7 @@ def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> in
         copies = 1 if tp == 1 else 1 + 1 / tp
         logits = math.ceil(requests * shape.vocab_size * copies)
         places.append(tokens * hidden + requests * hidden + logits)
-    return math.ceil(max(places) * element * ACTIVATION_FACTOR)
+    return math.ceil(max(places) * element)
 
 
 def cudagraph_bytes(shape: ModelShape, engine: EngineArgs) -> int:
