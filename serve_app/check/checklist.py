@@ -134,14 +134,8 @@ def _engine_arguments(document: Document) -> Iterator[Finding]:
             continue  # parse_document reports other types
         name, wrong = str(application.get("name")), False
         for key, value in arguments.items():
-            plain = str(key).lstrip("-").replace("-", "_")
-            if plain in engine_args.RENAMED:
-                wrong = True
-                said = f"engine.{key} is not in vLLM {engine_args.VLLM_VERSION}"
-                yield Finding(check, "fail", name, said, f"use {engine_args.RENAMED[plain]}")
-                continue
             try:
-                engine_args.check({key: value})
+                engine_args.check({str(key): value})
             except ConfigError as error:
                 wrong = True
                 yield Finding(check, "fail", name, str(error))

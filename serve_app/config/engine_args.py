@@ -107,13 +107,13 @@ def check(engine: dict[str, Any]) -> None:
 
 
 def _check_one(name: str, value: Any) -> None:
-    if "-" in name or name.startswith("--"):
-        plain = name.lstrip("-").replace("-", "_")
+    plain = name.lstrip("-").replace("-", "_")
+    if plain in RENAMED:
+        raise ConfigError(f"engine.{name} is not in vLLM {VLLM_VERSION}; use {RENAMED[plain]}")
+    if plain != name:
         raise ConfigError(f"engine.{name}: write it as '{plain}', without dashes")
     if name in OWNED:
         raise ConfigError(f"engine.{name} is not yours to set: {OWNED[name]}")
-    if name in RENAMED:
-        raise ConfigError(f"engine.{name} is not in vLLM {VLLM_VERSION}; use {RENAMED[name]}")
     if name in SERVER_ONLY:
         raise ConfigError(
             f"engine.{name} belongs to vLLM's own server, which does not run here; remove it"

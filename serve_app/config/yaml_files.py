@@ -155,10 +155,6 @@ def _fits_literal(text: str) -> bool:
 
 
 def _scalar(value: Any) -> str:
-    if value == {} and isinstance(value, dict):
-        return "{}"
-    if value == [] and isinstance(value, list):
-        return "[]"
     text: str = yaml.safe_dump(value, width=10**9, allow_unicode=True)
     text = text.removesuffix("...\n").removesuffix("\n")
     if len(text.splitlines()) > 1:  # PyYAML folds a line break; in quotes it stays on one line

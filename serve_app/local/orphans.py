@@ -67,18 +67,19 @@ def _name_if_ours(entry: Path) -> str | None:
 def end(found: list[Orphan], patience_s: float = 5.0) -> list[Orphan]:
     """Send SIGTERM, after ``patience_s`` seconds SIGKILL; return those that were still there."""
     for orphan in found:
-        _signal(orphan.pid, signal.SIGTERM)
+        send_signal(orphan.pid, signal.SIGTERM)
     deadline = time.monotonic() + patience_s
     left = found
     while left and time.monotonic() < deadline:
         time.sleep(0.1)
-        left = [o for o in left if _signal(o.pid, 0)]
+        left = [o for o in left if send_signal(o.pid, 0)]
     for orphan in left:
-        _signal(orphan.pid, signal.SIGKILL)
+        send_signal(orphan.pid, signal.SIGKILL)
     return left
 
 
-def _signal(pid: int, number: int) -> bool:
+def send_signal(pid: int, number: int) -> bool:
+    """Send a signal (0 only asks); False if the process is gone."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
@@ -60,19 +58,12 @@ def end(serve: subprocess.Popen[bytes], console: Console) -> None:
             serve.kill()
             serve.wait()
     # Ray's processes may need a moment to notice that their driver is gone.
-    for _ in _moments(5.0):
-        if not _in_session(serve.pid):
-            break
-    for pid in _in_session(serve.pid):
-        _kill(pid)
-    orphans.end(orphans.orphans())
-
-
-def _moments(seconds: float) -> Iterator[None]:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        yield
+    deadline = time.monotonic() + 5.0
+    while _in_session(serve.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
+    for pid in _in_session(serve.pid):
+        orphans.send_signal(pid, signal.SIGKILL)
+    orphans.end(orphans.orphans())
 
 
 def _in_session(session: int) -> list[int]:
@@ -87,8 +78,3 @@ def _in_session(session: int) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)

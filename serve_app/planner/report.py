@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,7 @@ def as_json(report: Report) -> dict[str, Any]:
     }
     if report.smallest is not None:
         found["smallest"] = _choice_json(report.smallest)
-    found["quantizations"] = [
-        {"name": x.name, "gpus": x.gpus, "weights_bytes": x.weights_bytes, "how": x.how}
-        for x in report.lighter
-    ]
+    found["quantizations"] = [asdict(option) for option in report.lighter]
     found["instances"] = [_machines_json(m) for m in report.machines]
     found["refused_instances"] = [
         {"instance_type": refused.name, "reason": refused.reason}
@@ -139,16 +136,8 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def _gpu_json(stage: GPUMemory) -> dict[str, int]:
-    return {
-        "total_bytes": stage.total,
-        "requested_bytes": stage.requested,
-        "weights_bytes": stage.weights,
-        "non_torch_bytes": stage.non_torch,
-        "buffers_bytes": stage.buffers,
-        "activation_bytes": stage.activation,
-        "cudagraph_bytes": stage.cudagraph,
-        "kv_cache_bytes": max(0, stage.kv_cache),
-    }
+    """Each part of the budget by its name; a KV cache that has less than no room is empty."""
+    return {f"{part}_bytes": max(0, size) for part, size in asdict(stage).items()}
 
 
 def _machines_json(machines: Machines) -> dict[str, Any]:

@@ -157,7 +157,7 @@ class KubeAPI:
         owners = dict(self.owners.get(key, {}))
         mine = _leaves({"spec": wanted["spec"]} if "spec" in wanted else {})
         crd = self.crd if plural == "rayservices" else None
-        complete = schema.with_defaults(crd, wanted) if crd else wanted
+        complete = _with_defaults(crd, wanted) if crd else wanted
         conflicts = [
             (path, owners[path])
             for path in mine
@@ -176,7 +176,7 @@ class KubeAPI:
                 del owners[path]
         _merge(merged, wanted)
         if crd:
-            merged = schema.with_defaults(crd, merged)
+            merged = _with_defaults(crd, merged)
         if dry_run:
             return (200 if old else 201), merged
         if old is not None and {**old, "metadata": None} == {**merged, "metadata": None}:
@@ -463,6 +463,26 @@ def _status(code: int, reason: str, message: str) -> tuple[int, Document]:
 def _missing(plural: str, group: str, name: str | None) -> tuple[int, Document]:
     resource = plural if group == "v1" else f"{plural}.{group.rpartition('/')[0]}"
     return _status(404, "NotFound", f'{resource} "{name}" not found')
+
+
+def _with_defaults(schema: dict[str, Any], value: Any) -> Any:
+    """A copy of ``value`` with the schema's defaults. The API server fills them in first, too."""
+    if isinstance(value, dict):
+        properties = schema.get("properties") or {}
+        filled = {
+            key: _with_defaults(properties.get(key) or schema.get("additionalProperties") or {}, v)
+            if isinstance(properties.get(key) or schema.get("additionalProperties") or {}, dict)
+            else v
+            for key, v in value.items()
+        }
+        for key, sub in properties.items():
+            if key not in filled and isinstance(sub, dict) and "default" in sub:
+                filled[key] = copy.deepcopy(sub["default"])
+        return filled
+    if isinstance(value, list):
+        items = schema.get("items")
+        return [_with_defaults(items if isinstance(items, dict) else {}, item) for item in value]
+    return value
 
 
 def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:

@@ -129,6 +129,17 @@ def test_an_amount_that_is_none_is_one_line(
     assert line.endswith("limits.memory is '900Gib'; write an amount as 4, 500m or 16Gi")
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (4, 4), ("1.5", 1.5), ("3920m", 3920 / 1000), ("16Gi", 16 * 2**30), ("2k", 2000),
+        ("1e3", 1000), ("1E", 10**18), ("900Gib", None), ("-1", None), ("", None), (None, None),
+    ],
+)  # fmt: skip
+def test_an_amount_is_what_kubernetes_reads(written: Any, meant: float | None) -> None:
+    assert manifests.amount(written) == meant
+
+
 def test_a_gpu_that_nobody_has_is_told_by_the_group_that_names_it(
     right: list[dict[str, Any]],
 ) -> None:

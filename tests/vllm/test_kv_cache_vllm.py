@@ -97,14 +97,7 @@ def test_same_blocks_tokens_and_limits(
     of = model(config) if config else kept("deepseek-ai/DeepSeek-V3")
     gpu = hardware.gpus()["H200"]
     resolved = defaults.resolve(arguments, of.shape, gpu, Parallelism(pipeline=pipeline))
-    specs = kv_cache.layer_specs(
-        of.shape,
-        tensor=1,
-        kv_dtype=resolved.kv_dtype,
-        block_size=resolved.block_size,
-        mamba_mode=resolved.mamba_mode,
-        max_model_len=resolved.max_model_len,
-    )
+    specs = kv_cache.layer_specs(of.shape, resolved)
     parts = stages(of.shape.num_hidden_layers, pipeline)
     free = [40 * 10**9 + 12345, 37 * 10**9][:pipeline]
     groups = kv_cache.groups_of(specs)

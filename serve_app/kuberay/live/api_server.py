@@ -91,13 +91,8 @@ class APIServer:
         Raises:
             UserError: there are none, or the context does not exist.
         """
-        try:
-            import kubernetes
-            from kubernetes.config import ConfigException
-        except ImportError:
-            raise UserError(
-                "the Kubernetes client is not installed; pip install kubernetes"
-            ) from None
+        import kubernetes
+        from kubernetes.config import ConfigException
 
         configuration = kubernetes.client.Configuration()
         try:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from serve_app.kuberay.live import state
+from serve_app.kuberay.validate.manifests import whole, workers_of
 
 Document = dict[str, Any]
 Kind = Literal["create", "none", "in place", "new cluster", "ignored"]
@@ -71,14 +72,7 @@ def between(live: Document | None, wanted: Document) -> Change:
 
 def _gpus_of(document: Document) -> int:
     """GPUs that the worker groups hold at their minimum."""
-    return sum(map(_gpus_of_group, _groups(document)))
-
-
-def _gpus_of_group(group: Document) -> int:
-    container = group["template"]["spec"]["containers"][0]
-    limits = (container.get("resources") or {}).get("limits") or {}
-    pods = int(group.get("minReplicas") or 0) * int(group.get("numOfHosts") or 1)
-    return pods * int(limits.get("nvidia.com/gpu") or 0)
+    return sum(pods.gpus_by("minReplicas") for pods in workers_of(document))
 
 
 def _needed(wanted: Document, strategy: str) -> int:
@@ -88,11 +82,11 @@ def _needed(wanted: Document, strategy: str) -> int:
     options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
     surge = int(options.get("maxSurgePercent") or 100)
     total = 0
-    for group in _groups(wanted):
-        whole = _gpus_of_group(group)
-        pods = int(group.get("minReplicas") or 0) or 1
+    for pods in workers_of(wanted):
+        gpus = pods.gpus_by("minReplicas")
+        replicas = whole(pods.group.get("minReplicas")) or 1
         # Serve rounds a share of the replicas up to one whole replica.
-        total += max(whole // pods, -(-whole * surge // 100))
+        total += max(gpus // replicas, -(-gpus * surge // 100))
     return total
 
 

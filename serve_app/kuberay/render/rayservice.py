@@ -58,11 +58,6 @@ def rayservice(fleet: Fleet, profile: ClusterProfile, groups: list[WorkerGroup])
             "name": name,
             "namespace": profile.namespace,
             "labels": labels(name),
-            "annotations": {
-                "serve-app/models": note(
-                    ",".join(fleet.models), "What `serve-app status` expects to see RUNNING."
-                )
-            },
         },
         "spec": spec,
     }

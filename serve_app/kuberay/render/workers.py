@@ -7,7 +7,7 @@ the same shape form one worker group, whatever models they serve.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from serve_app.cluster import placement
 from serve_app.config.document import Fleet
@@ -65,7 +65,6 @@ class WorkerGroup:
     max_pods: int = 0
     shm_gib: int = 1
     shape: WorkerShape | None = None
-    models: list[str] = field(default_factory=list)
 
     @property
     def gpus(self) -> int:
@@ -231,7 +230,6 @@ def _gpu_group(
         least, most = replicas_of(fleet.models[name])
         group.min_pods += least * shape.pods_per_replica
         group.max_pods += most * shape.pods_per_replica
-        group.models.append(name)
     group.max_pods += SPARE * shape.pods_per_replica
     return group
 
@@ -263,5 +261,4 @@ def _cpu_group(models: dict[str, ModelConfig]) -> WorkerGroup:
         min_pods=least,
         max_pods=most + SPARE,
         shm_gib=OBJECT_STORE_GIB + 1,
-        models=list(models),
     )

@@ -8,7 +8,7 @@ from serve_app.kuberay.validate.manifests import (
     INSTANCE_TYPE,
     Document,
     Manifests,
-    byte_count,
+    amount,
     get,
     items,
     mapping,
@@ -140,7 +140,7 @@ def node_class(document: Document) -> Found:
     for i, disk in enumerate(items(document, "spec.blockDeviceMappings")):
         disks[f"spec.blockDeviceMappings[{i}].ebs.volumeSize"] = get(disk, "ebs.volumeSize")
     for at, size in disks.items():
-        given = byte_count(size)
+        given = amount(size)
         if given is not None and given < _IMAGE_DISK:
             yield fail(at, f"is {size}, but the image alone needs 60Gi while it unpacks")
 

@@ -43,7 +43,7 @@ class Pods:
         self.told = mapping(group, "resources")
         """The resources that KubeRay tells Ray the pod has."""
         self.gpus = whole(self.limits.get(GPU))
-        self.memory = byte_count(self.limits.get("memory"))
+        self.memory = amount(self.limits.get("memory"))
         """The container's memory limit in bytes; None where it has none."""
 
     @property
@@ -56,13 +56,13 @@ class Pods:
     @property
     def cores(self) -> float:
         """Cores that the container requests."""
-        return core_count(self.requests.get("cpu"))
+        return amount(self.requests.get("cpu")) or 0.0
 
     @property
     def ray_cores(self) -> float:
         """Cores that Ray believes the pod has."""
         told = self.told.get("CPU")
-        return self.cores if told is None else core_count(told)
+        return self.cores if told is None else amount(told) or 0.0
 
     @property
     def ports(self) -> dict[str, Any]:
@@ -225,32 +225,22 @@ def whole(value: Any) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
-}
-
-
-def byte_count(quantity: Any) -> int | None:
-    """A Kubernetes quantity of memory in bytes; None for none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT]i?|Ki)?", str(quantity or ""))
-    return int(float(found[1]) * _UNITS[found[2] or ""]) if found else None
-
-
-def core_count(quantity: Any) -> float:
-    """A Kubernetes quantity of CPU in cores; 0 for none."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(m?)", str(quantity))
-    return float(found[1]) / (1000 if found[2] else 1) if found else 0.0
-
-
+_UNITS = {
+    "n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15,
+    "E": 1e18, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50, "Ei": 2**60,
+}  # fmt: skip
+_QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(?:([eE]-?\d+)|([numkMGTPE]|[KMGTPE]i))?")
 HOW_QUANTITIES_ARE = "write an amount as 4, 500m or 16Gi"
 
 
-def is_quantity(value: Any) -> bool:
-    """Whether Kubernetes reads it as an amount: ``4``, ``500m``, ``16Gi``, ``1e3``."""
-    return bool(re.fullmatch(r"\d+(\.\d+)?([eE]-?\d+|[munkMGTPE]|[KMGTPE]i)?", str(value)))
+def amount(quantity: Any) -> float | None:
+    """A Kubernetes quantity (``4``, ``500m``, ``16Gi``, ``1e3``) in cores, bytes …; else None."""
+    found = _QUANTITY.fullmatch(str(quantity))
+    if found is None:
+        return None
+    number, exponent, unit = found.groups(default="")
+    # Kubernetes counts in billionths; what binary fractions add below that is not meant.
+    return round(float(number + exponent) * _UNITS[unit], 9)
 
 
 def seconds_of(duration: Any) -> int | None:

@@ -16,10 +16,8 @@ from serve_app.kuberay.validate.manifests import (
     Document,
     Manifests,
     Pods,
-    byte_count,
-    core_count,
+    amount,
     get,
-    is_quantity,
     items,
     mapping,
     pods_of,
@@ -143,7 +141,7 @@ def shared_memory(pods: Pods) -> Found:
     at = f"{pods.spec_at}.volumes[{index}].emptyDir"
     if get(volume, "emptyDir.medium") != "Memory":
         yield fail(f"{at}.medium", "of /dev/shm must be Memory")
-    size = byte_count(get(volume, "emptyDir.sizeLimit"))
+    size = amount(get(volume, "emptyDir.sizeLimit"))
     if size is None:
         yield fail(
             f"{at}.sizeLimit",
@@ -177,9 +175,9 @@ def resources(pods: Pods) -> Found:
     """Does Ray believe that the pod has the resources that Kubernetes grants it?"""
     at = f"{pods.container_at}.resources"
     for field, amounts in (("limits", pods.limits), ("requests", pods.requests)):
-        for key, amount in amounts.items():
-            if not is_quantity(amount):
-                yield fail(f"{at}.{field}.{key}", f"is '{amount}'", HOW_QUANTITIES_ARE)
+        for key, given in amounts.items():
+            if amount(given) is None:
+                yield fail(f"{at}.{field}.{key}", f"is '{given}'", HOW_QUANTITIES_ARE)
     if "memory" not in pods.limits:
         yield fail(f"{at}.limits.memory", "is missing; KubeRay tells Ray the memory by it")
     for device in (GPU, EFA):
@@ -261,8 +259,8 @@ def _misfit(instance: Instance, pods: Pods) -> str:
         return f"{gpus} GPUs do not divide the {instance.gpus} of {instance.name}"
     together = instance.gpus // gpus
     asked = [mapping(container, "resources.requests") for container in pods.containers]
-    cpu = sum(core_count(a.get("cpu")) for a in asked)
-    host = sum(byte_count(a.get("memory")) or 0 for a in asked)
+    cpu = sum(amount(a.get("cpu")) or 0 for a in asked)
+    host = sum(amount(a.get("memory")) or 0 for a in asked)
     cpu_there = (instance.allocatable_cpu_m - _DAEMONS_CPU_M) / 1000
     host_there = (instance.allocatable_memory_mib - _DAEMONS_MIB) * MIB
     beside = "beside its DaemonSets"

@@ -8,7 +8,6 @@ built-in kinds are those of the package kubernetes-validate.
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Iterator
@@ -67,27 +66,13 @@ def _strict(schema: Any) -> Any:
         and not (open_ended or "additionalProperties" in schema)
     ):
         strict["additionalProperties"] = False
+    if isinstance(schema.get("required"), list):
+        # The API server fills in defaults before it looks for what is missing.
+        properties = schema.get("properties", {})
+        strict["required"] = [
+            key for key in schema["required"] if "default" not in properties.get(key, {})
+        ]
     return strict
-
-
-def with_defaults(schema: dict[str, Any], value: Any) -> Any:
-    """A copy of ``value`` with the schema's defaults. The API server fills them in first, too."""
-    if isinstance(value, dict):
-        properties = schema.get("properties") or {}
-        filled = {
-            key: with_defaults(properties.get(key) or schema.get("additionalProperties") or {}, v)
-            if isinstance(properties.get(key) or schema.get("additionalProperties") or {}, dict)
-            else v
-            for key, v in value.items()
-        }
-        for key, sub in properties.items():
-            if key not in filled and isinstance(sub, dict) and "default" in sub:
-                filled[key] = copy.deepcopy(sub["default"])
-        return filled
-    if isinstance(value, list):
-        items = schema.get("items")
-        return [with_defaults(items if isinstance(items, dict) else {}, item) for item in value]
-    return value
 
 
 def _fields(names: str, *required: str, **properties: Any) -> dict[str, Any]:
@@ -154,7 +139,7 @@ def rayservice(document: Document, crd: dict[str, Any] | None) -> Found:
 def crd_findings(schema: dict[str, Any], document: Document) -> Iterator[tuple[str, str]]:
     """The fields that a CRD's schema refuses, each with the reason."""
     validator = jsonschema.Draft202012Validator(schema)
-    for error in validator.iter_errors(with_defaults(schema, document)):
+    for error in validator.iter_errors(document):
         yield from _explain(error)
 
 

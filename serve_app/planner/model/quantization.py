@@ -102,14 +102,12 @@ class Quantization:
         return [replace(weight, dtype=kind), scales]
 
 
-_BYTE_SCALES = ("modelopt_fp4", "nvfp4_per_token", "mxfp4", "gpt_oss_mxfp4")
+_BYTE_SCALES = ("modelopt_fp4", "nvfp4_per_token", "mxfp4")
 
-# get_min_capability() of each class in vllm/model_executor/layers/quantization/.
+# get_min_capability() of each class in vllm/model_executor/layers/quantization/, where it is
+# above the 75 that vLLM's wheels need for anything.
 _MIN_CAPABILITY = {
-    "awq": 75, "gptq": 60, "fp8": 75, "fbgemm_fp8": 80, "compressed-tensors": 70,
-    "modelopt": 80, "modelopt_fp4": 75, "mxfp4": 80, "gpt_oss_mxfp4": 80, "experts_int8": 80,
-    "fp8_per_tensor": 75, "fp8_per_block": 75, "fp8_per_channel": 75, "mxfp8": 75,
-    "nvfp4_per_token": 75, "int8_per_channel_weight_only": 75, "torchao": 75, "fp_quant": 100,
+    "fbgemm_fp8": 80, "modelopt": 80, "mxfp4": 80, "experts_int8": 80, "fp_quant": 100,
 }  # fmt: skip
 
 # Below this capability vLLM keeps fp8 weights but multiplies in 16 bits, through Marlin

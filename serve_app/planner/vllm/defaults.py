@@ -29,7 +29,6 @@ class LoRA:
 
     max_loras: int = 1
     max_lora_rank: int = 16
-    fully_sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,6 @@ class EngineArgs:
     block_size: int
     mamba_mode: MambaMode
     hybrid_manager: bool
-    enforce_eager: bool
     cudagraph_sizes: tuple[int, ...]
     async_scheduling: bool
     quantization: Quantization | None
@@ -84,7 +82,7 @@ def resolve(
     gpu: GPU,
     parallel: Parallelism | None = None,
 ) -> EngineArgs:
-    """Resolve ``arguments`` (a config's ``engine``) as vLLM does on ``gpu``.
+    """Resolve ``arguments`` (a config's ``engine``, checked already) as vLLM does on ``gpu``.
 
     ``parallel`` overrides the parallel sizes in the arguments.
 
@@ -93,7 +91,8 @@ def resolve(
     """
     get = arguments.get
     parallel = parallel or parallelism(arguments)
-    utilization = _number(arguments, "gpu_memory_utilization", DEFAULT_UTILIZATION)
+    utilization = get("gpu_memory_utilization")
+    utilization = DEFAULT_UTILIZATION if utilization is None else float(utilization)
     if not 0 < utilization <= 1:
         raise ConfigError(
             f"engine.gpu_memory_utilization is {utilization:g}, but must be above 0 and at most 1"
@@ -123,7 +122,6 @@ def resolve(
         block_size=_block_size(get("block_size"), shape, gpu),
         mamba_mode=_mamba_mode(arguments, shape),
         hybrid_manager=not get("disable_hybrid_kv_cache_manager"),
-        enforce_eager=eager,
         cudagraph_sizes=graphs,
         async_scheduling=get("async_scheduling") is not False,
         quantization=_quantization(get("quantization"), shape),
@@ -152,15 +150,6 @@ def parallelism(arguments: dict[str, Any]) -> Parallelism:
         bool(arguments.get("enable_expert_parallel")),
         size("decode_context_parallel_size") if prefill == 1 else 1,
     )
-
-
-def _number(arguments: dict[str, Any], name: str, default: float) -> float:
-    value = arguments.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"engine.{name} is {value!r}, but must be a number")
-    return float(value)
 
 
 def _batch_limits(
@@ -201,14 +190,8 @@ def _batch_limits(
 def _dtype(asked: Any, shape: ModelShape, gpu: GPU, *, pooling: bool) -> str:
     """``_get_and_verify_dtype`` (config/model.py:2268): float32 is halved, to bf16 if it runs."""
     name = str(asked or "auto")
-    if name in ("auto", "half", "float16", "bfloat16", "float", "float32"):
-        name = {"half": "float16", "float": "float32"}.get(name, name)
-    else:
-        raise ConfigError(
-            f"engine.dtype is {name!r}, but must be auto, bfloat16, float16 or float32"
-        )
     if name != "auto":
-        return name
+        return {"half": "float16", "float": "float32"}.get(name, name)
     no_fp16 = shape.model_type in ("gemma2", "gemma3", "gemma3_text", "glm4")
     preferred = "float16" if not gpu.supports_bf16 or (pooling and not no_fp16) else "bfloat16"
     if shape.dtype in ("float32", "float"):
@@ -304,7 +287,6 @@ def _lora(arguments: dict[str, Any]) -> LoRA | None:
     return LoRA(
         count(arguments.get("max_loras"), "max_loras") or 1,
         count(arguments.get("max_lora_rank"), "max_lora_rank") or 16,
-        bool(arguments.get("fully_sharded_loras")),
     )
 
 

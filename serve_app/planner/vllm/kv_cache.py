@@ -9,12 +9,16 @@ one page in each layer of a group.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from serve_app.planner.model.shape import SSM, LayerKind, ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, TORCH_DTYPES
 from serve_app.planner.vllm.sharding import local_kv_heads
+
+if TYPE_CHECKING:
+    from serve_app.planner.vllm.defaults import EngineArgs
 
 MambaMode = Literal["none", "align", "all"]
 
@@ -67,7 +71,6 @@ class KVCache:
     max_model_len: int
     bytes_per_block: int
     """On that stage, over all its layers."""
-    groups: int
 
     @property
     def max_concurrency(self) -> float:
@@ -80,22 +83,12 @@ class KVCache:
         return int(self.max_concurrency * self.max_model_len)
 
 
-def layer_specs(
-    shape: ModelShape,
-    *,
-    tensor: int,
-    kv_dtype: str,
-    block_size: int,
-    mamba_mode: MambaMode,
-    max_model_len: int,
-) -> list[tuple[int, LayerSpec]]:
-    """Each layer's position and KV cache. An encoder's layers have none.
-
-    ``kv_dtype`` is vLLM's ``--kv-cache-dtype`` with ``auto`` resolved already.
-    """
+def layer_specs(shape: ModelShape, engine: EngineArgs) -> list[tuple[int, LayerSpec]]:
+    """Each layer's position and KV cache. An encoder's layers have none."""
     if not shape.causal:
         return []
-    token_bytes = attention_bytes_per_token(shape, tensor, kv_dtype)
+    tensor, block_size, mamba_mode = engine.parallel.tensor, engine.block_size, engine.mamba_mode
+    token_bytes = attention_bytes_per_token(shape, tensor, engine.kv_dtype)
     state_bytes = ssm_state_bytes(shape.ssm, tensor, shape.dtype) if shape.ssm else 0
     page = token_bytes * block_size
     if shape.ssm and token_bytes and "full" in shape.layers:
@@ -103,7 +96,7 @@ def layer_specs(
             token_bytes, state_bytes, block_size, mamba_mode, shape.mla is not None
         )
         state_bytes = page
-    mamba_block = block_size if mamba_mode != "none" else max_model_len
+    mamba_block = block_size if mamba_mode != "none" else engine.max_model_len
     state = LayerSpec("ssm", mamba_block, state_bytes, mamba_mode=mamba_mode)
     windows = {"sliding": shape.sliding_window, "chunked": shape.attention_chunk_size}
     specs: list[tuple[int, LayerSpec]] = []
@@ -246,10 +239,9 @@ def bytes_per_block(groups: list[Group], stage: range) -> int:
     )
 
 
-def bytes_per_request(groups: list[Group], stage: range, length: int, in_flight: int) -> int:
-    """``_max_memory_usage_bytes_from_groups`` (kv_cache_utils.py:2042): what start-up demands."""
-    blocks = sum(group.spec.blocks_per_request(length, in_flight) for group in groups)
-    return bytes_per_block(groups, stage) * blocks
+def blocks_per_request(groups: Sequence[Group], length: int, in_flight: int) -> int:
+    """``_max_memory_usage_bytes_from_groups`` (kv_cache_utils.py:2042), in blocks."""
+    return sum(group.spec.blocks_per_request(length, in_flight) for group in groups)
 
 
 def allocate(
@@ -266,7 +258,7 @@ def allocate(
     The stage with room for the fewest decides for all. ``override`` is
     ``--num-gpu-blocks-override``.
     """
-    per_request = sum(g.spec.blocks_per_request(max_model_len, in_flight) for g in groups)
+    per_request = blocks_per_request(groups, max_model_len, in_flight)
     per_block = [bytes_per_block(groups, stage) for stage in stages]
     affordable = [
         (max(0, bytes_) // size, size)
@@ -274,7 +266,7 @@ def allocate(
         if size
     ]
     blocks, size = min(affordable, default=(0, 0))
-    return KVCache(override or blocks, per_request, max_model_len, size, len(groups))
+    return KVCache(override or blocks, per_request, max_model_len, size)
 
 
 def longest_model_len(
@@ -282,13 +274,12 @@ def longest_model_len(
 ) -> int:
     """The longest context that fits, 0 if none (``_estimate_max_model_len_from_groups``, :2072)."""
 
+    per_block = [bytes_per_block(groups, stage) for stage in stages]
+
     def fits(length: int) -> bool:
-        return all(
-            # One block is the null block that the pool keeps back (:2313).
-            bytes_per_request(groups, stage, length, in_flight)
-            <= free - bytes_per_block(groups, stage)
-            for stage, free in zip(stages, available, strict=True)
-        )
+        # One block is the null block that the pool keeps back (:2313).
+        blocks = blocks_per_request(groups, length, in_flight) + 1
+        return all(blocks * size <= free for size, free in zip(per_block, available, strict=True))
 
     low, high = 0, most
     while low < high:

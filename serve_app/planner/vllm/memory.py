@@ -44,9 +44,6 @@ COMMUNICATION_BYTES = int(0.35 * GIB)
 TORCH_STATE_BYTES = 32 * MIB
 """Small persistent tensors that are not modelled one by one (cuBLAS workspaces, sampler state)."""
 
-ACTIVATION_FACTOR = 1.0
-"""The peak that PyTorch's allocator reports, over the sum of the tensors that are alive."""
-
 CUDAGRAPH_BASE_BYTES = 150 * MIB
 """Memory pool of the first graph: activations of the largest captured batch."""
 
@@ -123,10 +120,7 @@ class Plan:
             return float(self.engine.max_num_seqs * self.parallel.data)
         if length is None:
             return self.cache.max_concurrency * self.parallel.data
-        blocks = sum(
-            group.spec.blocks_per_request(length, self.engine.in_flight_tokens)
-            for group in self.groups
-        )
+        blocks = kv_cache.blocks_per_request(self.groups, length, self.engine.in_flight_tokens)
         return self.cache.num_blocks / blocks * self.parallel.data
 
 
@@ -159,15 +153,7 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
         )
         left = engine.kv_cache_memory_bytes or requested - memory.without_kv
         stages.append(replace(memory, kv_cache=left))
-    specs = kv_cache.layer_specs(
-        shape,
-        tensor=parallel.tensor,
-        kv_dtype=engine.kv_dtype,
-        block_size=engine.block_size,
-        mamba_mode=engine.mamba_mode,
-        max_model_len=engine.max_model_len,
-    )
-    specs += _draft_specs(model, engine)
+    specs = kv_cache.layer_specs(shape, engine) + _draft_specs(model, engine)
     groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
     # Draft layers come after the model's own and run on the last stage.
     parts[-1] = range(parts[-1].start, shape.num_hidden_layers + len(specs))
@@ -446,7 +432,7 @@ def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> in
         copies = 1 if tp == 1 else 1 + 1 / tp
         logits = math.ceil(requests * shape.vocab_size * copies)
         places.append(tokens * hidden + requests * hidden + logits)
-    return math.ceil(max(places) * element * ACTIVATION_FACTOR)
+    return math.ceil(max(places) * element)
 
 
 def cudagraph_bytes(shape: ModelShape, engine: EngineArgs) -> int:
@@ -481,14 +467,7 @@ def plan_on_cpu(model: Model, engine: EngineArgs, kv_gib: float, memory_gib: flo
     ``memory_gib`` is the host memory reserved for the replica; None leaves that check out.
     """
     engine = replace(engine, block_size=CPU_BLOCK_SIZE, cudagraph_sizes=())
-    specs = kv_cache.layer_specs(
-        model.shape,
-        tensor=engine.parallel.tensor,
-        kv_dtype=engine.kv_dtype,
-        block_size=engine.block_size,
-        mamba_mode=engine.mamba_mode,
-        max_model_len=engine.max_model_len,
-    )
+    specs = kv_cache.layer_specs(model.shape, engine)
     groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
     space = int(kv_gib * GIB) if groups else 0
     part = [range(model.shape.num_hidden_layers)]

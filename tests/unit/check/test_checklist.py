@@ -64,6 +64,8 @@ def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
         ({"engine": {"enable_expert_parallel": True}}, "parallelism", "fail", "mixture of experts"),
         ({"engine": {"speculative_model": "x"}}, "engine arguments", "fail", "speculative_model"),
         ({"engine": {"max_modle_len": 1}}, "engine arguments", "fail", "max_model_len"),
+        ({"engine": {"--swap-space": 1}}, "engine arguments", "fail", "no longer swaps"),
+        ({"engine": {8: 1}}, "engine arguments", "fail", "engine.8 is not an argument"),
         ({"env": {"HF_TOKEN": "abc"}}, "secrets", "fail", "HF_TOKEN holds a secret"),
         ({"env": {"X": "hf_" + "a" * 30}}, "secrets", "fail", "X holds a secret"),
         (

@@ -135,7 +135,6 @@ def test_expert_parallelism_and_data_parallelism() -> None:
         ({"max_model_len": "many"}, "whole number"),
         ({"max_num_seqs": -1}, "at least 1"),
         ({"max_num_seqs": 512, "max_num_batched_tokens": 256}, "max_num_batched_tokens"),
-        ({"dtype": "int7"}, "dtype"),
         ({"quantization": "awq"}, "checkpoint"),
         ({"kv_cache_dtype": "turboquant_k8v4"}, "kv_cache_dtype"),
         ({"block_size": 7}, "multiples of 16"),
