@@ -42,6 +42,11 @@ class Watcher:
         self._board = board
         self._deployment = deployment
         self._clients: dict[str, LongPollClient] = {}
+        self._ids: dict[str, frozenset[str]] = {}
+
+    def ids(self, application: str) -> frozenset[str] | None:
+        """The model ids that all its running replicas answer to; None where that is not known."""
+        return self._ids.get(application)
 
     def watch(self, application: str) -> None:
         """Start watching, or restart a feed that ended with its controller."""
@@ -64,6 +69,7 @@ class Watcher:
 
     def forget(self, application: str) -> None:
         """Stop watching an application that was removed."""
+        self._ids.pop(application, None)
         client = self._clients.pop(application, None)
         if client is not None:
             client.stop()
@@ -78,6 +84,11 @@ class Watcher:
             for info in targets.running_replicas
             if "port" in (metadata := info.replica_metadata)
         }
+        ids = [frozenset(it["ids"]) for it in running.values() if "ids" in it]
+        if ids and len(ids) == len(running):  # images before this one do not tell
+            self._ids[application] = frozenset.intersection(*ids)
+        else:
+            self._ids.pop(application, None)
         lengths = [length for it in running.values() if (length := it.get("max_model_len"))]
         self._board.publish(
             application,

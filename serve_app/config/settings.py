@@ -154,6 +154,13 @@ class ModelConfig(_Settings):
             return {str(k): _as_text(v) for k, v in env.items()}
         return env
 
+    @field_validator("env")
+    @classmethod
+    def _no_key(cls, env: dict[str, str]) -> dict[str, str]:
+        if "VLLM_API_KEY" in env:
+            raise ValueError(f"VLLM_API_KEY is not yours to set: {engine_args.OWNED['api_key']}")
+        return env
+
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> ModelConfig:
         if self.replicas is not None and self.autoscaling is not None:

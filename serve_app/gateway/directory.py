@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from serve_app.cluster import capacity, placement, progress, serve
@@ -114,7 +114,10 @@ class Directory:
         report = await serve.report_async()
         if report is None:
             return
-        models = read_details(report, self._models)
+        models = {
+            name: _announced(model, self._watcher.ids(name))
+            for name, model in read_details(report, self._models).items()
+        }
         for name in self._models.keys() - models.keys():
             logger.info(f"model '{name}' is gone")
             self._handles.pop(name, None)
@@ -190,6 +193,18 @@ def _report(before: Model | None, now: Model) -> None:
         logger.info(f"model '{now.name}' is ready ({now.replicas} replicas)")
     elif now.message and (before is None or before.message != now.message):
         logger.warning(f"model '{now.name}' is {now.status}: {now.message}")
+
+
+def _announced(model: Model, known: frozenset[str] | None) -> Model:
+    """The model without aliases that not all of its running replicas know.
+
+    An alias reaches the engine by a rolling update. It works once the last old replica is gone, and
+    never if the update fails.
+    """
+    if known is None:
+        return model
+    anyway = {model.name, *model.adapters}  # adapters reach an engine while it runs
+    return replace(model, ids=tuple(id for id in model.ids if id in anyway or id in known))
 
 
 def _by_id(models: dict[str, Model]) -> dict[str, Model]:

@@ -37,7 +37,7 @@ class Adapters:
     async def apply(self, adapters: list[Adapter]) -> None:
         """Unload adapters that are gone or moved; load those that are new or whose files changed.
 
-        An adapter that fails to load does not stop the others.
+        An adapter that fails to load or to unload does not stop the others.
 
         Raises:
             UserError: the engine was started without LoRA.
@@ -48,7 +48,10 @@ class Adapters:
         before, self._wanted = self._wanted, wanted
         for name, path in before.items():
             if wanted.get(name) != path:
-                await self._unload(name)
+                try:
+                    await self._unload(name)
+                except Exception as error:  # Serve would end the replica, which still serves
+                    logger.error(f"adapter '{name}' cannot be unloaded: {error}")
         for name in wanted:
             await self._load(name)
 

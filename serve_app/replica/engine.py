@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from argparse import Namespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,8 @@ def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Nam
     Raises:
         UserError: vLLM refuses the arguments; its own sentence.
     """
+    if os.environ.get("VLLM_API_KEY"):  # vLLM would refuse what the gateway sends
+        raise UserError(f"unset VLLM_API_KEY: {engine_args.OWNED['api_key']}")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser

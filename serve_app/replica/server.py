@@ -53,11 +53,10 @@ class ModelServer:
 
     async def _start(self) -> tuple[Engine, FrontEnd]:
         config, context = self._config, serve.get_replica_context()
-        ids = [context.app_name, *config.served_as]
         replica = context.replica_id.unique_id
         with supervised(config, context.app_name, replica):
             rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
-            args = parse_args(config, ids, rank)
+            args = parse_args(config, _ids(config), rank)
             engine = Engine.start(args)
             front_end = await FrontEnd.build(engine, args, internal_credential(), replica)
         await front_end.listen(ray.util.get_node_ip_address())
@@ -68,6 +67,7 @@ class ModelServer:
         return {
             "host": self._front_end.host,
             "port": self._front_end.port,
+            "ids": _ids(self._config),
             "max_model_len": self._engine.llm.model_config.max_model_len,
         }
 
@@ -118,3 +118,8 @@ class ModelServer:
         self._health.cancel()  # only now: an engine that died in the drain must end it
         await self._front_end.close()
         await engine.stop()
+
+
+def _ids(config: ModelConfig) -> list[str]:
+    """The model ids that the engine answers to, without adapters."""
+    return [serve.get_replica_context().app_name, *config.served_as]

@@ -9,7 +9,7 @@ import pytest
 from harness.scripted import GatewayProcess, reported
 
 from serve_app.cluster.replicas import Watcher
-from serve_app.gateway import replicas
+from serve_app.gateway import directory, replicas
 from serve_app.gateway.directory import Model, read_details
 from serve_app.gateway.policy import FewestRequests
 from serve_app.gateway.replicas import Board, Replica
@@ -219,6 +219,30 @@ async def test_a_card_says_how_many_tokens_the_model_takes_where_that_is_known(
     ids = ["m", "lora"] if isinstance(engine, dict) and engine != UNREADABLE else ["m"]
     assert [(c["id"], c["max_model_len"]) for c in cards] == [(id, listed) for id in ids]
     assert all(c["permission"] == [] for c in cards)
+
+
+def test_a_new_alias_is_announced_when_every_replica_knows_it() -> None:
+    args = {"served_as": ["old", "new"], "adapters": [{"name": "lora", "path": "p"}]}
+    model = read_details({"applications": {"m": reported(args)}})["m"]
+
+    def replica(id: str, **metadata: Any) -> Any:
+        place = {"host": "127.0.0.1", "port": 1}
+        return SimpleNamespace(
+            replica_id=SimpleNamespace(unique_id=id), replica_metadata=place | metadata
+        )
+
+    before, after = replica("r0", ids=["m", "old"]), replica("r1", ids=["m", "old", "new"])
+    watcher = Watcher(Board(), "ModelServer")
+    watcher._clients["m"] = cast(Any, None)
+    for running, announced in (
+        ([], ("m", "old", "new", "lora")),  # the first replica that starts will know all
+        ([before], ("m", "old", "lora")),
+        ([before, after], ("m", "old", "lora")),
+        ([after], ("m", "old", "new", "lora")),
+        ([after, replica("r2")], ("m", "old", "new", "lora")),  # of an image that does not tell
+    ):
+        watcher._publish("m", SimpleNamespace(running_replicas=running))
+        assert directory._announced(model, watcher.ids("m")).ids == announced
 
 
 async def test_a_working_model_keeps_an_alias_that_a_broken_one_claims() -> None:

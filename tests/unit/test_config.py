@@ -20,7 +20,7 @@ from serve_app.config.document import (
     load,
     parse_document,
 )
-from serve_app.config.settings import GatewayConfig, ModelConfig
+from serve_app.config.settings import GatewayConfig, ModelConfig, parse
 from serve_app.errors import ConfigError
 
 CONFIGS = sorted((REPO / "configs").glob("*.yaml"))
@@ -288,6 +288,11 @@ def test_an_environment_variable_must_be_a_plain_value(value: Any) -> None:
 def test_numbers_and_booleans_of_the_environment_are_text() -> None:
     args = {"model": "m", "env": {"A": 1, "B": True, "C": "x", "D": 0.5}}
     assert ModelConfig.model_validate(args).env == {"A": "1", "B": "true", "C": "x", "D": "0.5"}
+
+
+def test_a_key_of_vllms_own_in_the_environment_is_refused() -> None:
+    with pytest.raises(ConfigError, match="VLLM_API_KEY is not yours to set: the model server is"):
+        parse(ModelConfig, {"model": "m", "env": {"VLLM_API_KEY": "sk-x"}}, "args")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,23 @@ async def test_an_adapter_whose_change_cannot_be_loaded_stays_as_it_was(
     assert "no adapter_config.json; it stays as it was" in caplog.text
 
 
+async def test_an_adapter_that_cannot_be_unloaded_stops_neither_the_others_nor_the_replica(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(adapters, "fetch", lambda path: path)
+    engine: Any = FakeEngine()
+    listed = adapters.Adapters(engine, engine)
+    await listed.apply([Adapter(name=name, path=f"/{name}") for name in ("a", "b")])
+
+    async def remove(path: str) -> None:
+        raise RuntimeError("the engine is busy")
+
+    monkeypatch.setattr(engine, "remove_lora", remove)
+    await listed.apply([Adapter(name="c", path="/c")])
+    assert engine.lora_requests.keys() == {"c"}
+    assert caplog.text.count("cannot be unloaded: the engine is busy") == 2
+
+
 async def test_an_adapter_that_a_request_is_loading_is_unloaded_after_it() -> None:
     engine: Any = FakeEngine()
     listed = adapters.Adapters(engine, engine)

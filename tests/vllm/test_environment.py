@@ -15,6 +15,8 @@ from serve_app import gateway, model
 from serve_app.cluster import serve
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig
+from serve_app.errors import UserError
+from serve_app.replica.engine import parse_args
 
 
 def _config(**settings: object) -> ModelConfig:
@@ -43,6 +45,14 @@ def test_the_config_s_own_environment_wins() -> None:
     env = environment(_config(cache_dir="/cache", env={"HF_HOME": "/models"}))
     assert env["HF_HOME"] == "/models"
     assert env["VLLM_CACHE_ROOT"] == "/cache/vllm"
+
+
+def test_a_key_of_vllms_own_is_refused_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would then refuse every request of the gateway, which passes no client's key on."""
+    monkeypatch.setenv("VLLM_API_KEY", "sk-x")
+    assert envs.VLLM_API_KEY == "sk-x"
+    with pytest.raises(UserError, match="unset VLLM_API_KEY: the model server is closed"):
+        parse_args(_config(), ["m"], {})
 
 
 def test_the_folder_is_not_in_the_key_of_what_is_compiled() -> None:
