@@ -171,6 +171,9 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
             f"and serve_app:{metric}:ratio_rate{short}{{{own}}} > {bar}"
         )
 
+    failing = (
+        '{{ or $labels.model "no model" }}: {{ $value | humanizePercentage }} of requests fail'
+    )
     alerts = [
         _alert(
             "ServeAppModelHasNoReplica",
@@ -192,8 +195,7 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
             burn("errors", error_budget, 14.4, "1h", "5m"),
             "2m",
             "page",
-            "{{ $labels.model }}: {{ $value | humanizePercentage }} of requests fail; the month's "
-            "budget is gone in two days.",
+            f"{failing}; the month's budget is gone in two days.",
             f"serve-app logs {name} {{{{ $labels.model }}}} for the first error; a deploy in the "
             f"last hour: serve-app rollback {name}. 503 means no replica took it: look at "
             "ServeAppModelHasNoReplica and at the queue.",
@@ -203,9 +205,10 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
             burn("errors", error_budget, 6, "6h", "30m"),
             "15m",
             "ticket",
-            "{{ $labels.model }}: {{ $value | humanizePercentage }} of requests fail over 6 hours.",
+            f"{failing} over 6 hours.",
             "Group serve_app_gateway_requests_total by code: 500 is the engine (see its log), "
-            "502 a replica that died, 503 none free, 504 one that was silent too long.",
+            "502 a replica that died, 503 none free, 504 one that was silent too long. Without a "
+            "model: the gateway itself, for 503 by bodies beyond max_bodies_mib.",
         ),
         _alert(
             "ServeAppFirstTokenBurnsFast",
