@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if _SLOW in item.path.parents:
             item.add_marker("slow")
+            item.add_marker(pytest.mark.timeout(1800))  # several engines start, 30 to 190 s each
         if _ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
 

@@ -126,7 +126,7 @@ def _lose_a_replica(cluster: Cluster) -> None:
         time.sleep(2)
         os.kill(next(iter(cluster.replicas(CHAT).values())), signal.SIGKILL)
         assert [a.result() for a in asked].count(200) >= 4
-    assert processes.eventually(lambda: len(cluster.replicas(CHAT)) == 2, 120)
+    assert processes.eventually(lambda: len(cluster.replicas(CHAT)) == 2, 300)
 
 
 def report(page: str) -> str:

@@ -43,5 +43,5 @@ def test_an_update_of_the_gateways_under_load_fails_nothing(two_gateways: Cluste
             now = gateways(two_gateways, "STARTING", "RUNNING", "STOPPING")
             return len(now) == 2 and not now & before
 
-        assert eventually(updated, 300, 0.5)
+        assert eventually(updated, 900, 0.5)
     assert load.lost() == []
