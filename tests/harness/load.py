@@ -107,10 +107,10 @@ class Load:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let each client finish the request that it has."""
+        """Let each client finish the request that it has. One ends by itself if nothing comes."""
         self._stop.set()
         for client in self._clients:
-            client.join(timeout=2 * SILENCE_S)
+            client.join()
 
     def lost(self) -> list[Request]:
         """Requests that did not come to their whole answer, by their end."""
