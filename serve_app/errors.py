@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the closest of ``known``, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+_OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
+
+
+def sentence_in(report: str) -> str:
+    """What a traceback or a status message of Serve comes down to, in one line.
+
+    Our own sentence, else the last line, where a traceback says why.
+    """
+    lines = [line for line in report.splitlines() if line.strip()]
+    ours = _OUR_ERROR.split(report)
+    return " ".join((ours if len(ours) > 1 else lines or [""])[-1].split())
 
 
 def envelope(

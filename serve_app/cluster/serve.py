@@ -7,12 +7,13 @@ deployed with. So this module reads the controller's own report, which ``serve s
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
+
+from serve_app.errors import sentence_in
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -21,8 +22,6 @@ logger = logging.getLogger("ray.serve")
 
 SLOW_START = "have taken more than"
 """Part of Serve's warning about replicas that start for over 30 s, which all engines do."""
-
-_OUR_ERROR = re.compile(r"serve_app\.errors\.\w+: ")
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,7 @@ def _text(value: Any) -> str:
 
 def _one_line(message: str) -> str:
     """Our own sentence in a status message, else its last line, where a traceback says why."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    if not lines or SLOW_START in message:
-        return ""
-    ours = _OUR_ERROR.split(message)
-    return " ".join((ours if len(ours) > 1 else lines)[-1].split())
+    return "" if SLOW_START in message else sentence_in(message)
 
 
 def handle(deployment: str, application: str) -> DeploymentHandle:

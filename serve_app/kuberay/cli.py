@@ -239,9 +239,10 @@ def status(name: str, namespace: str, kubeconfig: Path | None, context: str | No
     seen = state.of(target.require())
     clusters = f"cluster {seen.active or '(none yet)'}"
     click.echo(f"{name}: {clusters}{f', next {seen.pending}' if seen.pending else ''}")
-    for line in [*seen.lines(), *reasons.pod_lines(target)]:
+    headline = [seen.headline] if seen.headline else []
+    for line in [*headline, *seen.lines(), *reasons.pod_lines(target)]:
         click.echo(f"  {line}")
-    for kind, (holds, reason, message) in seen.conditions.items():
+    for kind, (holds, reason, message, _) in seen.conditions.items():
         if kind == "Ready" or holds:
             click.echo(f"  {kind}: {'yes' if holds else 'no'} ({reason}) {message}".rstrip())
     past = [str(revision["revision"]) for revision in revisions.history(target)]

@@ -68,6 +68,7 @@ class KubeAPI:
         self.proxy: Callable[[str, str, str, Any], tuple[int, str]] | None = None
         self.requests: list[tuple[str, str]] = []
         self.delay_s = 0.0
+        self.away_until = 0.0  # by time.monotonic: until then connections are closed unanswered
         self.expired_below = 0
         self.crd = crd
         self._version = 100
@@ -224,6 +225,9 @@ class _Handler(BaseHTTPRequestHandler):
         query = {k: v[-1] for k, v in parse_qs(parts.query).items()}
         kube.requests.append((method, self.path))
         time.sleep(kube.delay_s)
+        if time.monotonic() < kube.away_until:
+            self.close_connection = True
+            return
         given = self.headers.get("Authorization")
         if kube.token is not None and given != f"Bearer {kube.token}":
             self._send(*_status(401, "Unauthorized", "Unauthorized"))

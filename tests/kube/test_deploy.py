@@ -28,7 +28,7 @@ from kube_api import KubeAPI
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
 from serve_app.kuberay import cli
-from serve_app.kuberay.live import follow, revisions
+from serve_app.kuberay.live import follow, revisions, state
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.validate import schema
@@ -315,6 +315,154 @@ def test_a_failing_application_ends_the_wait_with_its_reason_and_the_pods(
     assert "application 'llama-3.3-70b': ValueError: max_model_len 99999 is too large" in text
     assert "pod llama70b-gpu-1: OOMKilled: container ray-worker ended with 137" in text
     assert "raise resources.memory_gib" in text and "\n" not in text
+
+
+def test_the_reason_of_a_failed_update_is_that_of_its_deployment(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    """As real Serve says it."""
+    deployed(api, run)
+    reason = (
+        "The deployment failed to start 3 times in a row during a rolling update. Traceback …\n"
+        "serve_app.errors.UserError: '/nope' is neither a folder nor a hub id\n"
+    )
+    status = service(api)["status"]
+    status["activeServiceStatus"]["applicationStatuses"]["llama-3.3-70b"] = {
+        "status": "DEPLOY_FAILED",
+        "message": "Failed to update the deployments ['ModelServer'].",
+        "serveDeploymentStatuses": {"ModelServer": {"status": "UNHEALTHY", "message": reason}},
+    }
+    api.change("rayservices", SPACE, NAME, status=status)
+    line = "llama-3.3-70b: DEPLOY_FAILED: '/nope' is neither a folder nor a hub id"
+    assert line in run("status", NAME).output
+
+
+def test_the_failure_that_a_change_mends_is_not_that_of_the_change(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """The operator reports the new generation a reconcile before the statuses of its spec."""
+    deployed(api, run)
+    answers(api)
+    failed = {"llama-3.3-70b": "DEPLOY_FAILED", "gateway": "RUNNING"}
+    old = {"Ready": ("False", "ValidationFailed")}
+    later(
+        api,
+        lambda: set_status(api, failed, message="the old failure", conditions=old),
+        lambda: set_status(api, failed, message="the old failure"),
+        lambda: set_status(api, RUNNING),
+    )
+    changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
+    assert run("deploy", changed).output.rstrip().endswith("ready: every model answers")
+
+
+def test_a_condition_of_the_spec_before_is_no_failure(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    set_status(api, {}, message="no name", conditions={"Ready": ("False", "ValidationFailed")})
+    status = service(api)["status"]
+    status["conditions"][0]["observedGeneration"] = service(api)["metadata"]["generation"] - 1
+    api.change("rayservices", SPACE, NAME, status=status)
+    seen = state.of(service(api))
+    assert seen.failure is None
+    status["conditions"][0]["observedGeneration"] += 1
+    api.change("rayservices", SPACE, NAME, status=status)
+    assert state.of(service(api)).failure == "ValidationFailed: no name"
+
+
+def test_what_keeps_everything_waiting_comes_first(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    document = service(api)
+    api.change("rayservices", SPACE, NAME, spec=document["spec"] | {"suspend": True})
+    with pytest.raises(UserError, match=r"is not ready after 1 s: it is suspended \(spec.suspend"):
+        run("deploy", str(CONFIG), "--timeout", "1")
+    api.change("rayservices", SPACE, NAME, spec=document["spec"] | {"suspend": False})
+    assert "the operator has not read the current spec yet" in run("status", NAME).output
+
+
+def test_models_of_which_nothing_is_reported_may_serve(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    """So it is while a second cluster starts, and while the head is away."""
+    deployed(api, run)
+    set_status(api, {}, pending={"llama-3.3-70b": "DEPLOYING"})
+    output = run("status", NAME).output
+    assert "llama-3.3-70b: not reported" in output
+    assert "next llama-3.3-70b: DEPLOYING" in output
+    assert "NOT_STARTED" not in output
+
+
+def test_an_api_server_that_is_away_for_seconds_ends_nothing(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    answers(api)
+
+    def go_away() -> None:
+        api.away_until = time.monotonic() + 3
+        set_status(api, RUNNING)
+
+    later(api, go_away)
+    output = run("deploy", str(CONFIG)).output
+    assert "cannot be reached; check the kubeconfig's server and the network; the deployment" in (
+        output
+    )
+    assert output.rstrip().endswith("ready: every model answers")
+
+
+def test_a_service_without_an_endpoint_is_asked_again(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    """After a switch the operator turns it before the new gateways are Ready."""
+    asked = answers(api)
+    answer = api.proxy
+    assert answer is not None
+
+    def proxy(*request: Any) -> tuple[int, str]:
+        if len(asked) < 2:
+            asked.append(request)
+            return 503, 'no endpoints available for service "llama70b-serve-svc:serve"'
+        return answer(*request)
+
+    api.proxy = proxy
+    later(api, lambda: set_status(api, RUNNING))
+    assert run("deploy", str(CONFIG)).output.rstrip().endswith("ready: every model answers")
+    assert len(asked) == 3
+
+
+def test_warnings_are_those_of_this_service_the_latest_last(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    set_status(api, {"llama-3.3-70b": "DEPLOYING"})
+    api.store("pods", pod("llama70b-gpu-1", "gpu", phase="Pending"))
+    events = [
+        ("Pod", "llama70b-gpu-1", {"lastTimestamp": "2026-11-26T10:00:02Z"}),
+        ("RayService", NAME, {"eventTime": "2026-11-26T10:00:01.000000Z"}),
+        (
+            "RayCluster",
+            "llama70b-abcde",
+            {
+                "eventTime": "2026-11-26T09:00:00.000000Z",
+                "series": {"lastObservedTime": "2026-11-26T10:00:03.000000Z"},
+            },
+        ),
+        ("RayService", f"{NAME}-2node", {"lastTimestamp": "2026-11-26T10:00:04Z"}),
+        ("Pod", "llama70b-gpu-0", {"lastTimestamp": "2026-11-26T10:00:05Z"}),  # long gone
+        ("PodDisruptionBudget", f"{NAME}-gpu", {"lastTimestamp": "2026-11-26T10:00:06Z"}),
+    ]
+    for number, (kind, name, times) in enumerate(events):
+        event = {
+            "metadata": {"name": f"e{number}", "namespace": SPACE},
+            "type": "Warning",
+            "reason": "Why",
+            "message": f"number {number}",
+            "involvedObject": {"kind": kind, "name": name},
+        }
+        api.store("events", event | times)
+    shown = re.findall(r"Why: number (\d)", run("status", NAME).output)
+    assert shown == ["1", "0", "2"]
 
 
 def test_a_timed_out_initialization_is_final(api: KubeAPI, run: Callable[..., Result]) -> None:

@@ -73,6 +73,10 @@ class Forbidden(UserError):
     """The credentials are valid, but not allowed to do this."""
 
 
+class Unreachable(UserError):
+    """The API server does not answer."""
+
+
 class Gone(Exception):
     """The API server no longer has a watch's resourceVersion: list again."""
 
@@ -336,7 +340,7 @@ class APIServer:
             raise Conflict(f"{what}: {message}")
         raise UserError(f"cannot {verb} {what}: {message} (HTTP {status})")
 
-    def _unreachable(self, error: Exception) -> UserError:
+    def _unreachable(self, error: Exception) -> Unreachable:
         text = str(error)
         if "timed out" in text.lower() or "timeout" in type(error).__name__.lower():
             why = "it does not answer in time; is the endpoint private, and the VPN up?"
@@ -344,7 +348,7 @@ class APIServer:
             why = "its certificate is not the kubeconfig's; aws eks update-kubeconfig"
         else:
             why = "it cannot be reached; check the kubeconfig's server and the network"
-        return UserError(f"API server {self.host}: {why}")
+        return Unreachable(f"API server {self.host}: {why}")
 
 
 def _contexts(kubeconfig: Path | None) -> list[str]:

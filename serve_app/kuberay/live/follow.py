@@ -9,13 +9,17 @@ from typing import Any
 
 from serve_app.errors import UserError
 from serve_app.kuberay.live import reasons, state
-from serve_app.kuberay.live.api_server import Forbidden, Gone
+from serve_app.kuberay.live.api_server import Forbidden, Gone, Unreachable
 from serve_app.kuberay.live.target import Target
 
 Document = dict[str, Any]
 
 _SETTLE_S = 5.0
 """Seconds for which all must run: just after a change KubeRay still reports the old models."""
+
+_FAILED_S = 8.0
+"""Seconds for which the same failure must be reported: just after a change KubeRay still reports
+that of the spec before, which this change may mend."""
 
 _LOOK_S = 10.0
 """Seconds between two looks at the pods while the RayService itself does not change."""
@@ -24,12 +28,15 @@ _LOOK_S = 10.0
 def follow(target: Target, *, timeout_s: float, tell: Callable[[str], None]) -> None:
     """Watch until every application runs and no change is under way; ``tell`` what happens.
 
+    While the API server is away the deployment goes on, and so does this.
+
     Raises:
         UserError: the deployment failed, with the reason; or timed out, with what is missing.
     """
     deadline = time.monotonic() + timeout_s
     told: set[str] = set()
-    running_since: float | None = None
+    since = time.monotonic()
+    was: tuple[bool, str | None] | None = None  # whether all runs; the failure
 
     def tell_new(lines: list[str]) -> None:
         for line in lines:
@@ -39,25 +46,35 @@ def follow(target: Target, *, timeout_s: float, tell: Callable[[str], None]) -> 
         told.update(lines)
 
     while True:
-        document = target.require()
-        seen = state.of(document)
-        tell_new([*seen.lines(), *reasons.pod_lines(target)])
-        if seen.failure:
-            raise UserError(_with_reasons(target, f"{target.name} failed: {seen.failure}"))
-        if not seen.running:
-            running_since = None
-        elif running_since is None:
-            running_since = time.monotonic()
-        elif time.monotonic() - running_since >= _SETTLE_S:
-            return
-        left = deadline - time.monotonic()
-        if left <= 0:
-            missing = [line for line in seen.lines() if ": RUNNING" not in line]
-            what = "; ".join(missing) or "no endpoint yet"
-            raise UserError(
-                _with_reasons(target, f"{target.name} is not ready after {timeout_s:.0f} s: {what}")
-            )
-        _wait_for_change(target, document, min(left, _SETTLE_S if seen.running else _LOOK_S))
+        try:
+            document = target.require()
+            seen = state.of(document)
+            headline = [seen.headline] if seen.headline else []
+            tell_new([*headline, *seen.lines(), *reasons.pod_lines(target)])
+            now = (seen.running, seen.failure)
+            if now != was:
+                since, was = time.monotonic(), now
+            lasted = time.monotonic() - since
+            if seen.running and lasted >= _SETTLE_S:
+                return
+            if seen.failure and lasted >= _FAILED_S:
+                raise UserError(_with_reasons(target, f"{target.name} failed: {seen.failure}"))
+            left = deadline - time.monotonic()
+            if left <= 0:
+                missing = [line for line in seen.lines() if ": RUNNING" not in line]
+                what = seen.headline or "; ".join(missing) or "no endpoint yet"
+                raise UserError(
+                    _with_reasons(
+                        target, f"{target.name} is not ready after {timeout_s:.0f} s: {what}"
+                    )
+                )
+            soon = 1.0 if seen.failure else _SETTLE_S if seen.running else _LOOK_S
+            _wait_for_change(target, document, min(left, soon))
+        except Unreachable as error:
+            if time.monotonic() > deadline:
+                raise
+            tell_new([f"{error}; the deployment itself goes on"])
+            time.sleep(1.0)
 
 
 def _wait_for_change(target: Target, document: Document, timeout_s: float) -> None:
@@ -84,6 +101,11 @@ def _with_reasons(target: Target, headline: str) -> str:
     return f"{headline}; {found[0]}{more}" if found else headline
 
 
+_ENDPOINT_S = 60.0
+"""Seconds for which a Service may be without an endpoint: after a switch the operator turns it to
+the new cluster before the gateways there are Ready."""
+
+
 def unanswered(target: Target, document: Document) -> list[str]:
     """The models that do not answer a real request through the Service, one line each.
 
@@ -93,11 +115,15 @@ def unanswered(target: Target, document: Document) -> list[str]:
         Forbidden: these credentials may not use the API server's proxy to Services.
     """
     silent = []
+    deadline = time.monotonic() + _ENDPOINT_S
     for name, application in state.models_of(document).items():
         args = application.get("args") or {}
         if (args.get("autoscaling") or {}).get("min_replicas") == 0:
             continue
         status, text = _ask(target, f"{_serve_service(document)}:serve", name)
+        while _has_no_endpoint(status, text) and time.monotonic() < deadline:
+            time.sleep(1.0)
+            status, text = _ask(target, f"{_serve_service(document)}:serve", name)
         # 401 and 403 are answers too: the gateway wants an API key, which we do not have.
         if status not in (200, 401, 403) and not _has_no_such_route(status, text):
             silent.append(f"{name} answers HTTP {status}: {' '.join(text.split())[:200]}")
@@ -125,6 +151,11 @@ def _ask(target: Target, service: str, model: str) -> tuple[int, str]:
         if not _has_no_such_route(status, text):
             break
     return status, text
+
+
+def _has_no_endpoint(status: int, text: str) -> bool:
+    """Whether the API server says that no Ready pod is behind the Service."""
+    return status == 503 and "no endpoints available" in text
 
 
 def _has_no_such_route(status: int, text: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve_app.kuberay.live import state
 from serve_app.kuberay.live.target import Target
 from serve_app.kuberay.render.names import ROLE_LABEL
 
@@ -54,24 +55,41 @@ def stage_of(pod: Document) -> str:
 
 
 def explain(target: Target) -> list[str]:
-    """One line for each pod in trouble, then the latest warnings about the RayService."""
+    """One line for each pod in trouble, then the latest warnings.
+
+    Warnings are those about the RayService, its clusters and its present pods. Pods that are gone
+    have had their time.
+    """
+    pods = target.pods()
     lines = [
-        f"pod {pod['metadata']['name']}: {trouble}"
-        for pod in target.pods()
-        if (trouble := _trouble(pod))
+        f"pod {pod['metadata']['name']}: {trouble}" for pod in pods if (trouble := _trouble(pod))
     ]
+    mine = {("RayService", target.name)}
+    mine |= {("Pod", pod["metadata"]["name"]) for pod in pods}
+    mine |= {("RayCluster", pod["metadata"]["labels"].get("ray.io/cluster")) for pod in pods}
+    if service := target.get():
+        seen = state.of(service)
+        mine |= {("RayCluster", seen.active), ("RayCluster", seen.pending)}
     warnings = [
         event
         for event in target.server.list("Event", target.namespace)
         if event.get("type") == "Warning"
-        and str((event.get("involvedObject") or {}).get("name", "")).startswith(target.name)
+        and (about := event.get("involvedObject") or {})
+        and (about.get("kind"), about.get("name")) in mine
     ]
-    warnings.sort(key=lambda event: str(event.get("lastTimestamp") or ""))
+    warnings.sort(key=_last_seen)
     for event in warnings[-5:]:
         about = event["involvedObject"]
         text = " ".join(str(event.get("message") or "").split())
         lines.append(f"{about.get('kind')} {about.get('name')}: {event.get('reason')}: {text}")
     return list(dict.fromkeys(lines))
+
+
+def _last_seen(event: Document) -> str:
+    """When an event happened last, in RFC 3339. The operator's events have a ``series`` only."""
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    return next((str(time) for time in times if time), "")
 
 
 def _trouble(pod: Document) -> str | None:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from serve_app.config.document import MODEL_IMPORT_PATH
+from serve_app.errors import sentence_in
 
 Document = dict[str, Any]
+
+
+class Condition(NamedTuple):
+    """A condition as the operator reports it."""
+
+    holds: bool
+    reason: str = ""
+    message: str = ""
+    current: bool = True
+    """Whether it is about the current spec."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +42,10 @@ class State:
     pending: str = ""
     applications: dict[str, Application] = field(default_factory=dict)
     pending_applications: dict[str, Application] = field(default_factory=dict)
-    conditions: dict[str, tuple[bool, str, str]] = field(default_factory=dict)
-    """By type: whether the condition holds, its reason, its message."""
+    conditions: dict[str, Condition] = field(default_factory=dict)
+    """By type."""
 
+    suspended: bool = False
     expected: list[str] = field(default_factory=list)
     """Applications of the config that was applied last."""
 
@@ -42,7 +54,7 @@ class State:
         return any(self.holds(c) for c in ("UpgradeInProgress", "RollbackInProgress"))
 
     def holds(self, condition: str) -> bool:
-        return self.conditions.get(condition, (False, "", ""))[0]
+        return condition in self.conditions and self.conditions[condition].holds
 
     @property
     def running(self) -> bool:
@@ -62,26 +74,42 @@ class State:
 
     @property
     def failure(self) -> str | None:
-        """Why waiting will not help; None while it may."""
-        _, reason, message = self.conditions.get("Ready", (False, "", ""))
-        if reason in ("InitializingTimeout", "ValidationFailed") and not self.holds("Ready"):
-            return f"{reason}: {message}"
+        """Why waiting will not help if it stays so; None while it may.
+
+        It may be about the spec before: the operator reports a new ``observedGeneration`` one
+        reconcile (2 s) before the new statuses.
+        """
+        ready = self.conditions.get("Ready", Condition(False))
+        if ready.current and ready.reason in ("InitializingTimeout", "ValidationFailed"):
+            return f"{ready.reason}: {ready.message}"
         if not self.seen:
             return None  # the statuses still belong to the previous spec
         where = self.pending_applications or self.applications
         for name, application in where.items():
             if application.status == "DEPLOY_FAILED":
-                return f"application '{name}': {_last_line(application.message)}"
+                return f"application '{name}': {_short(application.message)}"
+        return None
+
+    @property
+    def headline(self) -> str | None:
+        """What keeps everything waiting; None where it is the single applications."""
+        if self.suspended:
+            return "it is suspended (spec.suspend: true)"
+        if not self.seen:
+            return "the operator has not read the current spec yet (is it running?)"
         return None
 
     def lines(self) -> list[str]:
         """The applications for a person, one each."""
         shown = []
+        # While a second cluster starts, and while the head is away, the operator reports nothing of
+        # the models of the active cluster. They may well serve.
+        unknown = "not reported" if self.active and not self.applications else "NOT_STARTED"
         for title, found in (("", self.applications), ("next ", self.pending_applications)):
             names = list(dict.fromkeys([*(self.expected if not title else []), *found]))
             for name in names:
-                app = found.get(name, Application())
-                text = f": {_last_line(app.message)}" if app.message else ""
+                app = found.get(name, Application(unknown))
+                text = f": {_short(app.message)}" if app.message else ""
                 shown.append(f"{title}{name}: {app.status}{text}")
         return shown
 
@@ -89,18 +117,25 @@ class State:
 def of(document: Document) -> State:
     """Read a RayService as the API server gives it."""
     status = document.get("status") or {}
-    metadata = document.get("metadata") or {}
+    generation = int((document.get("metadata") or {}).get("generation") or 0)
+    spec = document.get("spec") or {}
     active, pending = status.get("activeServiceStatus"), status.get("pendingServiceStatus")
     return State(
-        seen=int(status.get("observedGeneration") or 0) >= int(metadata.get("generation") or 0),
+        seen=int(status.get("observedGeneration") or 0) >= generation,
         active=(active or {}).get("rayClusterName") or "",
         pending=(pending or {}).get("rayClusterName") or "",
         applications=_applications(active),
         pending_applications=_applications(pending),
         conditions={
-            c["type"]: (c.get("status") == "True", c.get("reason", ""), c.get("message", ""))
+            c["type"]: Condition(
+                c.get("status") == "True",
+                c.get("reason", ""),
+                c.get("message", ""),
+                int(c.get("observedGeneration", generation)) >= generation,
+            )
             for c in status.get("conditions") or []
         },
+        suspended=bool(spec.get("suspend")),
         expected=list(config_of(document)),
     )
 
@@ -127,18 +162,17 @@ def _applications(cluster: Document | None) -> dict[str, Application]:
     found = {}
     for name, entry in ((cluster or {}).get("applicationStatuses") or {}).items():
         deployments = entry.get("serveDeploymentStatuses") or {}
-        # An application that is DEPLOYING says little; its unhealthy deployment says why.
-        messages = [entry.get("message") or ""] + [
+        # An application that is DEPLOYING says little, and a failed update only that it failed; its
+        # unhealthy deployment says why.
+        messages = [
             d.get("message") or "" for d in deployments.values() if d.get("status") != "HEALTHY"
-        ]
+        ] + [entry.get("message") or ""]
         found[name] = Application(
             entry.get("status") or "NOT_STARTED", next((m for m in messages if m), "")
         )
     return found
 
 
-def _last_line(message: str) -> str:
-    """A message's last line; of a traceback, the sentence at its end."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    text = lines[-1] if lines else "no message"
+def _short(message: str) -> str:
+    text = sentence_in(message) or "no message"
     return text if len(text) <= 300 else f"{text[:299]}…"
