@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import re
@@ -22,6 +23,7 @@ pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 
 import yaml
 from click.testing import CliRunner, Result
+from controllers import adopt
 from harness.manifests import CRD, ROOT
 from kube_api import KubeAPI
 
@@ -98,6 +100,7 @@ def set_status(
     conditions: dict[str, tuple[str, str]] | None = None,
 ) -> None:
     """Play the operator: statuses for the spec as it is now."""
+    adopt(api, SPACE, NAME)
 
     def part(cluster: str, statuses: dict[str, str]) -> dict[str, Any]:
         entries = {n: {"status": s, "message": message} for n, s in statuses.items()}
@@ -511,6 +514,81 @@ def test_a_change_that_kuberay_ignores_is_refused(
         run("deploy", bigger, "--no-wait", "--cluster", str(profile))
 
 
+# --- who owns which field -----------------------------------------------------------------------
+
+OPERATORS = ("kuberay-operator", "Update")
+GROUPS = ("spec", "rayClusterConfig", "workerGroupSpecs")
+
+
+def owners(api: KubeAPI) -> dict[tuple[str, ...], set[tuple[str, str]]]:
+    return api.owners["rayservices", SPACE, NAME]
+
+
+def test_the_operators_first_update_takes_no_field_that_we_apply(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    assert service(api)["metadata"]["finalizers"] == ["ray.io/rayservice-finalizer"]
+    assert {path for path, who in owners(api).items() if OPERATORS in who} == {
+        ("spec", "serveService", "status", "loadBalancer")
+    }
+
+
+def test_the_stand_in_refuses_a_list_that_the_operator_wrote_as_a_real_api_server_did(
+    api: KubeAPI, run: Callable[..., Result], kubeconfig: Path
+) -> None:
+    """An older rendering left scaleStrategy out, and its second apply was refused."""
+    old = without_scale_strategy(api, run)
+    adopt(api, SPACE, NAME)
+    assert owners(api)[GROUPS] == {OPERATORS}
+    assert service(api)["metadata"]["generation"] == 2
+    code, status = api.apply("rayservices", old, "serve-app", force=False, dry_run=False)
+    assert code == 409
+    assert status["message"] == (
+        'Apply failed with 1 conflict: conflict with "kuberay-operator" using ray.io/v1: '
+        ".spec.rayClusterConfig.workerGroupSpecs"
+    )
+
+
+def without_scale_strategy(api: KubeAPI, run: Callable[..., Result]) -> dict[str, Any]:
+    """A RayService of the first version, deployed; returns what was applied."""
+    run("deploy", str(CONFIG), "--no-wait")
+    revision = api.objects["controllerrevisions", SPACE, f"{NAME}-r1"]
+    old: dict[str, Any] = copy.deepcopy(revision["data"])
+    for group in old["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        group.pop("scaleStrategy", None)
+    api.remove("rayservices", SPACE, NAME)
+    code, _ = api.apply("rayservices", old, "serve-app", force=False, dry_run=False)
+    assert code == 201
+    return old
+
+
+def test_a_rayservice_of_an_older_version_is_deployed_without_force(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    without_scale_strategy(api, run)
+    set_status(api, RUNNING)
+    result = run("diff", str(CONFIG))
+    assert (result.exit_code, result.output) == (0, "this changes nothing\n")
+    run("deploy", str(CONFIG), "--no-wait")
+    grown = config(tmp_path, ("max_replicas: 2", "max_replicas: 3"))
+    output = run("deploy", grown, "--no-wait").output
+    assert "in place" in output and "maxReplicas 3 → 4" in output
+    assert owners(api)[GROUPS] == {("serve-app", "Apply")}
+
+
+def test_a_change_of_somebody_else_is_not_taken_over_with_the_operators(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    without_scale_strategy(api, run)
+    set_status(api, RUNNING)
+    edited(api, "kubectl-edit", rayClusterDeletionDelaySeconds=5)
+    grown = config(tmp_path, ("max_replicas: 2", "max_replicas: 3"))
+    with pytest.raises(UserError, match=r'2 conflicts: .*"kubectl-edit".*DeletionDelay'):
+        run("deploy", grown, "--no-wait")
+    assert owners(api)[GROUPS] == {OPERATORS}
+
+
 # --- rollback and logs --------------------------------------------------------------------------
 
 
@@ -640,15 +718,20 @@ def test_forbidden_proxy_leaves_the_answer_open(api: KubeAPI, run: Callable[...,
     assert "every model is RUNNING (not allowed to reach services" in result.output
 
 
+def edited(api: KubeAPI, by: str, **fields: Any) -> None:
+    """Somebody else changes fields of the RayService's spec."""
+    document = copy.deepcopy(service(api))
+    document["spec"] |= fields
+    api.update("rayservices", document, by)
+
+
 def test_a_conflict_names_the_field_and_its_owner(api: KubeAPI, run: Callable[..., Result]) -> None:
     deployed(api, run)
-    key = ("rayservices", SPACE, NAME)
-    api.owners[key]["spec", "rayClusterDeletionDelaySeconds"] = "kubectl-edit"
-    document = json.loads(json.dumps(service(api)))
-    document["spec"]["rayClusterDeletionDelaySeconds"] = 5
-    api.store("rayservices", document)
+    edited(api, "kubectl-edit", rayClusterDeletionDelaySeconds=5)
     with pytest.raises(
-        UserError, match=r'conflicts with "kubectl-edit".*spec.rayClusterDeletionDelaySeconds'
+        UserError,
+        match=r'1 conflict: conflict with "kubectl-edit" using ray.io/v1: '
+        r"\.spec\.rayClusterDeletionDelaySeconds",
     ):
         run("deploy", str(CONFIG), "--no-wait")
     assert service(api)["spec"]["rayClusterDeletionDelaySeconds"] == 5
