@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,6 +47,7 @@ def between(live: Document | None, wanted: Document) -> Change:
     """Compare a live RayService with the wanted one (from the server's dry run, with defaults)."""
     if live is None:
         return Change("create", [], _gpus_of(wanted))
+    live, wanted = _without_empty(live), _without_empty(wanted)
     models = list(_models(live, wanted))
     cluster = list(_paths(_hashed(live), _hashed(wanted), "rayClusterConfig"))
     appended = _appended(live, wanted)
@@ -68,6 +68,20 @@ def between(live: Document | None, wanted: Document) -> Change:
         changes = ["comments or order in serveConfigV2"]
     more = max(0, _gpus_of(wanted) - _gpus_of(live))
     return Change("in place", changes, more) if changes else Change("none", [])
+
+
+def _without_empty(value: Any) -> Any:
+    """A copy without fields that hold nothing.
+
+    KubeRay's operator writes some of them, such as ``scaleStrategy: {}``, and no other: they
+    neither say nor change anything.
+    """
+    if isinstance(value, dict):
+        kept = {key: _without_empty(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item not in ({}, [], None)}
+    if isinstance(value, list):
+        return [_without_empty(item) for item in value]
+    return value
 
 
 def _gpus_of(document: Document) -> int:
@@ -169,7 +183,7 @@ def difference(live: Document | None, future: Document) -> str:
 
 
 def _readable(document: Document) -> list[str]:
-    shown = json.loads(json.dumps(document))
+    shown = _without_empty(document)
     shown.pop("status", None)
     for key in ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation"):
         shown["metadata"].pop(key, None)
