@@ -23,7 +23,7 @@ pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 
 import yaml
 from click.testing import CliRunner, Result
-from controllers import adopt
+from controllers import Refused, adopt, cluster_of_pods, evict
 from harness.manifests import CRD, ROOT
 from kube_api import KubeAPI
 
@@ -587,6 +587,76 @@ def test_a_change_of_somebody_else_is_not_taken_over_with_the_operators(
     with pytest.raises(UserError, match=r'2 conflicts: .*"kubectl-edit".*DeletionDelay'):
         run("deploy", grown, "--no-wait")
     assert owners(api)[GROUPS] == {OPERATORS}
+
+
+# --- drains -------------------------------------------------------------------------------------
+
+FIRST, SECOND, THIRD = "llama70b-abcde", "llama70b-fghij", "llama70b-klmno"
+
+
+def drained(api: KubeAPI, cluster: str) -> list[str]:
+    """Drain every machine of a cluster at once: the pods that may go."""
+    gone = []
+    for plural, space, name in list(api.objects):
+        if plural == "pods" and name.startswith(cluster):
+            try:
+                evict(api, space, name)
+                gone.append(name.removeprefix(f"{cluster}-"))
+            except Refused as refused:
+                assert refused.args[0] == 429, refused
+    return gone
+
+
+@pytest.mark.parametrize("wrong", [{"maxUnavailable": 1}, {"minAvailable": "50%"}])
+def test_the_stand_in_allows_no_disruption_where_pods_of_a_raycluster_must_be_counted(
+    api: KubeAPI, run: Callable[..., Result], wrong: dict[str, Any]
+) -> None:
+    deployed(api, run)
+    cluster_of_pods(api, service(api), FIRST)
+    for plural, space, name in list(api.objects):
+        if plural == "poddisruptionbudgets":
+            budget = copy.deepcopy(api.objects[plural, space, name])
+            budget["spec"] = {"selector": budget["spec"]["selector"], **wrong}
+            api.store(plural, budget)
+    assert drained(api, FIRST) == []
+    status = api.objects["poddisruptionbudgets", SPACE, "llama70b-gateway"]["status"]
+    assert status["disruptionsAllowed"] == 0
+    (condition,) = status["conditions"]
+    assert (condition["type"], condition["status"]) == ("DisruptionAllowed", "False")
+    assert condition["reason"] == "SyncFailed"
+    assert condition["message"] == "rayclusters.ray.io does not implement the scale subresource"
+
+
+def test_a_drain_takes_one_pod_of_a_group_at_a_time_and_ends(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    cluster_of_pods(api, service(api), FIRST)
+    # Two gateways are always there. One model pod is: it must be able to go.
+    assert drained(api, FIRST) == ["gateway-0", "h100-x4-0"]
+    assert drained(api, FIRST) == []
+    # Once the first has gone and its replacement is Ready, the next may go.
+    gone = api.remove("pods", SPACE, f"{FIRST}-gateway-0")
+    assert gone is not None
+    del gone["metadata"]["deletionTimestamp"]
+    gone["metadata"]["name"] = f"{FIRST}-gateway-2"
+    api.store("pods", gone)
+    assert drained(api, FIRST) == ["gateway-1"]
+
+
+def test_a_budget_of_an_older_version_is_mended_by_a_deployment(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    key = ("poddisruptionbudgets", SPACE, "llama70b-h100-x4")
+    old = copy.deepcopy(api.objects[key])
+    old["spec"] = {"selector": old["spec"]["selector"], "maxUnavailable": 1}
+    api.remove(*key)
+    api.apply(key[0], old, "serve-app", force=False, dry_run=False)
+    run("deploy", str(CONFIG), "--no-wait")
+    assert "maxUnavailable" not in api.objects[key]["spec"]
+    cluster_of_pods(api, service(api), FIRST)
+    assert "h100-x4-0" in drained(api, FIRST)
 
 
 # --- rollback and logs --------------------------------------------------------------------------
