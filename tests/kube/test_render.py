@@ -22,6 +22,7 @@ from serve_app.config.document import parse_document
 from serve_app.config.yaml_files import Note, dump, note, plain
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import cli
+from serve_app.kuberay.render import disruption
 from serve_app.kuberay.render.files import cluster_wide, documents, render, write
 from serve_app.kuberay.render.pods import HAPROXY
 from serve_app.kuberay.render.profile import ClusterProfile, load_profile
@@ -317,7 +318,9 @@ def test_a_head_is_kept_without_redis_and_may_go_with_it() -> None:
 def test_a_drain_must_leave_all_replicas_that_are_always_there_but_one(
     engine: dict[str, Any], replicas: dict[str, Any], least: int
 ) -> None:
-    found = kept(documents(one_model(engine, **replicas), ClusterProfile()))
+    one, profile_ = one_model(engine, **replicas), ClusterProfile()
+    budgets = disruption.budgets(one, profile_, groups_of(one, profile_))
+    found = kept([plain(budget) for budget in budgets])
     del found["head"], found["gateway"]
     assert list(found.values()) == [least]
 
