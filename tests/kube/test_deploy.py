@@ -33,6 +33,7 @@ from serve_app.kuberay import cli
 from serve_app.kuberay.live import follow, revisions
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
+from serve_app.kuberay.live.target import Target
 from serve_app.kuberay.validate import schema
 from serve_app.replica.no_route import NoRoute
 
@@ -377,10 +378,11 @@ def test_dry_run_changes_nothing(api: KubeAPI, run: Callable[..., Result]) -> No
     assert set(api.objects) == before
 
 
-def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
-    code = "from serve_app.kuberay.cli import deploy; deploy()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(CONFIG), "--kubeconfig", str(kubeconfig)],
+def deploying(kubeconfig: Path) -> subprocess.Popen[str]:
+    """A deployment in a process of its own, which Ctrl-C reaches."""
+    code = "from serve_app import cli; cli.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "deploy", str(CONFIG), "--kubeconfig", str(kubeconfig)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -389,6 +391,10 @@ def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
         # A test run in the background ignores Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
+    process = deploying(kubeconfig)
     assert process.stdout is not None
     for line in process.stdout:
         if "NOT_STARTED" in line:
@@ -398,6 +404,36 @@ def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
     assert process.wait(10) == 0, rest
     assert "no longer watching; the deployment goes on: serve-app status llama70b" in rest
     assert service(api)["metadata"]["name"] == NAME
+
+
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        ("dryRun=All", "stopped deploying llama70b: nothing was applied"),
+        ("Strict", "stopped deploying llama70b: part of it is applied; run it again for the rest"),
+    ],
+    ids=["at the trial", "at the second object"],
+)
+def test_ctrl_c_before_all_is_applied_says_how_far_it_came(
+    api: KubeAPI, kubeconfig: Path, at: str, says: str
+) -> None:
+    api.delay_s = 0.05  # time to interrupt it in
+    process = deploying(kubeconfig)
+    applied = 0
+    while process.poll() is None:
+        writes = [path for method, path in api.requests if method == "PATCH"]
+        trial = [path for path in writes if "dryRun=All" in path]
+        applied = len(writes) - len(trial)
+        if trial if at == "dryRun=All" else applied > 1:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    assert process.wait(10) != 0
+    assert says in rest, rest
+    if at == "dryRun=All":
+        assert api.get("rayservices", SPACE, NAME) is None
 
 
 # --- what a change would do ---------------------------------------------------------------------
@@ -444,21 +480,48 @@ def test_diff_tells_the_kind_of_change(
     assert "+++ new RayService/llama70b" in result.output
 
 
+def test_a_change_of_image_shows_both_where_they_differ(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    image = "123456789012.dkr.ecr.us-east-1.amazonaws.com/serve-app"
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(f"image: {image}:0.1.0\n")
+    run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
+    profile.write_text(f"image: {image}:0.2.0\n")
+    output = run("diff", str(CONFIG), "--cluster", str(profile)).output
+    assert "image …aws.com/serve-app:0.1.0 → …aws.com/serve-app:0.2.0\n" in output
+
+
+def test_a_group_that_goes_is_named(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    run("deploy", config(tmp_path, ("- name: gateway", SMALL)), "--no-wait")
+    set_status(api, RUNNING)
+    result = run("diff", str(CONFIG))
+    change = result.output[result.output.index("\nthis ") :]
+    assert "starts a second cluster beside the running one" in change
+    assert "  worker group 'l4-x1' is removed\n" in change
+    assert "workerGroupSpecs" not in change
+
+
 def test_diff_of_the_same_is_empty(api: KubeAPI, run: Callable[..., Result]) -> None:
     deployed(api, run)
     result = run("diff", str(CONFIG))
     assert (result.exit_code, result.output) == (0, "this changes nothing\n")
 
 
+SMALL = (
+    "- name: small\n  route_prefix: null\n  import_path: serve_app.model:app\n"
+    "  args: {model: org/small, resources: {accelerator_type: L4}}\n\n- name: gateway"
+)
+"""A model of another shape."""
+
+
 def test_a_model_of_a_new_shape_is_appended_in_place(
     api: KubeAPI, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     deployed(api, run)
-    small = (
-        "- name: small\n  route_prefix: null\n  import_path: serve_app.model:app\n"
-        "  args: {model: org/small, resources: {accelerator_type: L4}}\n\n- name: gateway"
-    )
-    output = run("diff", config(tmp_path, ("- name: gateway", small))).output
+    output = run("diff", config(tmp_path, ("- name: gateway", SMALL))).output
     assert "changes the running cluster in place (1 GPUs)" in output
     assert "application 'small' is added" in output
     assert "worker group 'l4-x1' is added" in output
@@ -687,6 +750,14 @@ def test_old_revisions_are_dropped(
         o["revision"] for (kind, _, _), o in api.objects.items() if kind == "controllerrevisions"
     ]
     assert sorted(kept) == [3, 4]
+
+
+def test_ten_revisions_are_kept(api: KubeAPI, kubeconfig: Path) -> None:
+    target = Target(APIServer.connect(kubeconfig), NAME, SPACE)
+    for count in range(1, 13):
+        assert revisions.record(target, {"spec": {"count": count}}) == count
+        kept = [revision["revision"] for revision in revisions.history(target)]
+        assert kept == list(range(max(1, count - 9), count + 1))
 
 
 def test_rollback_without_history_and_to_an_unknown_revision(

@@ -11,6 +11,7 @@ import copy
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import yaml
@@ -49,7 +50,7 @@ def between(live: Document | None, wanted: Document) -> Change:
         return Change("create", [], _gpus_of(wanted))
     live, wanted = _without_empty(live), _without_empty(wanted)
     models = list(_models(live, wanted))
-    cluster = list(_paths(_hashed(live), _hashed(wanted), "rayClusterConfig"))
+    cluster = list(_cluster(live, wanted))
     appended = _appended(live, wanted)
     bounds = list(_bounds(live, wanted))
     others = [
@@ -123,6 +124,26 @@ def _hashed(document: Document) -> Document:
     return cluster
 
 
+def _cluster(live: Document, wanted: Document) -> Iterator[str]:
+    """What changes in the cluster itself; groups that come and go by their names."""
+    before, after = _hashed(live), _hashed(wanted)
+    old, new = (
+        {group["groupName"]: group for group in cluster.get("workerGroupSpecs") or []}
+        for cluster in (before, after)
+    )
+    if list(old) != list(new):
+        for name in old.keys() - new.keys():
+            yield f"worker group '{name}' is removed"
+        for name in new.keys() - old.keys():
+            yield f"worker group '{name}' is added"
+        both = [name for name in old if name in new]
+        if both != [name for name in new if name in old]:
+            yield f"worker groups change their order: {', '.join(new)}"
+        before["workerGroupSpecs"] = [old[name] for name in both]
+        after["workerGroupSpecs"] = [new[name] for name in both]
+    yield from _paths(before, after, "rayClusterConfig")
+
+
 def _appended(live: Document, wanted: Document) -> list[str] | None:
     """Names of groups appended at the end, if that is the only change of the cluster."""
     before, after = _hashed(live), _hashed(wanted)
@@ -165,12 +186,27 @@ def _paths(before: Any, after: Any, path: str) -> Iterator[str]:
         for index, (one, other) in enumerate(zip(before, after, strict=True)):
             yield from _paths(one, other, f"{path}[{index}]")
     elif before != after:
-        yield f"{path} {_short(before)} → {_short(after)}"
+        one, other = _short(before, after)
+        yield f"{path} {one} → {other}"
 
 
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
+_SHORT = 40
+"""Characters of a value that are shown."""
+
+
+def _short(before: Any, after: Any) -> list[str]:
+    """Two different values, each cut to what a person reads; the first difference is in it."""
+    texts = ["nothing" if value is None else str(value) for value in (before, after)]
+    start = 0
+    if max(map(len, texts)) > _SHORT:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+        start = max(0, sum(1 for _ in alike) - _SHORT // 2)
+    shown = []
+    for text in texts:
+        part = text[start : start + _SHORT]
+        more = "…" if len(text) > start + _SHORT else ""
+        shown.append(f"{'…' if start else ''}{part}{more}")
+    return shown
 
 
 def difference(live: Document | None, future: Document) -> str:
