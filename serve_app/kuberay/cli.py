@@ -186,7 +186,7 @@ def deploy(
             )
         if dry_run:
             return
-        number = deploying.apply(server, documents, force=force, tell=tell)
+        number = deploying.apply(server, documents, change, force=force, tell=tell)
     there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
     click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
     if wait:
@@ -328,7 +328,7 @@ def rollback(
         change, _, _ = deploying.preview(server, [service], force=True)
         click.echo(f"{name} in {namespace} on {server.host}: this {change}")
         gpus.check(server, change, force=True, tell=click.echo)
-        new = deploying.apply(server, [service], force=True, tell=tell)
+        new = deploying.apply(server, [service], change, force=True, tell=tell)
     click.echo(f"revision {new}")
     if wait:
         _wait(target, timeout)

@@ -23,7 +23,7 @@ pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 
 import yaml
 from click.testing import CliRunner, Result
-from controllers import Refused, adopt, cluster_of_pods, evict
+from controllers import Refused, adopt, cluster_of_pods, delete_cluster, evict
 from harness.manifests import CRD, ROOT
 from kube_api import KubeAPI
 
@@ -720,6 +720,87 @@ def test_a_budget_of_an_older_version_is_mended_by_a_deployment(
     assert "maxUnavailable" not in api.objects[key]["spec"]
     cluster_of_pods(api, service(api), FIRST)
     assert "h100-x4-0" in drained(api, FIRST)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
+    """Arguments of deploy with an image of this tag."""
+
+    def arguments(tag: str) -> tuple[str, ...]:
+        profile = tmp_path / f"{tag}.yaml"
+        profile.write_text(f"image: example.com/serve-app:{tag}\n")
+        return ("deploy", str(CONFIG), "--no-wait", "--force", "--cluster", str(profile))
+
+    return arguments
+
+
+ONE_OF_EACH = ["gateway-0", "h100-x4-0"]
+"""What may go of a cluster of two gateways and one model pod: the head, without Redis, may not."""
+
+
+def test_while_an_upgrade_has_two_clusters_each_keeps_its_own_pods(
+    api: KubeAPI, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
+) -> None:
+    """Over labels common to both, three of four gateways and one of two heads could go."""
+    run(*image("1"))
+    set_status(api, RUNNING)
+    cluster_of_pods(api, service(api), FIRST)
+    output = run(*image("2")).output
+    assert f"applied PodDisruptionBudget {FIRST}-gateway" in output
+    cluster_of_pods(api, service(api), SECOND)
+    assert drained(api, FIRST) == ONE_OF_EACH
+    assert drained(api, SECOND) == ONE_OF_EACH
+
+
+def test_a_rollback_into_a_third_cluster_keeps_the_pods_of_all(
+    api: KubeAPI, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
+) -> None:
+    run(*image("1"))
+    set_status(api, RUNNING)
+    for tag, cluster in (("2", FIRST), ("3", SECOND)):
+        cluster_of_pods(api, service(api), cluster)
+        run(*image(tag))
+    cluster_of_pods(api, service(api), THIRD)
+    run("rollback", NAME, "--no-wait")
+    for cluster in (FIRST, SECOND, THIRD):
+        assert drained(api, cluster) == ONE_OF_EACH
+
+
+def test_after_an_upgrade_the_rendered_budgets_are_enough_again(
+    api: KubeAPI,
+    run: Callable[..., Result],
+    image: Callable[[str], tuple[str, ...]],
+    tmp_path: Path,
+) -> None:
+    run(*image("1"))
+    set_status(api, RUNNING)
+    cluster_of_pods(api, service(api), FIRST)
+    run(*image("2"))
+    cluster_of_pods(api, service(api), SECOND)
+    # In place, while the old cluster is still there: no pod may come under two budgets.
+    more = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    request_timeout_s: 800\n"))
+    command, _, *options = image("2")
+    run(command, more, *options)
+    assert drained(api, FIRST) == ONE_OF_EACH
+    delete_cluster(api, SPACE, FIRST)
+    run(command, more, *options)
+    budgets = {key[2]: o for key, o in api.objects.items() if key[0] == "poddisruptionbudgets"}
+    assert set(budgets) == {f"{NAME}-gateway", f"{NAME}-h100-x4", f"{NAME}-head"}
+    assert all("matchExpressions" not in b["spec"]["selector"] for b in budgets.values())
+    assert drained(api, SECOND) == ONE_OF_EACH
+
+
+def test_who_may_not_list_clusters_is_told_what_it_costs(
+    api: KubeAPI, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
+) -> None:
+    run(*image("1"))
+    set_status(api, RUNNING)
+    cluster_of_pods(api, service(api), FIRST)
+    api.forbidden.add(("list", "rayclusters"))
+    output = run(*image("2")).output
+    assert "not allowed to list RayCluster" in output
+    assert "the budgets count the pods of both clusters together" in output
+    assert "applied PodDisruptionBudget llama70b-gateway" in output
 
 
 # --- rollback and logs --------------------------------------------------------------------------

@@ -57,6 +57,7 @@ KINDS = {
     "Ingress": _Kind("/apis/networking.k8s.io/v1", "ingresses"),
     "PodDisruptionBudget": _Kind("/apis/policy/v1", "poddisruptionbudgets"),
     "RayService": _Kind("/apis/ray.io/v1", "rayservices", provider=_KUBERAY),
+    "RayCluster": _Kind("/apis/ray.io/v1", "rayclusters", provider=_KUBERAY),
     "NodePool": _Kind("/apis/karpenter.sh/v1", "nodepools", False, "Karpenter"),
     "GatewayClass": _Kind("/apis/gateway.networking.k8s.io/v1", "gatewayclasses", False, _LBC),
     "LoadBalancerConfiguration": _Kind(
