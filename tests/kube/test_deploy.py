@@ -189,7 +189,7 @@ def test_a_first_deployment_is_applied_watched_and_every_model_asked(
     out = result.output
     assert result.exit_code == 0, out
     assert f"llama70b in serve-app on {api.url}: this creates the RayService (4 GPUs)" in out
-    assert "warning: it needs 4 more GPUs, but 0 can be had" in out
+    assert "warning: h100-x4 needs 4 more GPUs, but 0 can be had" in out
     assert "--force" not in out  # nothing is in the way of a first deployment
     assert "applied RayService llama70b" in out and "revision 1; back with" in out
     assert "llama-3.3-70b: DEPLOYING: loading weights" in out
@@ -527,8 +527,78 @@ def test_a_model_of_a_new_shape_is_appended_in_place(
     assert "worker group 'l4-x1' is added" in output
 
 
-def node(gpus: int) -> dict[str, Any]:
-    return {"metadata": {"name": "n1"}, "status": {"allocatable": {"nvidia.com/gpu": str(gpus)}}}
+def node(
+    gpus: int, name: str = "n1", *, kind: str = "p5.48xlarge", ready: str = "True", **spec: Any
+) -> dict[str, Any]:
+    """A machine as Kubernetes shows it; `kubectl cordon` and a lost kubelet leave taints, too."""
+    taints = [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]
+    if spec.get("unschedulable"):
+        taints.append({"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"})
+    if ready != "True":
+        taints.append({"key": "node.kubernetes.io/unreachable", "effect": "NoExecute"})
+    return {
+        "metadata": {"name": name, "labels": {"node.kubernetes.io/instance-type": kind}},
+        "spec": {"taints": taints, **spec},
+        "status": {
+            "allocatable": {"nvidia.com/gpu": str(gpus)},
+            "conditions": [{"type": "Ready", "status": ready}],
+        },
+    }
+
+
+def pool(limit: int, used: int, *types: str) -> dict[str, Any]:
+    requirements = [
+        {"key": "node.kubernetes.io/instance-type", "operator": "In", "values": list(types)}
+    ]
+    return {
+        "metadata": {"name": f"pool-{'-'.join(types) or 'any'}"},
+        "spec": {
+            "limits": {"nvidia.com/gpu": str(limit)},
+            "template": {"spec": {"requirements": requirements if types else []}},
+        },
+        "status": {"resources": {"nvidia.com/gpu": str(used)}},
+    }
+
+
+BIGGER = ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n")
+"""A change that makes a new cluster."""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("nodes", node(8, unschedulable=True)),
+        ("nodes", node(8, ready="Unknown")),
+        ("nodes", node(8, kind="g6e.48xlarge")),
+        ("nodes", node(8) | {"spec": {"taints": [{"key": "mine", "effect": "NoSchedule"}]}}),
+        ("nodepools", pool(64, 0, "g6e.48xlarge", "g6.48xlarge")),
+    ],
+    ids=["cordoned", "dead", "another kind", "another's", "a pool of another kind"],
+)
+def test_gpus_that_the_pods_cannot_get_do_not_count(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path, other: tuple[str, dict[str, Any]]
+) -> None:
+    deployed(api, run)
+    api.store(*other)
+    with pytest.raises(
+        UserError, match=r"h100-x4 needs 4 more GPUs, but 0 can be had \(0 idle on nodes, 0 within"
+    ):
+        run("deploy", config(tmp_path, BIGGER), "--no-wait")
+    api.store("nodes", node(4, "n2"))
+    output = run("deploy", config(tmp_path, BIGGER), "--no-wait").output
+    assert "h100-x4 needs 4 more GPUs; 4 idle on nodes, 0 within the NodePools' limits" in output
+
+
+def test_a_gpu_is_promised_to_one_group_only(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    two = SMALL.replace("- name: gateway", "") + SMALL.replace("small", "other").replace(
+        "accelerator_type: L4}", "accelerator_type: L4}, engine: {tensor_parallel_size: 4}"
+    )
+    api.store("nodes", node(4, kind="g6.12xlarge"))
+    output = run("deploy", config(tmp_path, ("- name: gateway", two)), "--no-wait").output
+    assert "l4-x1 needs 1 more GPUs; 4 idle on nodes" in output
+    assert "l4-x4 needs 4 more GPUs, but 3 can be had (3 idle on nodes" in output
 
 
 def test_a_new_cluster_without_gpus_for_two_is_refused(
@@ -540,18 +610,11 @@ def test_a_new_cluster_without_gpus_for_two_is_refused(
     requests = {"resources": {"requests": {"nvidia.com/gpu": "6"}}}
     busy["spec"] = {"nodeName": "n1", "containers": [requests]}
     api.store("pods", busy)
-    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    bigger = config(tmp_path, BIGGER)
     with pytest.raises(UserError, match=r"needs 4 more GPUs, but 2 can be had \(2 idle on nodes"):
         run("deploy", bigger, "--no-wait")
     generation = service(api)["metadata"]["generation"]
-    api.store(
-        "nodepools",
-        {
-            "metadata": {"name": "serve-app-gpu"},
-            "spec": {"limits": {"nvidia.com/gpu": "16"}},
-            "status": {"resources": {"nvidia.com/gpu": "8"}},
-        },
-    )
+    api.store("nodepools", pool(16, 8))
     output = run("deploy", bigger, "--no-wait").output
     assert "needs 4 more GPUs; 2 idle on nodes, 8 within the NodePools' limits" in output
     assert service(api)["metadata"]["generation"] == generation + 1
@@ -562,7 +625,7 @@ def test_who_may_not_see_nodes_is_told_so(
 ) -> None:
     deployed(api, run)
     api.forbidden.add(("list", "nodes"))
-    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    bigger = config(tmp_path, BIGGER)
     assert "cannot tell if they exist" in run("deploy", bigger, "--no-wait").output
 
 
@@ -572,7 +635,7 @@ def test_a_change_that_kuberay_ignores_is_refused(
     profile = tmp_path / "profile.yaml"
     profile.write_text("upgrade: {strategy: None}\n".replace("None", "'None'"))
     run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
-    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    bigger = config(tmp_path, BIGGER)
     with pytest.raises(UserError, match="KubeRay would ignore the change"):
         run("deploy", bigger, "--no-wait", "--cluster", str(profile))
 

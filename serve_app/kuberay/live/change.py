@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
@@ -17,20 +17,33 @@ from typing import Any, Literal
 import yaml
 
 from serve_app.kuberay.live import state
-from serve_app.kuberay.validate.manifests import whole, workers_of
+from serve_app.kuberay.validate.manifests import INSTANCE_TYPE, Pods, whole, workers_of
 
 Document = dict[str, Any]
 Kind = Literal["create", "none", "in place", "new cluster", "ignored"]
 
 
 @dataclass(frozen=True)
+class Need:
+    """GPUs that must be free for a worker group, beyond those in use."""
+
+    group: str
+    gpus: int
+    instance_types: frozenset[str]
+    """The machines that its pods accept; empty for any."""
+
+
+@dataclass(frozen=True)
 class Change:
-    """The kind of change, and one line for each thing that changes."""
+    """The kind of change, one line for each thing that changes, and the GPUs that it takes."""
 
     kind: Kind
     changes: list[str]
-    gpus: int = 0
-    """GPUs that must be free for the change, beyond those in use."""
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def gpus(self) -> int:
+        return sum(need.gpus for need in self.needs)
 
     def __str__(self) -> str:
         what = {
@@ -47,7 +60,7 @@ class Change:
 def between(live: Document | None, wanted: Document) -> Change:
     """Compare a live RayService with the wanted one (from the server's dry run, with defaults)."""
     if live is None:
-        return Change("create", [], _gpus_of(wanted))
+        return Change("create", [], _needs(wanted, _at_least))
     live, wanted = _without_empty(live), _without_empty(wanted)
     models = list(_models(live, wanted))
     cluster = list(_cluster(live, wanted))
@@ -67,7 +80,8 @@ def between(live: Document | None, wanted: Document) -> Change:
     changes = [*models, *grown, *bounds, *others]
     if not changes and live["spec"].get("serveConfigV2") != wanted["spec"].get("serveConfigV2"):
         changes = ["comments or order in serveConfigV2"]
-    more = max(0, _gpus_of(wanted) - _gpus_of(live))
+    held = {pods.name: _at_least(pods) for pods in workers_of(live)}
+    more = _needs(wanted, lambda pods: _at_least(pods) - held.get(pods.name, 0))
     return Change("in place", changes, more) if changes else Change("none", [])
 
 
@@ -85,24 +99,35 @@ def _without_empty(value: Any) -> Any:
     return value
 
 
-def _gpus_of(document: Document) -> int:
-    """GPUs that the worker groups hold at their minimum."""
-    return sum(pods.gpus_by("minReplicas") for pods in workers_of(document))
+def _needs(wanted: Document, gpus: Callable[[Pods], int]) -> tuple[Need, ...]:
+    """The need of each worker group for which there is one."""
+    found = [(pods, gpus(pods)) for pods in workers_of(wanted)]
+    return tuple(
+        Need(pods.name, count, frozenset(pods.affinity(INSTANCE_TYPE)))
+        for pods, count in found
+        if count > 0
+    )
 
 
-def _needed(wanted: Document, strategy: str) -> int:
+def _at_least(pods: Pods) -> int:
+    """GPUs that a worker group holds at its minimum."""
+    return pods.gpus_by("minReplicas")
+
+
+def _needed(wanted: Document, strategy: str) -> tuple[Need, ...]:
     """GPUs beyond the running cluster's: all again, or the surge, at least a replica per model."""
     if strategy != "NewClusterWithIncrementalUpgrade":
-        return _gpus_of(wanted)
+        return _needs(wanted, _at_least)
     options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
     surge = int(options.get("maxSurgePercent") or 100)
-    total = 0
-    for pods in workers_of(wanted):
-        gpus = pods.gpus_by("minReplicas")
+
+    def surging(pods: Pods) -> int:
+        gpus = _at_least(pods)
         replicas = whole(pods.group.get("minReplicas")) or 1
         # Serve rounds a share of the replicas up to one whole replica.
-        total += max(gpus // replicas, -(-gpus * surge // 100))
-    return total
+        return max(gpus // replicas, -(-gpus * surge // 100))
+
+    return _needs(wanted, surging)
 
 
 def _groups(document: Document) -> list[Document]:
