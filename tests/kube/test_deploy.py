@@ -693,9 +693,11 @@ def test_a_rayservice_of_an_older_version_is_deployed_without_force(
     api: KubeAPI, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     without_scale_strategy(api, run)
-    set_status(api, RUNNING)
-    result = run("diff", str(CONFIG))
-    assert (result.exit_code, result.output) == (0, "this changes nothing\n")
+    for adopted in (False, True):  # before and after the operator wrote the empty field in
+        assert bool(service(api)["metadata"].get("finalizers")) == adopted
+        result = run("diff", str(CONFIG))
+        assert (result.exit_code, result.output) == (0, "this changes nothing\n")
+        set_status(api, RUNNING)
     run("deploy", str(CONFIG), "--no-wait")
     grown = config(tmp_path, ("max_replicas: 2", "max_replicas: 3"))
     output = run("deploy", grown, "--no-wait").output

@@ -86,10 +86,9 @@ def between(live: Document | None, wanted: Document) -> Change:
 
 
 def _without_empty(value: Any) -> Any:
-    """A copy without fields that hold nothing.
+    """A copy without fields that hold nothing: with or without them KubeRay does the same.
 
-    KubeRay's operator writes some of them, such as ``scaleStrategy: {}``, and no other: they
-    neither say nor change anything.
+    Its operator writes some into what was applied, such as ``scaleStrategy: {}``.
     """
     if isinstance(value, dict):
         kept = {key: _without_empty(item) for key, item in value.items()}
