@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,23 +173,42 @@ def deploy(
     documents = rendering.documents(fleet, profile)
     _report(documents, crd)
     refuse_placeholders(documents)
-    server = APIServer.connect(kubeconfig, context)
     name = next(d["metadata"]["name"] for d in documents if d["kind"] == "RayService")
-    change, _, _ = deploying.preview(server, documents, force=force)
-    click.echo(f"{name} in {profile.namespace} on {server.host}: this {change}")
-    gpus.check(server, change, force=force, tell=click.echo)
-    if change.kind == "ignored" and not force:
-        raise UserError(
-            "KubeRay would ignore the change of the cluster (upgradeStrategy None); delete the "
-            "RayService and deploy again, or --force to apply the rest"
-        )
-    if dry_run:
-        return
-    number = deploying.apply(server, documents, force=force, tell=click.echo)
+    with _interruptible(f"deploying {name}") as tell:
+        server = APIServer.connect(kubeconfig, context)
+        change, _, _ = deploying.preview(server, documents, force=force)
+        click.echo(f"{name} in {profile.namespace} on {server.host}: this {change}")
+        gpus.check(server, change, force=force, tell=click.echo)
+        if change.kind == "ignored" and not force:
+            raise UserError(
+                "KubeRay would ignore the change of the cluster (upgradeStrategy None); delete the "
+                "RayService and deploy again, or --force to apply the rest"
+            )
+        if dry_run:
+            return
+        number = deploying.apply(server, documents, change, force=force, tell=tell)
     there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
     click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
     if wait:
         _wait(Target(server, name, profile.namespace), timeout)
+
+
+@contextmanager
+def _interruptible(what: str) -> Iterator[Callable[[str], None]]:
+    """Say at Ctrl-C how much was applied. What is told of each object goes through the function."""
+    told = 0
+
+    def tell(line: str) -> None:
+        nonlocal told
+        told += 1
+        click.echo(line)
+
+    try:
+        yield tell
+    except KeyboardInterrupt:
+        done = "part of it is applied; run it again for the rest" if told else "nothing was applied"
+        click.echo(f"\nstopped {what}: {done}")
+        raise
 
 
 def _wait(target: Target, timeout_s: float) -> None:
@@ -304,10 +325,11 @@ def rollback(
     server = APIServer.connect(kubeconfig, context)
     target = Target(server, name, namespace)
     service = revisions.find(target, number)
-    change, _, _ = deploying.preview(server, [service], force=True)
-    click.echo(f"{name} in {namespace} on {server.host}: this {change}")
-    gpus.check(server, change, force=True, tell=click.echo)
-    new = deploying.apply(server, [service], force=True, tell=click.echo)
+    with _interruptible(f"rolling back {name}") as tell:
+        change, _, _ = deploying.preview(server, [service], force=True)
+        click.echo(f"{name} in {namespace} on {server.host}: this {change}")
+        gpus.check(server, change, force=True, tell=click.echo)
+        new = deploying.apply(server, [service], change, force=True, tell=tell)
     click.echo(f"revision {new}")
     if wait:
         _wait(target, timeout)

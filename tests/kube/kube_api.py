@@ -2,13 +2,14 @@
 
 No cluster can run on the machines that run these tests, so this imitates what deploying meets:
 bearer tokens, RBAC, discovery, plain 404 for unknown kinds against Status for missing objects,
-generations and resourceVersions, server-side apply with field ownership and conflicts, dry run,
-strict field validation and defaults from the real CRD, watches that end and expire, logs and the
-Service proxy. Real kubectl is run against it in test_deploy.py, which is what keeps it
-honest. What it has not: admission, garbage collection, structural merge of keyed lists (every
-list is atomic, as the RayService CRD has it).
+generations and resourceVersions, server-side apply and updates, with the ownership of fields and
+conflicts, dry run, strict field validation and defaults from the real CRD, watches that end and
+expire, logs and the Service proxy. Real kubectl is run against it in test_deploy.py, which is
+what keeps it honest. What it has not: admission, garbage collection, structural merge of keyed
+lists (every list is atomic, as the RayService CRD has it).
 
-The operator's part is played by the tests: they set statuses and pods.
+What the operator and Kubernetes' own controllers do is in controllers.py. Statuses and pods are
+set by the tests.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from serve_app.kuberay.validate import schema
 Document = dict[str, Any]
 Path = tuple[str, ...]
 """Of a field: its keys from the top."""
+
+Owner = tuple[str, str]
+"""A field manager, and the operation by which it came to own a field: ``Apply`` or ``Update``."""
 
 # group/version -> plural -> (kind, namespaced)
 RESOURCES: dict[str, dict[str, tuple[str, bool]]] = {
@@ -61,7 +65,7 @@ class KubeAPI:
     def __init__(self, crd: Document | None = None) -> None:
         self.resources = copy.deepcopy(RESOURCES)
         self.objects: dict[tuple[str, str, str], Document] = {}
-        self.owners: dict[tuple[str, str, str], dict[Path, str]] = {}
+        self.owners: dict[tuple[str, str, str], dict[Path, set[Owner]]] = {}
         self.forbidden: set[tuple[str, str]] = set()  # (verb, plural)
         self.token: str | None = "let-me-in"  # None lets anyone in
         self.logs: dict[tuple[str, str], list[str]] = {}  # (pod, container) -> lines
@@ -125,9 +129,7 @@ class KubeAPI:
             metadata["generation"] = generation
             self.objects[key] = document
             if old is None:
-                self.owners[key] = dict.fromkeys(
-                    _leaves({"spec": document.get("spec") or {}}), manager
-                )
+                self.owners[key] = {path: {(manager, "Update")} for path in _fields(document)}
             kind = "MODIFIED" if old else "ADDED"
             self._history.append((self._version, kind, copy.deepcopy(document)))
             self._changed.notify_all()
@@ -149,42 +151,59 @@ class KubeAPI:
                 self._changed.notify_all()
         return document
 
+    def update(self, plural: str, document: Document, manager: str) -> Document:
+        """Write a whole object, as `kubectl edit` and controllers do.
+
+        Who updates becomes the only owner of each field that it changed, and of no other.
+        """
+        key = (plural, document["metadata"].get("namespace", ""), document["metadata"]["name"])
+        before, after = _fields(self.objects[key]), _fields(document)
+        owners = {path: who for path, who in self.owners[key].items() if path in after}
+        changed = [path for path in after if path not in before or before[path] != after[path]]
+        owners |= {path: {(manager, "Update")} for path in changed}
+        self.store(plural, document)
+        self.owners[key] = owners
+        return document
+
     def apply(
         self, plural: str, wanted: Document, manager: str, *, force: bool, dry_run: bool
     ) -> tuple[int, Document]:
         """Server-side apply. Returns the HTTP status and the object or a Status."""
         key = (plural, wanted["metadata"].get("namespace", ""), wanted["metadata"]["name"])
         old = self.objects.get(key)
-        owners = dict(self.owners.get(key, {}))
-        mine = _leaves({"spec": wanted["spec"]} if "spec" in wanted else {})
+        me: Owner = (manager, "Apply")
+        owners = {path: set(who) for path, who in self.owners.get(key, {}).items()}
+        mine = _fields(wanted)
         crd = self.crd if plural == "rayservices" else None
         complete = _with_defaults(crd, wanted) if crd else wanted
         conflicts = [
-            (path, owners[path])
+            (path, owner)
             for path in mine
-            if owners.get(path, manager) != manager and _at(old, path) != _at(complete, path)
+            if _at(old, path) != _at(complete, path)
+            for owner in sorted(owners.get(path, set()) - {me})
         ]
         if conflicts and not force:
-            by = ", ".join(
-                f'"{owner}" using {wanted["apiVersion"]}: .{".".join(p)}' for p, owner in conflicts
-            )
-            count = f"{len(conflicts)} conflict{'s' if len(conflicts) > 1 else ''}"
-            return _status(409, "Conflict", f"Apply failed with {count}: conflicts with {by}")
+            return _conflict(wanted["apiVersion"], conflicts)
+        for path, owner in conflicts:
+            owners[path].discard(owner)
         merged = copy.deepcopy(old) if old else {}
-        for path, owner in list(owners.items()):
-            if owner == manager and path not in mine:  # we owned it, and want it no more
-                _unset(merged, path)
-                del owners[path]
+        for path, who in list(owners.items()):
+            if me in who and path not in mine:  # we owned it, and want it no more
+                who.discard(me)
+                if not who:
+                    _unset(merged, path)
+                    del owners[path]
         _merge(merged, wanted)
+        for path in mine:
+            owners.setdefault(path, set()).add(me)
         if crd:
             merged = _with_defaults(crd, merged)
         if dry_run:
             return (200 if old else 201), merged
-        if old is not None and {**old, "metadata": None} == {**merged, "metadata": None}:
-            return 200, old
-        self.store(plural, merged, manager)
-        self.owners[key] = owners | dict.fromkeys(mine, manager)
-        return (200 if old else 201), merged
+        if old is None or {**old, "metadata": None} != {**merged, "metadata": None}:
+            self.store(plural, merged, manager)
+        self.owners[key] = owners
+        return (200 if old else 201), self.objects[key]
 
     def events_since(self, version: int, deadline: float) -> list[tuple[int, str, Document]]:
         """What happened after a version; waits for something until the deadline."""
@@ -464,6 +483,35 @@ def _status(code: int, reason: str, message: str) -> tuple[int, Document]:
     }
 
 
+def _conflict(version: str, conflicts: list[tuple[Path, Owner]]) -> tuple[int, Document]:
+    """A refused apply, in the words of Kubernetes (managedfields/internal/conflict.go)."""
+    found: dict[str, list[str]] = {}
+    for path, (manager, operation) in conflicts:
+        who = f'"{manager}"' + (f" using {version}" if operation == "Update" else "")
+        found.setdefault(who, []).append("." + ".".join(path))
+    if len(conflicts) == 1:
+        text = "".join(f"conflict with {who}: {paths[0]}" for who, paths in found.items())
+        code, status = _status(409, "Conflict", f"Apply failed with 1 conflict: {text}")
+    else:
+        lines = [
+            line
+            for who, paths in sorted(found.items())
+            for line in [f"conflicts with {who}:", *(f"- {path}" for path in paths)]
+        ]
+        text = "\n".join(lines)
+        code, status = _status(
+            409, "Conflict", f"Apply failed with {len(conflicts)} conflicts: {text}"
+        )
+    status["details"] = {
+        "causes": [
+            {"reason": "FieldManagerConflict", "message": f"conflict with {who}", "field": path}
+            for who, paths in found.items()
+            for path in paths
+        ]
+    }
+    return code, status
+
+
 def _missing(plural: str, group: str, name: str | None) -> tuple[int, Document]:
     resource = plural if group == "v1" else f"{plural}.{group.rpartition('/')[0]}"
     return _status(404, "NotFound", f'{resource} "{name}" not found')
@@ -487,6 +535,11 @@ def _with_defaults(schema: dict[str, Any], value: Any) -> Any:
         items = schema.get("items")
         return [_with_defaults(items if isinstance(items, dict) else {}, item) for item in value]
     return value
+
+
+def _fields(document: Document) -> dict[Path, Any]:
+    """The fields that can be owned, with their values: those of the spec."""
+    return _leaves({"spec": document["spec"]} if document.get("spec") else {})
 
 
 def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import re
@@ -22,6 +23,7 @@ pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 
 import yaml
 from click.testing import CliRunner, Result
+from controllers import Refused, adopt, cluster_of_pods, delete_cluster, evict
 from harness.manifests import CRD, ROOT
 from kube_api import KubeAPI
 
@@ -31,6 +33,7 @@ from serve_app.kuberay import cli
 from serve_app.kuberay.live import follow, revisions, state
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
+from serve_app.kuberay.live.target import Target
 from serve_app.kuberay.validate import schema
 from serve_app.replica.no_route import NoRoute
 
@@ -98,6 +101,7 @@ def set_status(
     conditions: dict[str, tuple[str, str]] | None = None,
 ) -> None:
     """Play the operator: statuses for the spec as it is now."""
+    adopt(api, SPACE, NAME)
 
     def part(cluster: str, statuses: dict[str, str]) -> dict[str, Any]:
         entries = {n: {"status": s, "message": message} for n, s in statuses.items()}
@@ -185,7 +189,7 @@ def test_a_first_deployment_is_applied_watched_and_every_model_asked(
     out = result.output
     assert result.exit_code == 0, out
     assert f"llama70b in serve-app on {api.url}: this creates the RayService (4 GPUs)" in out
-    assert "warning: it needs 4 more GPUs, but 0 can be had" in out
+    assert "warning: h100-x4 needs 4 more GPUs, but 0 can be had" in out
     assert "--force" not in out  # nothing is in the way of a first deployment
     assert "applied RayService llama70b" in out and "revision 1; back with" in out
     assert "llama-3.3-70b: DEPLOYING: loading weights" in out
@@ -522,10 +526,11 @@ def test_dry_run_changes_nothing(api: KubeAPI, run: Callable[..., Result]) -> No
     assert set(api.objects) == before
 
 
-def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
-    code = "from serve_app.kuberay.cli import deploy; deploy()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(CONFIG), "--kubeconfig", str(kubeconfig)],
+def deploying(kubeconfig: Path) -> subprocess.Popen[str]:
+    """A deployment in a process of its own, which Ctrl-C reaches."""
+    code = "from serve_app import cli; cli.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "deploy", str(CONFIG), "--kubeconfig", str(kubeconfig)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -534,6 +539,10 @@ def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
         # A test run in the background ignores Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
+    process = deploying(kubeconfig)
     assert process.stdout is not None
     for line in process.stdout:
         if "NOT_STARTED" in line:
@@ -543,6 +552,36 @@ def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
     assert process.wait(10) == 0, rest
     assert "no longer watching; the deployment goes on: serve-app status llama70b" in rest
     assert service(api)["metadata"]["name"] == NAME
+
+
+@pytest.mark.parametrize(
+    ("at", "says"),
+    [
+        ("dryRun=All", "stopped deploying llama70b: nothing was applied"),
+        ("Strict", "stopped deploying llama70b: part of it is applied; run it again for the rest"),
+    ],
+    ids=["at the trial", "at the second object"],
+)
+def test_ctrl_c_before_all_is_applied_says_how_far_it_came(
+    api: KubeAPI, kubeconfig: Path, at: str, says: str
+) -> None:
+    api.delay_s = 0.05  # time to interrupt it in
+    process = deploying(kubeconfig)
+    applied = 0
+    while process.poll() is None:
+        writes = [path for method, path in api.requests if method == "PATCH"]
+        trial = [path for path in writes if "dryRun=All" in path]
+        applied = len(writes) - len(trial)
+        if trial if at == "dryRun=All" else applied > 1:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    rest = process.stdout.read()
+    assert process.wait(10) != 0
+    assert says in rest, rest
+    if at == "dryRun=All":
+        assert api.get("rayservices", SPACE, NAME) is None
 
 
 # --- what a change would do ---------------------------------------------------------------------
@@ -589,28 +628,125 @@ def test_diff_tells_the_kind_of_change(
     assert "+++ new RayService/llama70b" in result.output
 
 
+def test_a_change_of_image_shows_both_where_they_differ(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    image = "123456789012.dkr.ecr.us-east-1.amazonaws.com/serve-app"
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(f"image: {image}:0.1.0\n")
+    run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
+    profile.write_text(f"image: {image}:0.2.0\n")
+    output = run("diff", str(CONFIG), "--cluster", str(profile)).output
+    assert "image …aws.com/serve-app:0.1.0 → …aws.com/serve-app:0.2.0\n" in output
+
+
+def test_a_group_that_goes_is_named(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    run("deploy", config(tmp_path, ("- name: gateway", SMALL)), "--no-wait")
+    set_status(api, RUNNING)
+    result = run("diff", str(CONFIG))
+    change = result.output[result.output.index("\nthis ") :]
+    assert "starts a second cluster beside the running one" in change
+    assert "  worker group 'l4-x1' is removed\n" in change
+    assert "workerGroupSpecs" not in change
+
+
 def test_diff_of_the_same_is_empty(api: KubeAPI, run: Callable[..., Result]) -> None:
     deployed(api, run)
     result = run("diff", str(CONFIG))
     assert (result.exit_code, result.output) == (0, "this changes nothing\n")
 
 
+SMALL = (
+    "- name: small\n  route_prefix: null\n  import_path: serve_app.model:app\n"
+    "  args: {model: org/small, resources: {accelerator_type: L4}}\n\n- name: gateway"
+)
+"""A model of another shape."""
+
+
 def test_a_model_of_a_new_shape_is_appended_in_place(
     api: KubeAPI, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     deployed(api, run)
-    small = (
-        "- name: small\n  route_prefix: null\n  import_path: serve_app.model:app\n"
-        "  args: {model: org/small, resources: {accelerator_type: L4}}\n\n- name: gateway"
-    )
-    output = run("diff", config(tmp_path, ("- name: gateway", small))).output
+    output = run("diff", config(tmp_path, ("- name: gateway", SMALL))).output
     assert "changes the running cluster in place (1 GPUs)" in output
     assert "application 'small' is added" in output
     assert "worker group 'l4-x1' is added" in output
 
 
-def node(gpus: int) -> dict[str, Any]:
-    return {"metadata": {"name": "n1"}, "status": {"allocatable": {"nvidia.com/gpu": str(gpus)}}}
+def node(
+    gpus: int, name: str = "n1", *, kind: str = "p5.48xlarge", ready: str = "True", **spec: Any
+) -> dict[str, Any]:
+    """A machine as Kubernetes shows it; `kubectl cordon` and a lost kubelet leave taints, too."""
+    taints = [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]
+    if spec.get("unschedulable"):
+        taints.append({"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"})
+    if ready != "True":
+        taints.append({"key": "node.kubernetes.io/unreachable", "effect": "NoExecute"})
+    return {
+        "metadata": {"name": name, "labels": {"node.kubernetes.io/instance-type": kind}},
+        "spec": {"taints": taints, **spec},
+        "status": {
+            "allocatable": {"nvidia.com/gpu": str(gpus)},
+            "conditions": [{"type": "Ready", "status": ready}],
+        },
+    }
+
+
+def pool(limit: int, used: int, *types: str) -> dict[str, Any]:
+    requirements = [
+        {"key": "node.kubernetes.io/instance-type", "operator": "In", "values": list(types)}
+    ]
+    return {
+        "metadata": {"name": f"pool-{'-'.join(types) or 'any'}"},
+        "spec": {
+            "limits": {"nvidia.com/gpu": str(limit)},
+            "template": {"spec": {"requirements": requirements if types else []}},
+        },
+        "status": {"resources": {"nvidia.com/gpu": str(used)}},
+    }
+
+
+BIGGER = ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n")
+"""A change that makes a new cluster."""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("nodes", node(8, unschedulable=True)),
+        ("nodes", node(8, ready="Unknown")),
+        ("nodes", node(8, kind="g6e.48xlarge")),
+        ("nodes", node(8) | {"spec": {"taints": [{"key": "mine", "effect": "NoSchedule"}]}}),
+        ("nodepools", pool(64, 0, "g6e.48xlarge", "g6.48xlarge")),
+    ],
+    ids=["cordoned", "dead", "another kind", "another's", "a pool of another kind"],
+)
+def test_gpus_that_the_pods_cannot_get_do_not_count(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path, other: tuple[str, dict[str, Any]]
+) -> None:
+    deployed(api, run)
+    api.store(*other)
+    with pytest.raises(
+        UserError, match=r"h100-x4 needs 4 more GPUs, but 0 can be had \(0 idle on nodes, 0 within"
+    ):
+        run("deploy", config(tmp_path, BIGGER), "--no-wait")
+    api.store("nodes", node(4, "n2"))
+    output = run("deploy", config(tmp_path, BIGGER), "--no-wait").output
+    assert "h100-x4 needs 4 more GPUs; 4 idle on nodes, 0 within the NodePools' limits" in output
+
+
+def test_a_gpu_is_promised_to_one_group_only(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    two = SMALL.replace("- name: gateway", "") + SMALL.replace("small", "other").replace(
+        "accelerator_type: L4}", "accelerator_type: L4}, engine: {tensor_parallel_size: 4}"
+    )
+    api.store("nodes", node(4, kind="g6.12xlarge"))
+    output = run("deploy", config(tmp_path, ("- name: gateway", two)), "--no-wait").output
+    assert "l4-x1 needs 1 more GPUs; 4 idle on nodes" in output
+    assert "l4-x4 needs 4 more GPUs, but 3 can be had (3 idle on nodes" in output
 
 
 def test_a_new_cluster_without_gpus_for_two_is_refused(
@@ -622,18 +758,11 @@ def test_a_new_cluster_without_gpus_for_two_is_refused(
     requests = {"resources": {"requests": {"nvidia.com/gpu": "6"}}}
     busy["spec"] = {"nodeName": "n1", "containers": [requests]}
     api.store("pods", busy)
-    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    bigger = config(tmp_path, BIGGER)
     with pytest.raises(UserError, match=r"needs 4 more GPUs, but 2 can be had \(2 idle on nodes"):
         run("deploy", bigger, "--no-wait")
     generation = service(api)["metadata"]["generation"]
-    api.store(
-        "nodepools",
-        {
-            "metadata": {"name": "serve-app-gpu"},
-            "spec": {"limits": {"nvidia.com/gpu": "16"}},
-            "status": {"resources": {"nvidia.com/gpu": "8"}},
-        },
-    )
+    api.store("nodepools", pool(16, 8))
     output = run("deploy", bigger, "--no-wait").output
     assert "needs 4 more GPUs; 2 idle on nodes, 8 within the NodePools' limits" in output
     assert service(api)["metadata"]["generation"] == generation + 1
@@ -644,7 +773,7 @@ def test_who_may_not_see_nodes_is_told_so(
 ) -> None:
     deployed(api, run)
     api.forbidden.add(("list", "nodes"))
-    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    bigger = config(tmp_path, BIGGER)
     assert "cannot tell if they exist" in run("deploy", bigger, "--no-wait").output
 
 
@@ -654,9 +783,237 @@ def test_a_change_that_kuberay_ignores_is_refused(
     profile = tmp_path / "profile.yaml"
     profile.write_text("upgrade: {strategy: None}\n".replace("None", "'None'"))
     run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
-    bigger = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n"))
+    bigger = config(tmp_path, BIGGER)
     with pytest.raises(UserError, match="KubeRay would ignore the change"):
         run("deploy", bigger, "--no-wait", "--cluster", str(profile))
+
+
+# --- who owns which field -----------------------------------------------------------------------
+
+OPERATORS = ("kuberay-operator", "Update")
+GROUPS = ("spec", "rayClusterConfig", "workerGroupSpecs")
+
+
+def owners(api: KubeAPI) -> dict[tuple[str, ...], set[tuple[str, str]]]:
+    return api.owners["rayservices", SPACE, NAME]
+
+
+def test_the_operators_first_update_takes_no_field_that_we_apply(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    assert service(api)["metadata"]["finalizers"] == ["ray.io/rayservice-finalizer"]
+    assert {path for path, who in owners(api).items() if OPERATORS in who} == {
+        ("spec", "serveService", "status", "loadBalancer")
+    }
+
+
+def test_the_stand_in_refuses_a_list_that_the_operator_wrote_as_a_real_api_server_did(
+    api: KubeAPI, run: Callable[..., Result], kubeconfig: Path
+) -> None:
+    """An older rendering left scaleStrategy out, and its second apply was refused."""
+    old = without_scale_strategy(api, run)
+    adopt(api, SPACE, NAME)
+    assert owners(api)[GROUPS] == {OPERATORS}
+    assert service(api)["metadata"]["generation"] == 2
+    code, status = api.apply("rayservices", old, "serve-app", force=False, dry_run=False)
+    assert code == 409
+    assert status["message"] == (
+        'Apply failed with 1 conflict: conflict with "kuberay-operator" using ray.io/v1: '
+        ".spec.rayClusterConfig.workerGroupSpecs"
+    )
+
+
+def without_scale_strategy(api: KubeAPI, run: Callable[..., Result]) -> dict[str, Any]:
+    """A RayService of the first version, deployed; returns what was applied."""
+    run("deploy", str(CONFIG), "--no-wait")
+    revision = api.objects["controllerrevisions", SPACE, f"{NAME}-r1"]
+    old: dict[str, Any] = copy.deepcopy(revision["data"])
+    for group in old["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        group.pop("scaleStrategy", None)
+    api.remove("rayservices", SPACE, NAME)
+    code, _ = api.apply("rayservices", old, "serve-app", force=False, dry_run=False)
+    assert code == 201
+    return old
+
+
+def test_a_rayservice_of_an_older_version_is_deployed_without_force(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    without_scale_strategy(api, run)
+    for adopted in (False, True):  # before and after the operator wrote the empty field in
+        assert bool(service(api)["metadata"].get("finalizers")) == adopted
+        result = run("diff", str(CONFIG))
+        assert (result.exit_code, result.output) == (0, "this changes nothing\n")
+        set_status(api, RUNNING)
+    run("deploy", str(CONFIG), "--no-wait")
+    grown = config(tmp_path, ("max_replicas: 2", "max_replicas: 3"))
+    output = run("deploy", grown, "--no-wait").output
+    assert "in place" in output and "maxReplicas 3 → 4" in output
+    assert owners(api)[GROUPS] == {("serve-app", "Apply")}
+
+
+def test_a_change_of_somebody_else_is_not_taken_over_with_the_operators(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    without_scale_strategy(api, run)
+    set_status(api, RUNNING)
+    edited(api, "kubectl-edit", rayClusterDeletionDelaySeconds=5)
+    grown = config(tmp_path, ("max_replicas: 2", "max_replicas: 3"))
+    with pytest.raises(UserError, match=r'2 conflicts: .*"kubectl-edit".*DeletionDelay'):
+        run("deploy", grown, "--no-wait")
+    assert owners(api)[GROUPS] == {OPERATORS}
+
+
+# --- drains -------------------------------------------------------------------------------------
+
+FIRST, SECOND, THIRD = "llama70b-abcde", "llama70b-fghij", "llama70b-klmno"
+
+
+def drained(api: KubeAPI, cluster: str) -> list[str]:
+    """Drain every machine of a cluster at once: the pods that may go."""
+    gone = []
+    for plural, space, name in list(api.objects):
+        if plural == "pods" and name.startswith(cluster):
+            try:
+                evict(api, space, name)
+                gone.append(name.removeprefix(f"{cluster}-"))
+            except Refused as refused:
+                assert refused.args[0] == 429, refused
+    return gone
+
+
+@pytest.mark.parametrize("wrong", [{"maxUnavailable": 1}, {"minAvailable": "50%"}])
+def test_the_stand_in_allows_no_disruption_where_pods_of_a_raycluster_must_be_counted(
+    api: KubeAPI, run: Callable[..., Result], wrong: dict[str, Any]
+) -> None:
+    deployed(api, run)
+    cluster_of_pods(api, service(api), FIRST)
+    for plural, space, name in list(api.objects):
+        if plural == "poddisruptionbudgets":
+            budget = copy.deepcopy(api.objects[plural, space, name])
+            budget["spec"] = {"selector": budget["spec"]["selector"], **wrong}
+            api.store(plural, budget)
+    assert drained(api, FIRST) == []
+    status = api.objects["poddisruptionbudgets", SPACE, "llama70b-gateway"]["status"]
+    assert status["disruptionsAllowed"] == 0
+    (condition,) = status["conditions"]
+    assert (condition["type"], condition["status"]) == ("DisruptionAllowed", "False")
+    assert condition["reason"] == "SyncFailed"
+    assert condition["message"] == "rayclusters.ray.io does not implement the scale subresource"
+
+
+def test_a_drain_takes_one_pod_of_a_group_at_a_time_and_ends(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    cluster_of_pods(api, service(api), FIRST)
+    # Two gateways are always there. One model pod is: it must be able to go.
+    assert drained(api, FIRST) == ["gateway-0", "h100-x4-0"]
+    assert drained(api, FIRST) == []
+    # Once the first has gone and its replacement is Ready, the next may go.
+    gone = api.remove("pods", SPACE, f"{FIRST}-gateway-0")
+    assert gone is not None
+    del gone["metadata"]["deletionTimestamp"]
+    gone["metadata"]["name"] = f"{FIRST}-gateway-2"
+    api.store("pods", gone)
+    assert drained(api, FIRST) == ["gateway-1"]
+
+
+def test_a_budget_of_an_older_version_is_mended_by_a_deployment(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    deployed(api, run)
+    key = ("poddisruptionbudgets", SPACE, "llama70b-h100-x4")
+    old = copy.deepcopy(api.objects[key])
+    old["spec"] = {"selector": old["spec"]["selector"], "maxUnavailable": 1}
+    api.remove(*key)
+    api.apply(key[0], old, "serve-app", force=False, dry_run=False)
+    run("deploy", str(CONFIG), "--no-wait")
+    assert "maxUnavailable" not in api.objects[key]["spec"]
+    cluster_of_pods(api, service(api), FIRST)
+    assert "h100-x4-0" in drained(api, FIRST)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
+    """Arguments of deploy with an image of this tag."""
+
+    def arguments(tag: str) -> tuple[str, ...]:
+        profile = tmp_path / f"{tag}.yaml"
+        profile.write_text(f"image: example.com/serve-app:{tag}\n")
+        return ("deploy", str(CONFIG), "--no-wait", "--force", "--cluster", str(profile))
+
+    return arguments
+
+
+ONE_OF_EACH = ["gateway-0", "h100-x4-0"]
+"""What may go of a cluster of two gateways and one model pod: the head, without Redis, may not."""
+
+
+def test_while_an_upgrade_has_two_clusters_each_keeps_its_own_pods(
+    api: KubeAPI, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
+) -> None:
+    """Over labels common to both, three of four gateways and one of two heads could go."""
+    run(*image("1"))
+    set_status(api, RUNNING)
+    cluster_of_pods(api, service(api), FIRST)
+    output = run(*image("2")).output
+    assert f"applied PodDisruptionBudget {FIRST}-gateway" in output
+    cluster_of_pods(api, service(api), SECOND)
+    assert drained(api, FIRST) == ONE_OF_EACH
+    assert drained(api, SECOND) == ONE_OF_EACH
+
+
+def test_a_rollback_into_a_third_cluster_keeps_the_pods_of_all(
+    api: KubeAPI, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
+) -> None:
+    run(*image("1"))
+    set_status(api, RUNNING)
+    for tag, cluster in (("2", FIRST), ("3", SECOND)):
+        cluster_of_pods(api, service(api), cluster)
+        run(*image(tag))
+    cluster_of_pods(api, service(api), THIRD)
+    run("rollback", NAME, "--no-wait")
+    for cluster in (FIRST, SECOND, THIRD):
+        assert drained(api, cluster) == ONE_OF_EACH
+
+
+def test_after_an_upgrade_the_rendered_budgets_are_enough_again(
+    api: KubeAPI,
+    run: Callable[..., Result],
+    image: Callable[[str], tuple[str, ...]],
+    tmp_path: Path,
+) -> None:
+    run(*image("1"))
+    set_status(api, RUNNING)
+    cluster_of_pods(api, service(api), FIRST)
+    run(*image("2"))
+    cluster_of_pods(api, service(api), SECOND)
+    # In place, while the old cluster is still there: no pod may come under two budgets.
+    more = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    request_timeout_s: 800\n"))
+    command, _, *options = image("2")
+    run(command, more, *options)
+    assert drained(api, FIRST) == ONE_OF_EACH
+    delete_cluster(api, SPACE, FIRST)
+    run(command, more, *options)
+    budgets = {key[2]: o for key, o in api.objects.items() if key[0] == "poddisruptionbudgets"}
+    assert set(budgets) == {f"{NAME}-gateway", f"{NAME}-h100-x4", f"{NAME}-head"}
+    assert all("matchExpressions" not in b["spec"]["selector"] for b in budgets.values())
+    assert drained(api, SECOND) == ONE_OF_EACH
+
+
+def test_who_may_not_list_clusters_is_told_what_it_costs(
+    api: KubeAPI, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
+) -> None:
+    run(*image("1"))
+    set_status(api, RUNNING)
+    cluster_of_pods(api, service(api), FIRST)
+    api.forbidden.add(("list", "rayclusters"))
+    output = run(*image("2")).output
+    assert "not allowed to list RayCluster" in output
+    assert "the budgets count the pods of both clusters together" in output
+    assert "applied PodDisruptionBudget llama70b-gateway" in output
 
 
 # --- rollback and logs --------------------------------------------------------------------------
@@ -687,6 +1044,14 @@ def test_old_revisions_are_dropped(
         o["revision"] for (kind, _, _), o in api.objects.items() if kind == "controllerrevisions"
     ]
     assert sorted(kept) == [3, 4]
+
+
+def test_ten_revisions_are_kept(api: KubeAPI, kubeconfig: Path) -> None:
+    target = Target(APIServer.connect(kubeconfig), NAME, SPACE)
+    for count in range(1, 13):
+        assert revisions.record(target, {"spec": {"count": count}}) == count
+        kept = [revision["revision"] for revision in revisions.history(target)]
+        assert kept == list(range(max(1, count - 9), count + 1))
 
 
 def test_rollback_without_history_and_to_an_unknown_revision(
@@ -788,15 +1153,20 @@ def test_forbidden_proxy_leaves_the_answer_open(api: KubeAPI, run: Callable[...,
     assert "every model is RUNNING (not allowed to reach services" in result.output
 
 
+def edited(api: KubeAPI, by: str, **fields: Any) -> None:
+    """Somebody else changes fields of the RayService's spec."""
+    document = copy.deepcopy(service(api))
+    document["spec"] |= fields
+    api.update("rayservices", document, by)
+
+
 def test_a_conflict_names_the_field_and_its_owner(api: KubeAPI, run: Callable[..., Result]) -> None:
     deployed(api, run)
-    key = ("rayservices", SPACE, NAME)
-    api.owners[key]["spec", "rayClusterDeletionDelaySeconds"] = "kubectl-edit"
-    document = json.loads(json.dumps(service(api)))
-    document["spec"]["rayClusterDeletionDelaySeconds"] = 5
-    api.store("rayservices", document)
+    edited(api, "kubectl-edit", rayClusterDeletionDelaySeconds=5)
     with pytest.raises(
-        UserError, match=r'conflicts with "kubectl-edit".*spec.rayClusterDeletionDelaySeconds'
+        UserError,
+        match=r'1 conflict: conflict with "kubectl-edit" using ray.io/v1: '
+        r"\.spec\.rayClusterDeletionDelaySeconds",
     ):
         run("deploy", str(CONFIG), "--no-wait")
     assert service(api)["spec"]["rayClusterDeletionDelaySeconds"] == 5

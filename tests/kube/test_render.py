@@ -22,6 +22,7 @@ from serve_app.config.document import parse_document
 from serve_app.config.yaml_files import Note, dump, note, plain
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import cli
+from serve_app.kuberay.render import disruption
 from serve_app.kuberay.render.files import cluster_wide, documents, render, write
 from serve_app.kuberay.render.pods import HAPROXY
 from serve_app.kuberay.render.profile import ClusterProfile, load_profile
@@ -290,16 +291,38 @@ def test_auto_mode_has_its_own_labels_and_node_class() -> None:
     assert [d["spec"]["role"] for d in own if d["kind"] == "NodeClass"] == ["my-nodes"]
 
 
-def test_no_head_pdb_with_redis_and_a_strict_one_without() -> None:
-    def head_budget(**changes: Any) -> list[int]:
-        return [
-            d["spec"]["maxUnavailable"]
-            for d in bundle("fleet", **changes)
-            if d["kind"] == "PodDisruptionBudget" and d["metadata"]["name"] == "fleet-head"
-        ]
+def kept(documents: list[dict[str, Any]]) -> dict[str, int]:
+    """What each budget keeps, by the group's name."""
+    found = [d for d in documents if d["kind"] == "PodDisruptionBudget"]
+    assert all(set(d["spec"]) & {"maxUnavailable"} == set() for d in found)
+    return {d["metadata"]["name"].split("-", 1)[1]: d["spec"]["minAvailable"] for d in found}
 
-    assert head_budget() == [0]
-    assert head_budget(redis={"address": "a.b:6379"}) == []
+
+def test_a_head_is_kept_without_redis_and_may_go_with_it() -> None:
+    assert kept(bundle("fleet"))["head"] == 1
+    assert "head" not in kept(bundle("fleet", redis={"address": "a.b:6379"}))
+
+
+@pytest.mark.parametrize(
+    ("engine", "replicas", "least"),
+    [
+        ({}, {"replicas": 3}, 2),
+        ({}, {"replicas": 1}, 0),
+        ({}, {"autoscaling": {"min_replicas": 0, "max_replicas": 4}}, 0),
+        ({}, {"autoscaling": {"min_replicas": 2, "max_replicas": 4}}, 1),
+        # Two pods are one replica: it goes with the first, and restarts once if both may go.
+        ({"tensor_parallel_size": 8, "pipeline_parallel_size": 2}, {"replicas": 1}, 0),
+        ({"tensor_parallel_size": 8, "pipeline_parallel_size": 2}, {"replicas": 2}, 3),
+    ],
+)
+def test_a_drain_must_leave_all_replicas_that_are_always_there_but_one(
+    engine: dict[str, Any], replicas: dict[str, Any], least: int
+) -> None:
+    one, profile_ = one_model(engine, **replicas), ClusterProfile()
+    budgets = disruption.budgets(one, profile_, groups_of(one, profile_))
+    found = kept([plain(budget) for budget in budgets])
+    del found["head"], found["gateway"]
+    assert list(found.values()) == [least]
 
 
 # --- machines -----------------------------------------------------------------------------------

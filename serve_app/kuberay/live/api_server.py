@@ -24,6 +24,9 @@ from serve_app.errors import UserError, did_you_mean
 FIELD_MANAGER = "serve-app"
 """Our name as field manager: the API server records it as owner of each field that we apply."""
 
+OPERATOR = "kuberay-operator"
+"""KubeRay's name as field manager. It writes back what it read, and so comes to own whole lists."""
+
 _TIMEOUT_S = 30.0
 
 Document = dict[str, Any]
@@ -54,6 +57,7 @@ KINDS = {
     "Ingress": _Kind("/apis/networking.k8s.io/v1", "ingresses"),
     "PodDisruptionBudget": _Kind("/apis/policy/v1", "poddisruptionbudgets"),
     "RayService": _Kind("/apis/ray.io/v1", "rayservices", provider=_KUBERAY),
+    "RayCluster": _Kind("/apis/ray.io/v1", "rayclusters", provider=_KUBERAY),
     "NodePool": _Kind("/apis/karpenter.sh/v1", "nodepools", False, "Karpenter"),
     "GatewayClass": _Kind("/apis/gateway.networking.k8s.io/v1", "gatewayclasses", False, _LBC),
     "LoadBalancerConfiguration": _Kind(
@@ -66,7 +70,12 @@ KINDS = {
 
 
 class Conflict(UserError):
-    """Another field manager owns a field that we would change."""
+    """Another field manager owns a field that we would change, or an object has that name."""
+
+    def __init__(self, message: str, owners: set[str]) -> None:
+        super().__init__(message)
+        self.owners = owners
+        """The other field managers, empty where it is about a name."""
 
 
 class Forbidden(UserError):
@@ -151,9 +160,19 @@ class APIServer:
     def apply(self, document: Document, *, dry_run: bool = False, force: bool = False) -> Document:
         """Server-side apply. Returns the object as it then is, or with ``dry_run`` would be.
 
+        What only KubeRay's operator owns is taken over: it decides about no field of ours.
+
         Raises:
             Conflict: another manager owns a field that differs, and ``force`` is not set.
         """
+        try:
+            return self._apply(document, dry_run=dry_run, force=force)
+        except Conflict as conflict:
+            if conflict.owners != {OPERATOR}:
+                raise
+        return self._apply(document, dry_run=dry_run, force=True)
+
+    def _apply(self, document: Document, *, dry_run: bool, force: bool) -> Document:
         kind, name = document["kind"], document["metadata"]["name"]
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
         if force:
@@ -337,7 +356,7 @@ class APIServer:
             provider = KINDS[kind].provider or "a newer Kubernetes"
             raise UserError(f"this cluster has no kind {kind}; install {provider}")
         if status == 409:
-            raise Conflict(f"{what}: {message}")
+            raise Conflict(f"{what}: {message}", _owners(body))
         raise UserError(f"cannot {verb} {what}: {message} (HTTP {status})")
 
     def _unreachable(self, error: Exception) -> Unreachable:
@@ -388,6 +407,15 @@ def _message(body: str) -> str:
         return _first_line(str(json.loads(body)["message"]))
     except (ValueError, KeyError, TypeError):
         return _first_line(body) or "no reason given"
+
+
+def _owners(body: str) -> set[str]:
+    """The field managers that a refused apply names: ``conflict with "NAME" using VERSION``."""
+    try:
+        causes = json.loads(body)["details"]["causes"]
+        return {str(cause["message"]).split('"')[1] for cause in causes}
+    except (ValueError, LookupError, TypeError):
+        return set()
 
 
 def _first_line(text: str) -> str:

@@ -9,28 +9,41 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Literal
 
 import yaml
 
 from serve_app.kuberay.live import state
-from serve_app.kuberay.validate.manifests import whole, workers_of
+from serve_app.kuberay.validate.manifests import INSTANCE_TYPE, Pods, whole, workers_of
 
 Document = dict[str, Any]
 Kind = Literal["create", "none", "in place", "new cluster", "ignored"]
 
 
 @dataclass(frozen=True)
+class Need:
+    """GPUs that must be free for a worker group, beyond those in use."""
+
+    group: str
+    gpus: int
+    instance_types: frozenset[str]
+    """The machines that its pods accept; empty for any."""
+
+
+@dataclass(frozen=True)
 class Change:
-    """The kind of change, and one line for each thing that changes."""
+    """The kind of change, one line for each thing that changes, and the GPUs that it takes."""
 
     kind: Kind
     changes: list[str]
-    gpus: int = 0
-    """GPUs that must be free for the change, beyond those in use."""
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def gpus(self) -> int:
+        return sum(need.gpus for need in self.needs)
 
     def __str__(self) -> str:
         what = {
@@ -47,9 +60,10 @@ class Change:
 def between(live: Document | None, wanted: Document) -> Change:
     """Compare a live RayService with the wanted one (from the server's dry run, with defaults)."""
     if live is None:
-        return Change("create", [], _gpus_of(wanted))
+        return Change("create", [], _needs(wanted, _at_least))
+    live, wanted = _without_empty(live), _without_empty(wanted)
     models = list(_models(live, wanted))
-    cluster = list(_paths(_hashed(live), _hashed(wanted), "rayClusterConfig"))
+    cluster = list(_cluster(live, wanted))
     appended = _appended(live, wanted)
     bounds = list(_bounds(live, wanted))
     others = [
@@ -66,28 +80,53 @@ def between(live: Document | None, wanted: Document) -> Change:
     changes = [*models, *grown, *bounds, *others]
     if not changes and live["spec"].get("serveConfigV2") != wanted["spec"].get("serveConfigV2"):
         changes = ["comments or order in serveConfigV2"]
-    more = max(0, _gpus_of(wanted) - _gpus_of(live))
+    held = {pods.name: _at_least(pods) for pods in workers_of(live)}
+    more = _needs(wanted, lambda pods: _at_least(pods) - held.get(pods.name, 0))
     return Change("in place", changes, more) if changes else Change("none", [])
 
 
-def _gpus_of(document: Document) -> int:
-    """GPUs that the worker groups hold at their minimum."""
-    return sum(pods.gpus_by("minReplicas") for pods in workers_of(document))
+def _without_empty(value: Any) -> Any:
+    """A copy without fields that hold nothing: with or without them KubeRay does the same.
+
+    Its operator writes some into what was applied, such as ``scaleStrategy: {}``.
+    """
+    if isinstance(value, dict):
+        kept = {key: _without_empty(item) for key, item in value.items()}
+        return {key: item for key, item in kept.items() if item not in ({}, [], None)}
+    if isinstance(value, list):
+        return [_without_empty(item) for item in value]
+    return value
 
 
-def _needed(wanted: Document, strategy: str) -> int:
+def _needs(wanted: Document, gpus: Callable[[Pods], int]) -> tuple[Need, ...]:
+    """The need of each worker group for which there is one."""
+    found = [(pods, gpus(pods)) for pods in workers_of(wanted)]
+    return tuple(
+        Need(pods.name, count, frozenset(pods.affinity(INSTANCE_TYPE)))
+        for pods, count in found
+        if count > 0
+    )
+
+
+def _at_least(pods: Pods) -> int:
+    """GPUs that a worker group holds at its minimum."""
+    return pods.gpus_by("minReplicas")
+
+
+def _needed(wanted: Document, strategy: str) -> tuple[Need, ...]:
     """GPUs beyond the running cluster's: all again, or the surge, at least a replica per model."""
     if strategy != "NewClusterWithIncrementalUpgrade":
-        return _gpus_of(wanted)
+        return _needs(wanted, _at_least)
     options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
     surge = int(options.get("maxSurgePercent") or 100)
-    total = 0
-    for pods in workers_of(wanted):
-        gpus = pods.gpus_by("minReplicas")
+
+    def surging(pods: Pods) -> int:
+        gpus = _at_least(pods)
         replicas = whole(pods.group.get("minReplicas")) or 1
         # Serve rounds a share of the replicas up to one whole replica.
-        total += max(gpus // replicas, -(-gpus * surge // 100))
-    return total
+        return max(gpus // replicas, -(-gpus * surge // 100))
+
+    return _needs(wanted, surging)
 
 
 def _groups(document: Document) -> list[Document]:
@@ -107,6 +146,26 @@ def _hashed(document: Document) -> Document:
         spec.pop("tolerations", None)
         spec.pop("schedulingGates", None)
     return cluster
+
+
+def _cluster(live: Document, wanted: Document) -> Iterator[str]:
+    """What changes in the cluster itself; groups that come and go by their names."""
+    before, after = _hashed(live), _hashed(wanted)
+    old, new = (
+        {group["groupName"]: group for group in cluster.get("workerGroupSpecs") or []}
+        for cluster in (before, after)
+    )
+    if list(old) != list(new):
+        for name in old.keys() - new.keys():
+            yield f"worker group '{name}' is removed"
+        for name in new.keys() - old.keys():
+            yield f"worker group '{name}' is added"
+        both = [name for name in old if name in new]
+        if both != [name for name in new if name in old]:
+            yield f"worker groups change their order: {', '.join(new)}"
+        before["workerGroupSpecs"] = [old[name] for name in both]
+        after["workerGroupSpecs"] = [new[name] for name in both]
+    yield from _paths(before, after, "rayClusterConfig")
 
 
 def _appended(live: Document, wanted: Document) -> list[str] | None:
@@ -151,12 +210,27 @@ def _paths(before: Any, after: Any, path: str) -> Iterator[str]:
         for index, (one, other) in enumerate(zip(before, after, strict=True)):
             yield from _paths(one, other, f"{path}[{index}]")
     elif before != after:
-        yield f"{path} {_short(before)} → {_short(after)}"
+        one, other = _short(before, after)
+        yield f"{path} {one} → {other}"
 
 
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}…"
+_SHORT = 40
+"""Characters of a value that are shown."""
+
+
+def _short(before: Any, after: Any) -> list[str]:
+    """Two different values, each cut to what a person reads; the first difference is in it."""
+    texts = ["nothing" if value is None else str(value) for value in (before, after)]
+    start = 0
+    if max(map(len, texts)) > _SHORT:
+        alike = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+        start = max(0, sum(1 for _ in alike) - _SHORT // 2)
+    shown = []
+    for text in texts:
+        part = text[start : start + _SHORT]
+        more = "…" if len(text) > start + _SHORT else ""
+        shown.append(f"{'…' if start else ''}{part}{more}")
+    return shown
 
 
 def difference(live: Document | None, future: Document) -> str:
@@ -169,7 +243,7 @@ def difference(live: Document | None, future: Document) -> str:
 
 
 def _readable(document: Document) -> list[str]:
-    shown = json.loads(json.dumps(document))
+    shown = _without_empty(document)
     shown.pop("status", None)
     for key in ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation"):
         shown["metadata"].pop(key, None)

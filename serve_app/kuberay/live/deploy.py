@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from serve_app.kuberay.live import revisions
-from serve_app.kuberay.live.api_server import APIServer
+from serve_app.kuberay.live import budgets, revisions
+from serve_app.kuberay.live.api_server import APIServer, Forbidden
 from serve_app.kuberay.live.change import Change, between
 from serve_app.kuberay.live.target import Target
 
@@ -42,20 +42,30 @@ def preview(
 def apply(
     server: APIServer,
     documents: list[Document],
+    change: Change,
     *,
     force: bool = False,
     tell: Callable[[str], None],
 ) -> int:
     """Apply all, record the revision, and return its number.
 
+    ``change`` is what :func:`preview` said of it.
+
     Raises:
         UserError: the server refuses a document; those before it stay applied.
     """
+    service = _service(documents)
+    target = Target(server, service["metadata"]["name"], service["metadata"]["namespace"])
+    upgrade, together = change.kind == "new cluster", ""
+    try:
+        documents = budgets.apart(target, documents, upgrade=upgrade)
+    except Forbidden as forbidden:
+        together = f"{forbidden}: the budgets count the pods of both clusters together"
     for document in documents:
         server.apply(document, force=force)
         tell(f"applied {document['kind']} {document['metadata']['name']}")
-    service = _service(documents)
-    target = Target(server, service["metadata"]["name"], service["metadata"]["namespace"])
+    if upgrade and together:
+        tell(together)
     return revisions.record(target, service)
 
 

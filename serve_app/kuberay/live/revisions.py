@@ -47,7 +47,7 @@ def record(target: Target, service: Document) -> int:
         target.server.create(revision)
     except Conflict:
         raise UserError(f"someone else deploys {name} at this moment; try again") from None
-    for old in past[: len(past) + 1 - KEEP]:
+    for old in past[: max(0, len(past) + 1 - KEEP)]:
         target.server.delete("ControllerRevision", old["metadata"]["name"], namespace)
     return number
 

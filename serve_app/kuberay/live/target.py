@@ -37,3 +37,11 @@ class Target:
     def pods(self) -> list[Document]:
         """All its pods, also those of a second cluster during an upgrade."""
         return self.server.list("Pod", self.namespace, labels(self.name))
+
+    def clusters(self) -> list[Document]:
+        """The RayClusters that the operator made for it: one, more around an upgrade."""
+        made = {
+            "ray.io/originated-from-cr-name": self.name,
+            "ray.io/originated-from-crd": "RayService",
+        }
+        return self.server.list("RayCluster", self.namespace, made)

@@ -145,7 +145,8 @@ def _drain_script(drain_s: int) -> str:
         "# Serve starts replacements elsewhere, then drains the replicas here.\n"
         "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION "
         f'--reason-message "pod is stopping" --deadline-remaining-seconds {drain_s} || exit 0\n'
-        f"while grep -qsa ServeReplica /proc/[0-9]*/cmdline && (( SECONDS < {drain_s} )); do "
+        "# [S]: else the pattern would find this script's own command line, and grep's.\n"
+        f"while grep -qsa '[S]erveReplica' /proc/[0-9]*/cmdline && (( SECONDS < {drain_s} )); do "
         "sleep 2; done\n"
         "# The load balancer forgets this target within its health check's time.\n"
         "sleep 15\n"

@@ -189,6 +189,11 @@ def _worker_group(
             **_node_address(fleet),
             "object-store-memory": str(OBJECT_STORE_GIB * 2**30),
         },
+        "scaleStrategy": note(
+            {},
+            "The operator would write it in, and then own this whole list: the next apply would "
+            "be a conflict.",
+        ),
         "template": {
             "metadata": {
                 "labels": labels(name, group.role),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from serve_app.errors import UserError
+from serve_app.kuberay.render.names import ROLE_LABEL
 from serve_app.kuberay.validate.manifests import (
     GPU,
     INSTANCE_TYPE,
@@ -119,7 +120,27 @@ def budget(document: Document, manifests: Manifests) -> Found:
             "select by app.kubernetes.io/instance",
         )
         return
+    wrong = [
+        (field, value)
+        for field, value in mapping(document, "spec").items()
+        if field == "maxUnavailable" or (field == "minAvailable" and not isinstance(value, int))
+    ]
+    if wrong and (manifests.services or _of_ray(document)):
+        field, value = wrong[0]
+        yield fail(
+            f"spec.{field}",
+            f"is '{value}', which allows no disruption at all, so every drain waits for ever: "
+            "Kubernetes cannot count a RayCluster's pods",
+            "write minAvailable as a number of pods",
+        )
+        return
     yield from selector(document, manifests)
+
+
+def _of_ray(document: Document) -> bool:
+    """Whether a selector is for Ray's pods, also where no RayService is at hand to compare."""
+    wanted = mapping(document, "spec.selector.matchLabels")
+    return any(key.startswith("ray.io/") or key == ROLE_LABEL for key in map(str, wanted))
 
 
 @check("selectors")
