@@ -54,7 +54,7 @@ class Bodies:
             self.held += size
 
         if declared and declared.isdigit():
-            self._refuse(0, int(declared))
+            self._refuse(0, int(declared.lstrip(b"0") or b"0"))
         try:
             try:
                 async with asyncio.timeout(self._timeout_s):
@@ -102,7 +102,10 @@ class Bodies:
 async def _read(receive: Receive, hold: Callable[[int], None]) -> bytes:
     body = bytearray()  # one buffer: a client could send millions of pieces
     while True:
-        message = await receive()
+        try:
+            message = await receive()
+        except Exception as error:  # Serve's own, where its proxy has ended the request
+            raise GatewayError(499, "The client went away.", "invalid_request_error") from error
         if message["type"] == "http.disconnect":
             raise GatewayError(499, "The client went away.", "invalid_request_error")
         chunk = message.get("body", b"")
@@ -186,7 +189,8 @@ def _in_json(body: bytes) -> _Names:
         problem = f"is no text in {encoding.upper()}; send it in UTF-8"
     except (msgspec.DecodeError, RecursionError) as error:
         problem = f"is not valid JSON: {error}"
-        if half := _HALF.match(body.decode(encoding, "replace")):
+        # A part is enough for a hint, and the rest would keep the event loop for seconds.
+        if half := _HALF.match(body[: 2**18].decode(encoding, "replace")):
             problem = (
                 f"holds '{half[1]}', half of a surrogate pair: a character such as an emoji was "
                 "cut in two; send it whole"

@@ -3,7 +3,8 @@
 Serve decodes some headers as UTF-8 (``ray/serve/_private/proxy.py`` in
 ``setup_request_context_and_handle``, ``replica.py`` in ``_direct_ingress_asgi``), and answers a
 plain 500 where one is not UTF-8. It also shows its routes to everyone, at ``/-/routes``. Neither
-request reaches the gateway. By another header a client keeps Serve from saying that it has left.
+request reaches the gateway. By other headers a client decides what is the operator's to decide. And
+uvicorn reads a head of any size.
 """
 
 from __future__ import annotations
@@ -24,8 +25,15 @@ def middlewares() -> list[Middleware]:
     return [Middleware(Front)]
 
 
-# With it Serve does not say that the client has left: an engine would generate for nobody.
-_DISCONNECT_DISABLED = b"x-request-disconnect-disabled"
+_NOT_FOR_SERVE = {
+    # Serve would not say that the client has left: an engine would generate for nobody.
+    b"x-request-disconnect-disabled",
+    # Serve would cut a stream after so many seconds without an error event, or lift its own limit.
+    b"x-request-timeout-seconds",
+}
+
+_MAX_HEAD = 2**16
+"""Bytes of all headers together. Proxy, gateway and replica each hold a copy of them."""
 
 
 class Front:
@@ -35,27 +43,35 @@ class Front:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and _is_routes(scope):
-            error = GatewayError(
-                404,
-                "There is no route /-/routes for clients; GET /v1/models lists the models.",
-                "invalid_request_error",
-                code="not_found",
-            )
+        if scope["type"] == "http" and (error := _refusal(scope)):
             answer = Response(error.body(), error.status, media_type="application/json")
             await answer(scope, receive, send)
             return
         headers = scope.get("headers", ())
-        if any(name == _DISCONNECT_DISABLED or not value.isascii() for name, value in headers):
+        if any(name in _NOT_FOR_SERVE or not value.isascii() for name, value in headers):
             readable = [
                 (name, value.decode("utf-8", "replace").encode())
                 for name, value in headers
-                if name != _DISCONNECT_DISABLED
+                if name not in _NOT_FOR_SERVE
             ]
             scope = {**scope, "headers": readable}
         await self._app(scope, receive, send)
 
 
-def _is_routes(scope: Any) -> bool:
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", "")) == "/-/routes"
+def _refusal(scope: Any) -> GatewayError | None:
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    if path == "/-/routes" or not path.startswith("/"):  # "*": Serve would name its routes
+        return GatewayError(
+            404,
+            f"There is no route {path[:200]} for clients; GET /v1/models lists the models.",
+            "invalid_request_error",
+            code="not_found",
+        )
+    if sum(len(name) + len(value) for name, value in scope.get("headers", ())) > _MAX_HEAD:
+        return GatewayError(
+            431,
+            f"The headers are larger than {_MAX_HEAD // 2**10} KiB; send less in them.",
+            "invalid_request_error",
+            code="headers_too_large",
+        )
+    return None

@@ -9,10 +9,11 @@ from argparse import Namespace
 from typing import Any
 
 import uvicorn
+from fastapi.exceptions import RequestValidationError
 
 from serve_app import addresses
 from serve_app.errors import UserError
-from serve_app.replica import responses
+from serve_app.replica import responses, validation
 from serve_app.replica.engine import Engine
 from serve_app.replica.guard import Guard
 from serve_app.replica.no_route import NoRoute
@@ -101,11 +102,16 @@ async def _build_app(llm: Any, args: Namespace, replica: str) -> Any:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
+    if not llm.model_config.is_multimodal_model:
+        # vLLM's pooling routes fetch the media of a message before they find that a text model
+        # takes none: from any address, and as slowly as it comes.
+        llm.model_config.allowed_media_domains = ["none, the model takes text only"]
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
     if serving := getattr(app.state, "openai_serving_responses", None):
         responses.mark(serving, replica)
+    app.add_exception_handler(RequestValidationError, validation.refuse)
     paths = {getattr(route, "path", "") for route in app.routes}
     app.router.default = NoRoute(args.served_model_name[0], tasks, paths)
     # vLLM's error handler uses this to stop the server of a dead engine. Here the replica ends the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -293,3 +294,17 @@ def test_a_body_just_under_the_limit_reaches_the_model(http: httpx.Client) -> No
     answer = http.post("/v1/embeddings", json=request)
     assert answer.status_code == 400
     assert "256" in error_in(answer)["message"] or "512" in error_in(answer)["message"]
+
+
+def test_a_text_model_fetches_nothing_that_a_client_names(http: httpx.Client) -> None:
+    """vLLM's pooling routes would, before they find that the model takes no media."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        body = {"model": EMBED, "messages": [{"role": "user", "content": [part]}]}
+        for path in ("/v1/embeddings", "/pooling"):
+            error = error_in(http.post(path, json=body))
+            assert "the model takes text only" in error["message"]
+        with pytest.raises(TimeoutError):
+            listener.accept()

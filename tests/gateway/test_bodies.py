@@ -480,6 +480,17 @@ async def test_small_bodies_are_read_however_much_is_held() -> None:
         assert [(await task).status_code for task in asked] == [200] * 2
 
 
+async def test_a_length_with_many_zeros_is_read() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        body = b'{"model":"m"}'
+        length = b"0" * 5000 + str(len(body)).encode()
+        head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-length: %b\r\n\r\n" % (
+            CHAT.encode(),
+            length,
+        )
+        assert (await raw(gateway, head + body)).startswith(b"HTTP/1.1 200 ")
+
+
 async def test_bodies_that_end_badly_are_not_held() -> None:
     bodies = request_body.Bodies(100, 150, 0.05)
     messages: list[Any] = []

@@ -16,6 +16,7 @@ from ray.serve._private.http_util import (
 from ray.serve._private.utils import call_function_from_import_path
 
 from serve_app.config import environment
+from serve_app.gateway.front import Front
 
 CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 
@@ -26,9 +27,9 @@ async def serve(scope: Any, receive: Any, send: Any) -> None:
     headers[b"x-request-id"].decode()
     parse_session_id_header(headers)
     disabled = str(parse_disconnect_disabled_header(headers)).encode()
-    parse_request_timeout_header(headers, None)
+    timeout = str(parse_request_timeout_header(headers, None)).encode()
     body = headers.get(b"serve_multiplexed_model_id", b"").decode().encode()
-    said = [(b"disconnect-disabled", disabled)]
+    said = [(b"disconnect-disabled", disabled), (b"timeout", timeout)]
     await send({"type": "http.response.start", "status": 200, "headers": said})
     await send({"type": "http.response.body", "body": body})
 
@@ -65,6 +66,32 @@ async def test_utf8_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         name = "modèle".encode()
         answer = await http.get("/", headers=[(b"serve_multiplexed_model_id", name)])
         assert answer.content == name
+
+
+async def test_no_client_sets_a_time_limit_for_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_request_timeout_header({b"x-request-timeout-seconds": b"1"}, None) == 1
+    async with client(monkeypatch) as http:
+        answer = await http.get("/", headers={"x-request-timeout-seconds": "1"})
+        assert answer.headers["timeout"] == "None"
+
+
+async def test_a_huge_head_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with client(monkeypatch) as http:
+        assert (await http.get("/", headers={"x-a": "a" * 60_000})).status_code == 200
+        answer = await http.get("/", headers={"x-a": "a" * 2**16})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (431, "headers_too_large")
+
+
+async def test_a_target_that_is_no_path_is_not_told_serves_routes() -> None:
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "OPTIONS", "path": "*", "headers": []}
+    await Front(serve)(scope, None, send)
+    assert sent[0]["status"] == 404
+    assert b"There is no route *" in sent[1]["body"]
 
 
 async def test_no_client_keeps_serve_from_noticing_that_it_left(
