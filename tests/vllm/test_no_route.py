@@ -38,7 +38,9 @@ async def app_of(tasks: tuple[str, ...], pooling_task: str | None) -> Any:
     async def supported() -> tuple[str, ...]:
         return tasks
 
-    config: Any = SimpleNamespace(get_pooling_task=lambda tasks: pooling_task)
+    config: Any = SimpleNamespace(
+        get_pooling_task=lambda tasks: pooling_task, is_multimodal_model=False
+    )
     llm: Any = SimpleNamespace(get_supported_tasks=supported, model_config=config)
     return await front_end._build_app(llm, args, "r0")
 
