@@ -30,11 +30,16 @@ _HUB_TIMEOUT_S = 10
 _MAX_HEADER = 100 << 20  # safetensors' own limit on a header, in bytes
 
 
+_FETCHED = "models/"
+"""Where ``serve-app fetch`` puts models. Without the folder, such a name looks like a hub id."""
+
+
 def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False) -> Model:
     """The model called ``name``: a folder or a hub id.
 
     ``also_known_as`` are hub ids of the same model, tried among the configs kept here when
-    ``name`` is a folder that is not there (the demo's models before they are fetched).
+    ``name`` is a folder that is not there (the demo's models before they are fetched). They do not
+    stand for a hub id: an alias may be the name of the model that was served before.
     ``offline`` never asks the hub.
 
     Raises:
@@ -43,10 +48,12 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
     folder = as_folder(name)
     if folder.is_dir():
         return _from_folder(name, folder)
-    for candidate in (name, *also_known_as):
+    absent = is_path(name) or name.startswith(_FETCHED)
+    for candidate in (name, *also_known_as) if absent else (name,):
         config = _kept(candidate)
         if config is not None:
-            return _model(candidate, config, None, "config kept in serve_app")
+            of = "" if candidate == name else f" of {candidate}"
+            return _model(candidate, config, None, f"config{of} kept in serve_app")
     if is_path(name):
         raise UserError(f"{name}: no such folder (a hub id has the form organisation/name)")
     cached = snapshot(name, os.environ)

@@ -123,6 +123,13 @@ def test_damaged_metadata_is_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+def test_an_alias_does_not_stand_for_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the name of the model that was served before."""
+    monkeypatch.setattr(metadata, "_from_hub", lambda name: (_ for _ in ()).throw(UserError(name)))
+    with pytest.raises(UserError, match=r"^Qwen/Qwen3-8B-Typo$"):
+        metadata.load("Qwen/Qwen3-8B-Typo", also_known_as=["meta-llama/Llama-3.3-70B-Instruct"])
+
+
 def test_a_model_that_is_not_fetched_yet_is_known_by_its_other_name() -> None:
     found = metadata.load(
         "models/not-fetched", also_known_as=["HuggingFaceTB/SmolLM2-135M-Instruct"]
