@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv demo test test-unit test-slow test-python lint bench-quick bench lock engine-args metrics manifests clean-processes clean
+.PHONY: help venv demo test test-unit test-slow test-python lint bench-quick lock engine-args metrics manifests clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -96,5 +96,5 @@ manifests: venv  ## kuberay/ rendered again from configs/
 clean-processes:  ## end what a killed `serve run` left behind (ours only)
 	@$(BIN)/serve-app clean-processes
 
-clean:
+clean:  ## remove the environment and the caches
 	@rm -rf $(VENV) .cache build *.egg-info

@@ -97,8 +97,8 @@ def compare(at: Machine) -> dict[str, Any]:
     # memory that another one takes.
     engine = {
         "max_model_len": 8192,
-        "gpu_memory_utilization": 0.4,  # what must be free at the start, with 40 GiB given or not
-        "kv_cache_memory_bytes": 38 << 30,
+        "gpu_memory_utilization": 0.3,  # what must be free at the start, with the size given or not
+        "kv_cache_memory_bytes": (38 if min(gpu_memory_mib("total")) > 100_000 else 18) << 30,
     }
     model = application(MODEL, at.model, engine)
     commands = {

@@ -72,9 +72,9 @@ def ready(port: int) -> dict[str, Any]:
     return {}
 
 
-def gpu_memory_mib() -> list[int]:
-    """Memory in use on each GPU that this process may use, in MiB."""
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+def gpu_memory_mib(kind: str = "used") -> list[int]:
+    """Memory of each GPU that this process may use, in MiB: what is ``used``, or the ``total``."""
+    query = ["nvidia-smi", f"--query-gpu=memory.{kind}", "--format=csv,noheader,nounits"]
     if mine := os.environ.get("CUDA_VISIBLE_DEVICES"):
         query.append(f"--id={mine}")
     shown = subprocess.run(query, capture_output=True, text=True, check=True).stdout
