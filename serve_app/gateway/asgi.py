@@ -25,7 +25,7 @@ from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import FewestRequests, Policy
 from serve_app.gateway.relay import Answer, Headers, Relay, Request, Send
 from serve_app.gateway.replicas import Board
-from serve_app.gateway.stages import Call, Outcome, Stage
+from serve_app.gateway.stages import Call, Stage
 from serve_app.gateway.stored_responses import StoredResponses
 
 logger = logging.getLogger("ray.serve")
@@ -101,7 +101,9 @@ class Gateway:
             async with contextlib.AsyncExitStack() as held:
                 if _is_relayed(scope, path):
                     call = await self._call(scope, path.removesuffix("/"), receive, held)
-                    await stages.run(self._stages, call, answer, self._relay(answer))
+                    await stages.run(
+                        self._stages, call, answer, lambda c, so_far: self._send(c, answer, so_far)
+                    )
                 else:
                     await self._answer_own(scope, path, receive, answer)
         except Exception as error:
@@ -124,9 +126,6 @@ class Gateway:
         if method not in ("GET", "HEAD"):
             raise routes.not_allowed(method, path, ["GET", "HEAD"])
         await self._own(as_get, receive, answer.send)
-
-    def _relay(self, answer: Answer) -> Callable[[Call, Outcome], Awaitable[int]]:
-        return lambda call, so_far: self._send(call, answer, so_far)
 
     async def _call(
         self, scope: Any, path: str, receive: Receive, held: contextlib.AsyncExitStack
