@@ -176,8 +176,11 @@ def deploy(
     name = next(d["metadata"]["name"] for d in documents if d["kind"] == "RayService")
     with _interruptible(f"deploying {name}") as tell:
         server = APIServer.connect(kubeconfig, context)
-        change, _, _ = deploying.preview(server, documents, force=force)
+        found = deploying.preview(server, documents, force=force)
+        change = found.change
         click.echo(f"{name} in {profile.namespace} on {server.host}: this {change}")
+        if found.unknown:
+            click.echo(found.unknown)
         gpus.check(server, change, force=force, tell=click.echo)
         if change.kind == "ignored" and not force:
             raise UserError(
@@ -186,11 +189,11 @@ def deploy(
             )
         if dry_run:
             return
-        number = deploying.apply(server, documents, change, force=force, tell=tell)
+        number, applied = deploying.apply(server, documents, change, force=force, tell=tell)
     there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
     click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
     if wait:
-        _wait(Target(server, name, profile.namespace), timeout)
+        _wait(Target(server, name, profile.namespace), timeout, applied)
 
 
 @contextmanager
@@ -211,7 +214,7 @@ def _interruptible(what: str) -> Iterator[Callable[[str], None]]:
         raise
 
 
-def _wait(target: Target, timeout_s: float) -> None:
+def _wait(target: Target, timeout_s: float, applied: dict[str, Any]) -> None:
     import time
 
     from serve_app.kuberay.live.follow import follow
@@ -220,7 +223,7 @@ def _wait(target: Target, timeout_s: float) -> None:
         click.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
     try:
-        follow(target, timeout_s=timeout_s, tell=tell)
+        follow(target, timeout_s=timeout_s, tell=tell, applied=applied)
         _ask_models(target)
     except KeyboardInterrupt:
         click.echo(f"\nno longer watching; the deployment goes on: serve-app status {target.name}")
@@ -293,10 +296,12 @@ def diff(
 
     documents = rendering.documents(load(config), load_profile(profile_path))
     server = APIServer.connect(kubeconfig, context)
-    change, live, future = deploying.preview(server, documents, force=True)
-    click.echo(difference(live, future), nl=False)
-    click.echo(f"this {change}")
-    sys.exit(0 if change.kind == "none" else 1)
+    found = deploying.preview(server, documents, force=True)
+    click.echo(difference(found.live, found.future), nl=False)
+    click.echo(f"this {found.change}")
+    if found.unknown:
+        click.echo(found.unknown)
+    sys.exit(0 if found.change.kind == "none" else 1)
 
 
 @click.command()
@@ -326,13 +331,15 @@ def rollback(
     target = Target(server, name, namespace)
     service = revisions.find(target, number)
     with _interruptible(f"rolling back {name}") as tell:
-        change, _, _ = deploying.preview(server, [service], force=True)
-        click.echo(f"{name} in {namespace} on {server.host}: this {change}")
-        gpus.check(server, change, force=True, tell=click.echo)
-        new = deploying.apply(server, [service], change, force=True, tell=tell)
+        found = deploying.preview(server, [service], force=True)
+        click.echo(f"{name} in {namespace} on {server.host}: this {found.change}")
+        if found.unknown:
+            click.echo(found.unknown)
+        gpus.check(server, found.change, force=True, tell=click.echo)
+        new, applied = deploying.apply(server, [service], found.change, force=True, tell=tell)
     click.echo(f"revision {new}")
     if wait:
-        _wait(target, timeout)
+        _wait(target, timeout, applied)
 
 
 @click.command()

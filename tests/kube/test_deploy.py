@@ -783,6 +783,7 @@ def test_a_change_that_kuberay_ignores_is_refused(
     profile = tmp_path / "profile.yaml"
     profile.write_text("upgrade: {strategy: None}\n".replace("None", "'None'"))
     run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
+    set_status(api, RUNNING)
     bigger = config(tmp_path, BIGGER)
     with pytest.raises(UserError, match="KubeRay would ignore the change"):
         run("deploy", bigger, "--no-wait", "--cluster", str(profile))
@@ -990,6 +991,7 @@ def test_after_an_upgrade_the_rendered_budgets_are_enough_again(
     cluster_of_pods(api, service(api), FIRST)
     run(*image("2"))
     cluster_of_pods(api, service(api), SECOND)
+    set_status(api, RUNNING, active=SECOND)
     # In place, while the old cluster is still there: no pod may come under two budgets.
     more = config(tmp_path, ("    replicas: 2\n", "    replicas: 2\n    request_timeout_s: 800\n"))
     command, _, *options = image("2")

@@ -11,7 +11,7 @@ Every failure becomes a :class:`UserError` of one line that says what to do.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,30 @@ class APIServer:
         )
         return self._checked("apply", kind, name, status, body)
 
+    def patch(
+        self,
+        kind: str,
+        name: str,
+        namespace: str,
+        change: Document | Sequence[Document],
+        *,
+        part: str = "",
+    ) -> Document:
+        """Change single fields: a sequence is a JSON patch (RFC 6902), a mapping a merge patch.
+
+        ``part`` names a sub-resource, such as ``status``.
+        """
+        form = "json-patch" if isinstance(change, Sequence) else "merge-patch"
+        path = _path(kind, namespace, name) + (f"/{part}" if part else "")
+        status, body = self._send(
+            "PATCH",
+            path,
+            {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"},
+            json.dumps(change),
+            f"application/{form}+json",
+        )
+        return self._checked("patch", f"{kind}/{part}" if part else kind, name, status, body)
+
     def create(self, document: Document) -> Document:
         """Create an object, whose name must be free."""
         kind, name = document["kind"], document["metadata"]["name"]
@@ -353,7 +377,7 @@ class APIServer:
         if status == 403:
             raise Forbidden(f"not allowed to {verb} {what}: {message}")
         if status == 404 and not _is_status(body):
-            provider = KINDS[kind].provider or "a newer Kubernetes"
+            provider = KINDS[kind.partition("/")[0]].provider or "a newer Kubernetes"
             raise UserError(f"this cluster has no kind {kind}; install {provider}")
         if status == 409:
             raise Conflict(f"{what}: {message}", _owners(body))

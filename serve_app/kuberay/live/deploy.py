@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from serve_app.kuberay.live import budgets, revisions
+from serve_app.kuberay.live import budgets, clusters, in_place, revisions, upgrade
 from serve_app.kuberay.live.api_server import APIServer, Forbidden
-from serve_app.kuberay.live.change import Change, between
+from serve_app.kuberay.live.change import Change, as_it_runs, between
 from serve_app.kuberay.live.target import Target
 
 Document = dict[str, Any]
 
 
-def preview(
-    server: APIServer, documents: list[Document], *, force: bool = False
-) -> tuple[Change, Document | None, Document]:
-    """Preview an apply by the API server's dry run: the change, the live and the future object.
+@dataclass(frozen=True)
+class Preview:
+    """What an apply would change."""
+
+    change: Change
+    live: Document | None
+    """The RayService as it runs, see :func:`change.as_it_runs`; None where there is none."""
+
+    future: Document
+    """The RayService as it would be."""
+
+    unknown: str = ""
+    """What could not be found out, for a person; empty if nothing."""
+
+
+def preview(server: APIServer, documents: list[Document], *, force: bool = False) -> Preview:
+    """Preview an apply by the API server's dry run.
 
     Nothing is changed. In a namespace that does not exist yet the server cannot try anything; the
     documents themselves then stand for its answer.
@@ -25,18 +39,25 @@ def preview(
         UserError: the server refuses one of the documents, or lacks a kind.
     """
     service = _service(documents)
-    namespace = service["metadata"]["namespace"]
-    live = server.get("RayService", service["metadata"]["name"], namespace)
+    target = _target(server, service)
+    live = target.get()
     if live is None:
-        server.list("RayService", namespace)  # raises if KubeRay is not installed
-    if server.get("Namespace", namespace) is None:
-        return between(None, service), None, service
+        server.list("RayService", target.namespace)  # raises if KubeRay is not installed
+    if server.get("Namespace", target.namespace) is None:
+        return Preview(between(None, service), None, service)
     future = service
     for document in documents:
         answer = server.apply(document, dry_run=True, force=force)
         if document is service:
             future = answer
-    return between(live, future), live, future
+    there, unknown = clusters.Clusters(), ""
+    if live is not None:
+        try:
+            there = clusters.of(target, live)
+        except Forbidden as forbidden:
+            unknown = f"{forbidden}: this compares with the RayService, not with what runs"
+    found = between(live, future, there)
+    return Preview(found, as_it_runs(live, there) if live else None, future, unknown)
 
 
 def apply(
@@ -46,8 +67,8 @@ def apply(
     *,
     force: bool = False,
     tell: Callable[[str], None],
-) -> int:
-    """Apply all, record the revision, and return its number.
+) -> tuple[int, Document]:
+    """Apply all, record the revision; return its number, and the RayService as it then is.
 
     ``change`` is what :func:`preview` said of it.
 
@@ -55,18 +76,61 @@ def apply(
         UserError: the server refuses a document; those before it stay applied.
     """
     service = _service(documents)
-    target = Target(server, service["metadata"]["name"], service["metadata"]["namespace"])
-    upgrade, together = change.kind == "new cluster", ""
+    target = _target(server, service)
+    starts, together = change.kind == "new cluster", ""
     try:
-        documents = budgets.apart(target, documents, upgrade=upgrade)
+        documents = budgets.apart(target, documents, upgrade=starts)
     except Forbidden as forbidden:
         together = f"{forbidden}: the budgets count the pods of both clusters together"
+    applied = service
     for document in documents:
-        server.apply(document, force=force)
+        answer = server.apply(
+            _with_replicas(document, change) if document is service else document, force=force
+        )
+        if document is service:
+            applied = answer
         tell(f"applied {document['kind']} {document['metadata']['name']}")
-    if upgrade and together:
+    if starts and together:
         tell(together)
-    return revisions.record(target, service)
+    number = revisions.record(target, service)
+    settle(target, change, tell)
+    return number, applied
+
+
+def settle(target: Target, change: Change, tell: Callable[[str], None]) -> None:
+    """Do for an applied RayService what KubeRay leaves undone; ``tell`` what.
+
+    Raises:
+        UserError: the server refuses it, or these credentials may not do it.
+    """
+    if change.gives_up:
+        upgrade.give_up(target, tell)
+    cluster = change.clusters.active if change.kind == "back" else change.clusters.compared
+    if cluster is None or change.kind not in ("in place", "back"):
+        return
+    service = target.require()
+    for line in in_place.bring(target, cluster, service["spec"]["rayClusterConfig"]):
+        tell(f"{clusters.name_of(cluster)}: {line}")
+
+
+def _with_replicas(service: Document, change: Change) -> Document:
+    """With the autoscaler's ``replicas``: appending a group writes the whole cluster anew."""
+    cluster = change.clusters.compared
+    if cluster is None or change.kind != "in place":
+        return service
+    config = service["spec"]["rayClusterConfig"]
+    now = {
+        group["groupName"]: {"replicas": group["replicas"]}
+        for group in cluster["spec"].get("workerGroupSpecs") or []
+        if group.get("replicas")
+    }
+    groups = [{**group, **now.get(group["groupName"], {})} for group in config["workerGroupSpecs"]]
+    config = {**config, "workerGroupSpecs": groups}
+    return {**service, "spec": {**service["spec"], "rayClusterConfig": config}}
+
+
+def _target(server: APIServer, service: Document) -> Target:
+    return Target(server, service["metadata"]["name"], service["metadata"]["namespace"])
 
 
 def _service(documents: list[Document]) -> Document:

@@ -10,6 +10,7 @@ from typing import Any
 from serve_app.errors import UserError
 from serve_app.kuberay.live import reasons, state
 from serve_app.kuberay.live.api_server import Forbidden, Gone, Unreachable
+from serve_app.kuberay.live.cluster_spec import plain
 from serve_app.kuberay.live.target import Target
 
 Document = dict[str, Any]
@@ -25,13 +26,21 @@ _LOOK_S = 10.0
 """Seconds between two looks at the pods while the RayService itself does not change."""
 
 
-def follow(target: Target, *, timeout_s: float, tell: Callable[[str], None]) -> None:
+def follow(
+    target: Target,
+    *,
+    timeout_s: float,
+    tell: Callable[[str], None],
+    applied: Document | None = None,
+) -> None:
     """Watch until every application runs and no change is under way; ``tell`` what happens.
 
-    While the API server is away the deployment goes on, and so does this.
+    While the API server is away the deployment goes on, and so does this. ``applied`` is the object
+    that is waited for, if it must be no other.
 
     Raises:
-        UserError: the deployment failed, with the reason; or timed out, with what is missing.
+        UserError: the deployment failed, with the reason; or timed out, with what is missing; or
+            somebody else changed the RayService meanwhile.
     """
     deadline = time.monotonic() + timeout_s
     told: set[str] = set()
@@ -48,6 +57,11 @@ def follow(target: Target, *, timeout_s: float, tell: Callable[[str], None]) -> 
     while True:
         try:
             document = target.require()
+            if applied is not None and _is_superseded(applied, document):
+                raise UserError(
+                    f"somebody else has changed {target.name} since: what runs now is theirs; "
+                    f"serve-app status {target.name}"
+                )
             seen = state.of(document)
             headline = [seen.headline] if seen.headline else []
             tell_new([*headline, *seen.lines(), *reasons.pod_lines(target)])
@@ -75,6 +89,13 @@ def follow(target: Target, *, timeout_s: float, tell: Callable[[str], None]) -> 
                 raise
             tell_new([f"{error}; the deployment itself goes on"])
             time.sleep(1.0)
+
+
+def _is_superseded(applied: Document, now: Document) -> bool:
+    """Whether the spec is another by now. The operator adds fields that hold nothing."""
+    mine = applied["spec"]
+    theirs = {key: now["spec"].get(key) for key in mine}
+    return bool(plain(theirs, mine) != plain(mine, mine))
 
 
 def _wait_for_change(target: Target, document: Document, timeout_s: float) -> None:
