@@ -223,7 +223,7 @@ def _wait(target: Target, timeout_s: float, applied: dict[str, Any]) -> None:
         click.echo(f"{time.strftime('%H:%M:%S')} {line}")
 
     try:
-        follow(target, timeout_s=timeout_s, tell=tell, applied=applied)
+        follow(target, applied, timeout_s=timeout_s, tell=tell)
         _ask_models(target)
     except KeyboardInterrupt:
         click.echo(f"\nno longer watching; the deployment goes on: serve-app status {target.name}")
@@ -266,7 +266,7 @@ def status(name: str, namespace: str, kubeconfig: Path | None, context: str | No
     headline = [seen.headline] if seen.headline else []
     for line in [*headline, *seen.lines(), *reasons.pod_lines(target)]:
         click.echo(f"  {line}")
-    for kind, (holds, reason, message, _) in seen.conditions.items():
+    for kind, (holds, reason, message) in seen.conditions.items():
         if kind == "Ready" or holds:
             click.echo(f"  {kind}: {'yes' if holds else 'no'} ({reason}) {message}".rstrip())
     past = [str(revision["revision"]) for revision in revisions.history(target)]

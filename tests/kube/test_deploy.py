@@ -30,7 +30,7 @@ from kube_api import KubeAPI
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
 from serve_app.kuberay import cli
-from serve_app.kuberay.live import follow, revisions, state
+from serve_app.kuberay.live import follow, revisions
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.live.target import Target
@@ -359,19 +359,22 @@ def test_the_failure_that_a_change_mends_is_not_that_of_the_change(
     assert run("deploy", changed).output.rstrip().endswith("ready: every model answers")
 
 
-def test_a_condition_of_the_spec_before_is_no_failure(
+def test_a_refusal_counts_only_when_the_operator_has_spoken_since(
     api: KubeAPI, run: Callable[..., Result]
 ) -> None:
+    """It stays until the operator reads the next spec, and does not say of which one it is."""
     run("deploy", str(CONFIG), "--no-wait")
     set_status(api, {}, message="no name", conditions={"Ready": ("False", "ValidationFailed")})
-    status = service(api)["status"]
-    status["conditions"][0]["observedGeneration"] = service(api)["metadata"]["generation"] - 1
+    status = service(api)["status"] | {"observedGeneration": 0, "lastUpdateTime": "10:00:00"}
     api.change("rayservices", SPACE, NAME, status=status)
-    seen = state.of(service(api))
-    assert seen.failure is None
-    status["conditions"][0]["observedGeneration"] += 1
-    api.change("rayservices", SPACE, NAME, status=status)
-    assert state.of(service(api)).failure == "ValidationFailed: no name"
+    with pytest.raises(
+        UserError, match="is not ready after 1 s: the operator refuses the spec: no"
+    ):
+        run("deploy", str(CONFIG), "--timeout", "1")
+    said = status | {"lastUpdateTime": "10:00:02"}
+    later(api, lambda: api.change("rayservices", SPACE, NAME, status=said))
+    with pytest.raises(UserError, match=r"^KubeRay's operator refuses llama70b: no name$"):
+        run("deploy", str(CONFIG))
 
 
 def test_what_keeps_everything_waiting_comes_first(

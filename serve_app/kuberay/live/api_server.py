@@ -105,6 +105,7 @@ class APIServer:
             UserError: there are none, or the context does not exist.
         """
         import kubernetes
+        import urllib3
         from kubernetes.config import ConfigException
 
         configuration = kubernetes.client.Configuration()
@@ -135,6 +136,10 @@ class APIServer:
                     "no kubeconfig and not inside a cluster; run "
                     "aws eks update-kubeconfig --name CLUSTER"
                 ) from None
+        if not configuration.verify_ssl:
+            # The kubeconfig says so (insecure-skip-tls-verify); a warning for each request would
+            # only hide our own lines.
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         # No retries below ours: a wrong address must be reported before a minute is over.
         configuration.retries = False
         return cls(kubernetes.client.ApiClient(configuration))
@@ -379,6 +384,9 @@ class APIServer:
         if status == 404 and not _is_status(body):
             provider = KINDS[kind.partition("/")[0]].provider or "a newer Kubernetes"
             raise UserError(f"this cluster has no kind {kind}; install {provider}")
+        if status in (429, 502, 503, 504):
+            # So it answers while it starts, or has too much to do.
+            raise Unreachable(f"API server {self.host}: {message} (HTTP {status})")
         if status == 409:
             raise Conflict(f"{what}: {message}", _owners(body))
         raise UserError(f"cannot {verb} {what}: {message} (HTTP {status})")

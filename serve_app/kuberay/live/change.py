@@ -68,10 +68,7 @@ class Change:
                 what = f"starts a cluster in place of {self.gives_up}, which is starting"
             elif self.clusters.left:
                 left = " and ".join(map(name_of, self.clusters.left))
-                held = {1: "three times", 2: "four times"}.get(
-                    len(self.clusters.left), "many times"
-                )
-                what += f"; GPUs are held {held} until {left} ended its answers"
+                what += f", and {left} still holds its GPUs, too"
         gpus = f" ({self.gpus} GPUs)" if self.gpus else ""
         return "\n".join([f"{what}{gpus}", *(f"  {change}" for change in self.changes)])
 

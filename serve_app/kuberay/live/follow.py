@@ -27,22 +27,19 @@ _LOOK_S = 10.0
 
 
 def follow(
-    target: Target,
-    *,
-    timeout_s: float,
-    tell: Callable[[str], None],
-    applied: Document | None = None,
+    target: Target, applied: Document, *, timeout_s: float, tell: Callable[[str], None]
 ) -> None:
     """Watch until every application runs and no change is under way; ``tell`` what happens.
 
-    While the API server is away the deployment goes on, and so does this. ``applied`` is the object
-    that is waited for, if it must be no other.
+    While the API server is away the deployment goes on, and so does this. ``applied`` is the
+    RayService as it was just after the apply.
 
     Raises:
         UserError: the deployment failed, with the reason; or timed out, with what is missing; or
             somebody else changed the RayService meanwhile.
     """
     deadline = time.monotonic() + timeout_s
+    before = state.of(applied)
     told: set[str] = set()
     since = time.monotonic()
     was: tuple[bool, str | None] | None = None  # whether all runs; the failure
@@ -57,7 +54,7 @@ def follow(
     while True:
         try:
             document = target.require()
-            if applied is not None and _is_superseded(applied, document):
+            if _is_superseded(applied, document):
                 raise UserError(
                     f"somebody else has changed {target.name} since: what runs now is theirs; "
                     f"serve-app status {target.name}"
@@ -65,6 +62,8 @@ def follow(
             seen = state.of(document)
             headline = [seen.headline] if seen.headline else []
             tell_new([*headline, *seen.lines(), *reasons.pod_lines(target)])
+            if seen.refusal and seen.updated != before.updated:
+                raise UserError(f"KubeRay's operator refuses {target.name}: {seen.refusal}")
             now = (seen.running, seen.failure)
             if now != was:
                 since, was = time.monotonic(), now

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from serve_app.kuberay.live import state
+from serve_app.kuberay.live import revisions, state
 from serve_app.kuberay.live.target import Target
 from serve_app.kuberay.render.names import ROLE_LABEL
 
 Document = dict[str, Any]
+
+_SECONDS = len("2026-11-26T10:00:00")
+"""Letters of a time to compare: some have microseconds, some not."""
 
 _STARTING = {"ContainerCreating", "PodInitializing"}
 
@@ -57,25 +60,30 @@ def stage_of(pod: Document) -> str:
 def explain(target: Target) -> list[str]:
     """One line for each pod in trouble, then the latest warnings.
 
-    Warnings are those about the RayService, its clusters and its present pods. Pods that are gone
-    have had their time.
+    Warnings are those about the RayService, its clusters, and those of its pods that are not Ready
+    and do not say themselves why. Pods that are gone, or Ready by now, have had their time, and so
+    has everything before the last deployment.
     """
     pods = target.pods()
-    lines = [
-        f"pod {pod['metadata']['name']}: {trouble}" for pod in pods if (trouble := _trouble(pod))
-    ]
+    troubles = {pod["metadata"]["name"]: _trouble(pod) for pod in pods if stage_of(pod) != "ready"}
+    lines = [f"pod {name}: {trouble}" for name, trouble in troubles.items() if trouble]
     mine = {("RayService", target.name)}
-    mine |= {("Pod", pod["metadata"]["name"]) for pod in pods}
+    mine |= {("Pod", name) for name, trouble in troubles.items() if not trouble}
     mine |= {("RayCluster", pod["metadata"]["labels"].get("ray.io/cluster")) for pod in pods}
     if service := target.get():
         seen = state.of(service)
         mine |= {("RayCluster", seen.active), ("RayCluster", seen.pending)}
+    past = revisions.history(target)
+    since = str(past[-1]["metadata"].get("creationTimestamp") or "") if past else ""
     warnings = [
         event
         for event in target.server.list("Event", target.namespace)
         if event.get("type") == "Warning"
         and (about := event.get("involvedObject") or {})
         and (about.get("kind"), about.get("name")) in mine
+        and _last_seen(event)[:_SECONDS] >= since[:_SECONDS]
+        # The operator's cache lags behind what it made.
+        and not str(event.get("message")).endswith("already exists")
     ]
     warnings.sort(key=_last_seen)
     for event in warnings[-5:]:

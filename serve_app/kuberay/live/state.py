@@ -19,8 +19,6 @@ class Condition(NamedTuple):
     holds: bool
     reason: str = ""
     message: str = ""
-    current: bool = True
-    """Whether it is about the current spec."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,9 @@ class State:
     pending_applications: dict[str, Application] = field(default_factory=dict)
     conditions: dict[str, Condition] = field(default_factory=dict)
     """By type."""
+
+    updated: str = ""
+    """When the operator wrote the status last; it does so at each refusal of a spec, too."""
 
     suspended: bool = False
     expected: list[str] = field(default_factory=list)
@@ -80,7 +81,7 @@ class State:
         reconcile (2 s) before the new statuses.
         """
         ready = self.conditions.get("Ready", Condition(False))
-        if ready.current and ready.reason in ("InitializingTimeout", "ValidationFailed"):
+        if ready.reason == "InitializingTimeout":
             return f"{ready.reason}: {ready.message}"
         if not self.seen:
             return None  # the statuses still belong to the previous spec
@@ -91,10 +92,22 @@ class State:
         return None
 
     @property
+    def refusal(self) -> str | None:
+        """Why the operator refuses a spec.
+
+        It may be the spec before this one: the operator does not say of which generation it speaks,
+        because a refused one does not become the ``observedGeneration``.
+        """
+        ready = self.conditions.get("Ready", Condition(False))
+        return ready.message if ready.reason == "ValidationFailed" else None
+
+    @property
     def headline(self) -> str | None:
         """What keeps everything waiting; None where it is the single applications."""
         if self.suspended:
             return "it is suspended (spec.suspend: true)"
+        if self.refusal:
+            return f"the operator refuses the spec: {self.refusal}"
         if not self.seen:
             return "the operator has not read the current spec yet (is it running?)"
         return None
@@ -131,10 +144,10 @@ def of(document: Document) -> State:
                 c.get("status") == "True",
                 c.get("reason", ""),
                 c.get("message", ""),
-                int(c.get("observedGeneration", generation)) >= generation,
             )
             for c in status.get("conditions") or []
         },
+        updated=status.get("lastUpdateTime") or "",
         suspended=bool(spec.get("suspend")),
         expected=list(config_of(document)),
     )
