@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from deploying import CONFIG, SPACE
 from harness.manifests import CRD
 from kube_api import KubeAPI
+from operator_model import Operator
 
 from serve_app.kuberay import cli
 from serve_app.kuberay.live import follow
@@ -30,6 +31,12 @@ def api(crd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Iterator
     server.store("namespaces", {"metadata": {"name": SPACE}})
     yield server
     server.close()
+
+
+@pytest.fixture
+def operator(api: KubeAPI) -> Operator:
+    """KubeRay's operator, which does something when the test lets it."""
+    return Operator(api)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ Real kubectl is run against it in test_deploy.py, which is what keeps it honest.
 admission, strategic merge patches, structural merge of keyed lists (every list is atomic, as the
 RayService CRD has it).
 
-Kubernetes' own controllers are in controllers.py, KubeRay's operator is in operator_model.py.
+Kubernetes' own controllers are in controllers.py, KubeRay's operator is in operator_model.
 """
 
 from __future__ import annotations
@@ -115,6 +115,15 @@ class KubeAPI:
 
     def get(self, plural: str, namespace: str, name: str) -> Document | None:
         return self.objects.get((plural, namespace, name))
+
+    def all(self, plural: str, namespace: str | None = None) -> list[Document]:
+        """The objects of a kind, in one namespace or in all."""
+        with self.lock:
+            return [
+                document
+                for (kind, space, _), document in self.objects.items()
+                if kind == plural and namespace in (None, space)
+            ]
 
     def store(self, plural: str, document: Document, manager: str = "operator") -> Document:
         """Put an object there as another client would, and tell the watches."""
@@ -409,14 +418,10 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _list(self, plural: str, namespace: str, group: str, query: dict[str, str]) -> None:
-        with self.kube.lock:
-            there = sorted(self.kube.objects.items())
         items = [
             document
-            for (kind, space, _), document in there
-            if kind == plural
-            and (not namespace or space == namespace)
-            and selects(query.get("labelSelector", ""), document["metadata"].get("labels") or {})
+            for document in self.kube.all(plural, namespace or None)
+            if selects(query.get("labelSelector", ""), document["metadata"].get("labels") or {})
         ]
         kind = self.kube.resources[group][plural][0]
         meta = {"resourceVersion": str(self.kube._version)}
@@ -481,10 +486,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return True
             slices = [
                 document
-                for (plural, space, _), document in self.kube.objects.items()
-                if plural == "endpointslices"
-                and space == namespace
-                and document["metadata"]["labels"]["kubernetes.io/service-name"] == name
+                for document in self.kube.all("endpointslices", namespace)
+                if document["metadata"]["labels"]["kubernetes.io/service-name"] == name
             ]
         return any(
             endpoint["conditions"]["ready"]

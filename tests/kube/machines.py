@@ -28,9 +28,9 @@ class Machines:
 
     def step(self) -> None:
         """One look of each controller. A pod takes two to become Ready."""
-        for pod in _all(self.api, "pods"):
+        for pod in self.api.all("pods"):
             self._start(copy.deepcopy(pod))
-        for service in _all(self.api, "services"):
+        for service in self.api.all("services"):
             _slice(self.api, service)
 
     def _start(self, pod: Document) -> None:
@@ -46,7 +46,7 @@ class Machines:
             self.api.store("pods", pod, "kubelet")
 
     def _schedule(self, pod: Document) -> None:
-        held = sum(gpus_of(p) for p in _all(self.api, "pods") if p["spec"].get("nodeName"))
+        held = sum(gpus_of(p) for p in self.api.all("pods") if p["spec"].get("nodeName"))
         if self.gpus is None or held + gpus_of(pod) <= self.gpus:
             pod["spec"]["nodeName"] = "machine"
             pod["status"] = {
@@ -102,12 +102,9 @@ def _slice(api: KubeAPI, service: Document) -> None:
     metadata = service["metadata"]
     name, namespace = metadata["name"], metadata["namespace"]
     found: dict[str, Document] = {}
-    for pod in _all(api, "pods"):
-        labels = pod["metadata"].get("labels") or {}
-        chosen = matches({"matchLabels": service["spec"]["selector"]}, labels)
-        if pod["metadata"]["namespace"] != namespace or not pod["spec"].get("nodeName"):
-            continue
-        if not chosen:
+    for pod in api.all("pods", namespace):
+        selected = matches({"matchLabels": service["spec"]["selector"]}, pod["metadata"]["labels"])
+        if not selected or not pod["spec"].get("nodeName"):
             continue
         ports = [port for port in service["spec"]["ports"] if _has(pod, port["targetPort"])]
         key = f"{name}-{'-'.join(port['name'] for port in ports) or 'none'}"
@@ -139,10 +136,8 @@ def _slice(api: KubeAPI, service: Document) -> None:
 
 def slices_of(api: KubeAPI, namespace: str, service: str) -> Iterator[Document]:
     """The EndpointSlices of a Service."""
-    for document in _all(api, "endpointslices"):
-        metadata = document["metadata"]
-        wanted = metadata["labels"]["kubernetes.io/service-name"] == service
-        if wanted and metadata["namespace"] == namespace:
+    for document in api.all("endpointslices", namespace):
+        if document["metadata"]["labels"]["kubernetes.io/service-name"] == service:
             yield document
 
 
@@ -155,7 +150,3 @@ def _has(pod: Document, port: Any) -> bool:
 
 def _conditions(**statuses: str) -> list[Document]:
     return [{"type": kind, "status": status} for kind, status in statuses.items()]
-
-
-def _all(api: KubeAPI, plural: str) -> list[Document]:
-    return [document for (kind, _, _), document in list(api.objects.items()) if kind == plural]

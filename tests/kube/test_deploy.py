@@ -7,7 +7,6 @@ import copy
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from click.testing import CliRunner, Result
-from controllers import Refused, adopt, cluster_of_pods, delete_cluster, evict
+from click.testing import Result
+from controllers import Refused, cluster_of_pods, delete_cluster, evict
 from deploying import (
     BIGGER,
     CONFIG,
@@ -46,7 +44,6 @@ from kube_api import KubeAPI
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
-from serve_app.kuberay import cli
 from serve_app.kuberay.live import revisions, state
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
@@ -630,32 +627,6 @@ def test_a_change_that_kuberay_ignores_is_refused(
 # --- who owns which field -----------------------------------------------------------------------
 
 
-def test_the_operators_first_update_takes_no_field_that_we_apply(
-    api: KubeAPI, run: Callable[..., Result]
-) -> None:
-    deployed(api, run)
-    assert service(api)["metadata"]["finalizers"] == ["ray.io/rayservice-finalizer"]
-    assert {path for path, who in owners(api).items() if OPERATORS in who} == {
-        ("spec", "serveService", "status", "loadBalancer")
-    }
-
-
-def test_the_stand_in_refuses_a_list_that_the_operator_wrote_as_a_real_api_server_did(
-    api: KubeAPI, run: Callable[..., Result], kubeconfig: Path
-) -> None:
-    """An older rendering left scaleStrategy out, and its second apply was refused."""
-    old = without_scale_strategy(api, run)
-    adopt(api, SPACE, NAME)
-    assert owners(api)[GROUPS] == {OPERATORS}
-    assert service(api)["metadata"]["generation"] == 2
-    code, status = api.apply("rayservices", old, "serve-app", force=False, dry_run=False)
-    assert code == 409
-    assert status["message"] == (
-        'Apply failed with 1 conflict: conflict with "kuberay-operator" using ray.io/v1: '
-        ".spec.rayClusterConfig.workerGroupSpecs"
-    )
-
-
 def without_scale_strategy(api: KubeAPI, run: Callable[..., Result]) -> dict[str, Any]:
     """A RayService of the first version, deployed; returns what was applied."""
     run("deploy", str(CONFIG), "--no-wait")
@@ -713,26 +684,6 @@ def drained(api: KubeAPI, cluster: str) -> list[str]:
             except Refused as refused:
                 assert refused.args[0] == 429, refused
     return gone
-
-
-@pytest.mark.parametrize("wrong", [{"maxUnavailable": 1}, {"minAvailable": "50%"}])
-def test_the_stand_in_allows_no_disruption_where_pods_of_a_raycluster_must_be_counted(
-    api: KubeAPI, run: Callable[..., Result], wrong: dict[str, Any]
-) -> None:
-    deployed(api, run)
-    cluster_of_pods(api, service(api), FIRST)
-    for plural, space, name in list(api.objects):
-        if plural == "poddisruptionbudgets":
-            budget = copy.deepcopy(api.objects[plural, space, name])
-            budget["spec"] = {"selector": budget["spec"]["selector"], **wrong}
-            api.store(plural, budget)
-    assert drained(api, FIRST) == []
-    status = api.objects["poddisruptionbudgets", SPACE, "llama70b-gateway"]["status"]
-    assert status["disruptionsAllowed"] == 0
-    (condition,) = status["conditions"]
-    assert (condition["type"], condition["status"]) == ("DisruptionAllowed", "False")
-    assert condition["reason"] == "SyncFailed"
-    assert condition["message"] == "rayclusters.ray.io does not implement the scale subresource"
 
 
 def test_a_drain_takes_one_pod_of_a_group_at_a_time_and_ends(
@@ -1045,31 +996,3 @@ def test_the_apis_are_asked_by_server_side_apply_only(
     assert [re.sub(r"\?.*", "", p) for m, p in writes if m == "POST"] == [
         f"/apis/apps/v1/namespaces/{SPACE}/controllerrevisions"
     ]
-
-
-# --- the stand-in against kubectl ---------------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_path: Path) -> None:
-    """`serve-app render CONFIG | kubectl …`, with kubectl as the judge of both sides."""
-    api.token = None  # kubectl sends none without TLS
-    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).stdout
-    environment = os.environ | {"HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig)}
-
-    def kubectl(*args: str) -> str:
-        done = subprocess.run(
-            ["kubectl", *args], input=text, capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    client_side = kubectl("create", "--dry-run=client", "--validate=false", "-f", "-", "-o", "name")
-    assert "rayservice.ray.io/llama70b" in client_side
-    assert len(client_side.split()) == len(list(yaml.safe_load_all(text)))
-    kubectl("apply", "--server-side", "--validate=false", "-f", "-")
-    assert "rayservice.ray.io/llama70b" in kubectl("get", "rayservices", "-n", SPACE, "-o", "name")
-    # kubectl owns the fields now, with our values: no conflict, nothing to do.
-    server = APIServer.connect(kubeconfig)
-    document = next(d for d in yaml.safe_load_all(text) if d["kind"] == "RayService")
-    assert server.apply(document)["metadata"]["generation"] == 1

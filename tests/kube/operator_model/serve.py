@@ -56,7 +56,7 @@ class Serve:
                 self._runs.discard(name)
         self._wanted = wanted
 
-    def running(self, name: str) -> bool:
+    def answers(self, name: str) -> bool:
         """Whether replicas of an application answer."""
         return name in self._wanted and name in self._ran
 
