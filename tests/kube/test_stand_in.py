@@ -287,7 +287,7 @@ def test_an_invalid_spec_is_told_of_the_generation_observed_before(
     assert status(api)["observedGeneration"] == valid < invalid
     ready = condition(api, "Ready")
     assert (ready["status"], ready["reason"]) == ("False", "ValidationFailed")
-    assert ready["observedGeneration"] == valid
+    assert ready["observedGeneration"] == valid  # not the one that it is about
     assert ready["message"] == (
         "The RayService spec is invalid: "
         "worker group h100-x4 has minReplicas 4 greater than maxReplicas 3"
@@ -299,8 +299,9 @@ def test_an_invalid_spec_is_told_of_the_generation_observed_before(
 def test_events_of_the_operator_have_an_event_time_and_a_series(
     api: KubeAPI, operator: Operator, apply: Callable[..., Document]
 ) -> None:
-    apply(bounds(4, 3))
-    operator.step()
+    apply()
+    operator.settle()
+    apply(lambda spec: spec.update(serveConfigV2="no: applications"))
     operator.step()
 
     def event() -> Document:
@@ -308,6 +309,7 @@ def test_events_of_the_operator_have_an_event_time_and_a_series(
         return event
 
     assert (event()["firstTimestamp"], event()["lastTimestamp"]) == (None, None)
+    assert event()["reason"] == "FailedToUpdateServeApplications"
     assert event()["involvedObject"]["kind"] == "RayService"
     first = event()["eventTime"]
     assert "series" not in event()
@@ -354,7 +356,7 @@ def test_statuses_are_absent_while_the_head_is_not_ready(
     operator.settle()
     assert applications(api) == RUNNING
     puts = [e for e in api.all("events") if e["reason"] == "UpdatedServeApplications"]
-    assert puts[0]["series"]["count"] == 2
+    assert len(puts) == 2
 
 
 def stuck(api: KubeAPI, operator: Operator, apply: Callable[..., Document]) -> tuple[str, str]:

@@ -27,7 +27,14 @@ from operator_model.documents import (
     part,
 )
 from operator_model.gateways import Gateways
-from operator_model.status import Clock, drop_condition, record, set_condition, write
+from operator_model.status import (
+    Clock,
+    drop_condition,
+    record,
+    set_condition,
+    write,
+    write_if_changed,
+)
 
 Document = dict[str, Any]
 
@@ -49,6 +56,7 @@ class Operator:
         """Whether the operator does not run; machines and Serve go on."""
         self._gateways = Gateways(api)
         self._put: dict[str, str] = {}  # by cluster: the serveConfigV2 that was PUT last
+        self._rejected: dict[str, int] = {}  # by uid: a generation that is invalid
         self._delete_at: dict[str, float] = {}  # by cluster that is left over
 
     def step(self) -> None:
@@ -98,7 +106,11 @@ class Operator:
         if not service["metadata"].get("finalizers"):
             adopt(self.api, namespace, name)
             return False
+        generation = service["metadata"]["generation"]
         if text := wanted.invalid(service):
+            if self._rejected.get(service["metadata"]["uid"]) == generation:
+                return False  # it is looked at once, until its spec changes
+            self._rejected[service["metadata"]["uid"]] = generation
             self._record(service, "InvalidRayServiceSpec", f"{id_of(service)}: {text}")
             # The status keeps the generation observed before, and so does this condition.
             self._set(service, "Ready", "False", "ValidationFailed", text)
@@ -153,7 +165,7 @@ class Operator:
             self._rest(service, "SuspendInProgress", "RayService is suspending.")
             status |= {"activeServiceStatus": {}, "pendingServiceStatus": {}}
             status |= {"numServeEndpoints": 0, "serviceStatus": ""}
-        write(self.api, service, self.clock)
+        write_if_changed(self.api, service, self.clock)
         return holds(service, "Suspending") or holds(service, "Suspended")
 
     def _rest(self, service: Document, reason: str, text: str) -> None:
@@ -198,7 +210,7 @@ class Operator:
         if wanted.needs_new(service, active, pending, turned=turned):
             self._name_new(service)
         self._conclude(service, active, pending)
-        write(self.api, service, self.clock)
+        write_if_changed(self.api, service, self.clock)
 
     def _clusters(self, service: Document) -> tuple[Document | None, Document | None]:
         """The active and the pending RayCluster (``reconcileRayCluster``).

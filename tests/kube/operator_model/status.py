@@ -54,14 +54,19 @@ def drop_condition(service: Document, kind: str) -> None:
     service["status"]["conditions"] = [c for c in conditions if c["type"] != kind]
 
 
-def write(api: KubeAPI, service: Document, clock: Clock) -> None:
+def write_if_changed(api: KubeAPI, service: Document, clock: Clock) -> None:
     """``InconsistentRayServiceStatuses``: a new observedGeneration alone is not written."""
-    namespace, name = service["metadata"]["namespace"], service["metadata"]["name"]
-    live = api.get("rayservices", namespace, name)
+    live = api.get("rayservices", service["metadata"]["namespace"], service["metadata"]["name"])
     assert live is not None
     if _telling(live) != _telling(service):
-        service["status"]["lastUpdateTime"] = clock.stamp()
-        api.change("rayservices", namespace, name, status=copy.deepcopy(service["status"]))
+        write(api, service, clock)
+
+
+def write(api: KubeAPI, service: Document, clock: Clock) -> None:
+    service["status"]["lastUpdateTime"] = clock.stamp()
+    metadata, status = service["metadata"], copy.deepcopy(service["status"])
+    written = api.change("rayservices", metadata["namespace"], metadata["name"], status=status)
+    metadata["resourceVersion"] = written["metadata"]["resourceVersion"]
 
 
 def _telling(service: Document) -> Document:
@@ -77,9 +82,13 @@ def _telling(service: Document) -> Document:
 def record(
     api: KubeAPI, clock: Clock, about: Document, reason: str, note: str, kind: str = "Warning"
 ) -> None:
-    """An event of events.k8s.io: no first and last timestamp; what repeats is a ``series``."""
+    """An event of events.k8s.io: no first and last timestamp; what repeats is a ``series``.
+
+    It is the same event as long as the object's resourceVersion is (client-go's ``getKey``).
+    """
     metadata, now = about["metadata"], clock.stamp("microseconds")
-    hashed = hashlib.sha1(f"{reason} {kind}".encode()).hexdigest()[:16]
+    key = f"{about['kind']} {metadata['resourceVersion']} {reason} {kind}"
+    hashed = hashlib.sha1(key.encode()).hexdigest()[:16]
     name = f"{metadata['name']}.{hashed}"
     regarding = {key: metadata[key] for key in ("name", "namespace", "uid")}
     event: Document = {
