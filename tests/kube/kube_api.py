@@ -20,6 +20,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path as FilePath
 from typing import Any
@@ -29,6 +30,8 @@ import yaml
 from patches import Unprocessable, json_patch, merge_patch, selects
 
 from serve_app.kuberay.validate import schema
+
+_START = datetime(2026, 11, 23, 10)
 
 Document = dict[str, Any]
 Path = tuple[str, ...]
@@ -135,7 +138,8 @@ class KubeAPI:
             metadata = document["metadata"]
             metadata["resourceVersion"] = str(self._version)
             metadata.setdefault("uid", f"uid-{self._version}")
-            metadata.setdefault("creationTimestamp", "2026-11-23T10:00:00Z")
+            made = _START + timedelta(seconds=self._version)  # no two at the same time
+            metadata.setdefault("creationTimestamp", f"{made:%Y-%m-%dT%H:%M:%SZ}")
             generation = int((old or {}).get("metadata", {}).get("generation", 0))
             if old is None or old.get("spec") != document.get("spec"):
                 generation += 1
