@@ -157,6 +157,9 @@ SMALL = (
 """A model of another shape."""
 
 
+NOPE = ("model: meta-llama/Llama-3.3-70B-Instruct", "model: /nope")
+"""A change to a model that cannot be loaded."""
+
 BIGGER = ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n")
 """A change that makes a new cluster."""
 

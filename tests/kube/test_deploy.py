@@ -23,6 +23,7 @@ from deploying import (
     CONFIG,
     GROUPS,
     NAME,
+    NOPE,
     OPERATORS,
     RUNNING,
     SMALL,
@@ -41,6 +42,7 @@ from deploying import (
 )
 from harness.manifests import ROOT
 from kube_api import KubeAPI
+from operator_model import Operator, running
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
@@ -54,16 +56,12 @@ from serve_app.replica.no_route import NoRoute
 
 
 def test_a_first_deployment_is_applied_watched_and_every_model_asked(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
     asked = answers(api)
-    waiting = {"llama-3.3-70b": "DEPLOYING", "gateway": "RUNNING"}
-    later(
-        api,
-        lambda: api.store("pods", pod("llama70b-gpu-1", "gpu", phase="Pending")),
-        lambda: set_status(api, waiting, message="loading weights"),
-        lambda: set_status(api, RUNNING),
-    )
+    operator.outcome = lambda application: ("DEPLOYING", "loading weights")
+    operator.machines.unready.add("h100-x4")
+    later(api, operator.settle, operator.heal, operator.settle)
     result = run("deploy", str(CONFIG))
     out = result.output
     assert result.exit_code == 0, out
@@ -71,8 +69,8 @@ def test_a_first_deployment_is_applied_watched_and_every_model_asked(
     assert "warning: h100-x4 needs 4 more GPUs, but 0 can be had" in out
     assert "--force" not in out  # nothing is in the way of a first deployment
     assert "applied RayService llama70b" in out and "revision 1; back with" in out
-    assert "llama-3.3-70b: DEPLOYING: loading weights" in out
-    assert "gpu pods: 1 starting" in out
+    assert "next llama-3.3-70b: DEPLOYING: loading weights" in out
+    assert "h100-x4 pods: 1 running" in out
     assert out.rstrip().endswith("ready: every model answers")
     # The model was asked by a real request through the Service; the gateway is no model.
     body = {"model": "llama-3.3-70b", "prompt": "ready?", "max_tokens": 1}
@@ -81,16 +79,22 @@ def test_a_first_deployment_is_applied_watched_and_every_model_asked(
     assert {"rayservices", "ingresses", "poddisruptionbudgets", "networkpolicies"} <= kinds
 
 
-def test_one_model_that_does_not_run_is_not_ready(api: KubeAPI, run: Callable[..., Result]) -> None:
+def test_one_model_that_does_not_run_is_not_ready(
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
+) -> None:
     run("deploy", str(CONFIG), "--no-wait")
-    # KubeRay says Ready as soon as there is one endpoint.
-    set_status(
-        api,
-        {"llama-3.3-70b": "DEPLOYING", "gateway": "RUNNING"},
-        conditions={"Ready": ("True", "NonZeroServeEndpoints")},
+    operator.settle()
+    operator.outcome = lambda application: (
+        ("DEPLOYING", "loading weights") if "engine" in application["args"] else ("RUNNING", "")
     )
-    with pytest.raises(UserError, match=r"is not ready after 1 s: llama-3.3-70b: DEPLOYING"):
-        run("deploy", str(CONFIG), "--timeout", "1")
+    changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
+    later(api, operator.settle)
+    with pytest.raises(
+        UserError, match=r"is not ready after 2 s: llama-3.3-70b: DEPLOYING: loading weights"
+    ):
+        run("deploy", changed, "--timeout", "2")
+    # KubeRay says Ready as soon as there is one endpoint.
+    assert "Ready: yes (NonZeroServeEndpoints)" in run("status", NAME).output
 
 
 def test_a_model_that_runs_but_does_not_answer_is_an_error(
@@ -162,15 +166,15 @@ def test_a_model_that_the_gateway_does_not_know_is_an_error(
 
 
 def test_statuses_of_the_spec_before_do_not_count(
-    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
 ) -> None:
-    deployed(api, run)
-    answers(api)
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
     changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
     # The operator has not read the change yet: RUNNING is the old models'.
     with pytest.raises(UserError, match="is not ready after 1 s"):
         run("deploy", changed, "--timeout", "1")
-    set_status(api, RUNNING)
+    operator.settle()
     assert run("deploy", changed).output.rstrip().endswith("every model answers")
 
 
@@ -201,41 +205,28 @@ def test_a_failing_application_ends_the_wait_with_its_reason_and_the_pods(
 
 
 def test_the_reason_of_a_failed_update_is_that_of_its_deployment(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     """As real Serve says it."""
-    deployed(api, run)
-    reason = (
-        "The deployment failed to start 3 times in a row during a rolling update. Traceback …\n"
-        "serve_app.errors.UserError: '/nope' is neither a folder nor a hub id\n"
-    )
-    status = service(api)["status"]
-    status["activeServiceStatus"]["applicationStatuses"]["llama-3.3-70b"] = {
-        "status": "DEPLOY_FAILED",
-        "message": "Failed to update the deployments ['ModelServer'].",
-        "serveDeploymentStatuses": {"ModelServer": {"status": "UNHEALTHY", "message": reason}},
-    }
-    api.change("rayservices", SPACE, NAME, status=status)
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    run("deploy", config(tmp_path, NOPE), "--no-wait")
+    operator.settle()
     line = "llama-3.3-70b: DEPLOY_FAILED: '/nope' is neither a folder nor a hub id"
     assert line in run("status", NAME).output
 
 
 def test_the_failure_that_a_change_mends_is_not_that_of_the_change(
-    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+    operator: Operator, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     """The operator reports the new generation a reconcile before the statuses of its spec."""
-    deployed(api, run)
-    answers(api)
-    failed = {"llama-3.3-70b": "DEPLOY_FAILED", "gateway": "RUNNING"}
-    old = {"Ready": ("False", "ValidationFailed")}
-    later(
-        api,
-        lambda: set_status(api, failed, message="the old failure", conditions=old),
-        lambda: set_status(api, failed, message="the old failure"),
-        lambda: set_status(api, RUNNING),
-    )
-    changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
-    assert run("deploy", changed).output.rstrip().endswith("ready: every model answers")
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    run("deploy", config(tmp_path, NOPE), "--no-wait")
+    operator.settle()
+    with running(operator):
+        output = run("deploy", str(CONFIG)).output
+    assert output.rstrip().endswith("ready: every model answers")
 
 
 def test_a_condition_of_the_spec_before_is_no_failure(
@@ -266,27 +257,27 @@ def test_what_keeps_everything_waiting_comes_first(
 
 
 def test_models_of_which_nothing_is_reported_may_serve(
-    api: KubeAPI, run: Callable[..., Result]
+    operator: Operator, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
 ) -> None:
     """So it is while a second cluster starts, and while the head is away."""
-    deployed(api, run)
-    set_status(api, {}, pending={"llama-3.3-70b": "DEPLOYING"})
+    run(*image("1"))
+    operator.settle()
+    operator.machines.gpus = 4
+    run(*image("2"))
+    operator.settle()
     output = run("status", NAME).output
-    assert "llama-3.3-70b: not reported" in output
+    assert "  llama-3.3-70b: not reported" in output
     assert "next llama-3.3-70b: DEPLOYING" in output
     assert "NOT_STARTED" not in output
 
 
 def test_an_api_server_that_is_away_for_seconds_ends_nothing(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
-    answers(api)
-
     def go_away() -> None:
         api.away_until = time.monotonic() + 3
-        set_status(api, RUNNING)
 
-    later(api, go_away)
+    later(api, go_away, operator.settle)
     output = run("deploy", str(CONFIG)).output
     assert "cannot be reached; check the kubeconfig's server and the network; the deployment" in (
         output
@@ -295,23 +286,23 @@ def test_an_api_server_that_is_away_for_seconds_ends_nothing(
 
 
 def test_a_service_without_an_endpoint_is_asked_again(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
     """After a switch the operator turns it before the new gateways are Ready."""
-    asked = answers(api)
-    answer = api.proxy
-    assert answer is not None
+    operator.machines.unready.add("gateway")
 
-    def proxy(*request: Any) -> tuple[int, str]:
-        if len(asked) < 2:
-            asked.append(request)
-            return 503, 'no endpoints available for service "llama70b-serve-svc:serve"'
-        return answer(*request)
+    def become_ready() -> None:
+        while not asked():
+            time.sleep(0.05)
+        operator.heal()
+        operator.settle()
 
-    api.proxy = proxy
-    later(api, lambda: set_status(api, RUNNING))
+    def asked() -> int:
+        return sum("/proxy/v1/completions" in path for _, path in api.requests)
+
+    later(api, operator.settle, become_ready)
     assert run("deploy", str(CONFIG)).output.rstrip().endswith("ready: every model answers")
-    assert len(asked) == 3
+    assert asked() > 1
 
 
 def test_warnings_are_those_of_this_service_the_latest_last(
@@ -687,20 +678,21 @@ def drained(api: KubeAPI, cluster: str) -> list[str]:
 
 
 def test_a_drain_takes_one_pod_of_a_group_at_a_time_and_ends(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
-    deployed(api, run)
-    cluster_of_pods(api, service(api), FIRST)
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    (cluster,) = [document["metadata"]["name"] for document in api.all("rayclusters")]
+
+    def gone() -> list[str]:
+        return sorted(name.partition("-worker")[0] for name in drained(api, cluster))
+
     # Two gateways are always there. One model pod is: it must be able to go.
-    assert drained(api, FIRST) == ["gateway-0", "h100-x4-0"]
-    assert drained(api, FIRST) == []
-    # Once the first has gone and its replacement is Ready, the next may go.
-    gone = api.remove("pods", SPACE, f"{FIRST}-gateway-0")
-    assert gone is not None
-    del gone["metadata"]["deletionTimestamp"]
-    gone["metadata"]["name"] = f"{FIRST}-gateway-2"
-    api.store("pods", gone)
-    assert drained(api, FIRST) == ["gateway-1"]
+    assert gone() == ["gateway", "h100-x4"]
+    assert gone() == []
+    # Once they have gone and their replacements are Ready, the next may go.
+    operator.settle()
+    assert gone() == ["gateway", "h100-x4"]
 
 
 def test_a_budget_of_an_older_version_is_mended_by_a_deployment(

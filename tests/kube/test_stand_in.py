@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deploying
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -101,7 +102,7 @@ def config(*replaced: tuple[str, str]) -> Change:
     return change
 
 
-NOPE = config(("model: meta-llama/Llama-3.3-70B-Instruct", "model: /nope"))
+NOPE = config(deploying.NOPE)
 
 
 def upgrade(**strategy: Any) -> Change:
