@@ -42,11 +42,11 @@ from deploying import (
 )
 from harness.manifests import ROOT
 from kube_api import KubeAPI
-from operator_model import Operator, running
+from operator_model import Operator, running, wanted
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
-from serve_app.kuberay.live import revisions, state
+from serve_app.kuberay.live import follow, revisions
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.live.target import Target
@@ -229,19 +229,40 @@ def test_the_failure_that_a_change_mends_is_not_that_of_the_change(
     assert output.rstrip().endswith("ready: every model answers")
 
 
-def test_a_condition_of_the_spec_before_is_no_failure(
-    api: KubeAPI, run: Callable[..., Result]
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A config whose spec the operator refuses, by a rule that we do not have."""
+    monkeypatch.setattr(
+        wanted,
+        "invalid",
+        lambda service: "a new rule" if "max_num_seqs: 13" in str(service["spec"]) else None,
+    )
+    monkeypatch.setattr(follow, "_FAILED_S", 0.5)
+    return config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 13"))
+
+
+def test_a_spec_that_the_operator_refuses_ends_the_wait(
+    operator: Operator, run: Callable[..., Result], refused: str
 ) -> None:
+    with running(operator), pytest.raises(UserError, match="failed: ValidationFailed: a new rule"):
+        run("deploy", refused)
     run("deploy", str(CONFIG), "--no-wait")
-    set_status(api, {}, message="no name", conditions={"Ready": ("False", "ValidationFailed")})
-    status = service(api)["status"]
-    status["conditions"][0]["observedGeneration"] = service(api)["metadata"]["generation"] - 1
-    api.change("rayservices", SPACE, NAME, status=status)
-    seen = state.of(service(api))
-    assert seen.failure is None
-    status["conditions"][0]["observedGeneration"] += 1
-    api.change("rayservices", SPACE, NAME, status=status)
-    assert state.of(service(api)).failure == "ValidationFailed: no name"
+    operator.settle()
+    # The refusal of an update has the generation of the spec before.
+    with running(operator), pytest.raises(UserError, match="failed: ValidationFailed: a new rule"):
+        run("deploy", refused)
+    assert "refuses the current spec, or has not read it yet: Valid" in run("status", NAME).output
+
+
+def test_the_refusal_of_a_spec_is_not_that_of_its_correction(
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], refused: str
+) -> None:
+    """While the operator has not looked, it still reports the refusal."""
+    for applied in (str(CONFIG), refused):
+        run("deploy", applied, "--no-wait")
+        operator.settle()
+    later(api, lambda: time.sleep(2), operator.settle)
+    assert run("deploy", str(CONFIG)).output.rstrip().endswith("ready: every model answers")
 
 
 def test_what_keeps_everything_waiting_comes_first(

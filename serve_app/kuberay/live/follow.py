@@ -65,14 +65,15 @@ def follow(
             seen = state.of(document)
             headline = [seen.headline] if seen.headline else []
             tell_new([*headline, *seen.lines(), *reasons.pod_lines(target)])
-            now = (seen.running, seen.failure)
+            failure = seen.failure or _refusal(seen, document, applied)
+            now = (seen.running, failure)
             if now != was:
                 since, was = time.monotonic(), now
             lasted = time.monotonic() - since
             if seen.running and lasted >= _SETTLE_S:
                 return
-            if seen.failure and lasted >= _FAILED_S:
-                raise UserError(_with_reasons(target, f"{target.name} failed: {seen.failure}"))
+            if failure and lasted >= _FAILED_S:
+                raise UserError(_with_reasons(target, f"{target.name} failed: {failure}"))
             left = deadline - time.monotonic()
             if left <= 0:
                 missing = [line for line in seen.lines() if ": RUNNING" not in line]
@@ -82,13 +83,26 @@ def follow(
                         target, f"{target.name} is not ready after {timeout_s:.0f} s: {what}"
                     )
                 )
-            soon = 1.0 if seen.failure else _SETTLE_S if seen.running else _LOOK_S
+            soon = 1.0 if failure else _SETTLE_S if seen.running else _LOOK_S
             _wait_for_change(target, document, min(left, soon))
         except Unreachable as error:
             if time.monotonic() > deadline:
                 raise
             tell_new([f"{error}; the deployment itself goes on"])
             time.sleep(1.0)
+
+
+def _refusal(seen: state.State, now: Document, applied: Document | None) -> str | None:
+    """Why the operator refuses what was applied: it has written a status since."""
+    if seen.seen or applied is None or _reported(now) == _reported(applied):
+        return None
+    return seen.refusal
+
+
+def _reported(document: Document) -> list[Any]:
+    """What each status of the operator's has anew; its time has whole seconds only."""
+    status = document.get("status") or {}
+    return [status.get("lastUpdateTime"), status.get("conditions")]
 
 
 def _is_superseded(applied: Document, now: Document) -> bool:

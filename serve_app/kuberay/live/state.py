@@ -80,8 +80,10 @@ class State:
         reconcile (2 s) before the new statuses.
         """
         ready = self.conditions.get("Ready", Condition(False))
-        if ready.current and ready.reason in ("InitializingTimeout", "ValidationFailed"):
+        if ready.current and ready.reason == "InitializingTimeout":
             return f"{ready.reason}: {ready.message}"
+        if ready.current and self.refusal:
+            return self.refusal
         if not self.seen:
             return None  # the statuses still belong to the previous spec
         where = self.pending_applications or self.applications
@@ -91,10 +93,22 @@ class State:
         return None
 
     @property
+    def refusal(self) -> str | None:
+        """Why the operator refuses a spec: the current one, or one before that it was to replace.
+
+        Neither the condition nor the status gets the generation of a spec that is refused.
+        """
+        ready = self.conditions.get("Ready", Condition(False))
+        refused = ready.reason == "ValidationFailed"
+        return f"{ready.reason}: {ready.message}" if refused else None
+
+    @property
     def headline(self) -> str | None:
         """What keeps everything waiting; None where it is the single applications."""
         if self.suspended:
             return "it is suspended (spec.suspend: true)"
+        if not self.seen and self.refusal:
+            return f"the operator refuses the current spec, or has not read it yet: {self.refusal}"
         if not self.seen:
             return "the operator has not read the current spec yet (is it running?)"
         return None
