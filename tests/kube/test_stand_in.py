@@ -789,26 +789,62 @@ def test_the_operator_goes_on_beside_a_command(
     assert status(api)["numServeEndpoints"] == 3
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_path: Path) -> None:
-    """`serve-app render CONFIG | kubectl …`, with kubectl as the judge of both sides."""
-    api.token = None  # kubectl sends none without TLS
-    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).stdout
+Kubectl = Callable[..., str]
+
+
+@pytest.fixture
+def kubectl(api: KubeAPI, kubeconfig: Path, tmp_path: Path) -> Kubectl:
+    """Run the real one, which must succeed; returns what it prints."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl")
+    api.token = None  # it sends none without TLS
     environment = os.environ | {"HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig)}
 
-    def kubectl(*args: str) -> str:
-        done = subprocess.run(
-            ["kubectl", *args], input=text, capture_output=True, text=True, env=environment
-        )
+    def kubectl(*args: str, text: str = "") -> str:
+        command = ["kubectl", *args, "-n", SPACE]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    client_side = kubectl("create", "--dry-run=client", "--validate=false", "-f", "-", "-o", "name")
-    assert "rayservice.ray.io/llama70b" in client_side
-    assert len(client_side.split()) == len(list(yaml.safe_load_all(text)))
-    kubectl("apply", "--server-side", "--validate=false", "-f", "-")
-    assert "rayservice.ray.io/llama70b" in kubectl("get", "rayservices", "-n", SPACE, "-o", "name")
+    return kubectl
+
+
+def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, kubectl: Kubectl) -> None:
+    """`serve-app render CONFIG | kubectl …`, with kubectl as the judge of both sides."""
+    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).stdout
+    made = kubectl(
+        *("create", "--dry-run=client", "--validate=false", "-f", "-", "-o", "name"), text=text
+    )
+    assert "rayservice.ray.io/llama70b" in made
+    assert len(made.split()) == len(list(yaml.safe_load_all(text)))
+    kubectl("apply", "--server-side", "--validate=false", "-f", "-", text=text)
+    assert "rayservice.ray.io/llama70b" in kubectl("get", "rayservices", "-o", "name")
     # kubectl owns the fields now, with our values: no conflict, nothing to do.
     server = APIServer.connect(kubeconfig)
     document = next(d for d in yaml.safe_load_all(text) if d["kind"] == "RayService")
     assert server.apply(document)["metadata"]["generation"] == 1
+
+
+def test_kubectl_patches_selects_and_deletes(
+    api: KubeAPI, operator: Operator, apply: Callable[..., Document], kubectl: Kubectl
+) -> None:
+    """The remedies that a person types."""
+    first, second = stuck(api, operator, apply)
+    apply()
+    patch = '{"status": {"pendingServiceStatus": null}}'
+    kubectl("patch", "rayservice", NAME, "--subresource=status", "--type=merge", "-p", patch)
+    operator.settle()
+    assert (cluster(api), cluster(api, "pending")) == (first, "")
+    kubectl("delete", "raycluster", second)
+    assert clusters(api) == [first]
+    group = "/spec/workerGroupSpecs/1"
+    patch = f'[{{"op": "replace", "path": "{group}/minReplicas", "value": 2}}]'
+    operator.heal()
+    kubectl("patch", "raycluster", first, "--type=json", "-p", patch)
+    operator.settle()
+    chosen = f"ray.io/cluster in ({first}),ray.io/group!=gateway"
+    shown = kubectl("get", "pods", "-l", chosen, "-o", "name").split()
+    assert len(shown) == 3  # the head and two with GPUs
+    kubectl("delete", "rayservice", NAME, "--wait=false")
+    operator.settle()
+    assert api.all("pods") == []
