@@ -10,6 +10,7 @@ import copy
 from typing import Any
 
 from kube_api import KubeAPI
+from patches import matches
 
 Document = dict[str, Any]
 
@@ -68,7 +69,8 @@ def sync_budgets(api: KubeAPI) -> None:
             "disruptionsAllowed": allowed,
             "conditions": [condition],
         }
-        api.change("poddisruptionbudgets", namespace, name, status=status)
+        if status != budget.get("status"):
+            api.change("poddisruptionbudgets", namespace, name, status=status)
 
 
 def evict(api: KubeAPI, namespace: str, name: str) -> None:
@@ -96,21 +98,8 @@ def evict(api: KubeAPI, namespace: str, name: str) -> None:
 
 def _selected(api: KubeAPI, namespace: str, selector: Document) -> list[Document]:
     """The namespace's pods that a label selector matches."""
-
-    def matches(labels: Document) -> bool:
-        for expression in selector.get("matchExpressions") or []:
-            assert expression["operator"] == "NotIn", expression
-            if labels.get(expression["key"]) in expression["values"]:
-                return False
-        return selector.get("matchLabels", {}).items() <= labels.items()
-
-    return [
-        document
-        for (plural, space, _), document in api.objects.items()
-        if plural == "pods"
-        and space == namespace
-        and matches(document["metadata"].get("labels") or {})
-    ]
+    pods = api.all("pods", namespace)
+    return [pod for pod in pods if matches(selector, pod["metadata"].get("labels") or {})]
 
 
 def _healthy(pod: Document) -> bool:

@@ -2,14 +2,14 @@
 
 No cluster can run on the machines that run these tests, so this imitates what deploying meets:
 bearer tokens, RBAC, discovery, plain 404 for unknown kinds against Status for missing objects,
-generations and resourceVersions, server-side apply and updates, with the ownership of fields and
-conflicts, dry run, strict field validation and defaults from the real CRD, watches that end and
-expire, logs and the Service proxy. Real kubectl is run against it in test_deploy.py, which is
-what keeps it honest. What it has not: admission, garbage collection, structural merge of keyed
-lists (every list is atomic, as the RayService CRD has it).
+generations and resourceVersions, server-side apply, updates and patches, with the ownership of
+fields and conflicts, the status sub-resource, dry run, strict field validation and defaults from
+the real CRD, finalizers, owners' garbage, watches that end and expire, logs and the Service proxy.
+Real kubectl is run against it in test_deploy.py, which is what keeps it honest. What it has not:
+admission, strategic merge patches, structural merge of keyed lists (every list is atomic, as the
+RayService CRD has it).
 
-What the operator and Kubernetes' own controllers do is in controllers.py. Statuses and pods are
-set by the tests.
+Kubernetes' own controllers are in controllers.py, KubeRay's operator is in operator_model.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path as FilePath
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+from patches import Unprocessable, json_patch, merge_patch, selects
 
 from serve_app.kuberay.validate import schema
+
+_START = datetime(2026, 11, 23, 10)
 
 Document = dict[str, Any]
 Path = tuple[str, ...]
@@ -48,6 +52,7 @@ RESOURCES: dict[str, dict[str, tuple[str, bool]]] = {
         "persistentvolumeclaims": ("PersistentVolumeClaim", True),
         "secrets": ("Secret", True),
     },
+    "discovery.k8s.io/v1": {"endpointslices": ("EndpointSlice", True)},
     "apps/v1": {"controllerrevisions": ("ControllerRevision", True)},
     "networking.k8s.io/v1": {
         "networkpolicies": ("NetworkPolicy", True),
@@ -77,7 +82,9 @@ class KubeAPI:
         self.crd = crd
         self._version = 100
         self._history: list[tuple[int, str, Document]] = []
-        self._changed = threading.Condition()
+        self.lock = threading.RLock()
+        """Held over each write: a client's request, a controller's look and what follows of it."""
+        self._changed = threading.Condition(self.lock)
         api = self
 
         class Handler(_Handler):
@@ -112,6 +119,15 @@ class KubeAPI:
     def get(self, plural: str, namespace: str, name: str) -> Document | None:
         return self.objects.get((plural, namespace, name))
 
+    def all(self, plural: str, namespace: str | None = None) -> list[Document]:
+        """The objects of a kind, in one namespace or in all."""
+        with self.lock:
+            return [
+                document
+                for (kind, space, _), document in self.objects.items()
+                if kind == plural and namespace in (None, space)
+            ]
+
     def store(self, plural: str, document: Document, manager: str = "operator") -> Document:
         """Put an object there as another client would, and tell the watches."""
         namespace = document["metadata"].get("namespace", "")
@@ -122,7 +138,8 @@ class KubeAPI:
             metadata = document["metadata"]
             metadata["resourceVersion"] = str(self._version)
             metadata.setdefault("uid", f"uid-{self._version}")
-            metadata.setdefault("creationTimestamp", "2026-11-23T10:00:00Z")
+            made = _START + timedelta(seconds=self._version)  # no two at the same time
+            metadata.setdefault("creationTimestamp", f"{made:%Y-%m-%dT%H:%M:%SZ}")
             generation = int((old or {}).get("metadata", {}).get("generation", 0))
             if old is None or old.get("spec") != document.get("spec"):
                 generation += 1
@@ -137,19 +154,41 @@ class KubeAPI:
 
     def change(self, plural: str, namespace: str, name: str, **changes: Any) -> Document:
         """Replace top-level parts of an object (``status=…``), as a controller does."""
-        with self._changed:
+        with self.lock:
             document = copy.deepcopy(self.objects[(plural, namespace, name)])
-        document.update(changes)
-        return self.store(plural, document)
+            document.update(changes)
+            return self.store(plural, document)
 
     def remove(self, plural: str, namespace: str, name: str) -> Document | None:
+        """Take an object away at once, and then what it owned (the garbage collector)."""
         with self._changed:
             document = self.objects.pop((plural, namespace, name), None)
-            if document is not None:
-                self._version += 1
-                self._history.append((self._version, "DELETED", document))
-                self._changed.notify_all()
+            if document is None:
+                return None
+            self._version += 1
+            self._history.append((self._version, "DELETED", document))
+            self._changed.notify_all()
+            uid = document["metadata"]["uid"]
+            for key, other in list(self.objects.items()):
+                owners = other["metadata"].get("ownerReferences") or []
+                if any(owner.get("uid") == uid for owner in owners):
+                    self.delete(*key)
         return document
+
+    def delete(self, plural: str, namespace: str, name: str) -> Document | None:
+        """Delete as the API does: with finalizers, or a pod that runs, it is only marked so."""
+        with self.lock:
+            document = self.objects.get((plural, namespace, name))
+            if document is None:
+                return None
+            running = plural == "pods" and document.get("status", {}).get("phase") == "Running"
+            if not running and not document["metadata"].get("finalizers"):
+                return self.remove(plural, namespace, name)
+            if "deletionTimestamp" not in document["metadata"]:
+                document = copy.deepcopy(document)
+                document["metadata"]["deletionTimestamp"] = "2026-11-26T10:00:00Z"
+                self.store(plural, document)
+            return document
 
     def update(self, plural: str, document: Document, manager: str) -> Document:
         """Write a whole object, as `kubectl edit` and controllers do.
@@ -157,13 +196,34 @@ class KubeAPI:
         Who updates becomes the only owner of each field that it changed, and of no other.
         """
         key = (plural, document["metadata"].get("namespace", ""), document["metadata"]["name"])
-        before, after = _fields(self.objects[key]), _fields(document)
-        owners = {path: who for path, who in self.owners[key].items() if path in after}
-        changed = [path for path in after if path not in before or before[path] != after[path]]
-        owners |= {path: {(manager, "Update")} for path in changed}
-        self.store(plural, document)
-        self.owners[key] = owners
+        with self.lock:
+            before, after = _fields(self.objects[key]), _fields(document)
+            owners = {path: who for path, who in self.owners[key].items() if path in after}
+            changed = [path for path in after if path not in before or before[path] != after[path]]
+            owners |= {path: {(manager, "Update")} for path in changed}
+            self.store(plural, document)
+            self.owners[key] = owners
+            metadata = document["metadata"]
+            if "deletionTimestamp" in metadata and not metadata.get("finalizers"):
+                self.remove(*key)
         return document
+
+    def replace(
+        self, plural: str, old: Document, new: Document, manager: str, *, sub: str, dry_run: bool
+    ) -> tuple[int, Document]:
+        """A PUT or a patch: the status by its sub-resource only, everything else without it."""
+        version = (new.get("metadata") or {}).get("resourceVersion")
+        if version not in (None, old["metadata"]["resourceVersion"]):
+            name = old["metadata"]["name"]
+            return _status(409, "Conflict", f'{plural} "{name}": the object has been modified')
+        kept, taken = (old, new) if sub == "status" else (new, old)
+        new = copy.deepcopy({**kept, "status": taken.get("status")})
+        if new["status"] is None:
+            del new["status"]
+        same = {**old, "metadata": 0} == {**new, "metadata": 0}
+        if dry_run or (same and old["metadata"] == new["metadata"]):
+            return 200, new
+        return 200, self.update(plural, new, manager)
 
     def apply(
         self, plural: str, wanted: Document, manager: str, *, force: bool, dry_run: bool
@@ -230,6 +290,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._serve("POST")
 
+    def do_PUT(self) -> None:
+        self._serve("PUT")
+
     def do_PATCH(self) -> None:
         self._serve("PATCH")
 
@@ -256,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.fullmatch(
             r"/(?:api/(?P<core>v1)|apis/(?P<group>[^/]+/[^/]+))"
             r"(?:/namespaces/(?P<namespace>[^/]+)(?=/[a-z]))?"
-            r"/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>log|proxy)(?P<rest>/.*)?)?",
+            r"/(?P<plural>[a-z]+)(?:/(?P<name>[^/]+))?(?:/(?P<sub>log|proxy|status)(?P<rest>/.*)?)?",
             unquote(parts.path),
         )
         group = match and (match["core"] or match["group"])
@@ -264,21 +327,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._text(404, "404 page not found\n")
             return
         plural, namespace, name = match["plural"], match["namespace"] or "", match["name"]
-        verbs = {"GET": "get" if name else "list", "POST": "create", "PATCH": "patch"}
-        verb = verbs.get(method, "delete")
-        if (verb, plural) in kube.forbidden or (
+        verbs = {"POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
+        verb = verbs.get(method, "get" if name else "list")
+        resource = f"{plural}/status" if match["sub"] == "status" else plural
+        if (verb, resource) in kube.forbidden or (
             match["sub"] and ("get", match["sub"]) in kube.forbidden
         ):
             where = f' in the namespace "{namespace}"' if namespace else " at the cluster scope"
             message = (
-                f'{plural} is forbidden: User "me" cannot {verb} resource "{plural}" in API group '
-                f'"{str(group).rpartition("/")[0]}"{where}'
+                f'{plural} is forbidden: User "me" cannot {verb} resource "{resource}" in API '
+                f'group "{str(group).rpartition("/")[0]}"{where}'
             )
             self._send(*_status(403, "Forbidden", message))
         elif match["sub"] == "log":
             self._log(name, query)
         elif match["sub"] == "proxy":
-            self._proxy(method, name, match["rest"] or "/", body)
+            self._proxy(method, namespace, name, match["rest"] or "/", body)
         elif method == "GET" and name:
             found = kube.get(plural, namespace, name)
             self._send(*((200, found) if found else _missing(plural, str(group), name)))
@@ -286,59 +350,59 @@ class _Handler(BaseHTTPRequestHandler):
             self._watch(plural, namespace, query)
         elif method == "GET":
             self._list(plural, namespace, str(group), query)
-        elif method == "DELETE":
-            gone = kube.remove(plural, namespace, name)
-            self._send(*((200, gone) if gone else _missing(plural, str(group), name)))
         else:
-            self._write(method, plural, namespace, str(group), name, query, body)
+            with kube.lock:
+                answer = self._write(method, plural, namespace, str(group), match, query, body)
+            self._send(*answer)
 
     def _write(
-        self, method: str, plural: str, namespace: str, group: str, name: str | None,
+        self, method: str, plural: str, namespace: str, group: str, match: re.Match[str],
         query: dict[str, str], body: str,
-    ) -> None:  # fmt: skip
-        kube = self.kube
-        content_type = self.headers.get("Content-Type", "")
-        if method == "PATCH" and content_type != "application/apply-patch+yaml":
-            self._send(*_status(415, "UnsupportedMediaType", f"unsupported: {content_type}"))
-            return
-        document: Document = yaml.safe_load(body)
-        metadata = document.get("metadata") or {}
+    ) -> tuple[int, Document]:  # fmt: skip
+        kube, name = self.kube, match["name"]
         namespaced = kube.resources[group][plural][1]
         if namespaced and ("namespaces", "", namespace) not in kube.objects:
-            self._send(*_missing("namespaces", "v1", namespace))
-            return
+            return _missing("namespaces", "v1", namespace)
+        old = kube.get(plural, namespace, name or "")
+        content_type = self.headers.get("Content-Type", "")
+        applied = method == "PATCH" and content_type == "application/apply-patch+yaml"
+        if name and not applied and old is None:
+            return _missing(plural, group, name)
+        dry_run = query.get("dryRun") == "All"
+        if method == "DELETE":
+            gone = old if dry_run else kube.delete(plural, namespace, name)
+            return 200, gone or {}
+        if old is not None and method == "PATCH" and not applied:
+            try:
+                document = _patched(old, yaml.safe_load(body), content_type)
+            except Unprocessable as error:
+                return _status(422, "Invalid", str(error))
+            if document is None:
+                return _status(415, "UnsupportedMediaType", f"unsupported: {content_type}")
+        else:
+            document = yaml.safe_load(body)
+        metadata = document.get("metadata") or {}
         if name is not None and metadata.get("name") != name:
-            self._send(*_status(400, "BadRequest", "the name of the object does not match the URL"))
-            return
-        refused = self._refuse(plural, document, query)
-        if refused:
-            self._send(*refused)
-        elif method == "POST":
+            return _status(400, "BadRequest", "the name of the object does not match the URL")
+        if refused := self._refuse(plural, document, query):
+            return refused
+        agent = self.headers.get("User-Agent", "").partition("/")[0]
+        manager = query.get("fieldManager") or agent
+        if method == "POST":
             if kube.get(plural, namespace, metadata["name"]):
                 text = f'{plural} "{metadata["name"]}" already exists'
-                self._send(*_status(409, "AlreadyExists", text))
-            else:
-                if "dryRun" not in query:
-                    document = kube.store(plural, document, "poster")
-                self._send(201, document)
-        elif not query.get("fieldManager"):
-            self._send(
-                *_status(
-                    400,
-                    "BadRequest",
-                    "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value",
-                )
-            )
-        else:
-            self._send(
-                *kube.apply(
-                    plural,
-                    document,
-                    query["fieldManager"],
-                    force=query.get("force") == "true",
-                    dry_run=query.get("dryRun") == "All",
-                )
-            )
+                return _status(409, "AlreadyExists", text)
+            return 201, document if dry_run else kube.store(plural, document, manager)
+        if not applied:
+            assert old is not None
+            sub = match["sub"] or ""
+            return kube.replace(plural, old, document, manager, sub=sub, dry_run=dry_run)
+        if not query.get("fieldManager"):
+            text = "PatchOptions.meta.k8s.io is invalid: fieldManager: Required value"
+            return _status(400, "BadRequest", text)
+        return kube.apply(
+            plural, document, manager, force=query.get("force") == "true", dry_run=dry_run
+        )
 
     def _refuse(
         self, plural: str, document: Document, query: dict[str, str]
@@ -358,15 +422,10 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _list(self, plural: str, namespace: str, group: str, query: dict[str, str]) -> None:
-        wanted = dict(
-            p.split("=", 1) for p in query.get("labelSelector", "").split(",") if "=" in p
-        )
         items = [
             document
-            for (kind, space, _), document in sorted(self.kube.objects.items())
-            if kind == plural
-            and (not namespace or space == namespace)
-            and wanted.items() <= (document["metadata"].get("labels") or {}).items()
+            for document in self.kube.all(plural, namespace or None)
+            if selects(query.get("labelSelector", ""), document["metadata"].get("labels") or {})
         ]
         kind = self.kube.resources[group][plural][0]
         meta = {"resourceVersion": str(self.kube._version)}
@@ -389,7 +448,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunk("")
             return
         while time.monotonic() < deadline:
-            for version, kind, document in kube.events_since(since, deadline):
+            if time.monotonic() < kube.away_until:
+                self.close_connection = True
+                return
+            soon = min(deadline, time.monotonic() + 0.1)  # it may go away meanwhile
+            for version, kind, document in kube.events_since(since, soon):
                 since = version
                 metadata = document["metadata"]
                 if (metadata.get("namespace", ""), metadata["name"]) == (namespace, name):
@@ -409,12 +472,33 @@ class _Handler(BaseHTTPRequestHandler):
         tail = lines[-int(query["tailLines"]) :] if "tailLines" in query else lines
         self._text(200, "".join(f"{line}\n" for line in tail))
 
-    def _proxy(self, method: str, service: str, path: str, body: str) -> None:
-        if self.kube.proxy is None:
+    def _proxy(self, method: str, namespace: str, service: str, path: str, body: str) -> None:
+        if self.kube.proxy is None or not self._has_endpoint(namespace, service):
             text = f'no endpoints available for service "{service}"'
             self._send(*_status(503, "ServiceUnavailable", text))
             return
         self._text(*self.kube.proxy(method, service, path, json.loads(body) if body else None))
+
+    def _has_endpoint(self, namespace: str, service: str) -> bool:
+        """Whether a Ready pod has the named port (ResourceLocation of the Service's REST storage).
+
+        A test that has no Service object lets its proxy function decide.
+        """
+        name, _, port = service.partition(":")
+        with self.kube.lock:
+            if self.kube.get("services", namespace, name) is None:
+                return True
+            slices = [
+                document
+                for document in self.kube.all("endpointslices", namespace)
+                if document["metadata"]["labels"]["kubernetes.io/service-name"] == name
+            ]
+        return any(
+            endpoint["conditions"]["ready"]
+            for document in slices
+            if port in [p["name"] for p in document["ports"] or []]
+            for endpoint in document["endpoints"]
+        )
 
     def _discovery(self, path: str) -> bool:
         kube = self.kube
@@ -437,7 +521,7 @@ class _Handler(BaseHTTPRequestHandler):
                     "singularName": kind.lower(),
                     "kind": kind,
                     "namespaced": namespaced,
-                    "verbs": ["create", "delete", "get", "list", "patch", "watch"],
+                    "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"],
                 }
                 for plural, (kind, namespaced) in kube.resources[group_version].items()
             ]
@@ -510,6 +594,15 @@ def _conflict(version: str, conflicts: list[tuple[Path, Owner]]) -> tuple[int, D
         ]
     }
     return code, status
+
+
+def _patched(old: Document, patch: Any, content_type: str) -> Document | None:
+    """The object after a patch; None for a kind of patch that custom resources do not take."""
+    if content_type == "application/merge-patch+json":
+        return dict(merge_patch(old, patch))
+    if content_type == "application/json-patch+json":
+        return json_patch(old, patch)
+    return None
 
 
 def _missing(plural: str, group: str, name: str | None) -> tuple[int, Document]:

@@ -7,184 +7,61 @@ import copy
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
-
-import yaml
-from click.testing import CliRunner, Result
-from controllers import Refused, adopt, cluster_of_pods, delete_cluster, evict
-from harness.manifests import CRD, ROOT
+from click.testing import Result
+from controllers import Refused, cluster_of_pods, delete_cluster, evict
+from deploying import (
+    BIGGER,
+    CONFIG,
+    GROUPS,
+    NAME,
+    NOPE,
+    OPERATORS,
+    RUNNING,
+    SMALL,
+    SPACE,
+    answers,
+    config,
+    deployed,
+    edited,
+    later,
+    node,
+    owners,
+    pod,
+    pool,
+    service,
+    set_status,
+)
+from harness.manifests import ROOT
 from kube_api import KubeAPI
+from operator_model import Operator, running, wanted
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
-from serve_app.kuberay import cli
 from serve_app.kuberay.live import follow, revisions
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.live.target import Target
-from serve_app.kuberay.validate import schema
 from serve_app.replica.no_route import NoRoute
-
-NAME, SPACE = "llama70b", "serve-app"
-CONFIG = ROOT / "configs/llama70b.yaml"
-
-
-@pytest.fixture(scope="module")
-def crd() -> dict[str, Any] | None:
-    return schema.load_crd(CRD)
-
-
-@pytest.fixture
-def api(crd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeAPI]:
-    server = KubeAPI(crd)
-    monkeypatch.setattr(follow, "_SETTLE_S", 0.2)
-    monkeypatch.setattr(follow, "_LOOK_S", 0.5)
-    server.store("namespaces", {"metadata": {"name": SPACE}})
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def kubeconfig(api: KubeAPI, tmp_path: Path) -> Path:
-    return api.kubeconfig(tmp_path / "kubeconfig")
-
-
-@pytest.fixture
-def run(kubeconfig: Path) -> Callable[..., Result]:
-    """Run a command of the CLI; errors for users come out as exceptions."""
-
-    def run(command: str, *args: str) -> Result:
-        return CliRunner().invoke(
-            getattr(cli, command),
-            [*args, "--kubeconfig", str(kubeconfig)],
-            catch_exceptions=False,
-        )
-
-    return run
-
-
-def config(tmp_path: Path, *changes: tuple[str, str]) -> str:
-    text = CONFIG.read_text()
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path = tmp_path / f"{NAME}.yaml"
-    path.write_text(text)
-    return str(path)
-
-
-def service(api: KubeAPI) -> dict[str, Any]:
-    found = api.get("rayservices", SPACE, NAME)
-    assert found is not None
-    return found
-
-
-def set_status(
-    api: KubeAPI,
-    apps: dict[str, str],
-    *,
-    message: str = "",
-    active: str = "llama70b-abcde",
-    pending: dict[str, str] | None = None,
-    conditions: dict[str, tuple[str, str]] | None = None,
-) -> None:
-    """Play the operator: statuses for the spec as it is now."""
-    adopt(api, SPACE, NAME)
-
-    def part(cluster: str, statuses: dict[str, str]) -> dict[str, Any]:
-        entries = {n: {"status": s, "message": message} for n, s in statuses.items()}
-        return {"rayClusterName": cluster, "applicationStatuses": entries}
-
-    ready = all(s == "RUNNING" for s in apps.values()) and bool(apps)
-    default = {"Ready": ("True" if ready else "False", "NonZeroServeEndpoints")}
-    status = {
-        "observedGeneration": service(api)["metadata"]["generation"],
-        "activeServiceStatus": part(active, apps),
-        "conditions": [
-            {"type": kind, "status": value, "reason": reason, "message": message}
-            for kind, (value, reason) in {**default, **(conditions or {})}.items()
-        ],
-    }
-    if pending is not None:
-        status["pendingServiceStatus"] = part("llama70b-fghij", pending)
-    api.change("rayservices", SPACE, NAME, status=status)
-
-
-RUNNING = {"llama-3.3-70b": "RUNNING", "gateway": "RUNNING"}
-
-
-def later(api: KubeAPI, *steps: Callable[[], Any]) -> threading.Thread:
-    """Do things one after the other while a command waits for its RayService."""
-
-    def play() -> None:
-        while not any("watch=true" in path for _, path in api.requests):
-            time.sleep(0.05)
-        for step in steps:
-            step()
-            time.sleep(0.3)
-
-    thread = threading.Thread(target=play, daemon=True)
-    thread.start()
-    return thread
-
-
-def deployed(api: KubeAPI, run: Callable[..., Result]) -> None:
-    run("deploy", str(CONFIG), "--no-wait")
-    set_status(api, RUNNING)
-
-
-def answers(api: KubeAPI) -> list[tuple[str, str, Any]]:
-    """Let the Service answer, and record what it was asked."""
-    asked: list[tuple[str, str, Any]] = []
-
-    def proxy(method: str, name: str, path: str, body: Any) -> tuple[int, str]:
-        asked.append((name, path, body))
-        return 200, "{}"
-
-    api.proxy = proxy
-    return asked
-
-
-def pod(name: str, role: str, **status: Any) -> dict[str, Any]:
-    labels = {
-        "app.kubernetes.io/part-of": "serve-app",
-        "app.kubernetes.io/instance": NAME,
-        "serve-app/role": role,
-        "ray.io/group": role,
-    }
-    return {
-        "metadata": {"name": name, "namespace": SPACE, "labels": labels},
-        "spec": {"containers": []},
-        "status": status,
-    }
-
 
 # --- deploy -------------------------------------------------------------------------------------
 
 
 def test_a_first_deployment_is_applied_watched_and_every_model_asked(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
     asked = answers(api)
-    waiting = {"llama-3.3-70b": "DEPLOYING", "gateway": "RUNNING"}
-    later(
-        api,
-        lambda: api.store("pods", pod("llama70b-gpu-1", "gpu", phase="Pending")),
-        lambda: set_status(api, waiting, message="loading weights"),
-        lambda: set_status(api, RUNNING),
-    )
+    operator.outcome = lambda application: ("DEPLOYING", "loading weights")
+    operator.machines.unready.add("h100-x4")
+    later(api, operator.settle, operator.heal, operator.settle)
     result = run("deploy", str(CONFIG))
     out = result.output
     assert result.exit_code == 0, out
@@ -192,8 +69,8 @@ def test_a_first_deployment_is_applied_watched_and_every_model_asked(
     assert "warning: h100-x4 needs 4 more GPUs, but 0 can be had" in out
     assert "--force" not in out  # nothing is in the way of a first deployment
     assert "applied RayService llama70b" in out and "revision 1; back with" in out
-    assert "llama-3.3-70b: DEPLOYING: loading weights" in out
-    assert "gpu pods: 1 starting" in out
+    assert "next llama-3.3-70b: DEPLOYING: loading weights" in out
+    assert "h100-x4 pods: 1 running" in out
     assert out.rstrip().endswith("ready: every model answers")
     # The model was asked by a real request through the Service; the gateway is no model.
     body = {"model": "llama-3.3-70b", "prompt": "ready?", "max_tokens": 1}
@@ -202,16 +79,22 @@ def test_a_first_deployment_is_applied_watched_and_every_model_asked(
     assert {"rayservices", "ingresses", "poddisruptionbudgets", "networkpolicies"} <= kinds
 
 
-def test_one_model_that_does_not_run_is_not_ready(api: KubeAPI, run: Callable[..., Result]) -> None:
+def test_one_model_that_does_not_run_is_not_ready(
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
+) -> None:
     run("deploy", str(CONFIG), "--no-wait")
-    # KubeRay says Ready as soon as there is one endpoint.
-    set_status(
-        api,
-        {"llama-3.3-70b": "DEPLOYING", "gateway": "RUNNING"},
-        conditions={"Ready": ("True", "NonZeroServeEndpoints")},
+    operator.settle()
+    operator.outcome = lambda application: (
+        ("DEPLOYING", "loading weights") if "engine" in application["args"] else ("RUNNING", "")
     )
-    with pytest.raises(UserError, match=r"is not ready after 1 s: llama-3.3-70b: DEPLOYING"):
-        run("deploy", str(CONFIG), "--timeout", "1")
+    changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
+    later(api, operator.settle)
+    with pytest.raises(
+        UserError, match=r"is not ready after 2 s: llama-3.3-70b: DEPLOYING: loading weights"
+    ):
+        run("deploy", changed, "--timeout", "2")
+    # KubeRay says Ready as soon as there is one endpoint.
+    assert "Ready: yes (NonZeroServeEndpoints)" in run("status", NAME).output
 
 
 def test_a_model_that_runs_but_does_not_answer_is_an_error(
@@ -283,15 +166,15 @@ def test_a_model_that_the_gateway_does_not_know_is_an_error(
 
 
 def test_statuses_of_the_spec_before_do_not_count(
-    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
 ) -> None:
-    deployed(api, run)
-    answers(api)
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
     changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
     # The operator has not read the change yet: RUNNING is the old models'.
     with pytest.raises(UserError, match="is not ready after 1 s"):
         run("deploy", changed, "--timeout", "1")
-    set_status(api, RUNNING)
+    operator.settle()
     assert run("deploy", changed).output.rstrip().endswith("every model answers")
 
 
@@ -322,59 +205,70 @@ def test_a_failing_application_ends_the_wait_with_its_reason_and_the_pods(
 
 
 def test_the_reason_of_a_failed_update_is_that_of_its_deployment(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     """As real Serve says it."""
-    deployed(api, run)
-    reason = (
-        "The deployment failed to start 3 times in a row during a rolling update. Traceback …\n"
-        "serve_app.errors.UserError: '/nope' is neither a folder nor a hub id\n"
-    )
-    status = service(api)["status"]
-    status["activeServiceStatus"]["applicationStatuses"]["llama-3.3-70b"] = {
-        "status": "DEPLOY_FAILED",
-        "message": "Failed to update the deployments ['ModelServer'].",
-        "serveDeploymentStatuses": {"ModelServer": {"status": "UNHEALTHY", "message": reason}},
-    }
-    api.change("rayservices", SPACE, NAME, status=status)
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    run("deploy", config(tmp_path, NOPE), "--no-wait")
+    operator.settle()
     line = "llama-3.3-70b: DEPLOY_FAILED: '/nope' is neither a folder nor a hub id"
     assert line in run("status", NAME).output
 
 
 def test_the_failure_that_a_change_mends_is_not_that_of_the_change(
-    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+    operator: Operator, run: Callable[..., Result], tmp_path: Path
 ) -> None:
     """The operator reports the new generation a reconcile before the statuses of its spec."""
-    deployed(api, run)
-    answers(api)
-    failed = {"llama-3.3-70b": "DEPLOY_FAILED", "gateway": "RUNNING"}
-    old = {"Ready": ("False", "ValidationFailed")}
-    later(
-        api,
-        lambda: set_status(api, failed, message="the old failure", conditions=old),
-        lambda: set_status(api, failed, message="the old failure"),
-        lambda: set_status(api, RUNNING),
-    )
-    changed = config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128"))
-    assert run("deploy", changed).output.rstrip().endswith("ready: every model answers")
-
-
-def test_a_refusal_counts_only_when_the_operator_has_spoken_since(
-    api: KubeAPI, run: Callable[..., Result]
-) -> None:
-    """It stays until the operator reads the next spec, and does not say of which one it is."""
     run("deploy", str(CONFIG), "--no-wait")
-    set_status(api, {}, message="no name", conditions={"Ready": ("False", "ValidationFailed")})
-    status = service(api)["status"] | {"observedGeneration": 0, "lastUpdateTime": "10:00:00"}
-    api.change("rayservices", SPACE, NAME, status=status)
-    with pytest.raises(
-        UserError, match="is not ready after 1 s: the operator refuses the spec: no"
+    operator.settle()
+    run("deploy", config(tmp_path, NOPE), "--no-wait")
+    operator.settle()
+    with running(operator):
+        output = run("deploy", str(CONFIG)).output
+    assert output.rstrip().endswith("ready: every model answers")
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A config whose spec the operator refuses, by a rule that we do not have."""
+    monkeypatch.setattr(
+        wanted,
+        "invalid",
+        lambda service: "a new rule" if "max_num_seqs: 13" in str(service["spec"]) else None,
+    )
+    monkeypatch.setattr(follow, "_FAILED_S", 0.5)
+    return config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 13"))
+
+
+def test_a_spec_that_the_operator_refuses_ends_the_wait(
+    operator: Operator, run: Callable[..., Result], refused: str
+) -> None:
+    with (
+        running(operator),
+        pytest.raises(UserError, match="refuses llama70b: a new rule"),
     ):
-        run("deploy", str(CONFIG), "--timeout", "1")
-    said = status | {"lastUpdateTime": "10:00:02"}
-    later(api, lambda: api.change("rayservices", SPACE, NAME, status=said))
-    with pytest.raises(UserError, match=r"^KubeRay's operator refuses llama70b: no name$"):
-        run("deploy", str(CONFIG))
+        run("deploy", refused)
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    # The refusal of an update has the generation of the spec before.
+    with (
+        running(operator),
+        pytest.raises(UserError, match="refuses llama70b: a new rule"),
+    ):
+        run("deploy", refused)
+    assert "refuses the current spec, or has not read it yet: a new" in run("status", NAME).output
+
+
+def test_the_refusal_of_a_spec_is_not_that_of_its_correction(
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], refused: str
+) -> None:
+    """While the operator has not looked, it still reports the refusal."""
+    for applied in (str(CONFIG), refused):
+        run("deploy", applied, "--no-wait")
+        operator.settle()
+    later(api, lambda: time.sleep(2), operator.settle)
+    assert run("deploy", str(CONFIG)).output.rstrip().endswith("ready: every model answers")
 
 
 def test_what_keeps_everything_waiting_comes_first(
@@ -390,27 +284,27 @@ def test_what_keeps_everything_waiting_comes_first(
 
 
 def test_models_of_which_nothing_is_reported_may_serve(
-    api: KubeAPI, run: Callable[..., Result]
+    operator: Operator, run: Callable[..., Result], image: Callable[[str], tuple[str, ...]]
 ) -> None:
     """So it is while a second cluster starts, and while the head is away."""
-    deployed(api, run)
-    set_status(api, {}, pending={"llama-3.3-70b": "DEPLOYING"})
+    run(*image("1"))
+    operator.settle()
+    operator.machines.gpus = 4
+    run(*image("2"))
+    operator.settle()
     output = run("status", NAME).output
-    assert "llama-3.3-70b: not reported" in output
+    assert "  llama-3.3-70b: not reported" in output
     assert "next llama-3.3-70b: DEPLOYING" in output
     assert "NOT_STARTED" not in output
 
 
 def test_an_api_server_that_is_away_for_seconds_ends_nothing(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
-    answers(api)
-
     def go_away() -> None:
         api.away_until = time.monotonic() + 3
-        set_status(api, RUNNING)
 
-    later(api, go_away)
+    later(api, go_away, operator.settle)
     output = run("deploy", str(CONFIG)).output
     assert "cannot be reached; check the kubeconfig's server and the network; the deployment" in (
         output
@@ -419,23 +313,23 @@ def test_an_api_server_that_is_away_for_seconds_ends_nothing(
 
 
 def test_a_service_without_an_endpoint_is_asked_again(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
     """After a switch the operator turns it before the new gateways are Ready."""
-    asked = answers(api)
-    answer = api.proxy
-    assert answer is not None
+    operator.machines.unready.add("gateway")
 
-    def proxy(*request: Any) -> tuple[int, str]:
-        if len(asked) < 2:
-            asked.append(request)
-            return 503, 'no endpoints available for service "llama70b-serve-svc:serve"'
-        return answer(*request)
+    def become_ready() -> None:
+        while not asked():
+            time.sleep(0.05)
+        operator.heal()
+        operator.settle()
 
-    api.proxy = proxy
-    later(api, lambda: set_status(api, RUNNING))
+    def asked() -> int:
+        return sum("/proxy/v1/completions" in path for _, path in api.requests)
+
+    later(api, operator.settle, become_ready)
     assert run("deploy", str(CONFIG)).output.rstrip().endswith("ready: every model answers")
-    assert len(asked) == 3
+    assert asked() > 1
 
 
 def test_warnings_are_those_of_this_service_the_latest_last(
@@ -495,6 +389,7 @@ def test_pods_without_a_machine_are_explained(api: KubeAPI, run: Callable[..., R
             "type": "Warning",
             "reason": "FailedToCreateRayCluster",
             "message": "quota exceeded",
+            "eventTime": "2099-01-01T00:00:00.000000Z",
             "involvedObject": {"kind": "RayService", "name": NAME},
         },
     )
@@ -661,13 +556,6 @@ def test_diff_of_the_same_is_empty(api: KubeAPI, run: Callable[..., Result]) -> 
     assert (result.exit_code, result.output) == (0, "this changes nothing\n")
 
 
-SMALL = (
-    "- name: small\n  route_prefix: null\n  import_path: serve_app.model:app\n"
-    "  args: {model: org/small, resources: {accelerator_type: L4}}\n\n- name: gateway"
-)
-"""A model of another shape."""
-
-
 def test_a_model_of_a_new_shape_is_appended_in_place(
     api: KubeAPI, run: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -676,43 +564,6 @@ def test_a_model_of_a_new_shape_is_appended_in_place(
     assert "changes the running cluster in place (1 GPUs)" in output
     assert "application 'small' is added" in output
     assert "worker group 'l4-x1' is added" in output
-
-
-def node(
-    gpus: int, name: str = "n1", *, kind: str = "p5.48xlarge", ready: str = "True", **spec: Any
-) -> dict[str, Any]:
-    """A machine as Kubernetes shows it; `kubectl cordon` and a lost kubelet leave taints, too."""
-    taints = [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]
-    if spec.get("unschedulable"):
-        taints.append({"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"})
-    if ready != "True":
-        taints.append({"key": "node.kubernetes.io/unreachable", "effect": "NoExecute"})
-    return {
-        "metadata": {"name": name, "labels": {"node.kubernetes.io/instance-type": kind}},
-        "spec": {"taints": taints, **spec},
-        "status": {
-            "allocatable": {"nvidia.com/gpu": str(gpus)},
-            "conditions": [{"type": "Ready", "status": ready}],
-        },
-    }
-
-
-def pool(limit: int, used: int, *types: str) -> dict[str, Any]:
-    requirements = [
-        {"key": "node.kubernetes.io/instance-type", "operator": "In", "values": list(types)}
-    ]
-    return {
-        "metadata": {"name": f"pool-{'-'.join(types) or 'any'}"},
-        "spec": {
-            "limits": {"nvidia.com/gpu": str(limit)},
-            "template": {"spec": {"requirements": requirements if types else []}},
-        },
-        "status": {"resources": {"nvidia.com/gpu": str(used)}},
-    }
-
-
-BIGGER = ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n")
-"""A change that makes a new cluster."""
 
 
 @pytest.mark.parametrize(
@@ -794,39 +645,6 @@ def test_a_change_that_kuberay_ignores_is_refused(
 
 # --- who owns which field -----------------------------------------------------------------------
 
-OPERATORS = ("kuberay-operator", "Update")
-GROUPS = ("spec", "rayClusterConfig", "workerGroupSpecs")
-
-
-def owners(api: KubeAPI) -> dict[tuple[str, ...], set[tuple[str, str]]]:
-    return api.owners["rayservices", SPACE, NAME]
-
-
-def test_the_operators_first_update_takes_no_field_that_we_apply(
-    api: KubeAPI, run: Callable[..., Result]
-) -> None:
-    deployed(api, run)
-    assert service(api)["metadata"]["finalizers"] == ["ray.io/rayservice-finalizer"]
-    assert {path for path, who in owners(api).items() if OPERATORS in who} == {
-        ("spec", "serveService", "status", "loadBalancer")
-    }
-
-
-def test_the_stand_in_refuses_a_list_that_the_operator_wrote_as_a_real_api_server_did(
-    api: KubeAPI, run: Callable[..., Result], kubeconfig: Path
-) -> None:
-    """An older rendering left scaleStrategy out, and its second apply was refused."""
-    old = without_scale_strategy(api, run)
-    adopt(api, SPACE, NAME)
-    assert owners(api)[GROUPS] == {OPERATORS}
-    assert service(api)["metadata"]["generation"] == 2
-    code, status = api.apply("rayservices", old, "serve-app", force=False, dry_run=False)
-    assert code == 409
-    assert status["message"] == (
-        'Apply failed with 1 conflict: conflict with "kuberay-operator" using ray.io/v1: '
-        ".spec.rayClusterConfig.workerGroupSpecs"
-    )
-
 
 def without_scale_strategy(api: KubeAPI, run: Callable[..., Result]) -> dict[str, Any]:
     """A RayService of the first version, deployed; returns what was applied."""
@@ -887,41 +705,22 @@ def drained(api: KubeAPI, cluster: str) -> list[str]:
     return gone
 
 
-@pytest.mark.parametrize("wrong", [{"maxUnavailable": 1}, {"minAvailable": "50%"}])
-def test_the_stand_in_allows_no_disruption_where_pods_of_a_raycluster_must_be_counted(
-    api: KubeAPI, run: Callable[..., Result], wrong: dict[str, Any]
-) -> None:
-    deployed(api, run)
-    cluster_of_pods(api, service(api), FIRST)
-    for plural, space, name in list(api.objects):
-        if plural == "poddisruptionbudgets":
-            budget = copy.deepcopy(api.objects[plural, space, name])
-            budget["spec"] = {"selector": budget["spec"]["selector"], **wrong}
-            api.store(plural, budget)
-    assert drained(api, FIRST) == []
-    status = api.objects["poddisruptionbudgets", SPACE, "llama70b-gateway"]["status"]
-    assert status["disruptionsAllowed"] == 0
-    (condition,) = status["conditions"]
-    assert (condition["type"], condition["status"]) == ("DisruptionAllowed", "False")
-    assert condition["reason"] == "SyncFailed"
-    assert condition["message"] == "rayclusters.ray.io does not implement the scale subresource"
-
-
 def test_a_drain_takes_one_pod_of_a_group_at_a_time_and_ends(
-    api: KubeAPI, run: Callable[..., Result]
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
 ) -> None:
-    deployed(api, run)
-    cluster_of_pods(api, service(api), FIRST)
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    (cluster,) = [document["metadata"]["name"] for document in api.all("rayclusters")]
+
+    def gone() -> list[str]:
+        return sorted(name.partition("-worker")[0] for name in drained(api, cluster))
+
     # Two gateways are always there. One model pod is: it must be able to go.
-    assert drained(api, FIRST) == ["gateway-0", "h100-x4-0"]
-    assert drained(api, FIRST) == []
-    # Once the first has gone and its replacement is Ready, the next may go.
-    gone = api.remove("pods", SPACE, f"{FIRST}-gateway-0")
-    assert gone is not None
-    del gone["metadata"]["deletionTimestamp"]
-    gone["metadata"]["name"] = f"{FIRST}-gateway-2"
-    api.store("pods", gone)
-    assert drained(api, FIRST) == ["gateway-1"]
+    assert gone() == ["gateway", "h100-x4"]
+    assert gone() == []
+    # Once they have gone and their replacements are Ready, the next may go.
+    operator.settle()
+    assert gone() == ["gateway", "h100-x4"]
 
 
 def test_a_budget_of_an_older_version_is_mended_by_a_deployment(
@@ -937,18 +736,6 @@ def test_a_budget_of_an_older_version_is_mended_by_a_deployment(
     assert "maxUnavailable" not in api.objects[key]["spec"]
     cluster_of_pods(api, service(api), FIRST)
     assert "h100-x4-0" in drained(api, FIRST)
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
-    """Arguments of deploy with an image of this tag."""
-
-    def arguments(tag: str) -> tuple[str, ...]:
-        profile = tmp_path / f"{tag}.yaml"
-        profile.write_text(f"image: example.com/serve-app:{tag}\n")
-        return ("deploy", str(CONFIG), "--no-wait", "--force", "--cluster", str(profile))
-
-    return arguments
 
 
 ONE_OF_EACH = ["gateway-0", "h100-x4-0"]
@@ -1158,13 +945,6 @@ def test_forbidden_proxy_leaves_the_answer_open(api: KubeAPI, run: Callable[...,
     assert "every model is RUNNING (not allowed to reach services" in result.output
 
 
-def edited(api: KubeAPI, by: str, **fields: Any) -> None:
-    """Somebody else changes fields of the RayService's spec."""
-    document = copy.deepcopy(service(api))
-    document["spec"] |= fields
-    api.update("rayservices", document, by)
-
-
 def test_a_conflict_names_the_field_and_its_owner(api: KubeAPI, run: Callable[..., Result]) -> None:
     deployed(api, run)
     edited(api, "kubectl-edit", rayClusterDeletionDelaySeconds=5)
@@ -1236,31 +1016,3 @@ def test_the_apis_are_asked_by_server_side_apply_only(
     assert [re.sub(r"\?.*", "", p) for m, p in writes if m == "POST"] == [
         f"/apis/apps/v1/namespaces/{SPACE}/controllerrevisions"
     ]
-
-
-# --- the stand-in against kubectl ---------------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
-def test_kubectl_takes_what_render_prints(api: KubeAPI, kubeconfig: Path, tmp_path: Path) -> None:
-    """`serve-app render CONFIG | kubectl …`, with kubectl as the judge of both sides."""
-    api.token = None  # kubectl sends none without TLS
-    text = CliRunner().invoke(cli.render, [str(CONFIG)], catch_exceptions=False).stdout
-    environment = os.environ | {"HOME": str(tmp_path), "KUBECONFIG": str(kubeconfig)}
-
-    def kubectl(*args: str) -> str:
-        done = subprocess.run(
-            ["kubectl", *args], input=text, capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    client_side = kubectl("create", "--dry-run=client", "--validate=false", "-f", "-", "-o", "name")
-    assert "rayservice.ray.io/llama70b" in client_side
-    assert len(client_side.split()) == len(list(yaml.safe_load_all(text)))
-    kubectl("apply", "--server-side", "--validate=false", "-f", "-")
-    assert "rayservice.ray.io/llama70b" in kubectl("get", "rayservices", "-n", SPACE, "-o", "name")
-    # kubectl owns the fields now, with our values: no conflict, nothing to do.
-    server = APIServer.connect(kubeconfig)
-    document = next(d for d in yaml.safe_load_all(text) if d["kind"] == "RayService")
-    assert server.apply(document)["metadata"]["generation"] == 1

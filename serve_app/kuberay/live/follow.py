@@ -62,7 +62,7 @@ def follow(
             seen = state.of(document)
             headline = [seen.headline] if seen.headline else []
             tell_new([*headline, *seen.lines(), *reasons.pod_lines(target)])
-            if seen.refusal and seen.updated != before.updated:
+            if seen.refusal and seen.spoken != before.spoken:
                 raise UserError(f"KubeRay's operator refuses {target.name}: {seen.refusal}")
             now = (seen.running, seen.failure)
             if now != was:

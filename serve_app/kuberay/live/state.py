@@ -44,7 +44,7 @@ class State:
     """By type."""
 
     updated: str = ""
-    """When the operator wrote the status last; it does so at each refusal of a spec, too."""
+    """When the operator wrote the status last."""
 
     suspended: bool = False
     expected: list[str] = field(default_factory=list)
@@ -102,12 +102,17 @@ class State:
         return ready.message if ready.reason == "ValidationFailed" else None
 
     @property
+    def spoken(self) -> object:
+        """What the operator writes anew at each refusal; its time has whole seconds only."""
+        return self.updated, self.conditions.get("Ready")
+
+    @property
     def headline(self) -> str | None:
         """What keeps everything waiting; None where it is the single applications."""
         if self.suspended:
             return "it is suspended (spec.suspend: true)"
-        if self.refusal:
-            return f"the operator refuses the spec: {self.refusal}"
+        if not self.seen and self.refusal:
+            return f"the operator refuses the current spec, or has not read it yet: {self.refusal}"
         if not self.seen:
             return "the operator has not read the current spec yet (is it running?)"
         return None
