@@ -151,6 +151,18 @@ class KubeAPI:
                 self._changed.notify_all()
         return document
 
+    def delete(
+        self, plural: str, namespace: str, name: str, *, dry_run: bool = False
+    ) -> Document | None:
+        """Delete as a client does: what has finalizers stays, Terminating, until they are gone."""
+        document = self.get(plural, namespace, name)
+        if document is None or dry_run:
+            return document
+        if not document["metadata"].get("finalizers"):
+            return self.remove(plural, namespace, name)
+        metadata = {"deletionTimestamp": "2026-11-26T10:00:00Z"} | document["metadata"]
+        return self.change(plural, namespace, name, metadata=metadata)
+
     def update(self, plural: str, document: Document, manager: str) -> Document:
         """Write a whole object, as `kubectl edit` and controllers do.
 
@@ -287,7 +299,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif method == "GET":
             self._list(plural, namespace, str(group), query)
         elif method == "DELETE":
-            gone = kube.remove(plural, namespace, name)
+            gone = kube.delete(plural, namespace, name, dry_run=query.get("dryRun") == "All")
             self._send(*((200, gone) if gone else _missing(plural, str(group), name)))
         else:
             self._write(method, plural, namespace, str(group), name, query, body)
@@ -368,6 +380,11 @@ class _Handler(BaseHTTPRequestHandler):
             and (not namespace or space == namespace)
             and wanted.items() <= (document["metadata"].get("labels") or {}).items()
         ]
+        if "." not in group or group.endswith("k8s.io/v1"):  # built in: the list says what it has
+            items = [
+                {key: value for key, value in item.items() if key not in ("apiVersion", "kind")}
+                for item in items
+            ]
         kind = self.kube.resources[group][plural][0]
         meta = {"resourceVersion": str(self.kube._version)}
         self._send(
