@@ -1,4 +1,4 @@
-"""``serve-app render | validate | deploy | status | diff | rollback | logs``, each of them thin.
+"""``serve-app render | validate | deploy | status | diff | rollback | logs | delete``: thin.
 
 :func:`register` adds the commands to the program's group.
 """
@@ -49,7 +49,7 @@ _crd_option = click.option(
 
 def register(group: click.Group) -> None:
     """Add every command of this module to ``group``."""
-    for command in (render, validate, deploy, status, diff, rollback, logs):
+    for command in (render, validate, deploy, status, diff, rollback, logs, delete):
         group.add_command(command)
 
 
@@ -400,3 +400,48 @@ def logs(
             click.echo(line)
     except KeyboardInterrupt:
         pass
+
+
+@click.command()
+@click.argument("name", type=_Name())
+@_namespace_option
+@_kubeconfig_option
+@_context_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--wait/--no-wait", default=True, help="Wait until its pods are gone.")
+@_timeout_option
+def delete(
+    name: str,
+    namespace: str,
+    kubeconfig: Path | None,
+    context: str | None,
+    yes: bool,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Delete the RayService NAME and all that is its own; not the weights.
+
+    Ctrl-C stops the waiting: the pods go on going, and the rest stays until it is run again.
+    """
+    from serve_app.kuberay.live import deleting
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.target import Target
+
+    target = Target(APIServer.connect(kubeconfig, context), name, namespace)
+    with _interruptible(f"deleting {name}", "deleted") as tell:
+        fleet = deleting.find(target)
+        click.echo(f"{name} in {namespace} on {target.server.host}: this deletes")
+        for line in fleet.lines():
+            click.echo(f"  {line}")
+        click.echo("and keeps")
+        for line in deleting.stays(target, fleet):
+            click.echo(f"  {line}")
+        if not yes and not sys.stdin.isatty():
+            raise UserError(f"nobody is here to be asked; delete {name} with --yes")
+        if not yes and not click.confirm(f"Delete {name}?"):
+            click.echo("nothing was deleted")
+            sys.exit(1)
+        deleting.delete(
+            target, fleet, wait=wait, timeout_s=timeout, tell=lambda line: tell(_timed(line))
+        )
+    click.echo(f"{name} is gone" if wait else f"{name} goes; its pods may take half an hour")

@@ -1,8 +1,14 @@
-"""deploy --prune: what goes and what stays."""
+"""deploy --prune and delete: what goes, what stays, and in which order."""
 
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +17,17 @@ import pytest
 
 pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 
-from click.testing import Result
+import click.testing
+from click.testing import CliRunner, Result
 from controllers import Refused, cluster_of_pods, delete_cluster, evict
 from deploying import CONFIG, NAME, RUNNING, SMALL, SPACE, config, deployed, service, set_status
+from harness.manifests import ROOT
 from kube_api import KubeAPI
 
 from serve_app.config.document import load
+from serve_app.errors import UserError
+from serve_app.kuberay import cli
+from serve_app.kuberay.live import deleting
 from serve_app.kuberay.live.api_server import Forbidden
 from serve_app.kuberay.render import files
 from serve_app.kuberay.render.names import PART_OF, labels
@@ -280,3 +291,282 @@ def test_without_a_look_at_the_clusters_no_budget_is_pruned(
     with pytest.raises(Forbidden, match="not allowed to list RayCluster"):
         deploy(REDIS, "--prune")
     assert "llama70b-head" in there(api, "poddisruptionbudgets")
+
+
+# --- delete -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deleting, "_LOOK_S", 0.05)
+    monkeypatch.setattr(deleting, "_STUCK_S", 0.2)
+
+
+@pytest.fixture
+def fleet(api: KubeAPI, run: Run, quick: None) -> KubeAPI:
+    """A fleet that runs, with a pod that has GPUs, beside another whose name begins alike."""
+    deployed(api, run)
+    cluster_of_pods(api, service(api), FIRST)
+    gpu_pod = api.objects["pods", SPACE, f"{FIRST}-h100-x4-0"]
+    gpu_pod["spec"]["containers"] = [{"resources": {"requests": {"nvidia.com/gpu": "4"}}}]
+    run("deploy", str(ROOT / "configs/llama70b-2node.yaml"), "--no-wait", "--force")
+    return api
+
+
+def owned_by(api: KubeAPI, name: str) -> set[tuple[str, str]]:
+    """The fleet's own objects, pods too."""
+    return {
+        (plural, key)
+        for (plural, _, key), document in api.objects.items()
+        if labels(name).items() <= (document["metadata"].get("labels") or {}).items()
+    }
+
+
+class Operator:
+    """Plays KubeRay and the garbage collector until the test ends, once the service is to go."""
+
+    def __init__(self, api: KubeAPI) -> None:
+        self.api = api
+        self.left_with_pods: set[tuple[str, str]] = set()
+        """What was there just before the last pod went."""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.02):
+            found = self.api.get("rayservices", SPACE, NAME)
+            if found and "deletionTimestamp" in found["metadata"]:
+                self._over.wait(0.2)
+                self.left_with_pods = owned_by(self.api, NAME)
+                delete_cluster(self.api, SPACE, FIRST)
+                released(self.api, "rayservices", NAME)
+                return
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def released(api: KubeAPI, plural: str, name: str) -> None:
+    """Who holds an object takes the finalizers away, and the object goes."""
+    assert "deletionTimestamp" in api.objects[plural, SPACE, name]["metadata"]
+    api.remove(plural, SPACE, name)
+
+
+def test_delete_shows_asks_and_removes_one_fleet_only(
+    fleet: KubeAPI, kubeconfig: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = owned_by(fleet, "llama70b-2node")
+    monkeypatch.setattr(click.testing._NamedTextIOWrapper, "isatty", lambda _: True, raising=False)
+
+    def answer(text: str) -> Result:
+        args = [NAME, "--kubeconfig", str(kubeconfig)]
+        return CliRunner().invoke(cli.delete, args, input=text, catch_exceptions=False)
+
+    before = set(fleet.objects)
+    result = answer("n\n")
+    assert result.exit_code == 1 and result.output.endswith("nothing was deleted\n")
+    assert set(fleet.objects) == before
+    assert result.output.splitlines()[:-2] == [
+        f"llama70b in serve-app on {fleet.url}: this deletes",
+        f"  RayService llama70b, RayCluster {FIRST}, 4 pods with 4 GPUs",
+        "  Ingress llama70b",
+        "  NetworkPolicy llama70b-clients",
+        "  NetworkPolicy llama70b-internal",
+        "  NetworkPolicy llama70b-operator",
+        "  PodDisruptionBudget llama70b-gateway",
+        "  PodDisruptionBudget llama70b-h100-x4",
+        "  PodDisruptionBudget llama70b-head",
+        "  revisions 1: no rollback after this",
+        "and keeps",
+        "  PersistentVolumeClaim model-cache with the weights, which llama70b-2node mounts too",
+        "  alerts, if applied: kubectl delete podmonitors,prometheusrules -n serve-app "
+        "-l app.kubernetes.io/instance=llama70b",
+        "  Namespace serve-app, its ServiceAccount and Secrets, with llama70b-2node",
+    ]
+    operator = Operator(fleet)
+    result = answer("y\n")
+    operator.stop()
+    assert result.exit_code == 0 and result.output.endswith("llama70b is gone\n"), result.output
+    assert owned_by(fleet, NAME) == set()
+    assert owned_by(fleet, "llama70b-2node") == other
+    assert {"serviceaccounts", "persistentvolumeclaims", "namespaces"} <= {
+        plural for plural, _, _ in fleet.objects
+    }
+    # As long as pods ran, policies kept their ports shut.
+    assert ("networkpolicies", "llama70b-internal") in operator.left_with_pods
+    deleted = [path for method, path in fleet.requests if method == "DELETE" if "dry" not in path]
+    assert deleted[0].endswith("/rayservices/llama70b?propagationPolicy=Foreground")
+    assert not any("propagationPolicy" in path for path in deleted[1:])
+
+
+def test_the_last_fleet_of_a_namespace_names_what_is_still_paid_for(api: KubeAPI, run: Run) -> None:
+    deployed(api, run)
+    output = run("delete", NAME, "--yes", "--no-wait").output
+    assert (
+        "PersistentVolumeClaim model-cache with the weights, whose storage is paid for: "
+        "kubectl delete pvc model-cache -n serve-app"
+    ) in output
+    assert "with no other fleet: kubectl delete ns serve-app" in output
+
+
+def test_nobody_to_ask_is_an_error(fleet: KubeAPI, run: Run) -> None:
+    before = set(fleet.objects)
+    with pytest.raises(UserError, match="nobody is here to be asked; delete llama70b with --yes"):
+        run("delete", NAME)
+    assert set(fleet.objects) == before
+
+
+def test_nothing_to_delete_is_an_error(api: KubeAPI, run: Run) -> None:
+    with pytest.raises(UserError, match="no RayService llama70b in namespace serve-app"):
+        run("delete", NAME, "--yes")
+
+
+def test_who_may_not_delete_one_kind_deletes_nothing(fleet: KubeAPI, run: Run) -> None:
+    fleet.forbidden.add(("delete", "networkpolicies"))
+    before = set(fleet.objects)
+    with pytest.raises(Forbidden, match="not allowed to delete NetworkPolicy llama70b-clients"):
+        run("delete", NAME, "--yes")
+    assert set(fleet.objects) == before
+    assert "deletionTimestamp" not in service(fleet)["metadata"]
+
+
+def attempt(kubeconfig: Path, *args: str) -> tuple[str, str]:
+    """Delete without asking: what was said, and the error."""
+    command = [NAME, "--yes", "--kubeconfig", str(kubeconfig), *args]
+    result = CliRunner().invoke(cli.delete, command)
+    assert result.exception is None or isinstance(result.exception, UserError), result.exception
+    return result.output, str(result.exception or "")
+
+
+def once_terminating(
+    api: KubeAPI, plural: str, name: str, *steps: Callable[[], Any]
+) -> threading.Thread:
+    """Do things when an object is being deleted."""
+
+    def play() -> None:
+        while "deletionTimestamp" not in api.objects[plural, SPACE, name]["metadata"]:
+            time.sleep(0.02)
+        for step in steps:
+            time.sleep(0.4)
+            step()
+
+    thread = threading.Thread(target=play, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_an_operator_that_is_away_is_told_and_the_rest_waits(
+    fleet: KubeAPI, kubeconfig: Path
+) -> None:
+    # Kubernetes deletes clusters and pods by itself.
+    collector = once_terminating(
+        fleet, "rayservices", NAME, lambda: delete_cluster(fleet, SPACE, FIRST)
+    )
+    output, error = attempt(kubeconfig, "--timeout", "2")
+    collector.join()
+    assert "h100-x4 pods: 1 ready" in output
+    assert "RayService llama70b waits for ray.io/rayservice-finalizer" in output
+    assert output.count("nothing happens: is KubeRay's operator running?") == 1
+    assert error == (
+        "not gone in time: RayService llama70b waits for ray.io/rayservice-finalizer; "
+        "run it again for the rest"
+    )
+    assert ("networkpolicies", "llama70b-internal") in owned_by(fleet, NAME)
+    # The operator comes back.
+    back = once_terminating(
+        fleet, "rayservices", NAME, lambda: released(fleet, "rayservices", NAME)
+    )
+    output, error = attempt(kubeconfig)
+    back.join()
+    assert not error and output.endswith("llama70b is gone\n")
+    assert owned_by(fleet, NAME) == set()
+
+
+def test_pods_that_stop_are_no_sign_of_an_operator_that_is_away(
+    fleet: KubeAPI, kubeconfig: Path
+) -> None:
+    output, error = attempt(kubeconfig, "--timeout", "1")
+    assert "is KubeRay's operator running?" not in output
+    assert error.startswith("not gone in time: gateway pods: 2 ready; h100-x4 pods: 1 ready; head")
+
+
+def test_a_cluster_whose_redis_is_not_cleaned_up_is_named(fleet: KubeAPI, kubeconfig: Path) -> None:
+    cluster = fleet.objects["rayclusters", SPACE, FIRST]
+    cluster["metadata"]["finalizers"] = ["ray.io/gcs-ft-redis-cleanup-finalizer"]
+    for plural, space, name in list(fleet.objects):
+        if plural == "pods":
+            fleet.remove(plural, space, name)
+    _, error = attempt(kubeconfig, "--timeout", "0.5")
+    assert f"RayCluster {FIRST} waits for ray.io/gcs-ft-redis-cleanup-finalizer" in error
+
+
+def test_a_load_balancer_that_nobody_takes_down_is_told(fleet: KubeAPI, kubeconfig: Path) -> None:
+    ingress = fleet.objects["ingresses", SPACE, NAME]
+    ingress["metadata"]["finalizers"] = ["ingress.k8s.aws/resources"]
+    operator = Operator(fleet)
+    output, error = attempt(kubeconfig, "--timeout", "2")
+    operator.stop()
+    assert "deleted PodDisruptionBudget llama70b-head" in output
+    assert "nothing happens: is the load balancer controller running?" in output
+    assert "not gone in time: Ingress llama70b waits for ingress.k8s.aws/resources" in error
+
+
+def test_without_waiting_everything_is_asked_to_go(fleet: KubeAPI, kubeconfig: Path) -> None:
+    output, error = attempt(kubeconfig, "--no-wait")
+    assert not error and "its pods may take half an hour" in output
+    assert "deletionTimestamp" in service(fleet)["metadata"]
+    own = {plural for plural, _ in owned_by(fleet, NAME)}
+    assert own == {"rayservices", "rayclusters", "pods"}
+
+
+def test_clusters_without_their_rayservice_go_too(fleet: KubeAPI, kubeconfig: Path) -> None:
+    """After `kubectl delete rayservice --cascade=orphan`, say, they would hold their GPUs."""
+    fleet.remove("rayservices", SPACE, NAME)
+    output, _ = attempt(kubeconfig, "--no-wait")
+    assert f"deleting RayCluster {FIRST}" in output
+    assert "PersistentVolumeClaim model-cache" in output  # as the last revision has it
+    assert there(fleet, "rayclusters") == set()
+
+
+def test_an_api_server_that_is_away_ends_no_deletion(fleet: KubeAPI, kubeconfig: Path) -> None:
+    def away() -> None:
+        fleet.away_until = time.monotonic() + 1
+
+    def finish() -> None:
+        time.sleep(1)
+        delete_cluster(fleet, SPACE, FIRST)
+        released(fleet, "rayservices", NAME)
+
+    steps = once_terminating(fleet, "rayservices", NAME, away, finish)
+    output, error = attempt(kubeconfig)
+    steps.join()
+    assert "it cannot be reached" in output and "the deletion itself goes on" in output
+    assert not error and owned_by(fleet, NAME) == set()
+
+
+def test_ctrl_c_says_how_far_it_came(fleet: KubeAPI, kubeconfig: Path) -> None:
+    code = "from serve_app import cli; cli.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "delete", NAME, "--yes", "--kubeconfig", str(kubeconfig)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # A test run in the background ignores Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "gateway pods: 2 ready" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stdout.read()
+    assert process.wait(10) == 130, rest
+    assert "stopped deleting llama70b: part of it is deleted; run it again for the rest" in rest, (
+        rest
+    )
+    assert "deletionTimestamp" in service(fleet)["metadata"]
+    assert there(fleet, "ingresses") == {NAME, "llama70b-2node"}
