@@ -1,4 +1,4 @@
-"""``serve-app render | validate | deploy | status | diff | rollback | logs``, each of them thin.
+"""``serve-app render | validate | deploy | status | diff | rollback | logs | delete``: thin.
 
 :func:`register` adds the commands to the program's group.
 """
@@ -49,7 +49,7 @@ _crd_option = click.option(
 
 def register(group: click.Group) -> None:
     """Add every command of this module to ``group``."""
-    for command in (render, validate, deploy, status, diff, rollback, logs):
+    for command in (render, validate, deploy, status, diff, rollback, logs, delete):
         group.add_command(command)
 
 
@@ -143,6 +143,11 @@ _timeout_option = click.option(
 @_context_option
 @click.option("--dry-run", is_flag=True, help="Only say what it would do.")
 @click.option("--force", is_flag=True, help="Take over fields of others; go on without the GPUs.")
+@click.option(
+    "--prune",
+    is_flag=True,
+    help="Delete what CONFIG no longer renders: budgets, policies, ingress.",
+)
 @click.option("--wait/--no-wait", default=True, help="Watch until every model answers.")
 @_timeout_option
 def deploy(
@@ -153,6 +158,7 @@ def deploy(
     context: str | None,
     dry_run: bool,
     force: bool,
+    prune: bool,
     wait: bool,
     timeout: float,
 ) -> None:
@@ -162,7 +168,7 @@ def deploy(
     """
     from serve_app.config.document import load
     from serve_app.kuberay.live import deploy as deploying
-    from serve_app.kuberay.live import gpus
+    from serve_app.kuberay.live import gpus, pruning
     from serve_app.kuberay.live.api_server import APIServer
     from serve_app.kuberay.live.target import Target
     from serve_app.kuberay.render import files as rendering
@@ -176,6 +182,7 @@ def deploy(
     name = next(d["metadata"]["name"] for d in documents if d["kind"] == "RayService")
     with _interruptible(f"deploying {name}") as tell:
         server = APIServer.connect(kubeconfig, context)
+        target = Target(server, name, profile.namespace)
         found = deploying.preview(server, documents, force=force)
         change = found.change
         click.echo(f"{name} in {profile.namespace} on {server.host}: this {change}")
@@ -184,21 +191,24 @@ def deploy(
         gpus.check(server, change, force=force, tell=click.echo)
         if change.kind == "ignored" and not force:
             raise UserError(
-                "KubeRay would ignore the change of the cluster (upgradeStrategy None); delete the "
-                "RayService and deploy again, or --force to apply the rest"
+                "KubeRay would ignore the change of the cluster (upgradeStrategy None); "
+                f"serve-app delete {name} and deploy again, or --force to apply the rest"
             )
+        unwanted = pruning.check(target, documents, remove=prune, tell=click.echo)
         if dry_run:
             return
-        number, applied = deploying.apply(server, documents, change, force=force, tell=tell)
+        number, applied = deploying.apply(
+            server, documents, change, unwanted=unwanted, force=force, tell=tell
+        )
     there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
     click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
     if wait:
-        _wait(Target(server, name, profile.namespace), timeout, applied)
+        _wait(target, timeout, applied)
 
 
 @contextmanager
-def _interruptible(what: str) -> Iterator[Callable[[str], None]]:
-    """Say at Ctrl-C how much was applied. What is told of each object goes through the function."""
+def _interruptible(what: str, done: str = "applied") -> Iterator[Callable[[str], None]]:
+    """Say at Ctrl-C how much was done. What is told of each object goes through the function."""
     told = 0
 
     def tell(line: str) -> None:
@@ -209,21 +219,24 @@ def _interruptible(what: str) -> Iterator[Callable[[str], None]]:
     try:
         yield tell
     except KeyboardInterrupt:
-        done = "part of it is applied; run it again for the rest" if told else "nothing was applied"
-        click.echo(f"\nstopped {what}: {done}")
+        so_far = (
+            f"part of it is {done}; run it again for the rest" if told else f"nothing was {done}"
+        )
+        click.echo(f"\nstopped {what}: {so_far}")
         raise
 
 
-def _wait(target: Target, timeout_s: float, applied: dict[str, Any]) -> None:
+def _timed(line: str) -> str:
     import time
 
+    return f"{time.strftime('%H:%M:%S')} {line}"
+
+
+def _wait(target: Target, timeout_s: float, applied: dict[str, Any]) -> None:
     from serve_app.kuberay.live.follow import follow
 
-    def tell(line: str) -> None:
-        click.echo(f"{time.strftime('%H:%M:%S')} {line}")
-
     try:
-        follow(target, applied, timeout_s=timeout_s, tell=tell)
+        follow(target, applied, timeout_s=timeout_s, tell=lambda line: click.echo(_timed(line)))
         _ask_models(target)
     except KeyboardInterrupt:
         click.echo(f"\nno longer watching; the deployment goes on: serve-app status {target.name}")
@@ -289,18 +302,24 @@ def diff(
     """What `deploy` would change, and how KubeRay would go about it. Exit status 1 if anything."""
     from serve_app.config.document import load
     from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live import pruning
     from serve_app.kuberay.live.api_server import APIServer
     from serve_app.kuberay.live.change import difference
+    from serve_app.kuberay.live.target import Target
     from serve_app.kuberay.render import files as rendering
+    from serve_app.kuberay.render.names import instance_name
     from serve_app.kuberay.render.profile import load_profile
 
-    documents = rendering.documents(load(config), load_profile(profile_path))
+    fleet, profile = load(config), load_profile(profile_path)
+    documents = rendering.documents(fleet, profile)
     server = APIServer.connect(kubeconfig, context)
     found = deploying.preview(server, documents, force=True)
     click.echo(difference(found.live, found.future), nl=False)
     click.echo(f"this {found.change}")
     if found.unknown:
         click.echo(found.unknown)
+    target = Target(server, instance_name(fleet), profile.namespace)
+    pruning.check(target, documents, remove=False, tell=click.echo)
     sys.exit(0 if found.change.kind == "none" else 1)
 
 
@@ -376,3 +395,48 @@ def logs(
             click.echo(line)
     except KeyboardInterrupt:
         pass
+
+
+@click.command()
+@click.argument("name", type=_Name())
+@_namespace_option
+@_kubeconfig_option
+@_context_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@click.option("--wait/--no-wait", default=True, help="Wait until its pods are gone.")
+@_timeout_option
+def delete(
+    name: str,
+    namespace: str,
+    kubeconfig: Path | None,
+    context: str | None,
+    yes: bool,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Delete the RayService NAME and all that is its own; not the weights.
+
+    Ctrl-C stops the waiting: the pods go on going, and the rest stays until it is run again.
+    """
+    from serve_app.kuberay.live import deleting
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.target import Target
+
+    target = Target(APIServer.connect(kubeconfig, context), name, namespace)
+    with _interruptible(f"deleting {name}", "deleted") as tell:
+        fleet = deleting.find(target)
+        click.echo(f"{name} in {namespace} on {target.server.host}: this deletes")
+        for line in fleet.lines():
+            click.echo(f"  {line}")
+        click.echo("and keeps")
+        for line in deleting.stays(target, fleet):
+            click.echo(f"  {line}")
+        if not yes and not sys.stdin.isatty():
+            raise UserError(f"nobody is here to be asked; delete {name} with --yes")
+        if not yes and not click.confirm(f"Delete {name}?"):
+            click.echo("nothing was deleted")
+            sys.exit(1)
+        deleting.delete(
+            target, fleet, wait=wait, timeout_s=timeout, tell=lambda line: tell(_timed(line))
+        )
+    click.echo(f"{name} is gone" if wait else f"{name} goes; its pods may take half an hour")

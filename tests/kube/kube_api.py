@@ -427,6 +427,11 @@ class _Handler(BaseHTTPRequestHandler):
             for document in self.kube.all(plural, namespace or None)
             if selects(query.get("labelSelector", ""), document["metadata"].get("labels") or {})
         ]
+        if "." not in group or group.endswith("k8s.io/v1"):  # built in: the list says what it has
+            items = [
+                {key: value for key, value in item.items() if key not in ("apiVersion", "kind")}
+                for item in items
+            ]
         kind = self.kube.resources[group][plural][0]
         meta = {"resourceVersion": str(self.kube._version)}
         self._send(

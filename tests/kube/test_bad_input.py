@@ -129,6 +129,7 @@ def test_a_file_that_is_no_kubeconfig(tmp_path: Path, content: bytes, says: str)
         ["status", "a/b"],
         ["status", ""],
         ["rollback", "Llama70B"],
+        ["delete", "Llama70B", "--yes"],
         ["rollback", "llama70b", "--to", "x"],
         ["logs", "llama70b", "--tail", "-5"],
         ["deploy", "x.yaml", "--timeout", "-1"],

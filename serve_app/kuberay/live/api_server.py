@@ -156,11 +156,14 @@ class APIServer:
     def list(
         self, kind: str, namespace: str | None = None, labels: dict[str, str] | None = None
     ) -> list[Document]:
-        """Every object of a kind, in one namespace or in all, with these labels."""
+        """Every object of a kind, in one namespace or in all, with these labels.
+
+        Each says its kind, which Kubernetes leaves out of lists of its own kinds.
+        """
         query = {"labelSelector": ",".join(f"{k}={v}" for k, v in (labels or {}).items())}
         status, body = self._send("GET", _path(kind, namespace), query if labels else {})
         items = self._checked("list", kind, "", status, body).get("items") or []
-        return [item for item in items if isinstance(item, dict)]
+        return [{**item, "kind": kind} for item in items if isinstance(item, dict)]
 
     def apply(self, document: Document, *, dry_run: bool = False, force: bool = False) -> Document:
         """Server-side apply. Returns the object as it then is, or with ``dry_run`` would be.
@@ -224,9 +227,24 @@ class APIServer:
         status, body = self._send("POST", path, {}, json.dumps(document), "application/json")
         return self._checked("create", kind, name, status, body)
 
-    def delete(self, kind: str, name: str, namespace: str | None = None) -> None:
-        """Delete an object. It is no error if the object does not exist."""
-        status, body = self._send("DELETE", _path(kind, namespace, name))
+    def delete(
+        self,
+        kind: str,
+        name: str,
+        namespace: str | None = None,
+        *,
+        dry_run: bool = False,
+        foreground: bool = False,
+    ) -> None:
+        """Delete an object. It is no error if the object does not exist.
+
+        An object with finalizers is there until who set them lets it go. With ``foreground``
+        Kubernetes deletes what the object owns first, whatever its operator does.
+        """
+        query = {"propagationPolicy": "Foreground"} if foreground else {}
+        if dry_run:
+            query["dryRun"] = "All"
+        status, body = self._send("DELETE", _path(kind, namespace, name), query)
         if status != 404:
             self._checked("delete", kind, name, status, body)
 

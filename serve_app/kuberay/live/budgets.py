@@ -52,9 +52,32 @@ def apart(target: Target, documents: list[Document], *, upgrade: bool) -> list[D
             for cluster in held
             if not upgrade or cluster not in own
             for budget in numbers.values()
+            if _has_pods_of(there[cluster], budget)
         ),
-        *(_besides(held, budget) for budget in (wanted or before).values()),
+        # Also those that are no longer rendered, as long as they are there: no pod under two.
+        *(_besides(held, budget) for budget in (before | wanted).values()),
     ]
+
+
+def relying(target: Target, budget: Document) -> list[str]:
+    """The clusters whose pods only this rendered budget protects, though it is rendered no more.
+
+    They are of an older config: the group that it is for is theirs, or their head has no Redis.
+    """
+    live = target.server.list(_KIND, target.namespace, labels(target.name))
+    own = {_labels(each).get(_CLUSTER) for each in live}
+    return [
+        cluster["metadata"]["name"]
+        for cluster in target.clusters()
+        if cluster["metadata"]["name"] not in own and _has_pods_of(cluster, budget)
+    ]
+
+
+def _has_pods_of(cluster: Document, budget: Document) -> bool:
+    group = _labels(budget).get("ray.io/group")
+    if group is None:  # the head's, which is for heads without Redis only
+        return "gcsFaultToleranceOptions" not in cluster["spec"]
+    return group in {g["groupName"] for g in cluster["spec"].get("workerGroupSpecs") or []}
 
 
 def _of(cluster: Document, budget: Document, service: str) -> Document:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.kuberay.live import budgets, clusters, in_place, revisions, upgrade
+from serve_app.kuberay.live import budgets, clusters, in_place, pruning, revisions, upgrade
 from serve_app.kuberay.live.api_server import APIServer, Forbidden
 from serve_app.kuberay.live.change import Change, as_it_runs, between
 from serve_app.kuberay.live.target import Target
@@ -65,12 +65,15 @@ def apply(
     documents: list[Document],
     change: Change,
     *,
+    unwanted: Sequence[Document] = (),
     force: bool = False,
     tell: Callable[[str], None],
 ) -> tuple[int, Document]:
-    """Apply all, record the revision; return its number, and the RayService as it then is.
+    """Apply all, record the revision, delete what is unwanted.
 
-    ``change`` is what :func:`preview` said of it.
+    Returns the revision's number, and the RayService as it then is.
+
+    ``change`` is what :func:`preview` said of it, ``unwanted`` what :func:`pruning.check` found.
 
     Raises:
         UserError: the server refuses a document; those before it stay applied.
@@ -81,19 +84,23 @@ def apply(
     try:
         documents = budgets.apart(target, documents, upgrade=starts)
     except Forbidden as forbidden:
+        if unwanted:
+            raise
         together = f"{forbidden}: the budgets count the pods of both clusters together"
     applied = service
-    for document in documents:
+    going = {pruning.title(document) for document in unwanted}
+    for document in (d for d in documents if pruning.title(d) not in going):
         answer = server.apply(
             _with_replicas(document, change) if document is service else document, force=force
         )
         if document is service:
             applied = answer
-        tell(f"applied {document['kind']} {document['metadata']['name']}")
+        tell(f"applied {pruning.title(document)}")
     if starts and together:
         tell(together)
     number = revisions.record(target, service)
     settle(target, change, tell)
+    pruning.prune(target, unwanted, tell)
     return number, applied
 
 

@@ -51,6 +51,12 @@ def check(server: APIServer, change: Change, *, force: bool, tell: Callable[[str
     tell(f"warning: {shortage}")
 
 
+def held(pod: Document) -> int:
+    """The GPUs that a pod asks for."""
+    containers = (pod.get("spec") or {}).get("containers") or []
+    return sum(_gpus(container.get("resources"), "requests") for container in containers)
+
+
 @dataclass
 class _Source:
     """GPUs that can be had from a node or a NodePool."""
@@ -89,8 +95,7 @@ def _idle(server: APIServer) -> list[_Source]:
     for pod in server.list("Pod"):
         spec, phase = pod.get("spec") or {}, (pod.get("status") or {}).get("phase")
         if spec.get("nodeName") and phase not in ("Succeeded", "Failed"):
-            held = sum(_gpus(c.get("resources"), "requests") for c in spec.get("containers") or [])
-            in_use[spec["nodeName"]] = in_use.get(spec["nodeName"], 0) + held
+            in_use[spec["nodeName"]] = in_use.get(spec["nodeName"], 0) + held(pod)
     found = []
     for node in server.list("Node"):
         metadata = node["metadata"]

@@ -10,6 +10,9 @@ MAX_NAME = 47
 ROLE_LABEL = "serve-app/role"
 """Label of pods, and of Ray nodes: ``head``, ``gateway``, ``gpu`` or ``cpu``."""
 
+PART_OF = {"app.kubernetes.io/part-of": "serve-app"}
+"""Label of everything rendered. What several fleets share has no other."""
+
 
 def instance_name(fleet: Fleet) -> str:
     """The RayService's name, which is the config file's."""
@@ -17,9 +20,6 @@ def instance_name(fleet: Fleet) -> str:
 
 
 def labels(name: str, role: str | None = None) -> dict[str, str]:
-    """Labels that survive upgrades. ``ray.io/cluster`` does not."""
-    stable = {
-        "app.kubernetes.io/part-of": "serve-app",
-        "app.kubernetes.io/instance": name,
-    }
+    """Labels of what one fleet has. They survive upgrades; ``ray.io/cluster`` does not."""
+    stable = PART_OF | {"app.kubernetes.io/instance": name}
     return stable | ({ROLE_LABEL: role} if role else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from serve_app.config.yaml_files import note
+from serve_app.kuberay.render.names import PART_OF
 from serve_app.kuberay.render.profile import ClusterProfile
 
 
@@ -16,7 +17,8 @@ def namespace(profile: ClusterProfile) -> dict[str, Any]:
             "name": profile.namespace,
             # Without elbv2.k8s.aws/pod-readiness-gate-inject: KubeRay's Service selects GPU pods
             # too, which would wait for ever to become healthy targets.
-            "labels": {
+            "labels": PART_OF
+            | {
                 "pod-security.kubernetes.io/enforce": note(
                     "baseline", "Our pods would pass restricted; KubeRay's Redis clean-up job not."
                 ),
@@ -27,7 +29,11 @@ def namespace(profile: ClusterProfile) -> dict[str, Any]:
 
 
 def service_account(profile: ClusterProfile) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"name": profile.service_account, "namespace": profile.namespace}
+    metadata: dict[str, Any] = {
+        "name": profile.service_account,
+        "namespace": profile.namespace,
+        "labels": PART_OF,
+    }
     if profile.role_arn:
         metadata["annotations"] = {
             "eks.amazonaws.com/role-arn": note(profile.role_arn, "IRSA: reads the model bucket.")
@@ -51,7 +57,11 @@ def cache_claim(profile: ClusterProfile) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": profile.cache.claim, "namespace": profile.namespace},
+        "metadata": {
+            "name": profile.cache.claim,
+            "namespace": profile.namespace,
+            "labels": PART_OF,
+        },
         "spec": {
             "accessModes": note(
                 ["ReadWriteMany"],

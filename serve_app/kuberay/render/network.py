@@ -7,7 +7,7 @@ from typing import Any
 from serve_app.addresses import ANY_IPV6, V6_IS_V4
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import note
-from serve_app.kuberay.render.names import ROLE_LABEL, instance_name, labels
+from serve_app.kuberay.render.names import PART_OF, ROLE_LABEL, instance_name, labels
 from serve_app.kuberay.render.profile import ClusterProfile
 
 HEALTH_PATH = "/-/healthz"
@@ -133,7 +133,7 @@ def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
         {
             "apiVersion": "gateway.networking.k8s.io/v1",
             "kind": "GatewayClass",
-            "metadata": {"name": GATEWAY_CLASS},
+            "metadata": {"name": GATEWAY_CLASS, "labels": PART_OF},
             "spec": {
                 "controllerName": "gateway.k8s.aws/alb",
                 "parametersRef": {
@@ -147,7 +147,11 @@ def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
         {
             "apiVersion": "gateway.k8s.aws/v1beta1",
             "kind": "LoadBalancerConfiguration",
-            "metadata": {"name": GATEWAY_CLASS, "namespace": profile.namespace},
+            "metadata": {
+                "name": GATEWAY_CLASS,
+                "namespace": profile.namespace,
+                "labels": PART_OF,
+            },
             "spec": {
                 "scheme": note(
                     "internal", "KubeRay's Gateway has one plain HTTP listener: not for the open."
@@ -165,7 +169,11 @@ def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
         {
             "apiVersion": "gateway.k8s.aws/v1beta1",
             "kind": "TargetGroupConfiguration",
-            "metadata": {"name": GATEWAY_CLASS, "namespace": profile.namespace},
+            "metadata": {
+                "name": GATEWAY_CLASS,
+                "namespace": profile.namespace,
+                "labels": PART_OF,
+            },
             "spec": {
                 "defaultConfiguration": {
                     "targetType": note("ip", "The default here is instance."),
