@@ -46,7 +46,7 @@ from operator_model import Operator, running, wanted
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
-from serve_app.kuberay.live import follow, revisions
+from serve_app.kuberay.live import revisions
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.live.target import Target
@@ -237,7 +237,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
         "invalid",
         lambda service: "a new rule" if "max_num_seqs: 13" in str(service["spec"]) else None,
     )
-    monkeypatch.setattr(follow, "_FAILED_S", 0.5)
     return config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 13"))
 
 
