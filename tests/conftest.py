@@ -23,6 +23,8 @@ _SLOW = Path(__file__).parent / "slow"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--left-out", type=Path, help="add what was skipped, and why, to this file")
+    parser.addoption("--kube-context", help="run the day-two tests on this kubeconfig context")
+    parser.addoption("--kube-image", default="", help="the image of target cpu for them")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -49,7 +49,7 @@ _crd_option = click.option(
 
 def register(group: click.Group) -> None:
     """Add every command of this module to ``group``."""
-    for command in (render, validate, deploy, status, diff, rollback, logs, delete):
+    for command in (render, validate, deploy, status, diff, rollback, sync, logs, delete):
         group.add_command(command)
 
 
@@ -359,6 +359,28 @@ def rollback(
     click.echo(f"revision {new}")
     if wait:
         _wait(target, timeout, applied)
+
+
+@click.command()
+@click.argument("name", type=_Name())
+@_namespace_option
+@_kubeconfig_option
+@_context_option
+def sync(name: str, namespace: str, kubeconfig: Path | None, context: str | None) -> None:
+    """Bring to the running cluster of NAME what KubeRay leaves in the RayService.
+
+    For use after an apply by kubectl or a GitOps tool; deploy and rollback do it themselves.
+    """
+    from serve_app.kuberay.live import deploy as deploying
+    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.target import Target
+
+    target = Target(APIServer.connect(kubeconfig, context), name, namespace)
+    change = deploying.sync(target, click.echo)
+    if change.kind == "none":
+        click.echo(f"{name}: the running cluster is as the RayService says")
+    elif change.kind in ("new cluster", "ignored"):
+        click.echo(f"{name}: the RayService {change}")
 
 
 @click.command()

@@ -120,6 +120,18 @@ def settle(target: Target, change: Change, tell: Callable[[str], None]) -> None:
         tell(f"{clusters.name_of(cluster)}: {line}")
 
 
+def sync(target: Target, tell: Callable[[str], None]) -> Change:
+    """:func:`settle` for a RayService that another tool applied; returns what differed.
+
+    Raises:
+        UserError: there is none, or the server refuses it.
+    """
+    service = target.require()
+    change = between(service, service, clusters.of(target, service))
+    settle(target, change, tell)
+    return change
+
+
 def _with_replicas(service: Document, change: Change) -> Document:
     """With the autoscaler's ``replicas``: appending a group writes the whole cluster anew."""
     cluster = change.clusters.compared

@@ -103,6 +103,11 @@ def invalid(service: Document) -> str | None:
     if spec.get("rayClusterDeletionDelaySeconds", 0) < 0:
         what = "Spec.RayClusterDeletionDelaySeconds should be a non-negative integer"
         found = f"{what}, got {spec['rayClusterDeletionDelaySeconds']}"
+    kind = (spec.get("upgradeStrategy") or {}).get("type")
+    if kind not in (None, "None", "NewCluster", INCREMENTAL):
+        options_are = f"{INCREMENTAL}, NewCluster, or None"
+        what = f"Spec.UpgradeStrategy.Type value {kind} is invalid"
+        found = f"{what}, valid options are {options_are}"
     if is_incremental(service):
         if not spec["rayClusterConfig"].get("enableInTreeAutoscaling"):
             found = f"Ray Autoscaler is required for {INCREMENTAL}"
