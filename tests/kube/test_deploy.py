@@ -337,6 +337,8 @@ def test_warnings_are_those_of_this_service_the_latest_last(
     deployed(api, run)
     set_status(api, {"llama-3.3-70b": "DEPLOYING"})
     api.store("pods", pod("llama70b-gpu-1", "gpu", phase="Pending"))
+    ready = [{"type": "Ready", "status": "True"}]
+    api.store("pods", pod("llama70b-gpu-2", "gpu", conditions=ready))
     events = [
         ("Pod", "llama70b-gpu-1", {"lastTimestamp": "2026-11-26T10:00:02Z"}),
         ("RayService", NAME, {"eventTime": "2026-11-26T10:00:01.000000Z"}),
@@ -351,6 +353,8 @@ def test_warnings_are_those_of_this_service_the_latest_last(
         ("RayService", f"{NAME}-2node", {"lastTimestamp": "2026-11-26T10:00:04Z"}),
         ("Pod", "llama70b-gpu-0", {"lastTimestamp": "2026-11-26T10:00:05Z"}),  # long gone
         ("PodDisruptionBudget", f"{NAME}-gpu", {"lastTimestamp": "2026-11-26T10:00:06Z"}),
+        ("Pod", "llama70b-gpu-2", {"lastTimestamp": "2026-11-26T10:00:07Z"}),  # Ready by now
+        ("RayService", NAME, {"lastTimestamp": "2026-11-20T10:00:08Z"}),  # before the deployment
     ]
     for number, (kind, name, times) in enumerate(events):
         event = {

@@ -123,7 +123,8 @@ _SHORT = 40
 
 def _short(before: Any, after: Any) -> list[str]:
     """Two different values, each cut to what a person reads; the first difference is in it."""
-    texts = ["nothing" if value is None else str(value) for value in (before, after)]
+    values = ("nothing" if value is None else str(value) for value in (before, after))
+    texts = [" ".join(value.split()) for value in values]
     start = 0
     if max(map(len, texts)) > _SHORT:
         alike = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
