@@ -1,4 +1,4 @@
-"""Which difference of two cluster specs makes a new cluster (serve_app.kuberay.live.cluster_spec)."""
+"""Which difference of two cluster specs makes a new cluster (kuberay.live.cluster_spec)."""
 
 from __future__ import annotations
 
