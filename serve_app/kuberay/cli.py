@@ -329,6 +329,7 @@ def diff(
 @_namespace_option
 @_kubeconfig_option
 @_context_option
+@click.option("--force", is_flag=True, help="Take over fields of others.")
 @click.option("--wait/--no-wait", default=True, help="Watch until every model answers.")
 @_timeout_option
 def rollback(
@@ -337,6 +338,7 @@ def rollback(
     namespace: str,
     kubeconfig: Path | None,
     context: str | None,
+    force: bool,
     wait: bool,
     timeout: float,
 ) -> None:
@@ -350,12 +352,12 @@ def rollback(
     target = Target(server, name, namespace)
     service = revisions.find(target, number)
     with _interruptible(f"rolling back {name}") as tell:
-        found = deploying.preview(server, [service], force=True)
+        found = deploying.preview(server, [service], force=force)
         click.echo(f"{name} in {namespace} on {server.host}: this {found.change}")
         if found.unknown:
             click.echo(found.unknown)
         gpus.check(server, found.change, force=True, tell=click.echo)
-        new, applied = deploying.apply(server, [service], found.change, force=True, tell=tell)
+        new, applied = deploying.apply(server, [service], found.change, force=force, tell=tell)
     click.echo(f"revision {new}")
     if wait:
         _wait(target, timeout, applied)

@@ -849,6 +849,18 @@ def test_ten_revisions_are_kept(api: KubeAPI, kubeconfig: Path) -> None:
         assert kept == list(range(max(1, count - 9), count + 1))
 
 
+def test_rollback_takes_nothing_of_others_unasked(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    deployed(api, run)
+    run("deploy", config(tmp_path, ("max_num_seqs: 256", "max_num_seqs: 128")), "--no-wait")
+    edited(api, "kubectl-edit", rayClusterDeletionDelaySeconds=5)
+    with pytest.raises(UserError, match='conflict with "kubectl-edit"'):
+        run("rollback", NAME, "--no-wait")
+    run("rollback", NAME, "--no-wait", "--force")
+    assert service(api)["spec"]["rayClusterDeletionDelaySeconds"] == 960
+
+
 def test_rollback_without_history_and_to_an_unknown_revision(
     api: KubeAPI, run: Callable[..., Result]
 ) -> None:
@@ -954,7 +966,7 @@ def test_a_conflict_names_the_field_and_its_owner(api: KubeAPI, run: Callable[..
     with pytest.raises(
         UserError,
         match=r'1 conflict: conflict with "kubectl-edit" using ray.io/v1: '
-        r"\.spec\.rayClusterDeletionDelaySeconds",
+        r"\.spec\.rayClusterDeletionDelaySeconds \(--force takes it over\)",
     ):
         run("deploy", str(CONFIG), "--no-wait")
     assert service(api)["spec"]["rayClusterDeletionDelaySeconds"] == 5

@@ -406,7 +406,9 @@ class APIServer:
             # So it answers while it starts, or has too much to do.
             raise Unreachable(f"API server {self.host}: {message} (HTTP {status})")
         if status == 409:
-            raise Conflict(f"{what}: {message}", _owners(body))
+            owners = _owners(body)
+            hint = " (--force takes it over)" if owners else ""
+            raise Conflict(f"{what}: {message}{hint}", owners)
         raise UserError(f"cannot {verb} {what}: {message} (HTTP {status})")
 
     def _unreachable(self, error: Exception) -> Unreachable:
