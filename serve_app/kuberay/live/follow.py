@@ -75,7 +75,7 @@ def follow(
             left = deadline - time.monotonic()
             if left <= 0:
                 missing = [line for line in seen.lines() if ": RUNNING" not in line]
-                what = seen.headline or "; ".join(missing) or "no endpoint yet"
+                what = seen.headline or "; ".join(missing) or seen.waiting
                 raise UserError(
                     _with_reasons(
                         target, f"{target.name} is not ready after {timeout_s:.0f} s: {what}"
@@ -174,8 +174,9 @@ def _ask(target: Target, service: str, model: str) -> tuple[int, str]:
 
 
 def _has_no_endpoint(status: int, text: str) -> bool:
-    """Whether the API server says that no Ready pod is behind the Service."""
-    return status == 503 and "no endpoints available" in text
+    """Whether the API server says that no Ready pod is behind the Service, or not any more."""
+    nobody = ("no endpoints available", "error trying to reach service")
+    return status == 503 and any(words in text for words in nobody)
 
 
 def _has_no_such_route(status: int, text: str) -> bool:

@@ -38,6 +38,9 @@ class State:
 
     active: str = ""
     pending: str = ""
+    moved: int | None = None
+    """Percent of the traffic that an incremental upgrade has moved to the pending cluster."""
+
     applications: dict[str, Application] = field(default_factory=dict)
     pending_applications: dict[str, Application] = field(default_factory=dict)
     conditions: dict[str, Condition] = field(default_factory=dict)
@@ -117,6 +120,13 @@ class State:
             return "the operator has not read the current spec yet (is it running?)"
         return None
 
+    @property
+    def waiting(self) -> str:
+        """What is missing when every application runs."""
+        if self.upgrading:
+            return f"the upgrade to {self.pending} is not over"
+        return "no endpoint yet"
+
     def lines(self) -> list[str]:
         """The applications for a person, one each."""
         shown = []
@@ -129,6 +139,10 @@ class State:
                 app = found.get(name, Application(unknown))
                 text = f": {_short(app.message)}" if app.message else ""
                 shown.append(f"{title}{name}: {app.status}{text}")
+        if self.moved is not None:
+            shown.append(
+                f"traffic: {100 - self.moved} % {self.active}, {self.moved} % {self.pending}"
+            )
         return shown
 
 
@@ -142,6 +156,7 @@ def of(document: Document) -> State:
         seen=int(status.get("observedGeneration") or 0) >= generation,
         active=(active or {}).get("rayClusterName") or "",
         pending=(pending or {}).get("rayClusterName") or "",
+        moved=(pending or {}).get("trafficRoutedPercent"),
         applications=_applications(active),
         pending_applications=_applications(pending),
         conditions={
