@@ -42,7 +42,7 @@ class _Kind:
 
 
 _KUBERAY = "KubeRay's operator (docs/eks.md, step 4)"
-_LBC = "the AWS Load Balancer Controller 3.0 or later, with the Gateway API"
+_LBC = "the AWS Load Balancer Controller 3.5 or later, with the Gateway API"
 
 KINDS = {
     "Namespace": _Kind("/api/v1", "namespaces", namespaced=False),
@@ -61,10 +61,10 @@ KINDS = {
     "NodePool": _Kind("/apis/karpenter.sh/v1", "nodepools", False, "Karpenter"),
     "GatewayClass": _Kind("/apis/gateway.networking.k8s.io/v1", "gatewayclasses", False, _LBC),
     "LoadBalancerConfiguration": _Kind(
-        "/apis/gateway.k8s.aws/v1beta1", "loadbalancerconfigurations", provider=_LBC
+        "/apis/gateway.k8s.aws/v1", "loadbalancerconfigurations", provider=_LBC
     ),
     "TargetGroupConfiguration": _Kind(
-        "/apis/gateway.k8s.aws/v1beta1", "targetgroupconfigurations", provider=_LBC
+        "/apis/gateway.k8s.aws/v1", "targetgroupconfigurations", provider=_LBC
     ),
 }
 
