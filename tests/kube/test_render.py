@@ -232,6 +232,21 @@ def test_secrets_are_references_and_only_where_models_load() -> None:
             assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf-token"
 
 
+def test_only_the_head_can_ask_the_api_server() -> None:
+    """KubeRay lets the head's account patch pods and RayClusters. Workers run models and parse what
+    clients send: they have the account for its rights in AWS, without the account's token."""
+    document = service("fleet", role_arn="arn:aws:iam::1:role/weights")
+    head = pod_spec(document["spec"]["rayClusterConfig"]["headGroupSpec"])
+    assert head.get("automountServiceAccountToken", True)
+    groups = worker_groups(document)
+    assert {"gateway", "h100-x4"} <= groups.keys()
+    for group in groups.values():
+        spec = pod_spec(group)
+        assert spec["automountServiceAccountToken"] is False
+        assert not [volume for volume in spec["volumes"] if "projected" in volume]
+        assert spec["serviceAccountName"] == head["serviceAccountName"] == "serve-app"
+
+
 def test_pods_of_a_kind_share_what_they_compile_and_all_share_the_weights() -> None:
     for name, group in worker_groups(service("fleet")).items():
         container = pod_spec(group)["containers"][0]
