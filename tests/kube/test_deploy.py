@@ -1189,6 +1189,46 @@ def test_a_namespace_that_is_not_there_yet_is_made(
     assert service(api)["metadata"]["namespace"] == SPACE
 
 
+GATEWAY_API = {
+    "gateway.networking.k8s.io/v1": {"gatewayclasses": ("GatewayClass", False)},
+    "gateway.k8s.aws/v1": {
+        "loadbalancerconfigurations": ("LoadBalancerConfiguration", True),
+        "targetgroupconfigurations": ("TargetGroupConfiguration", True),
+    },
+}
+
+
+@pytest.mark.parametrize("missing", ["gatewayclasses", "targetgroupconfigurations"])
+def test_without_the_namespace_a_missing_kind_is_found_before_anything_is_made(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path, missing: str
+) -> None:
+    api.remove("namespaces", "", SPACE)
+    for version, kinds in GATEWAY_API.items():
+        api.resources[version] = {k: v for k, v in kinds.items() if k != missing}
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("upgrade: {strategy: NewClusterWithIncrementalUpgrade}\n")
+    kind = next(kinds[missing][0] for kinds in GATEWAY_API.values() if missing in kinds)
+    with pytest.raises(UserError, match=f"no kind {kind}; install the AWS Load Balancer Contr"):
+        run("deploy", str(CONFIG), "--cluster", str(profile), "--no-wait")
+    assert api.objects == {}
+
+
+def test_without_the_namespace_what_needs_none_is_tried_before_anything_is_made(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    api.remove("namespaces", "", SPACE)
+    api.resources |= GATEWAY_API
+    api.forbidden.add(("patch", "gatewayclasses"))
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("upgrade: {strategy: NewClusterWithIncrementalUpgrade}\n")
+    with pytest.raises(UserError, match="not allowed to apply GatewayClass serve-app-alb"):
+        run("deploy", str(CONFIG), "--cluster", str(profile), "--no-wait")
+    assert api.objects == {}
+    api.forbidden.clear()
+    run("deploy", str(CONFIG), "--cluster", str(profile), "--no-wait")
+    assert service(api)["metadata"]["namespace"] == SPACE
+
+
 def test_an_address_that_nobody_listens_on(api: KubeAPI, tmp_path: Path) -> None:
     path = api.kubeconfig(tmp_path / "k", server="http://127.0.0.1:9")
     with pytest.raises(UserError, match=r"API server http://127.0.0.1:9: it cannot be reached"):
