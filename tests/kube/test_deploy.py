@@ -11,165 +11,47 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
-
 import yaml
 from click.testing import CliRunner, Result
 from controllers import Refused, adopt, cluster_of_pods, delete_cluster, evict
-from harness.manifests import CRD, ROOT
+from deploying import (
+    BIGGER,
+    CONFIG,
+    GROUPS,
+    NAME,
+    OPERATORS,
+    RUNNING,
+    SMALL,
+    SPACE,
+    answers,
+    config,
+    deployed,
+    edited,
+    later,
+    node,
+    owners,
+    pod,
+    pool,
+    service,
+    set_status,
+)
+from harness.manifests import ROOT
 from kube_api import KubeAPI
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
 from serve_app.kuberay import cli
-from serve_app.kuberay.live import follow, revisions
+from serve_app.kuberay.live import revisions
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.live.target import Target
-from serve_app.kuberay.validate import schema
 from serve_app.replica.no_route import NoRoute
-
-NAME, SPACE = "llama70b", "serve-app"
-CONFIG = ROOT / "configs/llama70b.yaml"
-
-
-@pytest.fixture(scope="module")
-def crd() -> dict[str, Any] | None:
-    return schema.load_crd(CRD)
-
-
-@pytest.fixture
-def api(crd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeAPI]:
-    server = KubeAPI(crd)
-    monkeypatch.setattr(follow, "_SETTLE_S", 0.2)
-    monkeypatch.setattr(follow, "_LOOK_S", 0.5)
-    server.store("namespaces", {"metadata": {"name": SPACE}})
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def kubeconfig(api: KubeAPI, tmp_path: Path) -> Path:
-    return api.kubeconfig(tmp_path / "kubeconfig")
-
-
-@pytest.fixture
-def run(kubeconfig: Path) -> Callable[..., Result]:
-    """Run a command of the CLI; errors for users come out as exceptions."""
-
-    def run(command: str, *args: str) -> Result:
-        return CliRunner().invoke(
-            getattr(cli, command),
-            [*args, "--kubeconfig", str(kubeconfig)],
-            catch_exceptions=False,
-        )
-
-    return run
-
-
-def config(tmp_path: Path, *changes: tuple[str, str]) -> str:
-    text = CONFIG.read_text()
-    for old, new in changes:
-        assert old in text
-        text = text.replace(old, new)
-    path = tmp_path / f"{NAME}.yaml"
-    path.write_text(text)
-    return str(path)
-
-
-def service(api: KubeAPI) -> dict[str, Any]:
-    found = api.get("rayservices", SPACE, NAME)
-    assert found is not None
-    return found
-
-
-def set_status(
-    api: KubeAPI,
-    apps: dict[str, str],
-    *,
-    message: str = "",
-    active: str = "llama70b-abcde",
-    pending: dict[str, str] | None = None,
-    conditions: dict[str, tuple[str, str]] | None = None,
-) -> None:
-    """Play the operator: statuses for the spec as it is now."""
-    adopt(api, SPACE, NAME)
-
-    def part(cluster: str, statuses: dict[str, str]) -> dict[str, Any]:
-        entries = {n: {"status": s, "message": message} for n, s in statuses.items()}
-        return {"rayClusterName": cluster, "applicationStatuses": entries}
-
-    ready = all(s == "RUNNING" for s in apps.values()) and bool(apps)
-    default = {"Ready": ("True" if ready else "False", "NonZeroServeEndpoints")}
-    status = {
-        "observedGeneration": service(api)["metadata"]["generation"],
-        "activeServiceStatus": part(active, apps),
-        "conditions": [
-            {"type": kind, "status": value, "reason": reason, "message": message}
-            for kind, (value, reason) in {**default, **(conditions or {})}.items()
-        ],
-    }
-    if pending is not None:
-        status["pendingServiceStatus"] = part("llama70b-fghij", pending)
-    api.change("rayservices", SPACE, NAME, status=status)
-
-
-RUNNING = {"llama-3.3-70b": "RUNNING", "gateway": "RUNNING"}
-
-
-def later(api: KubeAPI, *steps: Callable[[], Any]) -> threading.Thread:
-    """Do things one after the other while a command waits for its RayService."""
-
-    def play() -> None:
-        while not any("watch=true" in path for _, path in api.requests):
-            time.sleep(0.05)
-        for step in steps:
-            step()
-            time.sleep(0.3)
-
-    thread = threading.Thread(target=play, daemon=True)
-    thread.start()
-    return thread
-
-
-def deployed(api: KubeAPI, run: Callable[..., Result]) -> None:
-    run("deploy", str(CONFIG), "--no-wait")
-    set_status(api, RUNNING)
-
-
-def answers(api: KubeAPI) -> list[tuple[str, str, Any]]:
-    """Let the Service answer, and record what it was asked."""
-    asked: list[tuple[str, str, Any]] = []
-
-    def proxy(method: str, name: str, path: str, body: Any) -> tuple[int, str]:
-        asked.append((name, path, body))
-        return 200, "{}"
-
-    api.proxy = proxy
-    return asked
-
-
-def pod(name: str, role: str, **status: Any) -> dict[str, Any]:
-    labels = {
-        "app.kubernetes.io/part-of": "serve-app",
-        "app.kubernetes.io/instance": NAME,
-        "serve-app/role": role,
-        "ray.io/group": role,
-    }
-    return {
-        "metadata": {"name": name, "namespace": SPACE, "labels": labels},
-        "spec": {"containers": []},
-        "status": status,
-    }
-
 
 # --- deploy -------------------------------------------------------------------------------------
 
@@ -661,13 +543,6 @@ def test_diff_of_the_same_is_empty(api: KubeAPI, run: Callable[..., Result]) -> 
     assert (result.exit_code, result.output) == (0, "this changes nothing\n")
 
 
-SMALL = (
-    "- name: small\n  route_prefix: null\n  import_path: serve_app.model:app\n"
-    "  args: {model: org/small, resources: {accelerator_type: L4}}\n\n- name: gateway"
-)
-"""A model of another shape."""
-
-
 def test_a_model_of_a_new_shape_is_appended_in_place(
     api: KubeAPI, run: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -676,43 +551,6 @@ def test_a_model_of_a_new_shape_is_appended_in_place(
     assert "changes the running cluster in place (1 GPUs)" in output
     assert "application 'small' is added" in output
     assert "worker group 'l4-x1' is added" in output
-
-
-def node(
-    gpus: int, name: str = "n1", *, kind: str = "p5.48xlarge", ready: str = "True", **spec: Any
-) -> dict[str, Any]:
-    """A machine as Kubernetes shows it; `kubectl cordon` and a lost kubelet leave taints, too."""
-    taints = [{"key": "nvidia.com/gpu", "effect": "NoSchedule"}]
-    if spec.get("unschedulable"):
-        taints.append({"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule"})
-    if ready != "True":
-        taints.append({"key": "node.kubernetes.io/unreachable", "effect": "NoExecute"})
-    return {
-        "metadata": {"name": name, "labels": {"node.kubernetes.io/instance-type": kind}},
-        "spec": {"taints": taints, **spec},
-        "status": {
-            "allocatable": {"nvidia.com/gpu": str(gpus)},
-            "conditions": [{"type": "Ready", "status": ready}],
-        },
-    }
-
-
-def pool(limit: int, used: int, *types: str) -> dict[str, Any]:
-    requirements = [
-        {"key": "node.kubernetes.io/instance-type", "operator": "In", "values": list(types)}
-    ]
-    return {
-        "metadata": {"name": f"pool-{'-'.join(types) or 'any'}"},
-        "spec": {
-            "limits": {"nvidia.com/gpu": str(limit)},
-            "template": {"spec": {"requirements": requirements if types else []}},
-        },
-        "status": {"resources": {"nvidia.com/gpu": str(used)}},
-    }
-
-
-BIGGER = ("    replicas: 2\n", "    replicas: 2\n    num_cpus: 3\n")
-"""A change that makes a new cluster."""
 
 
 @pytest.mark.parametrize(
@@ -793,13 +631,6 @@ def test_a_change_that_kuberay_ignores_is_refused(
 
 
 # --- who owns which field -----------------------------------------------------------------------
-
-OPERATORS = ("kuberay-operator", "Update")
-GROUPS = ("spec", "rayClusterConfig", "workerGroupSpecs")
-
-
-def owners(api: KubeAPI) -> dict[tuple[str, ...], set[tuple[str, str]]]:
-    return api.owners["rayservices", SPACE, NAME]
 
 
 def test_the_operators_first_update_takes_no_field_that_we_apply(
@@ -937,18 +768,6 @@ def test_a_budget_of_an_older_version_is_mended_by_a_deployment(
     assert "maxUnavailable" not in api.objects[key]["spec"]
     cluster_of_pods(api, service(api), FIRST)
     assert "h100-x4-0" in drained(api, FIRST)
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Callable[[str], tuple[str, ...]]:
-    """Arguments of deploy with an image of this tag."""
-
-    def arguments(tag: str) -> tuple[str, ...]:
-        profile = tmp_path / f"{tag}.yaml"
-        profile.write_text(f"image: example.com/serve-app:{tag}\n")
-        return ("deploy", str(CONFIG), "--no-wait", "--force", "--cluster", str(profile))
-
-    return arguments
 
 
 ONE_OF_EACH = ["gateway-0", "h100-x4-0"]
@@ -1156,13 +975,6 @@ def test_forbidden_proxy_leaves_the_answer_open(api: KubeAPI, run: Callable[...,
     result = run("status", NAME)
     assert result.exit_code == 0
     assert "every model is RUNNING (not allowed to reach services" in result.output
-
-
-def edited(api: KubeAPI, by: str, **fields: Any) -> None:
-    """Somebody else changes fields of the RayService's spec."""
-    document = copy.deepcopy(service(api))
-    document["spec"] |= fields
-    api.update("rayservices", document, by)
 
 
 def test_a_conflict_names_the_field_and_its_owner(api: KubeAPI, run: Callable[..., Result]) -> None:
