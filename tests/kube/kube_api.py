@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -35,6 +35,17 @@ Path = tuple[str, ...]
 
 Owner = tuple[str, str]
 """A field manager, and the operation by which it came to own a field: ``Apply`` or ``Update``."""
+
+
+class Right(NamedTuple):
+    """What RBAC grants, or a request takes: a verb on a resource, such as ``pods/log``."""
+
+    verb: str
+    group: str
+    resource: str
+    namespace: str
+    """Empty at the scope of the cluster."""
+
 
 # group/version -> plural -> (kind, namespaced)
 RESOURCES: dict[str, dict[str, tuple[str, bool]]] = {
@@ -67,6 +78,9 @@ class KubeAPI:
         self.objects: dict[tuple[str, str, str], Document] = {}
         self.owners: dict[tuple[str, str, str], dict[Path, set[Owner]]] = {}
         self.forbidden: set[tuple[str, str]] = set()  # (verb, plural)
+        self.granted: set[Right] | None = None  # all that is allowed; None allows everything
+        self.used: set[Right] = set()
+        self.refused: set[Right] = set()  # of those that `granted` has not
         self.token: str | None = "let-me-in"  # None lets anyone in
         self.logs: dict[tuple[str, str], list[str]] = {}  # (pod, container) -> lines
         self.proxy: Callable[[str, str, str, Any], tuple[int, str]] | None = None
@@ -263,6 +277,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not match or match["plural"] not in kube.resources.get(str(group), {}):
             self._text(404, "404 page not found\n")
             return
+        if lacking := self._lacking(method, match, query):
+            self._send(*_status(403, "Forbidden", f'User "me" cannot {" ".join(lacking[:3])}'))
+            return
         plural, namespace, name = match["plural"], match["namespace"] or "", match["name"]
         verbs = {"GET": "get" if name else "list", "POST": "create", "PATCH": "patch"}
         verb = verbs.get(method, "delete")
@@ -291,6 +308,25 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(*((200, gone) if gone else _missing(plural, str(group), name)))
         else:
             self._write(method, plural, namespace, str(group), name, query, body)
+
+    def _lacking(self, method: str, match: re.Match[str], query: dict[str, str]) -> Right | None:
+        """A right that the request takes and that is not granted."""
+        kube, plural, name, sub = self.kube, match["plural"], match["name"], match["sub"]
+        reads = "get" if name else "watch" if query.get("watch") == "true" else "list"
+        verb = {"GET": reads, "POST": "create", "PUT": "update"}.get(method, method.lower())
+        # To RBAC a namespace is in itself: a Role in it may grant it.
+        namespace = match["namespace"] or (name if plural == "namespaces" else "") or ""
+        verbs = [verb]
+        if verb == "patch" and kube.get(plural, match["namespace"] or "", name) is None:
+            verbs.append("create")  # an apply that makes the object
+        group = (match["group"] or "").partition("/")[0]
+        resource = f"{plural}/{sub}" if sub else plural
+        for right in (Right(verb, group, resource, namespace) for verb in verbs):
+            if kube.granted is not None and right not in kube.granted:
+                kube.refused.add(right)
+                return right
+            kube.used.add(right)
+        return None
 
     def _write(
         self, method: str, plural: str, namespace: str, group: str, name: str | None,

@@ -23,6 +23,7 @@ from controllers import Refused, adopt, cluster_of_pods, delete_cluster, evict
 from deploying import (
     BIGGER,
     CONFIG,
+    GATEWAY_API,
     GROUPS,
     NAME,
     OPERATORS,
@@ -999,15 +1000,6 @@ def test_a_namespace_that_is_not_there_yet_is_made(
     assert api.get("namespaces", "", SPACE) is None
     run("deploy", str(CONFIG), "--no-wait")
     assert service(api)["metadata"]["namespace"] == SPACE
-
-
-GATEWAY_API = {
-    "gateway.networking.k8s.io/v1": {"gatewayclasses": ("GatewayClass", False)},
-    "gateway.k8s.aws/v1": {
-        "loadbalancerconfigurations": ("LoadBalancerConfiguration", True),
-        "targetgroupconfigurations": ("TargetGroupConfiguration", True),
-    },
-}
 
 
 @pytest.mark.parametrize("missing", ["gatewayclasses", "targetgroupconfigurations"])

@@ -50,8 +50,8 @@ def merged(chart: Any, values: Any) -> Any:
 
 
 def test_no_command_needs_a_kind_that_a_later_one_brings() -> None:
-    applied = list(re.finditer(r"^kubectl apply -[fk] (\S+)", GUIDE, re.MULTILINE))
-    assert len(applied) >= 4
+    applied = list(re.finditer(r"^kubectl apply (?:-n \S+ )?-[fk] (\S+)", GUIDE, re.MULTILINE))
+    assert len(applied) >= 5
     for command in applied:
         for document in documents_of(command[1]):
             provider = PROVIDERS.get(document["apiVersion"].partition("/")[0])

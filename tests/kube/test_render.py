@@ -78,7 +78,7 @@ def test_the_cluster_wide_files_are_the_packages() -> None:
         there = ROOT / "kuberay" / path
         source = f"serve_app/data/cluster-wide/{path}"
         assert there.exists() and there.read_text() == text, f"edit {source}, then: make manifests"
-    assert len(cluster_wide()) == 5
+    assert len(cluster_wide()) == 6
 
 
 def test_rendering_twice_gives_the_same_bytes() -> None:
