@@ -173,3 +173,13 @@ def edited(api: KubeAPI, by: str, **fields: Any) -> None:
     document = copy.deepcopy(service(api))
     document["spec"] |= fields
     api.update("rayservices", document, by)
+
+
+GATEWAY_API = {
+    "gateway.networking.k8s.io/v1": {"gatewayclasses": ("GatewayClass", False)},
+    "gateway.k8s.aws/v1": {
+        "loadbalancerconfigurations": ("LoadBalancerConfiguration", True),
+        "targetgroupconfigurations": ("TargetGroupConfiguration", True),
+    },
+}
+"""What an incremental upgrade needs beyond the stand-in's kinds."""

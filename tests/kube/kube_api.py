@@ -23,7 +23,7 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -39,6 +39,17 @@ Path = tuple[str, ...]
 
 Owner = tuple[str, str]
 """A field manager, and the operation by which it came to own a field: ``Apply`` or ``Update``."""
+
+
+class Right(NamedTuple):
+    """What RBAC grants, or a request takes: a verb on a resource, such as ``pods/log``."""
+
+    verb: str
+    group: str
+    resource: str
+    namespace: str
+    """Empty at the scope of the cluster."""
+
 
 # group/version -> plural -> (kind, namespaced)
 RESOURCES: dict[str, dict[str, tuple[str, bool]]] = {
@@ -72,6 +83,9 @@ class KubeAPI:
         self.objects: dict[tuple[str, str, str], Document] = {}
         self.owners: dict[tuple[str, str, str], dict[Path, set[Owner]]] = {}
         self.forbidden: set[tuple[str, str]] = set()  # (verb, plural)
+        self.granted: set[Right] | None = None  # all that is allowed; None allows everything
+        self.used: set[Right] = set()
+        self.refused: set[Right] = set()  # of those that `granted` has not
         self.token: str | None = "let-me-in"  # None lets anyone in
         self.logs: dict[tuple[str, str], list[str]] = {}  # (pod, container) -> lines
         self.proxy: Callable[[str, str, str, Any], tuple[int, str]] | None = None
@@ -326,6 +340,9 @@ class _Handler(BaseHTTPRequestHandler):
         if not match or match["plural"] not in kube.resources.get(str(group), {}):
             self._text(404, "404 page not found\n")
             return
+        if lacking := self._lacking(method, match, query):
+            self._send(*_status(403, "Forbidden", f'User "me" cannot {" ".join(lacking[:3])}'))
+            return
         plural, namespace, name = match["plural"], match["namespace"] or "", match["name"]
         verbs = {"POST": "create", "PATCH": "patch", "PUT": "update", "DELETE": "delete"}
         verb = verbs.get(method, "get" if name else "list")
@@ -354,6 +371,25 @@ class _Handler(BaseHTTPRequestHandler):
             with kube.lock:
                 answer = self._write(method, plural, namespace, str(group), match, query, body)
             self._send(*answer)
+
+    def _lacking(self, method: str, match: re.Match[str], query: dict[str, str]) -> Right | None:
+        """A right that the request takes and that is not granted."""
+        kube, plural, name, sub = self.kube, match["plural"], match["name"], match["sub"]
+        reads = "get" if name else "watch" if query.get("watch") == "true" else "list"
+        verb = {"GET": reads, "POST": "create", "PUT": "update"}.get(method, method.lower())
+        # To RBAC a namespace is in itself: a Role in it may grant it.
+        namespace = match["namespace"] or (name if plural == "namespaces" else "") or ""
+        verbs = [verb]
+        if verb == "patch" and kube.get(plural, match["namespace"] or "", name) is None:
+            verbs.append("create")  # an apply that makes the object
+        group = (match["group"] or "").partition("/")[0]
+        resource = f"{plural}/{sub}" if sub else plural
+        for right in (Right(verb, group, resource, namespace) for verb in verbs):
+            if kube.granted is not None and right not in kube.granted:
+                kube.refused.add(right)
+                return right
+            kube.used.add(right)
+        return None
 
     def _write(
         self, method: str, plural: str, namespace: str, group: str, match: re.Match[str],

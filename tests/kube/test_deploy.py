@@ -21,6 +21,7 @@ from controllers import Refused, cluster_of_pods, delete_cluster, evict
 from deploying import (
     BIGGER,
     CONFIG,
+    GATEWAY_API,
     GROUPS,
     NAME,
     NOPE,
@@ -981,6 +982,37 @@ def test_a_namespace_that_is_not_there_yet_is_made(
     run("deploy", str(CONFIG), "--dry-run")
     assert api.get("namespaces", "", SPACE) is None
     run("deploy", str(CONFIG), "--no-wait")
+    assert service(api)["metadata"]["namespace"] == SPACE
+
+
+@pytest.mark.parametrize("missing", ["gatewayclasses", "targetgroupconfigurations"])
+def test_without_the_namespace_a_missing_kind_is_found_before_anything_is_made(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path, missing: str
+) -> None:
+    api.remove("namespaces", "", SPACE)
+    for version, kinds in GATEWAY_API.items():
+        api.resources[version] = {k: v for k, v in kinds.items() if k != missing}
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("upgrade: {strategy: NewClusterWithIncrementalUpgrade}\n")
+    kind = next(kinds[missing][0] for kinds in GATEWAY_API.values() if missing in kinds)
+    with pytest.raises(UserError, match=f"no kind {kind}; install the AWS Load Balancer Contr"):
+        run("deploy", str(CONFIG), "--cluster", str(profile), "--no-wait")
+    assert api.objects == {}
+
+
+def test_without_the_namespace_what_needs_none_is_tried_before_anything_is_made(
+    api: KubeAPI, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    api.remove("namespaces", "", SPACE)
+    api.resources |= GATEWAY_API
+    api.forbidden.add(("patch", "gatewayclasses"))
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("upgrade: {strategy: NewClusterWithIncrementalUpgrade}\n")
+    with pytest.raises(UserError, match="not allowed to apply GatewayClass serve-app-alb"):
+        run("deploy", str(CONFIG), "--cluster", str(profile), "--no-wait")
+    assert api.objects == {}
+    api.forbidden.clear()
+    run("deploy", str(CONFIG), "--cluster", str(profile), "--no-wait")
     assert service(api)["metadata"]["namespace"] == SPACE
 
 

@@ -78,7 +78,7 @@ def test_the_cluster_wide_files_are_the_packages() -> None:
         there = ROOT / "kuberay" / path
         source = f"serve_app/data/cluster-wide/{path}"
         assert there.exists() and there.read_text() == text, f"edit {source}, then: make manifests"
-    assert len(cluster_wide()) == 5
+    assert len(cluster_wide()) == 6
 
 
 def test_rendering_twice_gives_the_same_bytes() -> None:
@@ -230,6 +230,21 @@ def test_secrets_are_references_and_only_where_models_load() -> None:
         assert ("HF_TOKEN" in env) == wanted
         if wanted:
             assert env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf-token"
+
+
+def test_only_the_head_can_ask_the_api_server() -> None:
+    """KubeRay lets the head's account patch pods and RayClusters. Workers run models and parse what
+    clients send: they have the account for its rights in AWS, without the account's token."""
+    document = service("fleet", role_arn="arn:aws:iam::1:role/weights")
+    head = pod_spec(document["spec"]["rayClusterConfig"]["headGroupSpec"])
+    assert head.get("automountServiceAccountToken", True)
+    groups = worker_groups(document)
+    assert {"gateway", "h100-x4"} <= groups.keys()
+    for group in groups.values():
+        spec = pod_spec(group)
+        assert spec["automountServiceAccountToken"] is False
+        assert not [volume for volume in spec["volumes"] if "projected" in volume]
+        assert spec["serviceAccountName"] == head["serviceAccountName"] == "serve-app"
 
 
 def test_pods_of_a_kind_share_what_they_compile_and_all_share_the_weights() -> None:

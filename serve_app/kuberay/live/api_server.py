@@ -42,7 +42,7 @@ class _Kind:
 
 
 _KUBERAY = "KubeRay's operator (docs/eks.md, step 4)"
-_LBC = "the AWS Load Balancer Controller 3.0 or later, with the Gateway API"
+_LBC = "the AWS Load Balancer Controller 3.5 or later, with the Gateway API"
 
 KINDS = {
     "Namespace": _Kind("/api/v1", "namespaces", namespaced=False),
@@ -61,10 +61,10 @@ KINDS = {
     "NodePool": _Kind("/apis/karpenter.sh/v1", "nodepools", False, "Karpenter"),
     "GatewayClass": _Kind("/apis/gateway.networking.k8s.io/v1", "gatewayclasses", False, _LBC),
     "LoadBalancerConfiguration": _Kind(
-        "/apis/gateway.k8s.aws/v1beta1", "loadbalancerconfigurations", provider=_LBC
+        "/apis/gateway.k8s.aws/v1", "loadbalancerconfigurations", provider=_LBC
     ),
     "TargetGroupConfiguration": _Kind(
-        "/apis/gateway.k8s.aws/v1beta1", "targetgroupconfigurations", provider=_LBC
+        "/apis/gateway.k8s.aws/v1", "targetgroupconfigurations", provider=_LBC
     ),
 }
 
@@ -143,6 +143,18 @@ class APIServer:
         # No retries below ours: a wrong address must be reported before a minute is over.
         configuration.retries = False
         return cls(kubernetes.client.ApiClient(configuration))
+
+    def require(self, kind: str) -> None:
+        """Check that the server has a kind, by discovery: it needs no rights and no namespace.
+
+        Raises:
+            UserError: it has not; the error says what to install.
+        """
+        entry = KINDS[kind]
+        status, body = self._send("GET", entry.path)
+        group = {} if status == 404 else self._checked("discover", kind, "", status, body)
+        if entry.plural not in {resource["name"] for resource in group.get("resources") or []}:
+            raise _lacks(kind)
 
     # --- verbs ---
 
@@ -400,8 +412,7 @@ class APIServer:
         if status == 403:
             raise Forbidden(f"not allowed to {verb} {what}: {message}")
         if status == 404 and not _is_status(body):
-            provider = KINDS[kind.partition("/")[0]].provider or "a newer Kubernetes"
-            raise UserError(f"this cluster has no kind {kind}; install {provider}")
+            raise _lacks(kind)
         if status in (429, 502, 503, 504):
             # So it answers while it starts, or has too much to do.
             raise Unreachable(f"API server {self.host}: {message} (HTTP {status})")
@@ -444,6 +455,11 @@ def _path(kind: str, namespace: str | None, name: str | None = None) -> str:
         path += f"/namespaces/{quote(namespace)}"
     path += f"/{entry.plural}"
     return f"{path}/{quote(name)}" if name else path
+
+
+def _lacks(kind: str) -> UserError:
+    provider = KINDS[kind.partition("/")[0]].provider or "a newer Kubernetes"
+    return UserError(f"this cluster has no kind {kind}; install {provider}")
 
 
 def _is_status(body: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from serve_app.kuberay.live import budgets, clusters, in_place, pruning, revisions, upgrade
-from serve_app.kuberay.live.api_server import APIServer, Forbidden
+from serve_app.kuberay.live.api_server import KINDS, APIServer, Forbidden
 from serve_app.kuberay.live.change import Change, as_it_runs, between
 from serve_app.kuberay.live.target import Target
 
@@ -32,8 +32,8 @@ class Preview:
 def preview(server: APIServer, documents: list[Document], *, force: bool = False) -> Preview:
     """Preview an apply by the API server's dry run.
 
-    Nothing is changed. In a namespace that does not exist yet the server cannot try anything; the
-    documents themselves then stand for its answer.
+    Nothing is changed. In a namespace that does not exist yet the server cannot try anything: then
+    it is asked whether it has every kind, and the documents themselves stand for its answer.
 
     Raises:
         UserError: the server refuses one of the documents, or lacks a kind.
@@ -41,9 +41,12 @@ def preview(server: APIServer, documents: list[Document], *, force: bool = False
     service = _service(documents)
     target = _target(server, service)
     live = target.get()
-    if live is None:
-        server.list("RayService", target.namespace)  # raises if KubeRay is not installed
     if server.get("Namespace", target.namespace) is None:
+        for kind in dict.fromkeys(document["kind"] for document in documents):
+            server.require(kind)
+        for document in documents:
+            if not KINDS[document["kind"]].namespaced:
+                server.apply(document, dry_run=True, force=force)
         return Preview(between(None, service), None, service)
     future = service
     for document in documents:

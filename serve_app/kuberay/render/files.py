@@ -90,7 +90,7 @@ def node_documents(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]
 
 
 def cluster_wide() -> dict[str, str]:
-    """The files that a cluster needs once for all fleets: operator, storage, dashboards.
+    """The files that a cluster needs once for all fleets: operator, storage, rights, dashboards.
 
     They are kept as package data. Returns their text by their path.
     """

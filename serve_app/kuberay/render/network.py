@@ -123,7 +123,7 @@ def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
     """The GatewayClass of KubeRay's Gateway, for incremental upgrades.
 
     KubeRay writes the Gateway and the HTTPRoute itself, without these settings. So the settings are
-    attached to the class (AWS Load Balancer Controller 3.0 or later).
+    attached to the class (AWS Load Balancer Controller 3.5 or later: 3.0 to 3.4 have v1beta1 only).
     """
     attributes = {
         "deregistration_delay.timeout_seconds": str(min(3600, profile.ingress.request_timeout_s)),
@@ -145,7 +145,7 @@ def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
             },
         },
         {
-            "apiVersion": "gateway.k8s.aws/v1beta1",
+            "apiVersion": "gateway.k8s.aws/v1",
             "kind": "LoadBalancerConfiguration",
             "metadata": {
                 "name": GATEWAY_CLASS,
@@ -167,7 +167,7 @@ def gateway_api(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
             },
         },
         {
-            "apiVersion": "gateway.k8s.aws/v1beta1",
+            "apiVersion": "gateway.k8s.aws/v1",
             "kind": "TargetGroupConfiguration",
             "metadata": {
                 "name": GATEWAY_CLASS,

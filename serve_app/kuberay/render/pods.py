@@ -62,6 +62,7 @@ def head_spec(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
             },
         },
         grace_s=60,
+        calls_kubernetes=True,
     )
 
 
@@ -258,6 +259,7 @@ def _pod_spec(
     loads_models: bool,
     scheduling: dict[str, Any],
     grace_s: Any,
+    calls_kubernetes: bool = False,
 ) -> dict[str, Any]:
     volumes: list[dict[str, Any]] = [
         {
@@ -277,8 +279,15 @@ def _pod_spec(
                 "persistentVolumeClaim": {"claimName": profile.cache.claim},
             }
         )
+    account: dict[str, Any] = {"serviceAccountName": profile.service_account}
+    if not calls_kubernetes:
+        account["automountServiceAccountToken"] = note(
+            False,
+            "The autoscaler in the head needs this account's token, by which pods and RayClusters "
+            "can be changed; no model does. EKS mounts its own token for AWS all the same.",
+        )
     return {
-        "serviceAccountName": profile.service_account,
+        **account,
         "terminationGracePeriodSeconds": grace_s,
         "securityContext": {
             "runAsNonRoot": True,
