@@ -1,7 +1,7 @@
 """A container engine to build and run the image with: Docker, or podman where there is no daemon.
 
-Podman is Debian's: it builds with buildah and takes Docker's arguments. Where it is used no
-registry of images is asked: the bases are made here of the distribution's packages (`stand_ins`).
+Podman takes Docker's arguments, builds with buildah, and runs with runc. Where it is used, no
+registry of images is asked: :func:`debian` and :func:`uv` make stand-ins for the base images.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Engine:
         self._command += ["--events-backend", "none"]
         self._build = ["--isolation", "chroot", "--layers", "--format", "docker"]
         for limit, number in (("nofile", resource.RLIMIT_NOFILE), ("nproc", resource.RLIMIT_NPROC)):
-            # podman's own default may be above what this machine allows.
+            # podman's default may be above this machine's limit. Of processes, 62,000 were refused
+            # where the limit is 96,364.
             most = min(resource.getrlimit(number)[1], 32768)
             self.limits += ["--ulimit", f"{limit}={most}:{most}"]
 
@@ -113,11 +114,10 @@ def _mounts_overlays(store: Path) -> bool:
 
 def find(store: Path) -> Engine | None:
     """The engine of this machine, if it has one."""
-    if (
-        shutil.which("docker")
-        and not subprocess.run(["docker", "info"], capture_output=True).returncode
-    ):
-        return Engine("docker", store)
+    if shutil.which("docker"):
+        daemon = subprocess.run(["docker", "info"], capture_output=True)
+        if daemon.returncode == 0:
+            return Engine("docker", store)
     if os.getuid() == 0 and all(map(shutil.which, ("podman", "runc", "debootstrap"))):
         return Engine("podman", store)
     return None

@@ -8,7 +8,6 @@ else what the manifest says: user, capabilities, environment, volumes, hooks. Ku
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,8 +38,7 @@ until ray health-check --address {head}:6379; do
   sleep 5
 done
 """
-"""KubeRay's init container of a worker, which waits for ever."""
-
+"""What KubeRay's init container of a worker does; there it waits for ever."""
 
 _ASK = """
 import sys, urllib.error, urllib.request
@@ -205,25 +203,19 @@ class Cluster:
             arguments += ["--env", f"{name}={value}"]
         volumes = {volume["name"]: volume for volume in spec["volumes"]}
         for mount in container["volumeMounts"]:
-            arguments += self._mount(volumes[mount["name"]], mount["mountPath"], user["fsGroup"])
+            arguments += self._mount(volumes[mount["name"]], mount["mountPath"])
         return arguments
 
-    def _mount(self, volume: dict[str, Any], path: str, group: int) -> list[str]:
+    def _mount(self, volume: dict[str, Any], path: str) -> list[str]:
         directory = volume.get("emptyDir", {})
         if directory.get("medium") == "Memory":
             size = directory["sizeLimit"].removesuffix("i").lower()
             return ["--tmpfs", f"{path}:rw,exec,mode=1777,size={size}"]
         folder = self.folder / f"{volume['name']}-{len(list(self.folder.iterdir()))}"
         folder.mkdir()
-        _as_the_kubelet_does(folder, group)
+        folder.chmod(0o777)  # as the kubelet makes it
         arguments = ["--volume", f"{folder}:{path}"]
         if "persistentVolumeClaim" in volume:
             for name, model in self.models.items():
                 arguments += ["--volume", f"{model}:{path}/{name}:ro"]
         return arguments
-
-
-def _as_the_kubelet_does(folder: Path, group: int) -> None:
-    """A new volume belongs to root, and to the pod's ``fsGroup``."""
-    os.chown(folder, 0, group)
-    folder.chmod(0o2777)
