@@ -112,14 +112,14 @@ def _mounts_overlays(store: Path) -> bool:
     return mounted.returncode == 0
 
 
-def find(store: Path) -> Engine | None:
-    """The engine of this machine, if it has one."""
+def find() -> str | None:
+    """The name of this machine's engine, if it has one."""
     if shutil.which("docker"):
         daemon = subprocess.run(["docker", "info"], capture_output=True)
         if daemon.returncode == 0:
-            return Engine("docker", store)
+            return "docker"
     if os.getuid() == 0 and all(map(shutil.which, ("podman", "runc", "debootstrap"))):
-        return Engine("podman", store)
+        return "podman"
     return None
 
 

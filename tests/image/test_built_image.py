@@ -38,11 +38,12 @@ CUDA_LOCK = "requirements/cuda.lock"
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """With an empty store, or that of IMAGE_STORE: an image in it is not built again."""
+    name = container_engine.find()
+    if name is None:
+        pytest.exit(f"make test-image {container_engine.LACKING}", 2)
     kept = os.environ.get("IMAGE_STORE")
     store = Path(kept or tempfile.mkdtemp(prefix="serve-app-", dir="/var/tmp"))
-    engine = container_engine.find(store)
-    if engine is None:
-        pytest.exit(f"make test-image {container_engine.LACKING}", 2)
+    engine = Engine(name, store)
     yield engine
     if not kept:
         engine.attempt("rmi", "--force", IMAGE, GPU_STEPS)
