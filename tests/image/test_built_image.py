@@ -81,7 +81,7 @@ def bases(engine: Engine) -> list[str]:
 
 @pytest.fixture(scope="module")
 def image(engine: Engine, context: Path, bases: list[str]) -> str:
-    if not engine.has(IMAGE):
+    if "IMAGE_STORE" not in os.environ or not engine.has(IMAGE):
         torch = _torch()
         engine.build("--target", "cpu", "--tag", IMAGE, *bases, *torch, str(context))
     return IMAGE
