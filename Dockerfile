@@ -59,7 +59,8 @@ WORKDIR /home/app
 # Our own code last: a change of it is a layer of a megabyte.
 RUN --mount=type=bind,from=uv,source=/uv,target=/usr/local/bin/uv \
     --mount=type=bind,source=.,target=/src,rw \
-    VIRTUAL_ENV=/opt/venv uv pip install --no-cache --no-deps /src
+    VIRTUAL_ENV=/opt/venv uv pip install --no-cache --no-deps /src \
+ && rm -f /tmp/uv-*.lock
 USER 1000:1000
 EXPOSE 8000 8265 6379 8080
 # For `docker run`; Kubernetes has its own probes.
@@ -90,6 +91,7 @@ USER 1000:1000
 # hadolint ignore=DL3006
 FROM ${CPU_IMAGE} AS cpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# bash, wget, grep: KubeRay's probes. g++: torch.compile, which vLLM uses without enforce_eager.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
       bash ca-certificates g++ grep libgomp1 libnuma1 procps wget \
@@ -100,18 +102,25 @@ RUN apt-get update \
  && ln -s /opt/venv/bin/ray /opt/venv/bin/serve /opt/venv/bin/serve-app /usr/local/bin/
 ENV PATH=/opt/venv/bin:$PATH VIRTUAL_ENV=/opt/venv UV_LINK_MODE=copy PYTHONUNBUFFERED=1 \
     VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0
-# As `make venv` does it: PyTorch's CPU build is on no package registry.
+# As `make venv` does it: PyTorch's CPU build is on no package registry. Where only a registry is
+# reached: --build-arg TORCH="--require-hashes -r /requirements/torch-registry.lock", 3 GB larger.
+ARG TORCH="--index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"
+# hadolint ignore=SC2086
 RUN --mount=type=bind,from=uv,source=/uv,target=/usr/local/bin/uv \
     --mount=type=cache,target=/root/.cache/uv \
     --mount=type=bind,source=requirements,target=/requirements \
-    uv pip install --no-deps --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu \
+    uv pip install --no-deps ${TORCH} \
  && uv pip install --no-deps --require-hashes -r /requirements/cpu.lock
 WORKDIR /home/app
 RUN --mount=type=bind,from=uv,source=/uv,target=/usr/local/bin/uv \
     --mount=type=bind,source=.,target=/src,rw \
-    uv pip install --no-cache --no-deps /src/requirements/vllm-cpu-shim /src
+    uv pip install --no-cache --no-deps /src/requirements/vllm-cpu-shim /src \
+ && rm -f /tmp/uv-*.lock
 USER 1000:1000
 EXPOSE 8000 8265 6379 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10m \
   CMD ["wget", "--no-proxy", "-q", "-O", "/dev/null", "http://127.0.0.1:8000/-/healthz"]
 CMD ["serve-app", "--help"]
+LABEL org.opencontainers.image.title="serve_app" \
+      org.opencontainers.image.description="Many LLMs behind one OpenAI endpoint: Ray 2.60.0, vLLM 0.29.0, CPU" \
+      org.opencontainers.image.version="0.1.0"

@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv demo test test-unit test-slow test-kube test-python lint bench-quick lock engine-args metrics manifests clean-processes clean
+.PHONY: help venv demo test test-unit test-slow test-kube test-image test-python lint bench-quick lock engine-args metrics manifests clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -52,6 +52,10 @@ test-slow: venv  ## the tests that kill, drain and trace
 test-kube: venv  ## day two on a real cluster with KubeRay (CONTEXT=…, and IMAGE=… where it has no faked GPUs)
 	@[ -n "$(CONTEXT)" ] || { echo "make test-kube: name a context of your kubeconfig: make test-kube CONTEXT=kind-test" >&2; exit 1; }
 	@$(BIN)/python -m pytest -rs tests/kube/test_day_two.py --timeout 3600 --kube-context "$(CONTEXT)" --kube-image "$(IMAGE)"
+
+test-image: venv  ## build the image with Docker or podman, and run the demo in it as pods (30 GB)
+	@$(BIN)/serve-app fetch demo
+	@$(BIN)/python -m pytest -v -s tests/image
 
 test-python: venv  ## the tests without engines on each supported Python that is here
 	@for minor in 11 12 13; do \

@@ -18,7 +18,11 @@ from harness.servers import BareVllm, Cluster, ModelPort
 _ENGINES = {"cluster", "bare_chat", "bare_embed", "other"}
 """Fixtures of tests/cluster that start Ray or real engines."""
 
-_SLOW = Path(__file__).parent / "slow"
+_SLOW = {
+    Path(__file__).parent / "slow": 1800,  # several engines start, 30 to 190 s each
+    Path(__file__).parent / "image": 7200,  # an image is built
+}
+"""Folders of slow tests, and the seconds that one may take."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,9 +33,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _SLOW in item.path.parents:
+        for folder in _SLOW.keys() & set(item.path.parents):
             item.add_marker("slow")
-            item.add_marker(pytest.mark.timeout(1800))  # several engines start, 30 to 190 s each
+            item.add_marker(pytest.mark.timeout(_SLOW[folder]))
         if _ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
 

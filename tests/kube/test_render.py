@@ -264,6 +264,23 @@ def test_without_a_volume_nothing_is_said_of_caches() -> None:
     assert not [name for name in caches.compiled("") | caches.downloads("") if name in text]
 
 
+def test_pods_write_to_their_volumes_and_with_a_gpu_to_the_root_too() -> None:
+    """`make test-image` runs them so. Python, Ray and HAProxy end without a writable /tmp."""
+    document = service("fleet")
+    head = document["spec"]["rayClusterConfig"]["headGroupSpec"]
+    seen = set()
+    for group in (head, *worker_groups(document).values()):
+        spec = pod_spec(group)
+        container = spec["containers"][0]
+        gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert container["securityContext"].get("readOnlyRootFilesystem", False) is not gpus
+        assert {"name": "tmp", "mountPath": "/tmp"} in container["volumeMounts"]
+        assert {"name": "tmp", "emptyDir": {}} in spec["volumes"]
+        assert {"name": "HOME", "value": "/tmp"} in container["env"]
+        seen.add(gpus)
+    assert seen == {True, False}
+
+
 def test_shared_memory_grows_with_the_gpus_and_stays_below_the_limit() -> None:
     sizes = {}
     for name, group in worker_groups(service("fleet")).items():

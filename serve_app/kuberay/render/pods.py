@@ -47,7 +47,7 @@ def head_spec(fleet: Fleet, profile: ClusterProfile) -> dict[str, Any]:
         ],
         "env": _env(fleet, profile, None),
         "resources": {"requests": {**size}, "limits": {"memory": size["memory"]}},
-        "securityContext": container_security(),
+        "securityContext": _read_only(),
         "volumeMounts": _mounts(profile, loads_models=False),
     }
     return _pod_spec(
@@ -101,7 +101,8 @@ def worker_spec(
         "env": _env(fleet, profile, group.name if loads_models else None)
         + (_efa_env() if group.efa else []),
         "resources": {"requests": requests | devices, "limits": limits | devices},
-        "securityContext": container_security(),
+        # With a GPU not tried: NVIDIA's runtime adds the driver's files to the container's root.
+        "securityContext": container_security() if group.gpus else _read_only(),
         "volumeMounts": _mounts(profile, loads_models=loads_models),
         "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", _drain_script(drain)]}}},
     }
@@ -174,6 +175,7 @@ def _env(fleet: Fleet, profile: ClusterProfile, group: str | None) -> list[Any]:
         ),
         {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
         {"name": "VLLM_NO_USAGE_STATS", "value": "1"},
+        {"name": "HOME", "value": "/tmp"},
     ]
     if fleet.on_ipv6:
         env.append(
@@ -219,9 +221,15 @@ def container_security() -> dict[str, Any]:
     return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
+def _read_only() -> dict[str, Any]:
+    """The security context of a container that writes to its volumes only."""
+    return container_security() | {"readOnlyRootFilesystem": True}
+
+
 def _mounts(profile: ClusterProfile, *, loads_models: bool) -> list[dict[str, Any]]:
     mounts: list[dict[str, Any]] = [
         {"name": "dshm", "mountPath": "/dev/shm"},
+        {"name": "tmp", "mountPath": "/tmp"},
         {"name": "ray-logs", "mountPath": "/tmp/ray"},
     ]
     if loads_models and profile.cache.kind == "pvc":
@@ -279,6 +287,12 @@ def _pod_spec(
                 "persistentVolumeClaim": {"claimName": profile.cache.claim},
             }
         )
+    volumes.append(
+        {
+            "name": "tmp",
+            "emptyDir": note({}, "Sockets of Python and HAProxy; home: the root may be read-only."),
+        }
+    )
     account: dict[str, Any] = {"serviceAccountName": profile.service_account}
     if not calls_kubernetes:
         account["automountServiceAccountToken"] = note(
