@@ -196,6 +196,8 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_SERVE_KV_TIMEOUT_S": "5",
+            "RAY_CLUSTER_NAME": "image-test",  # by which models wait for pods that still come
+            "RAY_CLUSTER_NAMESPACE": "serve-app",
             **env,
             **{variable["name"]: variable.get("value", "") for variable in container["env"]},
         }
