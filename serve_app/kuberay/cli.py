@@ -17,6 +17,7 @@ import click
 from serve_app.errors import UserError
 
 if TYPE_CHECKING:
+    from serve_app.kuberay.live.change import Change
     from serve_app.kuberay.live.target import Target
 
 _PATH = click.Path(path_type=Path)
@@ -203,7 +204,7 @@ def deploy(
     there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
     click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
     if wait:
-        _wait(target, timeout, applied)
+        _wait(target, timeout, change, applied)
 
 
 @contextmanager
@@ -232,11 +233,17 @@ def _timed(line: str) -> str:
     return f"{time.strftime('%H:%M:%S')} {line}"
 
 
-def _wait(target: Target, timeout_s: float, applied: dict[str, Any]) -> None:
+def _wait(target: Target, timeout_s: float, change: Change, applied: dict[str, Any]) -> None:
+    from serve_app.kuberay.live.deploy import settle
     from serve_app.kuberay.live.follow import follow
 
+    def tell(line: str) -> None:
+        click.echo(_timed(line))
+
     try:
-        follow(target, applied, timeout_s=timeout_s, tell=lambda line: click.echo(_timed(line)))
+        follow(target, applied, timeout_s=timeout_s, tell=tell)
+        # The cluster that serves now may have been made of an earlier spec, after our first look.
+        settle(target, change, tell)
         _ask_models(target)
     except KeyboardInterrupt:
         click.echo(f"\nno longer watching; the deployment goes on: serve-app status {target.name}")
@@ -360,7 +367,7 @@ def rollback(
         new, applied = deploying.apply(server, [service], found.change, force=force, tell=tell)
     click.echo(f"revision {new}")
     if wait:
-        _wait(target, timeout, applied)
+        _wait(target, timeout, found.change, applied)
 
 
 @click.command()

@@ -43,6 +43,9 @@ class Change:
     clusters: Clusters = _NONE
     """Those that are there."""
 
+    behind: bool = False
+    """Whether bounds or tolerations change, which KubeRay does not bring to a cluster."""
+
     @property
     def gpus(self) -> int:
         return sum(need.gpus for need in self.needs)
@@ -115,7 +118,7 @@ def between(live: Document | None, wanted: Document, clusters: Clusters = _NONE)
         return Change("none", [], clusters=clusters)
     held = {pods.name: _at_least(pods) for pods in workers_of(before)}
     more = _needs(wanted, lambda pods: _at_least(pods) - held.get(pods.name, 0))
-    return Change("in place", changes, more, clusters)
+    return Change("in place", changes, more, clusters, bool(behind))
 
 
 def as_it_runs(live: Document, clusters: Clusters) -> Document:

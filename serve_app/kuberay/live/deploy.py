@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.kuberay.live import budgets, clusters, in_place, pruning, revisions, upgrade
+from serve_app.errors import UserError
+from serve_app.kuberay.live import budgets, clusters, in_place, pruning, revisions, state, upgrade
 from serve_app.kuberay.live.api_server import KINDS, APIServer, Forbidden
 from serve_app.kuberay.live.change import Change, as_it_runs, between
 from serve_app.kuberay.live.target import Target
@@ -36,11 +37,17 @@ def preview(server: APIServer, documents: list[Document], *, force: bool = False
     it is asked whether it has every kind, and the documents themselves stand for its answer.
 
     Raises:
-        UserError: the server refuses one of the documents, or lacks a kind.
+        UserError: the server refuses one of the documents, or lacks a kind; or the RayService is
+            being deleted.
     """
     service = _service(documents)
     target = _target(server, service)
     live = target.get()
+    if live and state.of(live).deleting:
+        raise UserError(
+            f"{target.name} is being deleted, and what is applied to it now goes with it; "
+            "deploy again when it is gone"
+        )
     if server.get("Namespace", target.namespace) is None:
         for kind in dict.fromkeys(document["kind"] for document in documents):
             server.require(kind)
@@ -110,15 +117,24 @@ def apply(
 def settle(target: Target, change: Change, tell: Callable[[str], None]) -> None:
     """Do for an applied RayService what KubeRay leaves undone; ``tell`` what.
 
+    The clusters are looked at again: since the preview the operator may have made one, of the spec
+    before, and it brings no later bounds there.
+
     Raises:
         UserError: the server refuses it, or these credentials may not do it.
     """
-    if change.gives_up:
-        upgrade.give_up(target, tell)
-    cluster = change.clusters.active if change.kind == "back" else change.clusters.compared
-    if cluster is None or change.kind not in ("in place", "back"):
-        return
     service = target.require()
+    try:
+        now = between(service, service, clusters.of(target, service))
+    except Forbidden:
+        if change.behind:
+            raise
+        return
+    if change.gives_up or now.gives_up:
+        upgrade.give_up(target, tell)
+    cluster = now.clusters.active if now.kind == "back" else now.clusters.compared
+    if cluster is None or now.kind not in ("in place", "back"):
+        return
     for line in in_place.bring(target, cluster, service["spec"]["rayClusterConfig"]):
         tell(f"{clusters.name_of(cluster)}: {line}")
 

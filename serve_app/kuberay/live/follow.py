@@ -60,6 +60,8 @@ def follow(
                     f"serve-app status {target.name}"
                 )
             seen = state.of(document)
+            if seen.deleting:
+                raise UserError(f"somebody deletes {target.name} since: what was applied goes, too")
             headline = [seen.headline] if seen.headline else []
             tell_new([*headline, *seen.lines(), *reasons.pod_lines(target)])
             if seen.refusal and seen.spoken != before.spoken:

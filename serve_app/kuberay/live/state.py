@@ -50,6 +50,9 @@ class State:
     """When the operator wrote the status last."""
 
     suspended: bool = False
+    deleting: bool = False
+    """Whether somebody has deleted it: it goes when its clusters are gone, whatever is applied."""
+
     expected: list[str] = field(default_factory=list)
     """Applications of the config that was applied last."""
 
@@ -68,6 +71,7 @@ class State:
         """
         return (
             self.seen
+            and not self.deleting
             and self.holds("Ready")
             and not self.upgrading
             and all(
@@ -112,6 +116,8 @@ class State:
     @property
     def headline(self) -> str | None:
         """What keeps everything waiting; None where it is the single applications."""
+        if self.deleting:
+            return "it is being deleted"
         if self.suspended:
             return "it is suspended (spec.suspend: true)"
         if not self.seen and self.refusal:
@@ -169,6 +175,7 @@ def of(document: Document) -> State:
         },
         updated=status.get("lastUpdateTime") or "",
         suspended=bool(spec.get("suspend")),
+        deleting="deletionTimestamp" in (document.get("metadata") or {}),
         expected=list(config_of(document)),
     )
 
