@@ -193,7 +193,7 @@ def deploy(
         if change.kind == "ignored" and not force:
             raise UserError(
                 "KubeRay would ignore the change of the cluster (upgradeStrategy None); "
-                f"serve-app delete {name} and deploy again, or --force to apply the rest"
+                f"serve-app delete {target.address} and deploy again, or --force to apply the rest"
             )
         unwanted = pruning.check(target, documents, remove=prune, tell=click.echo)
         if dry_run:
@@ -201,8 +201,7 @@ def deploy(
         number, applied = deploying.apply(
             server, documents, change, unwanted=unwanted, force=force, tell=tell
         )
-    there = "" if profile.namespace == _NAMESPACE else f" -n {profile.namespace}"
-    click.echo(f"revision {number}; back with: serve-app rollback {name}{there}")
+    click.echo(f"revision {number}; back with: serve-app rollback {target.address}")
     if wait:
         _wait(target, timeout, change, applied)
 
@@ -246,7 +245,8 @@ def _wait(target: Target, timeout_s: float, change: Change, applied: dict[str, A
         settle(target, change, tell)
         _ask_models(target)
     except KeyboardInterrupt:
-        click.echo(f"\nno longer watching; the deployment goes on: serve-app status {target.name}")
+        on = f"the deployment goes on: serve-app status {target.address}"
+        click.echo(f"\nno longer watching; {on}")
 
 
 def _ask_models(target: Target) -> None:

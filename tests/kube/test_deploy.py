@@ -47,7 +47,8 @@ from operator_model import Operator, running, wanted
 
 from serve_app.config.document import DEPLOYMENT
 from serve_app.errors import UserError
-from serve_app.kuberay.live import revisions
+from serve_app.kuberay import cli
+from serve_app.kuberay.live import follow, reasons, revisions
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.live.target import Target
@@ -419,6 +420,24 @@ def test_in_another_namespace_the_way_back_names_it(
     profile.write_text("namespace: other\n")
     result = run("deploy", str(CONFIG), "--no-wait", "--cluster", str(profile))
     assert "back with: serve-app rollback llama70b -n other" in result.output
+
+
+def test_advice_in_another_namespace_names_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kubeconfig: Path
+) -> None:
+    server = APIServer.connect(kubeconfig, None)
+    target = Target(server, NAME, "other")
+    monkeypatch.setattr(reasons, "explain", lambda target: ["no machine", "no volume"])
+    said = follow._with_reasons(target, "it waits")
+    assert said == "it waits; no machine (and 1 more: serve-app status llama70b -n other)"
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(follow, "follow", stopped)
+    cli._wait(target, 1, {})
+    assert "goes on: serve-app status llama70b -n other" in capsys.readouterr().out
+    assert Target(server, NAME, "serve-app").address == "llama70b"
 
 
 def test_dry_run_changes_nothing(api: KubeAPI, run: Callable[..., Result]) -> None:

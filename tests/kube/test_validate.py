@@ -97,6 +97,7 @@ def test_weights_of_the_hub_without_a_volume_are_a_warning_and_those_on_s3_are_n
     found = judge(bundle("llama70b", cache={"kind": "none"}))
     assert [f.status for f in found] == ["warn"]
     assert "'llama-3.3-70b' downloads its weights at each start" in found[0].message
+    assert "has no volume at /tmp/.cache/huggingface that" in said(found)[0]  # HOME is /tmp
     streamed = edit(
         bundle("llama70b", cache={"kind": "none"}),
         {

@@ -57,7 +57,7 @@ def follow(
             if _is_superseded(applied, document):
                 raise UserError(
                     f"somebody else has changed {target.name} since: what runs now is theirs; "
-                    f"serve-app status {target.name}"
+                    f"serve-app status {target.address}"
                 )
             seen = state.of(document)
             if seen.deleting:
@@ -119,7 +119,8 @@ def _with_reasons(target: Target, headline: str) -> str:
         found = reasons.explain(target)
     except UserError:
         found = []
-    more = f" (and {len(found) - 1} more: serve-app status {target.name})" if len(found) > 1 else ""
+    rest = len(found) - 1
+    more = f" (and {rest} more: serve-app status {target.address})" if rest > 0 else ""
     return f"{headline}; {found[0]}{more}" if found else headline
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from serve_app.errors import UserError
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.render.names import labels
+from serve_app.kuberay.render.profile import ClusterProfile
 
 Document = dict[str, Any]
 
@@ -19,6 +20,12 @@ class Target:
     server: APIServer
     name: str
     namespace: str
+
+    @property
+    def address(self) -> str:
+        """The name as a command takes it, with ``-n`` where the namespace is not the default."""
+        default = ClusterProfile.model_fields["namespace"].default
+        return self.name if self.namespace == default else f"{self.name} -n {self.namespace}"
 
     def get(self) -> Document | None:
         return self.server.get("RayService", self.name, self.namespace)

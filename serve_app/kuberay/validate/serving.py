@@ -264,9 +264,6 @@ def stages(service: Document, fleet: Fleet) -> Found:
             )
 
 
-_HUB_CACHE = "/root/.cache/huggingface"
-
-
 @check("model cache")
 def caches(service: Document, fleet: Fleet) -> Found:
     """Are downloads and compiled code on a volume that outlives the pod?"""
@@ -275,7 +272,8 @@ def caches(service: Document, fleet: Fleet) -> Found:
     lost: list[tuple[str, str]] = []  # GPU pods, and where they keep the hub's files for a while
     for pods in workers:
         env = {str(e.get("name")): str(e.get("value") or "") for _, e in pods.env}
-        home = env.get("HF_HOME") or env.get("HF_HUB_CACHE") or _HUB_CACHE
+        usual = f"{env.get('HOME') or '/root'}/.cache/huggingface"
+        home = env.get("HF_HOME") or env.get("HF_HUB_CACHE") or usual
         if pods.gpus and not _within(home, pods.lasting_mounts):
             lost.append((f"{pods.container_at}.volumeMounts", home))
     for name, model in fleet.models.items():
