@@ -50,6 +50,7 @@ from serve_app.errors import UserError
 from serve_app.kuberay import cli
 from serve_app.kuberay.live import follow, reasons, revisions
 from serve_app.kuberay.live.api_server import APIServer
+from serve_app.kuberay.live.change import Change
 from serve_app.kuberay.live.podlogs import readable
 from serve_app.kuberay.live.target import Target
 from serve_app.replica.no_route import NoRoute
@@ -435,7 +436,7 @@ def test_advice_in_another_namespace_names_it(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(follow, "follow", stopped)
-    cli._wait(target, 1, {})
+    cli._wait(target, 1, Change("none", []), {})
     assert "goes on: serve-app status llama70b -n other" in capsys.readouterr().out
     assert Target(server, NAME, "serve-app").address == "llama70b"
 
