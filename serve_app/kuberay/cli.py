@@ -187,8 +187,8 @@ def deploy(
         found = deploying.preview(server, documents, force=force)
         change = found.change
         click.echo(f"{name} in {profile.namespace} on {server.host}: this {change}")
-        if found.unknown:
-            click.echo(found.unknown)
+        for note in found.notes:
+            click.echo(note)
         gpus.check(server, change, force=force, tell=click.echo)
         if change.kind == "ignored" and not force:
             raise UserError(
@@ -323,8 +323,8 @@ def diff(
     found = deploying.preview(server, documents, force=True)
     click.echo(difference(found.live, found.future), nl=False)
     click.echo(f"this {found.change}")
-    if found.unknown:
-        click.echo(found.unknown)
+    for note in found.notes:
+        click.echo(note)
     target = Target(server, instance_name(fleet), profile.namespace)
     pruning.check(target, documents, remove=False, tell=click.echo)
     sys.exit(0 if found.change.kind == "none" else 1)
@@ -361,8 +361,8 @@ def rollback(
     with _interruptible(f"rolling back {name}") as tell:
         found = deploying.preview(server, [service], force=force)
         click.echo(f"{name} in {namespace} on {server.host}: this {found.change}")
-        if found.unknown:
-            click.echo(found.unknown)
+        for note in found.notes:
+            click.echo(note)
         gpus.check(server, found.change, force=True, tell=click.echo)
         new, applied = deploying.apply(server, [service], found.change, force=force, tell=tell)
     click.echo(f"revision {new}")
@@ -387,7 +387,12 @@ def sync(name: str, namespace: str, kubeconfig: Path | None, context: str | None
     target = Target(APIServer.connect(kubeconfig, context), name, namespace)
     change = deploying.sync(target, click.echo)
     if change.kind == "none":
-        click.echo(f"{name}: the running cluster is as the RayService says")
+        which = "cluster that starts" if change.clusters.pending else "running cluster"
+        there = change.clusters.compared is not None
+        is_there = (
+            f"the {which} is as the RayService says" if there else "no cluster of it runs now"
+        )
+        click.echo(f"{name}: {is_there}")
     elif change.kind in ("new cluster", "ignored"):
         click.echo(f"{name}: the RayService {change}")
 

@@ -273,11 +273,11 @@ class KubeAPI:
         if crd:
             merged = _with_defaults(crd, merged)
         if dry_run:
-            return (200 if old else 201), merged
+            return (200 if old else 201), _with_managers(merged, owners)
         if old is None or {**old, "metadata": None} != {**merged, "metadata": None}:
             self.store(plural, merged, manager)
         self.owners[key] = owners
-        return (200 if old else 201), self.objects[key]
+        return (200 if old else 201), _with_managers(self.objects[key], owners)
 
     def events_since(self, version: int, deadline: float) -> list[tuple[int, str, Document]]:
         """What happened after a version; waits for something until the deadline."""
@@ -669,6 +669,21 @@ def _with_defaults(schema: dict[str, Any], value: Any) -> Any:
         items = schema.get("items")
         return [_with_defaults(items if isinstance(items, dict) else {}, item) for item in value]
     return value
+
+
+def _with_managers(document: Document, owners: dict[Path, set[Owner]]) -> Document:
+    """A copy that tells who owns which fields, as the API server tells it."""
+    trees: dict[Owner, Document] = {}
+    for path, who in owners.items():
+        for owner in who:
+            at = trees.setdefault(owner, {})
+            for key in path:
+                at = at.setdefault(f"f:{key}", {})
+    entries = [
+        {"manager": manager, "operation": operation, "fieldsType": "FieldsV1", "fieldsV1": tree}
+        for (manager, operation), tree in sorted(trees.items())
+    ]
+    return {**document, "metadata": {**document["metadata"], "managedFields": entries}}
 
 
 def _fields(document: Document) -> dict[Path, Any]:

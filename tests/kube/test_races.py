@@ -1,7 +1,8 @@
-"""What a change finds when others act between its looks."""
+"""What a change finds when others act before it, between its looks, and after it."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 
 from click.testing import Result
-from deploying import CONFIG, NAME, SPACE, answers, config, later
+from deploying import BIGGER, CONFIG, NAME, SPACE, answers, config, edited, later, service
 from kube_api import KubeAPI
 from operator_model import Operator, running
 
@@ -104,3 +105,89 @@ def test_what_is_deleted_meanwhile_ends_the_wait(
     operator.settle()
     with pytest.raises(UserError, match=f"somebody deletes {NAME}"):
         run("deploy", str(CONFIG), "--timeout", "30")
+
+
+def test_what_another_tool_set_and_the_config_has_no_more_is_told(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    """Server-side apply leaves it there, without a conflict, and with --force, too."""
+    run("deploy", str(CONFIG), "--no-wait")
+    spec = copy.deepcopy(service(api)["spec"]["rayClusterConfig"])
+    spec["gcsFaultToleranceOptions"] = {"redisAddress": "redis:6379"}
+    edited(api, "argocd-controller", rayClusterConfig=spec)
+    note = (
+        'spec.rayClusterConfig.gcsFaultToleranceOptions is not of this config: "argocd-controller" '
+        "set it, and it stays until taken out there"
+    )
+    assert run("diff", str(CONFIG)).output == f"this changes nothing\n{note}\n"
+    assert note in run("deploy", str(CONFIG), "--no-wait", "--force").output
+    assert service(api)["spec"]["rayClusterConfig"] == spec
+    # The operator writes fields, too, which hold nothing.
+    edited(api, "kuberay-operator", rayClusterConfig=spec | {"suspend": True})
+    assert "suspend" not in run("diff", str(CONFIG)).output.partition("this changes")[2]
+
+
+def test_a_suspended_fleet_has_no_cluster_to_sync(
+    api: KubeAPI, operator: Operator, run: Callable[..., Result]
+) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    edited(api, "kubectl-patch", suspend=True)
+    operator.settle()
+    assert run("sync", NAME).output == f"{NAME}: no cluster of it runs now\n"
+
+
+def test_sync_ends_an_upgrade_that_another_tool_took_back(
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """KubeRay makes a third cluster, of the spec of the first, beside the stuck second one."""
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    before = service(api)["spec"]
+    first = service(api)["status"]["activeServiceStatus"]["rayClusterName"]
+    operator.machines.gpus = 0
+    run("deploy", config(tmp_path, BIGGER), "--no-wait", "--force")
+    operator.settle()
+    assert "the cluster that starts is as the RayService says" in run("sync", NAME).output
+    edited(api, "argocd-controller", **before)
+    operator.settle()
+    assert len(api.all("rayclusters")) == 3
+    with running(operator):
+        output = run("sync", NAME).output
+    assert output.count("which had not served") == 2
+    assert [c["metadata"]["name"] for c in api.all("rayclusters")] == [first]
+    assert "is as the RayService says" in run("sync", NAME).output
+
+
+def test_a_cluster_that_was_given_up_meanwhile_goes(
+    api: KubeAPI,
+    operator: Operator,
+    run: Callable[..., Result],
+    image: Callable[[str], tuple[str, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the preview of the third image the operator had not yet begun with the second."""
+    run(*image("1"))
+    operator.settle()
+    run(*image("2"))
+    preview, record = deploy.preview, deploy.revisions.record
+
+    def slow(*args: Any, **options: Any) -> deploy.Preview:
+        found = preview(*args, **options)
+        operator.machines.gpus = 0
+        operator.settle()
+        return found
+
+    def late(*args: Any) -> int:
+        operator.settle()  # and takes up the third
+        return record(*args)
+
+    monkeypatch.setattr(deploy, "preview", slow)
+    monkeypatch.setattr(deploy.revisions, "record", late)
+    output = run(*image("3")).output
+    assert "starts a second cluster beside" in output
+    assert "which had not served" in output
+    images = [
+        cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"]
+        for cluster in api.all("rayclusters")
+    ]
+    assert sorted(images) == ["example.com/serve-app:1", "example.com/serve-app:3"]

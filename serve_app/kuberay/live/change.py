@@ -98,12 +98,15 @@ def between(live: Document | None, wanted: Document, clusters: Clusters = _NONE)
         cluster = list(cluster_spec.differences(running, after))
         changes = [*models, *cluster, *behind, *others]
         return Change("at rest" if changes else "none", changes)
+    cluster = list(cluster_spec.differences(running, after)) if appended is None else []
+    # Also where the one that starts is a twin of it: KubeRay makes one when another tool takes a
+    # change back.
+    active = clusters.active if clusters.pending else None
+    stays = active is not None and "deletionTimestamp" not in active["metadata"]
+    if active and stays and cluster_spec.same(active["spec"], after):
+        return Change("back", [*models, *cluster, *others], clusters=clusters)
     if appended is None:
-        cluster = list(cluster_spec.differences(running, after))
         strategy = (wanted["spec"].get("upgradeStrategy") or {}).get("type") or "NewCluster"
-        active = clusters.active if clusters.pending else None
-        if active and cluster_spec.same(active["spec"], after):
-            return Change("back", [*models, *cluster, *others], clusters=clusters)
         if strategy == "None":
             return Change("ignored", [*models, *cluster], clusters=clusters)
         needs = _needed(wanted, strategy)

@@ -10,6 +10,7 @@ from serve_app.errors import UserError
 from serve_app.kuberay.live import budgets, clusters, in_place, pruning, revisions, state, upgrade
 from serve_app.kuberay.live.api_server import KINDS, APIServer, Forbidden
 from serve_app.kuberay.live.change import Change, as_it_runs, between
+from serve_app.kuberay.live.leftovers import leftovers
 from serve_app.kuberay.live.target import Target
 
 Document = dict[str, Any]
@@ -26,8 +27,8 @@ class Preview:
     future: Document
     """The RayService as it would be."""
 
-    unknown: str = ""
-    """What could not be found out, for a person; empty if nothing."""
+    notes: tuple[str, ...] = ()
+    """For a person: what could not be found out, and what the apply leaves to others."""
 
 
 def preview(server: APIServer, documents: list[Document], *, force: bool = False) -> Preview:
@@ -60,14 +61,14 @@ def preview(server: APIServer, documents: list[Document], *, force: bool = False
         answer = server.apply(document, dry_run=True, force=force)
         if document is service:
             future = answer
-    there, unknown = clusters.Clusters(), ""
+    there, notes = clusters.Clusters(), leftovers(future, service)
     if live is not None:
         try:
             there = clusters.of(target, live)
         except Forbidden as forbidden:
-            unknown = f"{forbidden}: this compares with the RayService, not with what runs"
+            notes.append(f"{forbidden}: this compares with the RayService, not with what runs")
     found = between(live, future, there)
-    return Preview(found, as_it_runs(live, there) if live else None, future, unknown)
+    return Preview(found, as_it_runs(live, there) if live else None, future, tuple(notes))
 
 
 def apply(
@@ -130,7 +131,7 @@ def settle(target: Target, change: Change, tell: Callable[[str], None]) -> None:
         if change.behind:
             raise
         return
-    if change.gives_up or now.gives_up:
+    if change.gives_up or now.gives_up or now.clusters.never_served:
         upgrade.give_up(target, tell)
     cluster = now.clusters.active if now.kind == "back" else now.clusters.compared
     if cluster is None or now.kind not in ("in place", "back"):
