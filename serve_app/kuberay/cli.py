@@ -357,14 +357,14 @@ def rollback(
 
     server = APIServer.connect(kubeconfig, context)
     target = Target(server, name, namespace)
-    service = revisions.find(target, number)
+    documents = revisions.find(target, number)
     with _interruptible(f"rolling back {name}") as tell:
-        found = deploying.preview(server, [service], force=force)
+        found = deploying.preview(server, documents, force=force)
         click.echo(f"{name} in {namespace} on {server.host}: this {found.change}")
         for note in found.notes:
             click.echo(note)
         gpus.check(server, found.change, force=True, tell=click.echo)
-        new, applied = deploying.apply(server, [service], found.change, force=force, tell=tell)
+        new, applied = deploying.apply(server, documents, found.change, force=force, tell=tell)
     click.echo(f"revision {new}")
     if wait:
         _wait(target, timeout, found.change, applied)

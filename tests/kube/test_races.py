@@ -191,3 +191,23 @@ def test_a_cluster_that_was_given_up_meanwhile_goes(
         for cluster in api.all("rayclusters")
     ]
     assert sorted(images) == ["example.com/serve-app:1", "example.com/serve-app:3"]
+
+
+def test_a_rollback_brings_the_budgets_back(
+    api: KubeAPI, operator: Operator, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """That of two replicas would keep the only one of the spec before from ever being drained."""
+
+    def least() -> int:
+        budget = api.get("poddisruptionbudgets", SPACE, f"{NAME}-h100-x4")
+        assert budget is not None
+        return int(budget["spec"]["minAvailable"])
+
+    run("deploy", str(CONFIG), "--no-wait")
+    operator.settle()
+    run("deploy", config(tmp_path, ("min_replicas: 1", "min_replicas: 2")), "--no-wait")
+    assert least() == 1
+    run("rollback", NAME, "--no-wait")
+    assert least() == 0
+    run("rollback", NAME, "--no-wait")
+    assert least() == 1

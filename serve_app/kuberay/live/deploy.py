@@ -92,6 +92,7 @@ def apply(
     service = _service(documents)
     target = _target(server, service)
     starts, together = change.kind == "new cluster", ""
+    rendered = [d for d in documents if d["kind"] == "PodDisruptionBudget"]
     try:
         documents = budgets.apart(target, documents, upgrade=starts)
     except Forbidden as forbidden:
@@ -109,7 +110,7 @@ def apply(
         tell(f"applied {pruning.title(document)}")
     if starts and together:
         tell(together)
-    number = revisions.record(target, service)
+    number = revisions.record(target, service, rendered)
     settle(target, change, tell)
     pruning.prune(target, unwanted, tell)
     return number, applied

@@ -1,11 +1,14 @@
 """Earlier deployments, kept on the cluster for a rollback.
 
 Each deployment stores the RayService that it applied as a ControllerRevision, the kind that
-Kubernetes itself uses for this (StatefulSets, DaemonSets).
+Kubernetes itself uses for this (StatefulSets, DaemonSets). The budgets go along in an annotation:
+one for two replicas would keep the last replica of a spec with one from ever being drained.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from serve_app.errors import UserError
@@ -16,6 +19,8 @@ from serve_app.kuberay.render.names import labels
 KEEP = 10
 """Number of revisions that are kept; older ones are deleted."""
 
+_BUDGETS = "serve-app/budgets"
+
 Document = dict[str, Any]
 
 
@@ -25,8 +30,11 @@ def history(target: Target) -> list[Document]:
     return sorted(found, key=lambda revision: int(revision["revision"]))
 
 
-def record(target: Target, service: Document) -> int:
-    """Store an applied RayService, unless it equals the latest revision; return its number."""
+def record(target: Target, service: Document, budgets: Sequence[Document] = ()) -> int:
+    """Store an applied RayService with the budgets that were rendered for it; return its number.
+
+    One that equals the latest revision is not stored again.
+    """
     name, namespace = target.name, target.namespace
     past = history(target)
     if past and past[-1]["data"] == service:
@@ -39,6 +47,7 @@ def record(target: Target, service: Document) -> int:
             "name": f"{name}-r{number}",
             "namespace": namespace,
             "labels": labels(name),
+            "annotations": {_BUDGETS: json.dumps(budgets)},
         },
         "revision": number,
         "data": service,
@@ -52,8 +61,10 @@ def record(target: Target, service: Document) -> int:
     return number
 
 
-def find(target: Target, number: int | None) -> Document:
-    """The RayService of a revision; without a number, of the last but one.
+def find(target: Target, number: int | None) -> list[Document]:
+    """The RayService of a revision, and its budgets; without a number, of the last but one.
+
+    Revisions of an older version have no budgets.
 
     Raises:
         UserError: there is no such revision; the error lists those that exist.
@@ -67,5 +78,6 @@ def find(target: Target, number: int | None) -> Document:
     if number not in numbers:
         known = ", ".join(map(str, numbers)) or "none"
         raise UserError(f"{name} has no revision {number} (known: {known})")
-    service: Document = past[numbers.index(number)]["data"]
-    return service
+    revision = past[numbers.index(number)]
+    budgets = (revision["metadata"].get("annotations") or {}).get(_BUDGETS) or "[]"
+    return [revision["data"], *json.loads(budgets)]
