@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,12 +275,14 @@ def _ask_models(target: Target) -> None:
 @_context_option
 def status(name: str, namespace: str, kubeconfig: Path | None, context: str | None) -> None:
     """Applications, pods and troubles of the RayService NAME; exit status 1 until it is ready."""
+    from serve_app.kuberay.live import deploy as deploying
     from serve_app.kuberay.live import reasons, revisions, state
-    from serve_app.kuberay.live.api_server import APIServer
+    from serve_app.kuberay.live.api_server import APIServer, Forbidden
     from serve_app.kuberay.live.target import Target
 
     target = Target(APIServer.connect(kubeconfig, context), name, namespace)
-    seen = state.of(target.require())
+    service = target.require()
+    seen = state.of(service)
     clusters = f"cluster {seen.active or '(none yet)'}"
     click.echo(f"{name}: {clusters}{f', next {seen.pending}' if seen.pending else ''}")
     headline = [seen.headline] if seen.headline else []
@@ -289,6 +291,9 @@ def status(name: str, namespace: str, kubeconfig: Path | None, context: str | No
     for kind, (holds, reason, message) in seen.conditions.items():
         if kind == "Ready" or holds:
             click.echo(f"  {kind}: {'yes' if holds else 'no'} ({reason}) {message}".rstrip())
+    with suppress(Forbidden):
+        for line in deploying.behind(target, service):
+            click.echo(f"  ! not in the running cluster: {line} (serve-app sync {target.address})")
     past = [str(revision["revision"]) for revision in revisions.history(target)]
     click.echo(f"  revisions: {', '.join(past) or 'none'}")
     if not seen.running:

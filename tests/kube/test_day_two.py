@@ -124,7 +124,10 @@ def test_bounds_that_another_tool_applied_arrive_by_sync(site: Site, fleet: Docu
     most = groups[index]["maxReplicas"] + 2
     path = f"/spec/rayClusterConfig/workerGroupSpecs/{index}/maxReplicas"
     site.patch("rayservices", NAME, [{"op": "replace", "path": path, "value": most}])
-    assert f"maxReplicas {most - 2} → {most}" in site.on_fleet("sync").text
+    line = f"worker group '{site.workers}': maxReplicas {most - 2} → {most}"
+    assert f"! not in the running cluster: {line}" in site.on_fleet("status").text
+    assert line in site.on_fleet("sync").text
+    assert "not in the running cluster" not in site.on_fleet("status").text
     assert site.group(site.workers)["maxReplicas"] == most
     assert "is as the RayService says" in site.on_fleet("sync").text
 

@@ -637,7 +637,10 @@ def test_a_new_cluster_without_gpus_for_two_is_refused(
     busy["spec"] = {"nodeName": "n1", "containers": [requests]}
     api.store("pods", busy)
     bigger = config(tmp_path, BIGGER)
-    with pytest.raises(UserError, match=r"needs 4 more GPUs, but 2 can be had \(2 idle on nodes"):
+    with pytest.raises(UserError, match=r"but 2 can be had \(2 idle.*there is no NodePool"):
+        run("deploy", bigger, "--no-wait")
+    api.store("nodepools", pool(8, 8))
+    with pytest.raises(UserError, match="raise the NodePool"):
         run("deploy", bigger, "--no-wait")
     generation = service(api)["metadata"]["generation"]
     api.store("nodepools", pool(16, 8))

@@ -153,6 +153,19 @@ def sync(target: Target, tell: Callable[[str], None]) -> Change:
     return change
 
 
+def behind(target: Target, service: Document) -> list[str]:
+    """The bounds and tolerations of a RayService that have not reached its cluster, a line each.
+
+    Raises:
+        Forbidden: these credentials may not list RayClusters.
+    """
+    cluster = clusters.of(target, service).compared
+    if cluster is None:
+        return []
+    wanted = service["spec"]["rayClusterConfig"]
+    return [str(difference) for difference in in_place.differences(cluster["spec"], wanted)]
+
+
 def _with_replicas(service: Document, change: Change) -> Document:
     """With the autoscaler's ``replicas``: appending a group writes the whole cluster anew."""
     cluster = change.clusters.compared

@@ -40,7 +40,12 @@ def check(server: APIServer, change: Change, *, force: bool, tell: Callable[[str
         _take(to_come, need, need.gpus - _take(idle, need, need.gpus))
     if not short:
         return
-    shortage = f"{'; '.join(short)}; raise the NodePool's limits.nvidia.com/gpu"
+    more = (
+        "raise the NodePool's limits.nvidia.com/gpu"
+        if to_come
+        else "there is no NodePool to add machines: apply the folder nodes of serve-app render"
+    )
+    shortage = f"{'; '.join(short)}; {more}"
     # A first deployment that waits for nodes does no harm. A second cluster that never comes up
     # blocks every later change (kuberay#1476).
     if change.kind == "new cluster" and not force:
