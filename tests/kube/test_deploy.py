@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from controllers import Refused, cluster_of_pods, delete_cluster, evict
 from deploying import (
@@ -954,6 +955,19 @@ def test_no_kubeconfig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_an_unknown_context(kubeconfig: Path) -> None:
     with pytest.raises(UserError, match=r"has no context 'there'; did you mean 'here'\?"):
         APIServer.connect(kubeconfig, "there")
+
+
+def test_a_credential_plugin_that_fails_is_told(
+    kubeconfig: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kubernetes package would log it, and go on as system:anonymous."""
+    config = yaml.safe_load(kubeconfig.read_text())
+    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-aws"}
+    config["users"][0]["user"] = {"exec": plugin | {"interactiveMode": "Never"}}
+    kubeconfig.write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=r"credentials failed \(.*no-such-aws.*aws sso login"):
+        APIServer.connect(kubeconfig)
+    assert "no-such-aws" not in "".join(capsys.readouterr())
 
 
 def test_a_cluster_without_kuberay(api: KubeAPI, run: Callable[..., Result]) -> None:

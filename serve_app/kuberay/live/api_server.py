@@ -11,7 +11,9 @@ Every failure becomes a :class:`UserError` of one line that says what to do.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,11 +114,18 @@ class APIServer:
         try:
             if kubeconfig is not None and not kubeconfig.exists():
                 raise UserError(f"{kubeconfig}: no such kubeconfig")
-            kubernetes.config.load_kube_config(
-                config_file=str(kubeconfig) if kubeconfig else None,
-                context=context,
-                client_configuration=configuration,
-            )
+            with _said_by_plugin() as said:
+                kubernetes.config.load_kube_config(
+                    config_file=str(kubeconfig) if kubeconfig else None,
+                    context=context,
+                    client_configuration=configuration,
+                )
+            if said:
+                raise UserError(
+                    f"{kubeconfig or 'kubeconfig'}: its command for credentials failed "
+                    f"({_first_line(said[0])}); is it installed (aws --version), and are you "
+                    "logged in (aws sso login)?"
+                )
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             where = kubeconfig or "kubeconfig"
             raise UserError(f"{where}: cannot be read ({_first_line(str(error))})") from None
@@ -431,6 +440,19 @@ class APIServer:
         else:
             why = "it cannot be reached; check the kubeconfig's server and the network"
         return Unreachable(f"API server {self.host}: {why}")
+
+
+@contextmanager
+def _said_by_plugin() -> Iterator[list[str]]:
+    """What the package logs meanwhile: it goes on as nobody when a credential plugin fails."""
+    said: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _contexts(kubeconfig: Path | None) -> list[str]:
