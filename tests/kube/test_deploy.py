@@ -507,6 +507,16 @@ def test_ctrl_c_before_all_is_applied_says_how_far_it_came(
         assert api.get("rayservices", SPACE, NAME) is None
 
 
+def test_what_runs_has_a_revision_wherever_a_deployment_is_interrupted(
+    api: KubeAPI, run: Callable[..., Result]
+) -> None:
+    run("deploy", str(CONFIG), "--no-wait")
+    writes = [path for method, path in api.requests if method != "GET" and "dryRun" not in path]
+    after = writes[next(i for i, path in enumerate(writes) if "/rayservices/" in path) + 1]
+    assert after.partition("?")[0].endswith("/controllerrevisions")
+    assert "poddisruptionbudgets" in "".join(writes[writes.index(after) :])
+
+
 # --- what a change would do ---------------------------------------------------------------------
 
 

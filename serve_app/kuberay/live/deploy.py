@@ -99,18 +99,19 @@ def apply(
         if unwanted:
             raise
         together = f"{forbidden}: the budgets count the pods of both clusters together"
-    applied = service
+    applied, number = service, 0
     going = {pruning.title(document) for document in unwanted}
     for document in (d for d in documents if pruning.title(d) not in going):
         answer = server.apply(
             _with_replicas(document, change) if document is service else document, force=force
         )
+        tell(f"applied {pruning.title(document)}")
         if document is service:
             applied = answer
-        tell(f"applied {pruning.title(document)}")
+            # At once: what runs has a revision, wherever this is interrupted.
+            number = revisions.record(target, service, rendered)
     if starts and together:
         tell(together)
-    number = revisions.record(target, service, rendered)
     settle(target, change, tell)
     pruning.prune(target, unwanted, tell)
     return number, applied
