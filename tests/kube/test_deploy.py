@@ -283,7 +283,7 @@ def test_what_keeps_everything_waiting_comes_first(
     with pytest.raises(UserError, match=r"is not ready after 1 s: it is suspended \(spec.suspend"):
         run("deploy", str(CONFIG), "--timeout", "1")
     api.change("rayservices", SPACE, NAME, spec=document["spec"] | {"suspend": False})
-    assert "the operator has not read the current spec yet" in run("status", NAME).output
+    assert "the operator has not taken up the current spec yet" in run("status", NAME).output
 
 
 def test_models_of_which_nothing_is_reported_may_serve(

@@ -123,7 +123,8 @@ class State:
         if not self.seen and self.refusal:
             return f"the operator refuses the current spec, or has not read it yet: {self.refusal}"
         if not self.seen:
-            return "the operator has not read the current spec yet (is it running?)"
+            asked = "does it run, and reach the head?"
+            return f"the operator has not taken up the current spec yet ({asked})"
         return None
 
     @property

@@ -51,7 +51,7 @@ def give_up(target: Target, tell: Callable[[str], None]) -> None:
         ):
             break
         if time.monotonic() > deadline:
-            tell("the operator has not taken it up yet (is it running?)")
+            tell("the operator has not taken it up yet (does it run, and reach the head?)")
             return
         time.sleep(0.5)
     for cluster in there.never_served:
