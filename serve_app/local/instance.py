@@ -125,8 +125,8 @@ def _empty(folder: Path, *, but: tuple[str, ...]) -> None:
 def _base() -> Path:
     """This user's folder for all runs, with a path short enough for sockets."""
     name = f"sa-{os.getuid()}"  # up to ten digits
-    for parent in (os.environ.get("RAY_TMPDIR"), _temporary_folder(), *_SHORT):
-        base = Path(parent or "/nowhere") / name
+    for parent in filter(None, (os.environ.get("RAY_TMPDIR"), _temporary_folder(), *_SHORT)):
+        base = Path(parent) / name
         # Ray puts paths unquoted into shell commands.
         if len(str(base / "65535")) > LONGEST or shlex.quote(str(base)) != str(base):
             continue

@@ -220,10 +220,10 @@ def stage(name: str) -> str:
     return found[1]
 
 
-def test_the_gpus_lock_is_to_be_had() -> None:
+def test_the_gpus_lock_is_to_be_had(tmp_path: Path) -> None:
     """Every version with a hash of the lock, for Python 3.12 on Linux: asked, not downloaded."""
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--dry-run", "--no-deps"]
-    asked = [*uv, "--require-hashes", "--python-version=3.12", "--target=/nowhere"]
+    asked = [*uv, "--require-hashes", "--python-version=3.12", f"--target={tmp_path}"]
     done = subprocess.run(
         [*asked, "--python-platform=x86_64-manylinux_2_28", "-r", CUDA_LOCK],
         cwd=REPO,

@@ -14,7 +14,7 @@ from kube_api import KubeAPI
 from operator_model import Operator
 
 from serve_app.kuberay import cli
-from serve_app.kuberay.live import follow
+from serve_app.kuberay.live import follow, upgrade
 from serve_app.kuberay.validate import schema
 
 
@@ -27,7 +27,9 @@ def crd() -> dict[str, Any] | None:
 def api(crd: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeAPI]:
     server = KubeAPI(crd)
     monkeypatch.setattr(follow, "_SETTLE_S", 0.2)
+    monkeypatch.setattr(follow, "_FAILED_S", 3.0)
     monkeypatch.setattr(follow, "_LOOK_S", 0.5)
+    monkeypatch.setattr(upgrade, "_OPERATOR_S", 5.0)  # where no operator is, all of it is waited
     server.store("namespaces", {"metadata": {"name": SPACE}})
     yield server
     server.close()
