@@ -36,8 +36,11 @@ TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
 test: venv  ## lint, types and every test that a CPU can run
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
 	@$(BIN)/serve-app fetch demo
-	@rm -f .cache/left-out
-	@$(TESTS) tests/unit tests/gateway tests/vllm tests/kube tests/setup
+	@mkdir -p .cache && rm -f .cache/left-out
+	@# tests/kube waits more than it works, so it runs beside the others.
+	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; trap "kill $$kube 2> /dev/null" EXIT INT TERM; \
+	  $(TESTS) tests/unit tests/gateway tests/vllm tests/setup; others=$$?; \
+	  wait $$kube; kube=$$?; cat .cache/kube.log; exit $$((others || kube))
 	@$(TESTS) tests/cluster --ignore tests/cluster/test_placement_cluster.py  # connected to a Ray
 	@$(TESTS) tests/cluster/test_placement_cluster.py  # to another
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
