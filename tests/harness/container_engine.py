@@ -23,6 +23,17 @@ LACKING = (
 )
 
 
+_REMOVE = """
+cat > /dev/null
+for container in $("$@" ps --all --quiet --filter "network=$0"); do
+  "$@" kill "$container"  # "rm" alone would ask Ray, and wait
+  "$@" rm --force "$container"
+done
+"$@" network rm "$0"
+"""
+"""A shell's script, whose name is the network, and whose arguments are the engine's command."""
+
+
 class Engine:
     """``docker`` or ``podman``, with what this machine has to tell it.
 
@@ -81,6 +92,20 @@ class Engine:
     def start(self, *arguments: str) -> str:
         """The id of a new container."""
         return self("run", "--detach", *self.limits, *arguments).strip()
+
+    def guard(self, network: str) -> subprocess.Popen[bytes]:
+        """A process that removes a network and its containers when its standard input ends.
+
+        So they also go where this process is killed: containers are no children of it.
+        """
+        return subprocess.Popen(
+            ["sh", "-c", _REMOVE, network, *self._command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"TMPDIR": str(self.store)},
+            start_new_session=True,  # not ended by Ctrl-C
+        )
 
     def import_folder(self, folder: Path, image: str, **environment: str) -> None:
         """An image of one layer: a folder."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,17 +119,16 @@ class Cluster:
     pods: list[Pod] = field(default_factory=list)
     token: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     network: str = field(default_factory=lambda: f"image-test-{secrets.token_hex(4)}")
+    _guard: subprocess.Popen[bytes] = field(init=False)
 
     def __enter__(self) -> Cluster:
         self.engine("network", "create", "--internal", self.network)
+        self._guard = self.engine.guard(self.network)
         return self
 
     def __exit__(self, *_: object) -> None:
-        started = self.engine("ps", "--all", "--quiet", "--filter", f"network={self.network}")
-        for container in started.split():
-            self.engine.attempt("kill", container)  # "rm" alone would ask Ray, and wait
-            self.engine("rm", "--force", container)
-        self.engine("network", "rm", self.network)
+        self._guard.communicate()
+        assert self._guard.returncode == 0, f"the network {self.network} is still there"
 
     @property
     def head(self) -> Pod:
