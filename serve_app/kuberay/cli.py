@@ -1,4 +1,4 @@
-"""``serve-app render | validate | deploy | status | diff | rollback | logs | delete``: thin.
+"""``serve-app render | validate | deploy | status | diff | rollback | sync | logs | delete``.
 
 :func:`register` adds the commands to the program's group.
 """
@@ -186,9 +186,7 @@ def deploy(
         target = Target(server, name, profile.namespace)
         found = deploying.preview(server, documents, force=force)
         change = found.change
-        click.echo(f"{name} in {profile.namespace} on {server.host}: this {change}")
-        for note in found.notes:
-            click.echo(note)
+        click.echo(f"{name} in {profile.namespace} on {server.host}: this {found}")
         gpus.check(server, change, force=force, tell=click.echo)
         if change.kind == "ignored" and not force:
             raise UserError(
@@ -327,9 +325,7 @@ def diff(
     server = APIServer.connect(kubeconfig, context)
     found = deploying.preview(server, documents, force=True)
     click.echo(difference(found.live, found.future), nl=False)
-    click.echo(f"this {found.change}")
-    for note in found.notes:
-        click.echo(note)
+    click.echo(f"this {found}")
     target = Target(server, instance_name(fleet), profile.namespace)
     pruning.check(target, documents, remove=False, tell=click.echo)
     sys.exit(0 if found.change.kind == "none" else 1)
@@ -365,9 +361,7 @@ def rollback(
     documents = revisions.find(target, number)
     with _interruptible(f"rolling back {name}") as tell:
         found = deploying.preview(server, documents, force=force)
-        click.echo(f"{name} in {namespace} on {server.host}: this {found.change}")
-        for note in found.notes:
-            click.echo(note)
+        click.echo(f"{name} in {namespace} on {server.host}: this {found}")
         gpus.check(server, found.change, force=True, tell=click.echo)
         new, applied = deploying.apply(server, documents, found.change, force=force, tell=tell)
     click.echo(f"revision {new}")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -183,3 +187,18 @@ GATEWAY_API = {
     },
 }
 """What an incremental upgrade needs beyond the stand-in's kinds."""
+
+
+def started(*arguments: str) -> subprocess.Popen[str]:
+    """A command in a process of its own, which Ctrl-C reaches."""
+    code = "from serve_app import cli; cli.main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # A test run in the background ignores Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )

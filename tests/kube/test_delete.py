@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +17,18 @@ pytest.importorskip("kubernetes", reason="needs the extra 'eks'")
 import click.testing
 from click.testing import CliRunner, Result
 from controllers import Refused, cluster_of_pods, delete_cluster, evict
-from deploying import CONFIG, NAME, RUNNING, SMALL, SPACE, config, deployed, service, set_status
+from deploying import (
+    CONFIG,
+    NAME,
+    RUNNING,
+    SMALL,
+    SPACE,
+    config,
+    deployed,
+    service,
+    set_status,
+    started,
+)
 from harness.manifests import ROOT
 from kube_api import KubeAPI
 
@@ -547,17 +555,7 @@ def test_an_api_server_that_is_away_ends_no_deletion(fleet: KubeAPI, kubeconfig:
 
 
 def test_ctrl_c_says_how_far_it_came(fleet: KubeAPI, kubeconfig: Path) -> None:
-    code = "from serve_app import cli; cli.main()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "delete", NAME, "--yes", "--kubeconfig", str(kubeconfig)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        # A test run in the background ignores Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = started("delete", NAME, "--yes", "--kubeconfig", str(kubeconfig))
     assert process.stdout is not None
     for line in process.stdout:
         if "gateway pods: 2 ready" in line:

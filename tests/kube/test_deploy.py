@@ -5,11 +5,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +38,8 @@ from deploying import (
     pool,
     service,
     set_status,
+    started,
 )
-from harness.manifests import ROOT
 from kube_api import KubeAPI
 from operator_model import Operator, running, wanted
 
@@ -449,23 +446,8 @@ def test_dry_run_changes_nothing(api: KubeAPI, run: Callable[..., Result]) -> No
     assert set(api.objects) == before
 
 
-def deploying(kubeconfig: Path) -> subprocess.Popen[str]:
-    """A deployment in a process of its own, which Ctrl-C reaches."""
-    code = "from serve_app import cli; cli.main()"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "deploy", str(CONFIG), "--kubeconfig", str(kubeconfig)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        # A test run in the background ignores Ctrl-C, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
 def test_ctrl_c_detaches(api: KubeAPI, kubeconfig: Path) -> None:
-    process = deploying(kubeconfig)
+    process = started("deploy", str(CONFIG), "--kubeconfig", str(kubeconfig))
     assert process.stdout is not None
     for line in process.stdout:
         if "NOT_STARTED" in line:
@@ -489,7 +471,7 @@ def test_ctrl_c_before_all_is_applied_says_how_far_it_came(
     api: KubeAPI, kubeconfig: Path, at: str, says: str
 ) -> None:
     api.delay_s = 0.05  # time to interrupt it in
-    process = deploying(kubeconfig)
+    process = started("deploy", str(CONFIG), "--kubeconfig", str(kubeconfig))
     applied = 0
     while process.poll() is None:
         writes = [path for method, path in api.requests if method == "PATCH"]

@@ -106,11 +106,10 @@ def between(live: Document | None, wanted: Document, clusters: Clusters = _NONE)
     if active and stays and cluster_spec.same(active["spec"], after):
         return Change("back", [*models, *cluster, *others], clusters=clusters)
     if appended is None:
-        strategy = (wanted["spec"].get("upgradeStrategy") or {}).get("type") or "NewCluster"
-        if strategy == "None":
+        if (wanted["spec"].get("upgradeStrategy") or {}).get("type") == "None":
             return Change("ignored", [*models, *cluster], clusters=clusters)
-        needs = _needed(wanted, strategy)
-        return Change("new cluster", [*models, *cluster, *behind, *others], needs, clusters)
+        changes = [*models, *cluster, *behind, *others]
+        return Change("new cluster", changes, _needed(wanted), clusters)
     grown = [f"worker group '{name}' is added" for name in appended]
     changes = [*models, *grown, *behind, *others]
     if not changes and live["spec"].get("serveConfigV2") != wanted["spec"].get("serveConfigV2"):
@@ -155,9 +154,9 @@ def _at_least(pods: Pods) -> int:
     return pods.gpus_by("minReplicas")
 
 
-def _needed(wanted: Document, strategy: str) -> tuple[Need, ...]:
+def _needed(wanted: Document) -> tuple[Need, ...]:
     """GPUs beyond the running cluster's: all again, or the surge, at least a replica per model."""
-    if strategy != "NewClusterWithIncrementalUpgrade":
+    if not state.is_incremental(wanted):
         return _needs(wanted, _at_least)
     options = wanted["spec"]["upgradeStrategy"].get("clusterUpgradeOptions") or {}
     surge = int(options.get("maxSurgePercent") or 100)

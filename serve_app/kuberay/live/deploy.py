@@ -30,6 +30,9 @@ class Preview:
     notes: tuple[str, ...] = ()
     """For a person: what could not be found out, and what the apply leaves to others."""
 
+    def __str__(self) -> str:
+        return "\n".join([str(self.change), *self.notes])
+
 
 def preview(server: APIServer, documents: list[Document], *, force: bool = False) -> Preview:
     """Preview an apply by the API server's dry run.

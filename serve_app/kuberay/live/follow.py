@@ -195,7 +195,6 @@ def _has_no_such_route(status: int, text: str) -> bool:
 
 def _serve_service(document: Document) -> str:
     """The Service in front of the serving cluster, as KubeRay names it."""
-    strategy = (document["spec"].get("upgradeStrategy") or {}).get("type")
-    if strategy == "NewClusterWithIncrementalUpgrade":
+    if state.is_incremental(document):
         return f"{state.of(document).active}-serve-svc"
     return f"{document['metadata']['name']}-serve-svc"

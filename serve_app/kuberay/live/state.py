@@ -181,6 +181,12 @@ def of(document: Document) -> State:
     )
 
 
+def is_incremental(document: Document) -> bool:
+    """Whether both clusters serve during an upgrade, and KubeRay itself can go back."""
+    strategy = ((document.get("spec") or {}).get("upgradeStrategy") or {}).get("type")
+    return bool(strategy == "NewClusterWithIncrementalUpgrade")
+
+
 def config_of(document: Document) -> dict[str, Document]:
     """The applications in a RayService's serveConfigV2, by name; empty when unreadable."""
     try:

@@ -20,12 +20,6 @@ _OPERATOR_S = 20.0
 """Seconds for the operator to take up a spec; it looks every 2 s."""
 
 
-def is_incremental(service: Document) -> bool:
-    """Whether both clusters serve during an upgrade, and KubeRay itself can go back."""
-    strategy = (service["spec"].get("upgradeStrategy") or {}).get("type")
-    return bool(strategy == "NewClusterWithIncrementalUpgrade")
-
-
 def give_up(target: Target, tell: Callable[[str], None]) -> None:
     """Give up every cluster that is not of the applied spec and has not served; ``tell`` of each.
 
@@ -39,7 +33,7 @@ def give_up(target: Target, tell: Callable[[str], None]) -> None:
     while True:
         service = target.require()
         there, seen = clusters.of(target, service), state.of(service)
-        if is_incremental(service):
+        if state.is_incremental(service):
             return
         wanted = service["spec"]["rayClusterConfig"]
         if seen.pending and there.active and cluster_spec.same(there.active["spec"], wanted):
