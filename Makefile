@@ -33,6 +33,8 @@ demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=
 ROOMS := $(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
 
+ALONE := tests/cluster/test_second_terminal.py tests/cluster/test_placement_cluster.py
+
 test: venv  ## lint, types and every test that a CPU can run
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
 	@$(BIN)/serve-app fetch demo
@@ -41,8 +43,8 @@ test: venv  ## lint, types and every test that a CPU can run
 	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; trap "kill $$kube 2> /dev/null" EXIT INT TERM; \
 	  $(TESTS) tests/unit tests/gateway tests/vllm tests/setup; others=$$?; \
 	  wait $$kube; kube=$$?; cat .cache/kube.log; exit $$((others || kube))
-	@$(TESTS) tests/cluster --ignore tests/cluster/test_placement_cluster.py  # connected to a Ray
-	@$(TESTS) tests/cluster/test_placement_cluster.py  # to another
+	@$(TESTS) tests/cluster $(ALONE:%=--ignore %)  # connected to a Ray
+	@$(TESTS) $(ALONE)  # beside one on Ray's usual port; then connected to another
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
 
 test-unit: venv  ## the tests without Ray, engines and network (about a minute)

@@ -30,6 +30,16 @@ def family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if is_ipv6(host) else socket.AF_INET
 
 
+def is_here(host: str) -> bool:
+    """Whether an address is this machine's."""
+    try:
+        with socket.socket(family(host)) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True
+
+
 def join(host: str, port: int) -> str:
     """``host:port`` as in URLs: an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"

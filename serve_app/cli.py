@@ -12,9 +12,11 @@ from serve_app import __version__
 from serve_app.check.cli import check
 from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay import cli as kuberay
+from serve_app.local import cli as local
 from serve_app.planner.cli import plan
 
 _console = Console()
+_DEFAULT = click.core.ParameterSource.DEFAULT
 
 
 class _Group(click.Group):
@@ -39,7 +41,8 @@ def cli() -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Show Ray's and vLLM's own output.")
 @click.option("--port", type=click.IntRange(1, 65535), help="In place of http_options.port.")
 @click.option("--no-check", is_flag=True, help="Start also what cannot work.")
-def run(config: Path, verbose: bool, port: int | None, no_check: bool) -> None:
+@click.option("--watch", is_flag=True, help="Apply each change of CONFIG, as reload does.")
+def run(config: Path, verbose: bool, port: int | None, no_check: bool, watch: bool) -> None:
     """Run CONFIG in the foreground, as `serve run` does, and clean up at the end.
 
     On a Ray of its own, unless RAY_ADDRESS names one that serves nothing yet.
@@ -51,7 +54,8 @@ def run(config: Path, verbose: bool, port: int | None, no_check: bool) -> None:
     fleet = load(config)
     if not no_check:
         refuse(fleet)
-    sys.exit(run(fleet, Terminal(), port=port, verbose=verbose, check=not no_check))
+    options = {"verbose": verbose, "check": not no_check, "watch": watch}
+    sys.exit(run(fleet, Terminal(), port=port, **options))
 
 
 @cli.command()
@@ -71,18 +75,77 @@ def fetch(what: str, into: Path) -> None:
 
 
 @cli.command()
-@click.argument("model")
-@click.argument("action", type=click.Choice(["sleep", "wake", "reset-prefix-cache"]))
-@click.option("--address", help="Of the Ray cluster; the local one where it is left out.")
-def admin(model: str, action: str, address: str | None) -> None:
-    """Run ACTION on every replica of MODEL; one line each.
+@click.argument("name", required=False, type=kuberay.Name())
+@local.port_option
+@kuberay.namespace_option
+@kuberay.kubeconfig_option
+@kuberay.context_option
+def status(
+    name: str | None,
+    port: int | None,
+    namespace: str,
+    kubeconfig: Path | None,
+    context: str | None,
+) -> None:
+    """The server of this machine: its models, replicas, phases, GPU memory, address.
 
-    Asleep, a replica has given its GPU memory back; its weights wait in host memory.
+    With NAME, or where nothing runs here: the RayService on Kubernetes, with its applications, pods
+    and troubles. Exit status 1 until all is ready.
     """
-    from serve_app.local.admin import broadcast
+    remote = name or context or kubeconfig
+    if not remote and (local.serves_here(port) or not kuberay.has_kubeconfig()):
+        local.show_status(port)
+    else:
+        kuberay.show_status(name, namespace, kubeconfig, context)
 
-    for replica, said in broadcast(model, action, address=address):
-        click.echo(f"{replica}: {said}")
+
+@cli.command()
+@click.argument("names", metavar="[MODEL] | NAME [MODEL]", nargs=-1)
+@click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
+@click.option("--previous", is_flag=True, help="On Kubernetes: before the container ended.")
+@click.option(
+    "--tail", type=click.IntRange(min=0), default=200, show_default=True, help="Lines (of a pod)."
+)
+@local.port_option
+@kuberay.namespace_option
+@kuberay.kubeconfig_option
+@kuberay.context_option
+@click.pass_context
+def logs(
+    click_context: click.Context,
+    names: tuple[str, ...],
+    follow: bool,
+    previous: bool,
+    tail: int,
+    port: int | None,
+    namespace: str,
+    kubeconfig: Path | None,
+    context: str | None,
+) -> None:
+    """The log of the server of this machine, or of one MODEL.
+
+    Where nothing runs here, or with -n, --context or --kubeconfig: of the RayService NAME.
+    """
+    first, second, *more = (*names, None, None)
+    if more[:-1] or len(names) > 2:
+        raise click.UsageError("logs takes at most two names: a RayService and a model")
+    source = click_context.get_parameter_source("namespace")
+    remote = bool(second or previous or context or kubeconfig or source != _DEFAULT)
+    if not remote and (first is None or local.serves_here(port)):
+        local.show_logs(first, port=port, tail=tail, follow=follow)
+        return
+    if first is None:
+        raise click.UsageError("name a RayService")
+    kuberay.show_logs(
+        kuberay.Name().convert(first, None, None),
+        second,
+        follow=follow,
+        previous=previous,
+        tail=tail,
+        namespace=namespace,
+        kubeconfig=kubeconfig,
+        context=context,
+    )
 
 
 @cli.command("clean-processes")
@@ -100,6 +163,7 @@ def clean_processes() -> None:
 
 cli.add_command(plan)
 cli.add_command(check)
+local.register(cli)
 kuberay.register(cli)
 
 

@@ -7,15 +7,14 @@ Ray cluster, ``kubectl`` for Kubernetes.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve_app.cluster import head
 from serve_app.errors import UserError
+from serve_app.local import found
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Inventory(Protocol):
 
 
 class RayInventory:
-    """The Ray cluster that ``RAY_ADDRESS`` or this machine's ``ray start`` names."""
+    """The Ray cluster of ``RAY_ADDRESS``, or that of this machine."""
 
     kind = "Ray"
 
@@ -53,17 +52,13 @@ class RayInventory:
     @classmethod
     def connect(cls) -> RayInventory:
         """Raises UserError where no Ray cluster answers."""
-        head.refuse_gone(os.environ.get("RAY_ADDRESS"), "RAY_ADDRESS")
-        import ray
+        server = found.here()
+        if server is None:
+            raise UserError("no Ray runs here")
+        with server.reached().entered():
+            import ray
 
-        try:
-            ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError) as error:
-            raise UserError(f"no Ray cluster answers ({_first_line(error)})") from None
-        try:
             return cls(ray.nodes())
-        finally:
-            ray.shutdown()
 
     def nodes(self) -> list[Node]:
         found = []

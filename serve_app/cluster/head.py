@@ -11,7 +11,7 @@ from serve_app import addresses
 from serve_app.errors import UserError
 
 
-def _recorded_address() -> str | None:
+def recorded_address() -> str | None:
     """The address that the last ``ray start`` on this machine recorded; it may be stale."""
     folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     record = Path(folder) / "ray" / "ray_current_cluster"
@@ -30,7 +30,7 @@ def refuse_gone(address: str | None, given_by: str) -> None:
         UserError: nobody listens there, or it is no address.
     """
     if address in (None, "", "auto"):
-        address = _recorded_address()
+        address = recorded_address()
         given_by = "recorded by ray start"
         if address is None:
             return  # Ray looks among the processes, and does not wait

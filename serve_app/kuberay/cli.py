@@ -1,10 +1,12 @@
-"""``serve-app render | validate | deploy | status | diff | rollback | sync | logs | delete``.
+"""``serve-app render | validate | deploy | diff | rollback | sync | delete``.
 
-:func:`register` adds the commands to the program's group.
+:func:`register` adds the commands to the program's group. :func:`show_status` and :func:`show_logs`
+are what ``serve-app status`` and ``logs`` do for a RayService.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -17,14 +19,15 @@ import click
 from serve_app.errors import UserError
 
 if TYPE_CHECKING:
+    from serve_app.kuberay.live.api_server import APIServer
     from serve_app.kuberay.live.change import Change
     from serve_app.kuberay.live.target import Target
 
 _PATH = click.Path(path_type=Path)
-_NAMESPACE = "serve-app"
+NAMESPACE = "serve-app"
 
 
-class _Name(click.ParamType[str]):
+class Name(click.ParamType[str]):
     """The name of a RayService: anything else would reach some other path of the API."""
 
     name = "name"
@@ -50,7 +53,7 @@ _crd_option = click.option(
 
 def register(group: click.Group) -> None:
     """Add every command of this module to ``group``."""
-    for command in (render, validate, deploy, status, diff, rollback, sync, logs, delete):
+    for command in (render, validate, deploy, diff, rollback, sync, delete):
         group.add_command(command)
 
 
@@ -119,12 +122,12 @@ def _report(documents: list[dict[str, Any]], crd: Path | None) -> None:
     refuse_errors(findings)
 
 
-_context_option = click.option("--context", help="Context of the kubeconfig (default: its own).")
-_kubeconfig_option = click.option(
+context_option = click.option("--context", help="Context of the kubeconfig (default: its own).")
+kubeconfig_option = click.option(
     "--kubeconfig", type=_PATH, help="Kubeconfig (default: $KUBECONFIG, ~/.kube/config)."
 )
-_namespace_option = click.option(
-    "-n", "--namespace", default=_NAMESPACE, show_default=True, help="Namespace of the RayService."
+namespace_option = click.option(
+    "-n", "--namespace", default=NAMESPACE, show_default=True, help="Namespace of the RayService."
 )
 
 _timeout_option = click.option(
@@ -140,8 +143,8 @@ _timeout_option = click.option(
 @click.argument("config", type=_PATH)
 @_cluster_option
 @_crd_option
-@_kubeconfig_option
-@_context_option
+@kubeconfig_option
+@context_option
 @click.option("--dry-run", is_flag=True, help="Only say what it would do.")
 @click.option("--force", is_flag=True, help="Take over fields of others; go on without the GPUs.")
 @click.option(
@@ -266,19 +269,28 @@ def _ask_models(target: Target) -> None:
     click.echo("ready: every model answers")
 
 
-@click.command()
-@click.argument("name", type=_Name())
-@_namespace_option
-@_kubeconfig_option
-@_context_option
-def status(name: str, namespace: str, kubeconfig: Path | None, context: str | None) -> None:
-    """Applications, pods and troubles of the RayService NAME; exit status 1 until it is ready."""
+def has_kubeconfig() -> bool:
+    """Whether there is a cluster to ask: a kubeconfig, or a pod's own account."""
+    given = os.environ.get("KUBECONFIG") or os.environ.get("KUBERNETES_SERVICE_HOST")
+    return bool(given) or Path("~/.kube/config").expanduser().is_file()
+
+
+def show_status(
+    name: str | None, namespace: str, kubeconfig: Path | None, context: str | None
+) -> None:
+    """Print applications, pods and troubles of a RayService; exit status 1 until it is ready.
+
+    Raises:
+        UserError: no such RayService, or without ``name`` not exactly one in the namespace.
+    """
     from serve_app.kuberay.live import deploy as deploying
     from serve_app.kuberay.live import reasons, revisions, state
     from serve_app.kuberay.live.api_server import APIServer, Forbidden
     from serve_app.kuberay.live.target import Target
 
-    target = Target(APIServer.connect(kubeconfig, context), name, namespace)
+    server = APIServer.connect(kubeconfig, context)
+    name = name or _only_service(server, namespace)
+    target = Target(server, name, namespace)
     service = target.require()
     seen = state.of(service)
     clusters = f"cluster {seen.active or '(none yet)'}"
@@ -301,11 +313,22 @@ def status(name: str, namespace: str, kubeconfig: Path | None, context: str | No
     _ask_models(target)
 
 
+def _only_service(server: APIServer, namespace: str) -> str:
+    names = [str(d["metadata"]["name"]) for d in server.list("RayService", namespace)]
+    if len(names) != 1:
+        found = f"has {', '.join(sorted(names))}; name one" if names else "has none"
+        raise UserError(
+            f"nothing is served on this machine, and of RayServices the namespace {namespace} on "
+            f"{server.host} {found}"
+        )
+    return names[0]
+
+
 @click.command()
 @click.argument("config", type=_PATH)
 @_cluster_option
-@_kubeconfig_option
-@_context_option
+@kubeconfig_option
+@context_option
 def diff(
     config: Path, profile_path: Path | None, kubeconfig: Path | None, context: str | None
 ) -> None:
@@ -332,11 +355,11 @@ def diff(
 
 
 @click.command()
-@click.argument("name", type=_Name())
+@click.argument("name", type=Name())
 @click.option("--to", "number", type=int, help="Revision (default: the one before the last).")
-@_namespace_option
-@_kubeconfig_option
-@_context_option
+@namespace_option
+@kubeconfig_option
+@context_option
 @click.option("--force", is_flag=True, help="Take over fields of others.")
 @click.option("--wait/--no-wait", default=True, help="Watch until every model answers.")
 @_timeout_option
@@ -370,10 +393,10 @@ def rollback(
 
 
 @click.command()
-@click.argument("name", type=_Name())
-@_namespace_option
-@_kubeconfig_option
-@_context_option
+@click.argument("name", type=Name())
+@namespace_option
+@kubeconfig_option
+@context_option
 def sync(name: str, namespace: str, kubeconfig: Path | None, context: str | None) -> None:
     """Bring to the running cluster of NAME what KubeRay leaves in the RayService.
 
@@ -396,20 +419,10 @@ def sync(name: str, namespace: str, kubeconfig: Path | None, context: str | None
         click.echo(f"{name}: the RayService {change}")
 
 
-@click.command()
-@click.argument("name", type=_Name())
-@click.argument("model", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on as new lines come.")
-@click.option("--previous", is_flag=True, help="What Ray said before its container ended.")
-@click.option(
-    "--tail", type=click.IntRange(min=0), default=200, show_default=True, help="Lines of each pod."
-)
-@_namespace_option
-@_kubeconfig_option
-@_context_option
-def logs(
+def show_logs(
     name: str,
     model: str | None,
+    *,
     follow: bool,
     previous: bool,
     tail: int,
@@ -417,7 +430,8 @@ def logs(
     kubeconfig: Path | None,
     context: str | None,
 ) -> None:
-    """Logs of the RayService NAME, or of one MODEL of it."""
+    """Print the logs of a RayService, or of one model of it; ``previous`` what Ray said before its
+    container ended."""
     from serve_app.kuberay.live import podlogs
     from serve_app.kuberay.live.api_server import APIServer
     from serve_app.kuberay.live.target import Target
@@ -433,10 +447,10 @@ def logs(
 
 
 @click.command()
-@click.argument("name", type=_Name())
-@_namespace_option
-@_kubeconfig_option
-@_context_option
+@click.argument("name", type=Name())
+@namespace_option
+@kubeconfig_option
+@context_option
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.option("--wait/--no-wait", default=True, help="Wait until its pods are gone.")
 @_timeout_option

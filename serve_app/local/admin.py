@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from serve_app.cluster.connection import Connection
 from serve_app.config.document import DEPLOYMENT, MODEL_IMPORT_PATH
 from serve_app.errors import UserError, did_you_mean
 
@@ -14,28 +14,18 @@ if TYPE_CHECKING:
     from serve_app.cluster.serve import Application
 
 
-def broadcast(model: str, action: str, *, address: str | None) -> list[tuple[str, str]]:
+def broadcast(model: str, action: str, connection: Connection) -> list[tuple[str, str]]:
     """Run ``action`` on all replicas of the application ``model``: (replica id, result) each.
 
     Raises:
-        UserError: no cluster, no such model, or the model has no replica.
+        UserError: the cluster does not answer, it has no such model, or the model has no replica.
     """
-    import ray
+    with connection.entered():
+        from serve_app.cluster import serve
 
-    from serve_app.cluster import head, serve
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    named = os.environ.get("RAY_ADDRESS")
-    head.refuse_gone(address or named, "--address" if address else "RAY_ADDRESS")
-    try:
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="ERROR")
-    except ConnectionError:
-        raise UserError("no Ray cluster is running here; give its address with --address") from None
-    try:
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Serve sets it
         refuse(model, serve.applications(serve.report() or {}))
         return sorted(serve.handle(DEPLOYMENT, model).broadcast("admin", action).results())
-    finally:
-        ray.shutdown()
 
 
 def refuse(model: str, applications: Mapping[str, Application]) -> None:

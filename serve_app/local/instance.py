@@ -17,10 +17,12 @@ import stat
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from serve_app.config import environment
 from serve_app.errors import UserError
+from serve_app.local import runs
 
 LONGEST = min(
     # Ray's longest socket path is that of a part of its dashboard.
@@ -106,6 +108,7 @@ class Instance:
 
     def close(self, *, keep: bool) -> None:
         """Release the folder; without ``keep`` all but the log is deleted."""
+        runs.forget(self.folder)
         (self.folder / "config.yaml").unlink(missing_ok=True)  # models' env may hold secrets
         if not keep:
             _empty(self.folder, but=("lock", self.log.name))
@@ -122,11 +125,16 @@ def _empty(folder: Path, *, but: tuple[str, ...]) -> None:
             old.unlink()
 
 
-def _base() -> Path:
-    """This user's folder for all runs, with a path short enough for sockets."""
+def bases() -> Iterator[Path]:
+    """The folders in which this user's runs may be, there or not."""
     name = f"sa-{os.getuid()}"  # up to ten digits
     for parent in filter(None, (os.environ.get("RAY_TMPDIR"), _temporary_folder(), *_SHORT)):
-        base = Path(parent) / name
+        yield Path(parent) / name
+
+
+def _base() -> Path:
+    """This user's folder for all runs, with a path short enough for sockets."""
+    for base in bases():
         # Ray puts paths unquoted into shell commands.
         if len(str(base / "65535")) > LONGEST or shlex.quote(str(base)) != str(base):
             continue

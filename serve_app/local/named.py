@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -61,16 +60,6 @@ def named_cluster() -> NamedCluster | None:
         )
     found = addresses.split(address)
     return NamedCluster(found[0] if found else address, http_options)
-
-
-def is_here(host: str) -> bool:
-    """Whether an address is this machine's."""
-    with socket.socket(addresses.family(host)) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-    return True
 
 
 def _ask(given: str) -> tuple[str, dict[str, Any] | None, list[str]]:

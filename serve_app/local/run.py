@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
+from serve_app import addresses
 from serve_app.addresses import V6_IS_V4
 from serve_app.cluster import haproxy
+from serve_app.cluster.connection import token
 from serve_app.config import notices
-from serve_app.config.document import RUN_ID, Fleet
+from serve_app.config.document import RUN_ID, Fleet, load
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
-from serve_app.local import reasons, serve_process, weights
+from serve_app.local import found, reasons, runs, serve_process, weights
+from serve_app.local.door import Door
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.first_request import how_to_ask
 from serve_app.local.instance import Instance
-from serve_app.local.named import NamedCluster, is_here, named_cluster
+from serve_app.local.named import NamedCluster, named_cluster
+from serve_app.local.reload import Watch, reload
+from serve_app.local.runs import Run
 
 
 def run(
@@ -35,12 +44,14 @@ def run(
     port: int | None = None,
     verbose: bool = False,
     check: bool = True,
+    watch: bool = False,
 ) -> int:
     """Run the config in the foreground until Ctrl-C; return the exit status.
 
     It runs on a Ray of its own, unless RAY_ADDRESS names one. ``port`` replaces
     ``http_options.port``. Ray's and vLLM's own output goes to a log file, or to the terminal with
-    ``verbose``. Without ``check`` the models are not looked for before the start.
+    ``verbose``. Without ``check`` the models are not looked for before the start. With ``watch``
+    each change of the config's file is applied.
 
     Raises:
         UserError: the port is taken, there is nothing to load, RAY_ADDRESS names a cluster that is
@@ -66,6 +77,8 @@ def run(
     log = None if verbose else instance.log
     stop = _Stop()
     asked = False
+    run = _recorded(fleet, instance, endpoint, own=cluster is None, logs=not verbose)
+    door = _door(run) if cluster is None else None
     serve = serve_process.start(fleet, instance, env, log)
     try:
         if log:
@@ -79,15 +92,69 @@ def run(
         if ready:
             told = how_to_ask(fleet, endpoint)  # never wrapped, so that it can be copied
             console.print(told, soft_wrap=True, markup=False, highlight=False)
+        changes = Watch(fleet.path) if watch else None
         while serve.poll() is None and not stop.asked:
             time.sleep(0.2)
+            if changes and changes.changed():
+                _reload(run, port, console, lambda: stop.asked or serve.poll() is not None, check)
         asked = stop.asked
         if not asked:
             raise UserError(reasons.why_it_ended(serve.returncode, log))
         return 0
     finally:
         serve_process.end(serve, console)
+        if door:
+            door.close()
         instance.close(keep=not asked)
+
+
+def _recorded(
+    fleet: Fleet, instance: Instance, endpoint: Endpoint, *, own: bool, logs: bool
+) -> Run:
+    """What the other commands find this run by."""
+    run = Run(
+        folder=instance.folder,
+        pid=os.getpid(),
+        born=runs.birth(os.getpid()) or 0,
+        host=endpoint.bound,
+        ray_address=None if own else os.environ["RAY_ADDRESS"].strip(),
+        config=fleet.path.resolve() if fleet.path.is_file() else None,
+        working_folder=Path.cwd(),
+        logs=logs,
+    )
+    runs.record(run)
+    return run
+
+
+def _door(run: Run) -> Door | None:
+    """Let ``serve status`` in at Ray's usual port; None where another process has that."""
+
+    def dashboard() -> tuple[str, int, str]:
+        connection = found.of(run).reached()
+        split = urlsplit(connection.dashboard())
+        return str(split.hostname), int(split.port or 80), token() or ""
+
+    with contextlib.suppress(OSError):
+        return Door(functools.cache(dashboard))
+    return None
+
+
+def _reload(
+    run: Run, port: int | None, console: Console, stopped: Callable[[], bool], check: bool
+) -> None:
+    """Apply the run's changed config; a mistake in it is told, and changes nothing."""
+    assert run.config is not None
+
+    def tell(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    tell(f"{run.config.name} has changed")
+    try:
+        fleet = load(run.config)
+        fleet = fleet if port is None else fleet.on_port(port)
+        reload(fleet, found.of(run), tell=tell, check=check, stopped=stopped)
+    except UserError as error:
+        tell(f"nothing was changed: {error}")
 
 
 def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
@@ -102,9 +169,9 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
     if cluster is not None and cluster.http_options:
         # A running Serve keeps the options that it started with.
         endpoint = Endpoint(cluster.http_options["host"], cluster.http_options["port"])
-    elif cluster is None or is_here(cluster.host):
+    elif cluster is None or addresses.is_here(cluster.host):
         endpoint.refuse_if_taken()
-    if cluster is not None and not is_here(cluster.host):
+    if cluster is not None and not addresses.is_here(cluster.host):
         if endpoint.host in ("localhost", "127.0.0.1", "::1") and endpoint.host == endpoint.bound:
             raise UserError(
                 f"http_options.host is {endpoint.bound}, where the cluster at {cluster.host} "

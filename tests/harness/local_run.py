@@ -28,7 +28,9 @@ from serve_app import lifeline
 class Run:
     """A `serve-app run` of the embedding model."""
 
-    def __init__(self, folder: Path, name: str = EMBED, **env: str) -> None:
+    def __init__(
+        self, folder: Path, name: str = EMBED, options: tuple[str, ...] = (), **env: str
+    ) -> None:
         self.port = free_port()
         application = servers.embed_application() | {"name": name}
         application["args"]["served_as"] = []
@@ -38,10 +40,11 @@ class Run:
         self.name = name
         self.out = folder / "out"
         self.env = env
+        self.options = options
         self.before: Callable[[], Any] | None = None
 
     def start(self) -> None:
-        command = [str(BIN / "serve-app"), "run", str(self.config)]
+        command = [str(BIN / "serve-app"), "run", str(self.config), *self.options]
         env = {**os.environ, **self.env}
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
@@ -86,8 +89,12 @@ class Run:
 
     def end(self, number: signal.Signals = signal.SIGINT) -> dict[int, str]:
         """What is left of it after this signal."""
+        return self.left_by(lambda: self.process.send_signal(number))
+
+    def left_by(self, ending: Callable[[], object]) -> dict[int, str]:
+        """What is left of it after ``ending``, which ends it."""
         [serve] = children(self.process.pid)
-        self.process.send_signal(number)
+        ending()
         try:
             assert self.process.wait(timeout=120) == 0, self.out.read_text()
         finally:

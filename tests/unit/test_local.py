@@ -26,6 +26,7 @@ from harness.command import refusal
 from harness.processes import free_port
 from rich.console import Console
 
+from serve_app import addresses
 from serve_app.config.document import RUN_ID, Fleet, load
 from serve_app.errors import ConfigError, UserError
 from serve_app.local import endpoint, instance, named, reasons, serve_process, weights
@@ -340,8 +341,8 @@ def test_an_address_where_nobody_is_is_never_waited_for(
 
 
 def test_an_address_is_of_this_machine_or_not() -> None:
-    assert named.is_here("127.0.0.1") and named.is_here("::1")
-    assert not named.is_here("192.0.2.1") and not named.is_here("2001:db8::1")
+    assert addresses.is_here("127.0.0.1") and addresses.is_here("::1")
+    assert not addresses.is_here("192.0.2.1") and not addresses.is_here("2001:db8::1")
 
 
 # ------------------------------------------------------------------------ what it is to load

@@ -1,0 +1,157 @@
+"""``serve-app reload | stop | env | admin``.
+
+:func:`show_status` and :func:`show_logs` are what ``serve-app status`` and ``logs`` do on this
+machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from serve_app.errors import UserError
+
+_STOP_S = 150.0
+"""Seconds that a stopping run gets: it gives `serve run` 60, and Ray's processes some more."""
+
+port_option = click.option(
+    "--port", type=click.IntRange(1, 65535), help="Of the serve-app run, where several run here."
+)
+
+
+def register(group: click.Group) -> None:
+    """Add every command of this module to ``group``."""
+    for command in (reload, stop, env, admin):
+        group.add_command(command)
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path), required=False)
+@port_option
+@click.option("--no-check", is_flag=True, help="Deploy also what cannot work.")
+@click.option("--wait/--no-wait", default=True, help="Follow it until every model is up.")
+def reload(config: Path | None, port: int | None, no_check: bool, wait: bool) -> None:
+    """Apply CONFIG (default: the file that it runs) to the running server.
+
+    Says what became of each model: kept, updated in place, replaced, added, removed. Ctrl-C ends
+    the waiting, not the change.
+    """
+    from serve_app.config.document import load
+    from serve_app.local import found
+    from serve_app.local.reload import reload as apply
+
+    server = found.server(port)
+    if config is not None:
+        config = config.resolve()
+    elif server.run is None or server.run.config is None:
+        raise UserError("the server was not started with a config file; name one")
+    else:
+        config = server.run.config
+    if server.run is not None:
+        os.chdir(server.run.working_folder)  # the config's own paths are relative to it
+        fleet = load(config).on_port(server.run.port)
+    else:
+        fleet = load(config)
+    sys.exit(0 if apply(fleet, server, tell=click.echo, wait=wait, check=not no_check) else 1)
+
+
+@click.command()
+@port_option
+def stop(port: int | None) -> None:
+    """End the serve-app run of this machine, as Ctrl-C does, and wait until it is gone."""
+    from serve_app.local import found
+
+    run = found.server(port).run
+    if run is None:
+        raise UserError(
+            "no serve-app run is here; what `serve run` or `ray start` started ends by Ctrl-C "
+            "there, by `serve shutdown` or by `ray stop`"
+        )
+    os.kill(run.pid, signal.SIGINT)
+    deadline = time.monotonic() + _STOP_S
+    while run.lives():
+        if time.monotonic() > deadline:
+            raise UserError(f"it has not ended in {_STOP_S:.0f} s (pid {run.pid})")
+        time.sleep(0.1)
+    click.echo(f"stopped the server of port {run.port}")
+
+
+@click.command()
+@port_option
+def env(port: int | None) -> None:
+    """The variables with which Ray's own commands reach the server: eval "$(serve-app env)"."""
+    from serve_app.local import found
+
+    connection = found.server(port).reached()
+    dashboard = connection.dashboard()
+    variables = connection.environment() | {
+        "RAY_DASHBOARD_ADDRESS": dashboard,  # serve
+        "RAY_API_SERVER_ADDRESS": dashboard,  # ray job, ray list
+    }
+    for name, value in variables.items():
+        click.echo(f"export {name}={shlex.quote(value)}")
+
+
+@click.command()
+@click.argument("model")
+@click.argument("action", type=click.Choice(["sleep", "wake", "reset-prefix-cache"]))
+@click.option("--address", help="Of the Ray cluster; the one here where it is left out.")
+@port_option
+def admin(model: str, action: str, address: str | None, port: int | None) -> None:
+    """Run ACTION on every replica of MODEL; one line each.
+
+    Asleep, a replica has given its GPU memory back; its weights wait in host memory.
+    """
+    from serve_app.cluster.connection import Connection
+    from serve_app.local import found
+    from serve_app.local.admin import broadcast
+
+    named = Connection(address, "--address") if address else None
+    for replica, said in broadcast(model, action, named or found.server(port).reached()):
+        click.echo(f"{replica}: {said}")
+
+
+def show_status(port: int | None) -> None:
+    """Print what runs here; exit status 1 until all of it is ready."""
+    from rich.console import Console
+
+    from serve_app.local import found, status
+
+    sys.exit(0 if status.show(found.server(port), Console()) else 1)
+
+
+def show_logs(model: str | None, *, port: int | None, tail: int, follow: bool) -> None:
+    """Print the log of the run here, or of one model; where none runs, that of the last one."""
+    from serve_app.local import found, instance, logs
+
+    server = found.here(port)
+    if server is None:
+        last = logs.newest(instance.bases())
+        if last is None:
+            raise UserError(found.NOTHING)
+        click.echo(f"nothing runs here; this is what the last run left: {last}", err=True)
+        lines = logs.read(last, model, tail=tail)
+    elif server.run is None:
+        raise UserError(
+            f"the Ray at {server.reached().address} is no serve-app run; its logs are under "
+            "/tmp/ray/session_latest/logs of its machines"
+        )
+    else:
+        lines = logs.lines(server.run, model, tail=tail, follow=follow)
+    with contextlib.suppress(KeyboardInterrupt):
+        for line in lines:
+            click.echo(line)
+
+
+def serves_here(port: int | None) -> bool:
+    """Whether something of ours, or another Ray, runs here or at RAY_ADDRESS."""
+    from serve_app.local import found
+
+    return found.here(port) is not None

@@ -1,0 +1,181 @@
+"""``serve-app reload``: a changed config onto the server that runs, and what that did.
+
+Serve itself decides which replicas it keeps. What is told is what was seen: the replicas' ids
+before and after.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_app.config import notices
+from serve_app.config.document import Fleet
+from serve_app.errors import UserError
+from serve_app.local import weights
+from serve_app.local.endpoint import Endpoint
+from serve_app.local.found import Server
+from serve_app.planner import check_model
+
+if TYPE_CHECKING:
+    from serve_app.cluster.serve import Application
+
+Tell = Callable[[str], None]
+
+_POLL_S = 0.5
+_UNSETTLED = ("DEPLOYING", "DELETING", "NOT_STARTED")
+
+
+def reload(
+    fleet: Fleet,
+    server: Server,
+    *,
+    tell: Tell,
+    wait: bool = True,
+    check: bool = True,
+    stopped: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Deploy ``fleet``, follow each model until it is up, and tell what was done to it.
+
+    Without ``check``, models are not looked for before.
+
+    Returns:
+        Whether every application runs; False also where ``stopped`` ended the waiting.
+
+    Raises:
+        UserError: the config cannot work, the server does not answer, or Serve refuses the config.
+    """
+    if fleet.gateway is None:
+        raise UserError(
+            f"{fleet.path}: there is no gateway, so nobody could reach the models any more"
+        )
+    if check:
+        check_model.refuse(fleet)
+        if server.run is not None and server.run.ray_address is None:
+            weights.refuse_missing(fleet)
+    connection = server.reached()
+    client = connection.serve()  # imports Ray, with what it has to know of this cluster
+    from serve_app.cluster import serve
+
+    details = client.get_serve_details()
+    endpoint = server.endpoint(details)
+    before = serve.applications(details)
+    for sentence in notices.ignored_by_running_serve(fleet, details.get("http_options") or {}):
+        tell(f"note: {sentence}")
+    wanted = {application["name"]: application for application in fleet.document["applications"]}
+    changed = {
+        name: name not in before or _plain(application) != _plain(before[name].config)
+        for name, application in wanted.items()
+    }
+    gone = before.keys() - wanted.keys()
+    if not any(changed.values()) and not gone:
+        tell("nothing changed")
+        return True
+    try:
+        client.deploy_applications(fleet.document)
+    except RuntimeError as error:  # Ray's client has no narrower one
+        raise UserError(f"Serve refuses {fleet.path}: {error}") from None
+    if not wait:
+        for name in (*wanted, *gone):
+            tell(f"{name}: {_intent(name, before, changed)}")
+        return True
+    return _follow(client, endpoint, before, changed, tell, stopped)
+
+
+def _follow(
+    client: Any,
+    endpoint: Endpoint,
+    before: Mapping[str, Application],
+    changed: Mapping[str, bool],
+    tell: Tell,
+    stopped: Callable[[], bool],
+) -> bool:
+    from serve_app.cluster import serve
+
+    told: set[str] = set()
+    phases: dict[str, str] = {}
+    good = True
+    names = [*changed, *(name for name in before if name not in changed)]
+    while not stopped():
+        now = serve.applications(client.get_serve_details())
+        ready = endpoint.ready() or {"models": {}}
+        for name in names:
+            if name in told:
+                continue
+            application = now.get(name)
+            if application is not None and application.status in _UNSETTLED:
+                starting = (ready["models"].get(name) or {}).get("starting") or []
+                phase = starting[-1]["phase"] if starting else application.status.lower()
+                if phases.get(name) != phase:
+                    phases[name] = phase
+                    tell(f"{name}: {phase}")
+                continue
+            if application is None and name in changed:
+                continue  # the controller has not begun
+            told.add(name)
+            said, is_good = _outcome(before.get(name), application, changed.get(name, True))
+            good = good and is_good
+            tell(f"{name}: {said}")
+        if len(told) == len(names):
+            return good
+        time.sleep(_POLL_S)
+    return False
+
+
+def _outcome(
+    before: Application | None, now: Application | None, changed: bool
+) -> tuple[str, bool]:
+    """What was done to an application, and whether it runs."""
+    if now is None:
+        return "removed", True
+    if now.status != "RUNNING":
+        return f"{now.status.lower().replace('_', ' ')}: {now.message}", False
+    if before is None:
+        return "added", True
+    if not changed:
+        return "kept", True
+    old, new = ({r.id for r in application.replicas} for application in (before, now))
+    if not old or old & new:
+        count = f"{len(old)} to {len(new)} replicas" if len(old) != len(new) else "same replicas"
+        return f"updated in place ({count})", True
+    return "replaced", True
+
+
+def _intent(name: str, before: Mapping[str, Application], changed: Mapping[str, bool]) -> str:
+    if name not in changed:
+        return "will be removed"
+    if name not in before:
+        return "will be added"
+    return "will change" if changed[name] else "kept"
+
+
+def _plain(application: Mapping[str, Any]) -> dict[str, Any]:
+    """An application's config as Serve keeps it, without what was not set."""
+    from ray.serve.schema import ServeApplicationSchema
+
+    parsed = ServeApplicationSchema.model_validate(dict(application))
+    return dict(parsed.model_dump(mode="json", exclude_unset=True))
+
+
+class Watch:
+    """Tells when a file's content has changed, however an editor wrote it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._look()
+
+    def changed(self) -> bool:
+        """Whether it has changed since the last call, and is there."""
+        now = self._look()
+        if now is None or now == self._seen:
+            return False
+        self._seen = now
+        return True
+
+    def _look(self) -> bytes | None:
+        try:
+            return self._path.read_bytes()
+        except OSError:  # between an editor's delete and its rename
+            return None

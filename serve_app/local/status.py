@@ -1,0 +1,99 @@
+"""``serve-app status`` of a server on this machine, or of the one at RAY_ADDRESS."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from serve_app.config.document import MODEL_IMPORT_PATH
+from serve_app.local.found import Server
+
+if TYPE_CHECKING:
+    from serve_app.cluster.serve import Application
+
+_COLORS = {"ready": "green", "failed": "red"}
+
+
+def show(server: Server, console: Console) -> bool:
+    """Print the address, each model and the GPUs; whether all is ready.
+
+    Raises:
+        UserError: the server does not answer.
+    """
+    if server.run is not None:
+        endpoint = server.run.endpoint
+        ready = endpoint.ready()
+        started_by = f"serve-app run, pid {server.run.pid}"
+        if ready is None:
+            console.print(f"{endpoint.url} does not answer yet: it is starting ({started_by})")
+            return False
+        models = ready["models"]
+    else:
+        connection = server.reached()
+        details = connection.serve().get_serve_details()
+        from serve_app.cluster import serve
+
+        started_by = f"Ray at {connection.address}"
+        endpoint = server.endpoint(details)
+        ready = endpoint.ready()
+        models = (ready or {}).get("models") or _models(serve.applications(details))
+    waiting = set(ready["waiting_for"]) if ready else set(models)
+    console.print(f"{endpoint.url}/v1 ({started_by})", highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("model", "status", "replicas", ""):
+        table.add_column(column, overflow="fold")
+    for name, model in models.items():
+        word, why = _status(model, waits=name in waiting)
+        table.add_row(name, Text(word, style=_COLORS.get(word, "")), str(model["replicas"]), why)
+    console.print(table)
+    for line in gpu_lines():
+        console.print(line, highlight=False)
+    return bool(models) and not waiting
+
+
+def _models(applications: Mapping[str, Application]) -> dict[str, dict[str, Any]]:
+    """What ``GET /ready`` would say of them, as far as Serve knows it."""
+    return {
+        name: {
+            "status": application.status,
+            "message": application.message,
+            "replicas": sum(replica.state == "RUNNING" for replica in application.replicas),
+        }
+        for name, application in applications.items()
+        if application.import_path == MODEL_IMPORT_PATH
+    }
+
+
+def _status(model: Mapping[str, Any], *, waits: bool) -> tuple[str, str]:
+    """A word, and what a user would ask next."""
+    starting = "; ".join(f"{s['phase']}, {s['seconds']} s" for s in model.get("starting") or [])
+    if model["status"] == "DEPLOY_FAILED":
+        return "failed", model["message"]
+    if waits:
+        word = "updating" if model["replicas"] else "starting"
+        return word, starting or model["message"]
+    return ("ready" if model["replicas"] else "asleep"), starting
+
+
+def gpu_lines() -> Iterator[str]:
+    """One line for each NVIDIA GPU of this machine: its memory in use, in GiB."""
+    query = "--query-gpu=index,name,memory.used,memory.total,utilization.gpu"
+    try:
+        said = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return
+    for line in said.splitlines():
+        index, name, used, total, busy = (field.strip() for field in line.split(","))
+        memory = f"{int(used) / 1024:.1f} of {int(total) / 1024:.1f} GiB in use"
+        yield f"GPU {index} {name}: {memory}, {busy} % busy"
