@@ -54,4 +54,5 @@ def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
             f'vector = client.embeddings.create(model="{embed}", input="Paris")',
             "print(len(vector.data[0].embedding))",
         ]
-    return "\n".join([*lines, "\nCtrl-C ends it."])
+    beside = "Ctrl-C ends it. In another terminal: serve-app status, logs, reload, stop."
+    return "\n".join([*lines, f"\n{beside}"])
