@@ -7,37 +7,16 @@ and no other Ray may have it.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from harness.command import typed
 from harness.local_run import Run
 from harness.processes import eventually
-from harness.servers import BIN, EMBED
-
-
-def fresh_shell(run: Run) -> dict[str, str]:
-    kept = ("HOME", "LANG", "PATH", "PYTHONPATH", "TMPDIR", "USER", "VIRTUAL_ENV")
-    return {name: os.environ[name] for name in kept if name in os.environ}
-
-
-def typed(run: Run, *command: str, status: int = 0) -> str:
-    """What a command prints, typed in another folder than the server's."""
-    first, *rest = command
-    done = subprocess.run(
-        [str(BIN / first), *rest],
-        env=fresh_shell(run),
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
+from harness.servers import EMBED
 
 
 @pytest.fixture(scope="module")
@@ -53,57 +32,50 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def test_serve_status_and_serve_deploy_reach_it(run: Run) -> None:
-    report = yaml.safe_load(typed(run, "serve", "status"))
+    report = yaml.safe_load(typed("serve", "status"))
     assert {a["status"] for a in report["applications"].values()} == {"RUNNING"}
-    typed(run, "serve", "deploy", str(run.config))
+    typed("serve", "deploy", str(run.config))
     assert run.embeds() == 384
 
 
 def test_env_is_for_every_other_command_of_ray(run: Run) -> None:
-    exports = typed(run, "serve-app", "env")
-    done = subprocess.run(
-        ["bash", "-c", f"{exports}\n{BIN}/serve status && {BIN}/ray status"],
-        env=fresh_shell(run),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"{EMBED}:" in done.stdout and "Active:" in done.stdout
+    exports = typed("serve-app", "env")
+    said = typed("bash", "-c", f"{exports}\nserve status && ray status")
+    assert f"{EMBED}:" in said and "Active:" in said
 
 
 def test_status_admin_and_check_reach_it(run: Run) -> None:
-    said = typed(run, "serve-app", "status")
+    said = typed("serve-app", "status")
     assert f"http://127.0.0.1:{run.port}/v1" in said
     assert re.search(rf"{EMBED} +ready +1", said)
-    said = typed(run, "serve-app", "admin", EMBED, "reset-prefix-cache")
+    said = typed("serve-app", "admin", EMBED, "reset-prefix-cache")
     assert re.fullmatch(r"\S+: .*reset.*\n", said), said
-    said = typed(run, "serve-app", "check", "--cluster", str(run.config))
+    said = typed("serve-app", "check", "--cluster", str(run.config))
     assert "Ray cluster: 1 nodes, 0 GPUs" in " ".join(said.split())
 
 
 def test_the_log_of_its_model(run: Run) -> None:
-    said = typed(run, "serve-app", "logs", EMBED, "--tail", "1000")
+    said = typed("serve-app", "logs", EMBED, "--tail", "1000")
     assert "ready" in said or "Application startup complete" in said
     assert all(line.startswith(f"(ServeReplica:{EMBED}:") for line in said.splitlines())
-    assert len(typed(run, "serve-app", "logs", "--tail", "3").splitlines()) == 3
-    assert "there is no model 'x'" in typed(run, "serve-app", "logs", "x", status=2)
+    assert len(typed("serve-app", "logs", "--tail", "3").splitlines()) == 3
+    assert "there is no model 'x'" in typed("serve-app", "logs", "x", status=2)
 
 
 def test_reload_says_what_it_did(run: Run, tmp_path: Path) -> None:
-    assert typed(run, "serve-app", "reload") == "nothing changed\n"
+    assert typed("serve-app", "reload") == "nothing changed\n"
     document = yaml.safe_load(run.config.read_text())
     [model, gateway] = document["applications"]
     model["deployments"] = [{"name": "ModelServer", "health_check_period_s": 7}]
     second = tmp_path / "second.yaml"
     second.write_text(yaml.safe_dump(document))
-    said = typed(run, "serve-app", "reload", str(second)).splitlines()
+    said = typed("serve-app", "reload", str(second)).splitlines()
     assert f"{EMBED}: updated in place (same replicas)" in said
     assert f"{gateway['name']}: kept" in said
     assert run.embeds() == 384
     model["args"]["engine"]["max_model_length"] = 5
     second.write_text(yaml.safe_dump(document))
-    [line] = typed(run, "serve-app", "reload", str(second), status=2).splitlines()
+    [line] = typed("serve-app", "reload", str(second), status=2).splitlines()
     assert "engine.max_model_length is not an argument of vLLM" in line
 
 
@@ -126,6 +98,6 @@ def test_a_changed_file_is_applied_by_itself(run: Run) -> None:
 
 def test_stop_ends_it(run: Run) -> None:
     stopped = f"stopped the server of port {run.port}\n"
-    left = run.left_by(lambda: stopped == typed(run, "serve-app", "stop") or pytest.fail("stop"))
+    left = run.left_by(lambda: stopped == typed("serve-app", "stop") or pytest.fail("stop"))
     assert left == {}
-    assert "nothing is served here" in typed(run, "serve-app", "status", status=2)
+    assert "nothing is served here" in typed("serve-app", "status", status=2)

@@ -102,7 +102,7 @@ class Cluster:
         self.port = port
         self.process = process
         self.log = log
-        self.config = self._deployed = config
+        self.config = self.running = config
         self.orphans_before = orphans()
         self.base_url = f"http://127.0.0.1:{port}"
         self.phases: dict[str, list[str]] = {}
@@ -183,11 +183,11 @@ class Cluster:
 
     def deployed(self) -> dict[str, Any]:
         """A copy of the config that runs."""
-        return dict(yaml.safe_load(self._deployed.read_text()))
+        return dict(yaml.safe_load(self.running.read_text()))
 
     def deploy(self, config: dict[str, Any]) -> None:
         """`serve deploy`, as a user would."""
-        self._deployed = path = self.config.with_name("deployed.yaml")
+        self.running = path = self.config.with_name("deployed.yaml")
         path.write_text(as_yaml(config))
         run = subprocess.run(
             [BIN / "serve", "deploy", str(path), "--address", self.dashboard],
