@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv demo test test-unit test-slow test-kube test-image test-python lint bench-quick lock engine-args metrics manifests clean-processes clean
+.PHONY: help venv demo test test-unit test-slow test-kube test-image test-python lint bench-quick lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -94,6 +94,12 @@ lock: venv  ## refresh the locks from pyproject.toml
 
 engine-args: venv  ## refresh the table of engine arguments from the installed vLLM
 	@$(BIN)/python -m tools.engine_args_table
+
+settings: venv  ## refresh the tables of docs/settings.md from the code
+	@$(BIN)/python -m tools.settings_reference
+
+picture: venv  ## record docs/demo.svg again: the demo's start, and a first answer
+	@$(BIN)/python -m tools.demo_picture --port $(PORT)
 
 metrics: venv  ## refresh the list of metrics that a real run exports (dashboards are checked by it)
 	@$(BIN)/serve-app fetch demo

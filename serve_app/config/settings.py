@@ -49,6 +49,7 @@ class Autoscaling(_Settings):
     """0 lets the model go cold; the next request wakes it."""
 
     max_replicas: int = Field(default=1, ge=1)
+    """The most that the load may ask for."""
 
     initial_replicas: int | None = Field(default=None, ge=0)
     """Replicas at first; None starts with ``min_replicas``."""
@@ -91,6 +92,7 @@ class LiveConfig(_Settings):
     """The ``user_config`` of a model's deployment: what can change without a restart."""
 
     adapters: list[Adapter] = []
+    """LoRA adapters that replicas load and unload while they serve."""
 
 
 class ModelConfig(_Settings):
@@ -112,7 +114,10 @@ class ModelConfig(_Settings):
     """Replicas between two bounds; excludes ``replicas``."""
 
     resources: Resources = Resources()
+    """What one replica needs of its node."""
+
     adapters: list[Adapter] = []
+    """LoRA adapters that are loaded at the start; ``user_config`` has those that come and go."""
 
     cache_dir: str | None = Field(default=None, min_length=1)
     """One folder for all that makes the next start faster: downloads, compiled code and kernels,
@@ -227,7 +232,7 @@ class GatewayConfig(_Settings):
 
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as
-    ``https://chat.example.com``; ``*`` is any page. None are by default."""
+    ``https://chat.example.com``; ``*`` is any page. By default no page may."""
 
     @model_validator(mode="after")
     def _one_body_has_room(self) -> GatewayConfig:

@@ -56,7 +56,10 @@ class SecretKey(_Profile):
     """One key of a Secret; the Secret itself is made outside of these manifests."""
 
     name: _Name
+    """The Secret's name."""
+
     key: str = Field(min_length=1)
+    """The key within it."""
 
 
 class Cache(_Profile):
@@ -66,6 +69,8 @@ class Cache(_Profile):
     """``none`` if every model streams from S3 (``load_format: runai_streamer``)."""
 
     claim: _Name = "model-cache"
+    """Name of the PersistentVolumeClaim, which all fleets of a namespace share."""
+
     storage_class: _Name = "efs-sc"
     """Must offer ReadWriteMany: pods of every zone and of two clusters mount it at once."""
 
@@ -80,14 +85,21 @@ class Redis(_Profile):
     """``host:port`` or ``rediss://host:port`` of a Redis, Valkey or ElastiCache outside Ray."""
 
     password: SecretKey | None = None
+    """Where its password is; None sends none."""
 
 
 class Ingress(_Profile):
     """How clients reach the endpoint."""
 
     kind: Literal["alb", "none"] = "alb"
+    """``alb`` renders an AWS load balancer; ``none`` leaves the way in to you."""
+
     scheme: Literal["internal", "internet-facing"] = "internal"
+    """``internet-facing`` opens it to ``client_cidrs``. The gateway asks for no API key yet."""
+
     host: str | None = None
+    """The host name that requests must have; None takes any."""
+
     certificate_arn: str | None = None
     """ACM certificate; without one the load balancer listens on plain HTTP."""
 
@@ -126,6 +138,8 @@ class Head(_Profile):
     """The head pod: control only, no GPU and no replica."""
 
     cpu: int = Field(default=4, ge=1)
+    """CPU cores."""
+
     memory_gib: int = Field(default=16, ge=5)
     """Below 5 GiB the dashboard and the GCS end in OOM kills (kuberay#4287)."""
 
@@ -134,12 +148,15 @@ class GatewayPods(_Profile):
     """Each pod of the gateway's group holds one gateway replica and Serve's proxy."""
 
     memory_gib: int = Field(default=4, ge=2)
+    """Memory of one pod, in GiB. Its CPU follows the gateway's ``num_cpus``."""
 
 
 class ClusterProfile(_Profile):
     """The settings of ``--cluster profile.yaml``."""
 
     namespace: _Name = "serve-app"
+    """The namespace of the RayService and all that belongs to it."""
+
     cluster_name: str = Field(default="serve-app", min_length=1)
     """The EKS cluster's name; Karpenter finds subnets, security groups and its role by it."""
 
@@ -166,6 +183,8 @@ class ClusterProfile(_Profile):
     """The NodePool's limit. An upgrade without downtime needs room for two clusters."""
 
     service_account: _Name = "serve-app"
+    """The pods' service account, by which they get their role in AWS."""
+
     node_role: str | None = None
     """IAM role of the nodes that Karpenter starts; None takes the name that Karpenter's own guide
     gives it, or in Auto Mode the one of EKS' console."""
@@ -174,9 +193,17 @@ class ClusterProfile(_Profile):
     """IAM role for IRSA; leave it out with EKS Pod Identity, which needs no annotation."""
 
     hf_token: SecretKey | None = SecretKey(name="hf-token", key="token")
+    """Where the hub's token for gated models is; None needs no Secret."""
+
     cache: Cache = Cache()
+    """The volume for weights and compiled kernels."""
+
     redis: Redis | None = None
+    """The store of the head's state; with None a lost head restarts every model."""
+
     ingress: Ingress = Ingress()
+    """The load balancer."""
+
     client_cidrs: list[_Network] = Field(
         default=["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16"], min_length=1
     )
@@ -185,15 +212,23 @@ class ClusterProfile(_Profile):
     cluster of IPv6 also the VPC's IPv6 network."""
 
     upgrade: Upgrade = Upgrade()
+    """How a changed cluster takes the place of the old one."""
+
     head: Head = Head()
+    """The head pod's size."""
+
     gateway: GatewayPods = GatewayPods()
+    """The gateway pods' size."""
 
     replacement_s: int = Field(default=900, ge=0)
     """Seconds that a replica's replacement may take when its machine is drained: a new machine,
     the image, the weights, the engine (6.5 minutes seen for 15 GiB on a fresh g6e.2xlarge)."""
 
     operator_namespace: _Name = "kuberay-system"
+    """Where KubeRay's operator runs, which must reach the head."""
+
     monitoring_namespace: _Name = "monitoring"
+    """Where Prometheus runs, which must reach every pod."""
 
     reserved_cpu_m: int = Field(default=1000, ge=0)
     """CPU that a node's DaemonSets take, in thousandths of a core (CNI, kube-proxy, device
