@@ -59,18 +59,18 @@ def notes_on(plan: Plan) -> list[str]:
             "the safetensors headers, attention is as config.json says"
         )
     elif not model.exact:
-        notes.append("tensors are derived from config.json, not read off weights")
+        notes.append("the weights' sizes are computed from config.json, not read from the weights")
     if model.shape.vision is not None:
         notes.append("the vision encoder's own peak is not modelled; leave it 1 to 2 GiB")
     if plan.engine.draft and plan.engine.draft.model and model.draft is None:
         notes.append("the draft model's metadata is not at hand; its memory is left out")
     if plan.gpu.name != "CPU" and not plan.gpu.measured:
         notes.append(
-            f"not measured on a {plan.gpu.name} yet: what is neither weights nor KV cache is an "
-            "estimate"
+            f"no start on {plan.gpu.name} GPUs has been compared with the planner: non-torch "
+            "memory and CUDA graphs are an estimate"
         )
     if plan.parallel.gpus > 1:
-        notes.append("several GPUs: the share of communication buffers is estimated")
+        notes.append("buffers for communication between GPUs are an estimate")
     needed = plan.cache.bytes_per_block * plan.cache.blocks_per_request
     spare = stage.kv_cache - needed
     if plan.fits and plan.groups and plan.gpu.name != "CPU" and spare < TIGHT_SHARE * stage.total:
@@ -250,13 +250,15 @@ def bars(plan: Plan, *, width: int) -> RenderableType:
         bar.append("░" * (width - drawn), style="dim")
         bar.append(f" {full / GIB:.0f} GiB")
         lines.append(bar)
-    legend = Text(" " * 9)
-    for part, name, colour in PARTS:
-        size = max(0, getattr(plan.tightest, part))
-        legend.append("█ ", style=colour)
-        legend.append(f"{name} {size / GIB:.1f}  ")
-    legend.append("░ not vLLM's", style="dim")
-    lines.append(legend)
+    for row in (PARTS[:3], PARTS[3:]):  # a terminal of 80 columns has room for three
+        legend = Text(" " * 9)
+        for part, name, colour in row:
+            size = max(0, getattr(plan.tightest, part))
+            legend.append("█ ", style=colour)
+            legend.append(f"{name} {size / GIB:.1f}  ")
+        lines.append(legend)
+    if plan.gpu.name != "CPU":
+        lines.append(Text(" " * 9 + "░ reserved (outside gpu_memory_utilization)", style="dim"))
     return Group(*lines)
 
 
@@ -274,7 +276,7 @@ def _numbers(report: Report) -> Table:
     table.add_row("parameters", f"{plan.model.parameters / 1e9:.2f} B, {precision}")
     table.add_row("weights over all GPUs", f"{weights / GIB:.1f} GiB")
     table.add_row(
-        "at full precision sizes",
+        "in other precisions",
         ", ".join(
             f"{name} {parameter_bytes(plan.model.parameters, name) / 1e9:.0f} GB"
             for name in ("fp32", "bf16", "int8", "int4")
@@ -291,8 +293,8 @@ def _numbers(report: Report) -> Table:
         )
         table.add_row(
             "requests at once",
-            f"{plan.concurrency():.1f} of {engine.max_model_len:,} tokens, "
-            f"{plan.concurrency(report.typical_length):.0f} of {report.typical_length:,}",
+            f"{plan.concurrency():.1f} with {engine.max_model_len:,} tokens each, "
+            f"{plan.concurrency(report.typical_length):.0f} with {report.typical_length:,}",
         )
     else:
         table.add_row("KV cache", "none (an encoder)")

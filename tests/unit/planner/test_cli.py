@@ -93,6 +93,14 @@ def test_an_instance_too_small_is_said(tmp_path: Path) -> None:
     assert "span machines" in found["reasons"][0]
 
 
+def test_the_legend_says_what_vllm_does_not_get_of_a_gpu() -> None:
+    outside = "reserved (outside gpu_memory_utilization)"
+    assert outside in run(plan, ONE_MODEL).output
+    assert (
+        outside not in run(plan, str(ROOT / "configs/demo.yaml")).output
+    )  # a CPU's plan has no such part
+
+
 def test_a_picture_of_each_model(tmp_path: Path) -> None:
     target = tmp_path / "plan.svg"
     run(plan, FLEET, "--plot", str(target))
