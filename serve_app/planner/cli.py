@@ -57,7 +57,7 @@ def plan(
     json_: bool,
     list_: bool,
 ) -> None:
-    """Does it fit, on what, split how, for how many users: before anything is paid for."""
+    """Say whether a model fits, on which GPUs and machines, and for how many requests at once."""
     console = Console()
     if list_:
         _list(console)
