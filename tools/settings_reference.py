@@ -123,7 +123,7 @@ def _shown(value: Any) -> str:
     """A default in YAML. A class with a table of its own shows its defaults there."""
     if isinstance(value, BaseModel):
         if not any(field.is_required() for field in type(value).model_fields.values()):
-            return ""
+            return "`{}`"
         value = value.model_dump()
     if isinstance(value, float) and value.is_integer():
         value = int(value)
