@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import shlex
 import signal
@@ -21,7 +22,9 @@ PICTURE = Path("docs/demo.svg")
 def record(make: list[str], port: int) -> Iterator[str]:
     """The lines of a real `make demo`, then of a real second terminal."""
     yield "$ make demo"
-    demo = subprocess.Popen([*make, "demo", f"PORT={port}"], stdout=subprocess.PIPE, text=True)
+    demo = subprocess.Popen(
+        [*make, "demo", f"PORT={port}"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         assert demo.stdout is not None
         said = []
@@ -40,7 +43,7 @@ def record(make: list[str], port: int) -> Iterator[str]:
         )
         yield from answer.stdout.splitlines()
     finally:
-        demo.send_signal(signal.SIGINT)
+        os.killpg(demo.pid, signal.SIGINT)  # what Ctrl-C does: make does not pass it on
         demo.wait()
 
 
@@ -61,8 +64,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--make", default="make", help="such as 'make -o .venv/.ready'")
     args = parser.parse_args()
-    lines = list(record(shlex.split(args.make), args.port))
-    print("\n".join(lines))
+    lines = []
+    for line in record(shlex.split(args.make), args.port):
+        print(line, flush=True)
+        lines.append(line)
     PICTURE.write_text(picture(lines))
 
 
