@@ -49,14 +49,17 @@ def record(make: list[str], port: int) -> Iterator[str]:
 
 def picture(lines: list[str]) -> str:
     """The terminal as an SVG. A pipe has no colours, so they are added here."""
-    console = Console(record=True, width=112, file=io.StringIO())
+    console = Console(record=True, width=max(map(len, lines)), file=io.StringIO())
     for line in lines:
         text = Text(line)
         text.highlight_regex(r"^\$ [^#]*", "bold")
         text.highlight_regex(r"^\S+ is ready", "green")
         text.highlight_regex(r" # .*", "dim")
         console.print(text)
-    return console.export_svg(title="serve_app", unique_id="demo")
+    drawn = console.export_svg(title="serve_app", unique_id="demo")
+    # rich names a font on a server; a picture loads nothing, and every machine has a monospace.
+    drawn = re.sub(r"@font-face \{.*?\}\n", "", drawn, flags=re.S)
+    return drawn.replace("font-family: Fira Code, monospace", "font-family: monospace")
 
 
 def main() -> None:
