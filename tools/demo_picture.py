@@ -39,8 +39,9 @@ def record(make: list[str], port: int) -> Iterator[str]:
         yield ""
         yield "$ .venv/bin/python ask.py        # the Python lines above, in a second terminal"
         answer = subprocess.run(
-            [".venv/bin/python", "-c", snippet], capture_output=True, text=True, check=True
-        )
+            [".venv/bin/python", "-c", snippet], capture_output=True, text=True, check=True,
+            env=os.environ | {"no_proxy": "127.0.0.1"},
+        )  # fmt: skip
         yield from answer.stdout.splitlines()
     finally:
         os.killpg(demo.pid, signal.SIGINT)  # what Ctrl-C does: make does not pass it on
