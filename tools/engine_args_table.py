@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from serve_app.config.engine_args import OWNED, SERVER_ONLY, EngineArg
 
@@ -21,7 +22,66 @@ def read_off_vllm() -> dict[str, EngineArg]:
         for action in parser._actions
         if action.dest not in OWNED and action.dest not in SERVER_ONLY
     }
+    for name, bounds in _bounds(parser):
+        if name in found:
+            found[name] = replace(found[name], **bounds)
+    for name, names in _registries().items():
+        found[name] = replace(found[name], choices=tuple(sorted(names)), registered=True)
     return dict(sorted(found.items()))
+
+
+def chat_templates() -> list[str]:
+    """The file names that ``chat_template`` finds inside vLLM."""
+    from vllm.transformers_utils.chat_templates.registry import CHAT_TEMPLATES_DIR
+
+    return sorted(path.name for path in CHAT_TEMPLATES_DIR.glob("*.jinja"))
+
+
+_BOUNDS = {"gt": "above", "ge": "at_least", "lt": "below", "le": "at_most"}
+_SPECULATION = {"spec_tokens": "num_speculative_tokens"}
+"""Arguments that bear another name than their field in ``SpeculativeConfig``."""
+
+
+def _bounds(parser: argparse.ArgumentParser) -> Iterator[tuple[str, dict[str, float]]]:
+    """The bounds of the fields in vLLM's configs; a group of arguments is titled as its config."""
+    import vllm.config
+
+    for group in parser._action_groups:
+        fields = _fields(getattr(vllm.config, group.title or "", None))
+        if group.title == "VllmConfig":
+            speculative = _fields(vllm.config.SpeculativeConfig)
+            fields |= {name: speculative[field] for name, field in _SPECULATION.items()}
+        for action in group._group_actions:
+            found = {
+                ours: getattr(constraint, theirs)
+                for constraint in getattr(fields.get(action.dest), "metadata", ())
+                for theirs, ours in _BOUNDS.items()
+                if hasattr(constraint, theirs)
+            }
+            if found:
+                yield action.dest, found
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """The pydantic fields of a config of vLLM, and those of the configs in it."""
+    own = dict(getattr(config, "__pydantic_fields__", {}))
+    inner = [f.annotation for f in own.values() if hasattr(f.annotation, "__pydantic_fields__")]
+    return {k: v for other in inner for k, v in other.__pydantic_fields__.items()} | own
+
+
+def _registries() -> dict[str, list[str]]:
+    """Names of what vLLM keeps in registries, to which its plugins can add."""
+    from vllm.model_executor.layers.quantization import QuantizationMethods
+    from vllm.model_executor.model_loader import LoadFormats
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+
+    return {
+        "load_format": list(get_args(LoadFormats)),
+        "quantization": list(get_args(QuantizationMethods)),
+        "reasoning_parser": ReasoningParserManager.list_registered(),
+        "tool_call_parser": ToolParserManager.list_registered(),
+    }
 
 
 def _describe(action: argparse.Action) -> EngineArg:
@@ -72,9 +132,14 @@ def main() -> None:
     body = {
         "vllm": vllm.__version__,
         "arguments": {
-            name: {key: value for key, value in asdict(arg).items() if value}
+            name: {
+                key: value
+                for key, value in asdict(arg).items()
+                if value is not None and value is not False and value != ()
+            }
             for name, arg in read_off_vllm().items()
         },
+        "chat_templates": chat_templates(),
     }
     path.write_text(json.dumps(body, indent=1) + "\n")
     print(f"{len(body['arguments'])} arguments written to {path}")

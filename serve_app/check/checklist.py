@@ -13,6 +13,7 @@ from serve_app import __version__
 from serve_app.config import engine_args, yaml_files
 from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document
 from serve_app.config.notices import notices
+from serve_app.config.settings import engine_problems
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.workers import replicas_of
 from serve_app.kuberay.validate.judge import judge
@@ -132,13 +133,9 @@ def _engine_arguments(document: Document) -> Iterator[Finding]:
         arguments = get(application, "args.engine")
         if get(application, "import_path") != MODEL_IMPORT_PATH or not isinstance(arguments, dict):
             continue  # parse_document reports other types
-        name, wrong = str(application.get("name")), False
-        for key, value in arguments.items():
-            try:
-                engine_args.check({str(key): value})
-            except ConfigError as error:
-                wrong = True
-                yield Finding(check, "fail", name, str(error))
+        name = str(application.get("name"))
+        wrong = list(engine_problems(arguments, mapping(application, "args.env")))
+        yield from (Finding(check, "fail", name, said) for said in wrong)
         if not wrong:
             known = f"{len(arguments)} known to vLLM {engine_args.VLLM_VERSION}"
             yield Finding(check, "ok", name, known)

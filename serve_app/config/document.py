@@ -155,7 +155,8 @@ def _check_application(path: Path, position: int, application: Any) -> tuple[str
     where = f"{path}: application {name!r}"
     for key in application:
         if key not in _APPLICATION_KEYS:
-            hint = did_you_mean(str(key), _APPLICATION_KEYS)
+            setting = key in ModelConfig.model_fields
+            hint = "; put it under args" if setting else did_you_mean(str(key), _APPLICATION_KEYS)
             raise ConfigError(f"{where}: '{key}' is not a key of a Serve application{hint}")
     if not isinstance(application.get("import_path"), str):
         raise ConfigError(

@@ -9,7 +9,9 @@ installed vLLM.
 from __future__ import annotations
 
 import json
+import operator
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -78,36 +80,107 @@ class EngineArg:
 
     ``accepts`` holds ``boolean``, ``flag`` (a boolean that has no ``--no-`` form), ``integer``,
     ``number``, ``string``, ``object``, ``array`` and ``count`` (an integer that may be
-    written ``8k``).
+    written ``8k``). The bounds are those of the field in vLLM's own config.
     """
 
     accepts: tuple[str, ...]
     choices: tuple[Any, ...] = ()
+    registered: bool = False
+    """Whether the choices are a registry of vLLM's, to which a plugin can add."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+
+
+@cache
+def _read() -> dict[str, Any]:
+    raw = resources.files("serve_app").joinpath("data", _TABLE).read_text()
+    found: dict[str, Any] = json.loads(raw)
+    return found
 
 
 @cache
 def table() -> dict[str, EngineArg]:
     """Every engine argument by vLLM's own name."""
-    raw = json.loads(resources.files("serve_app").joinpath("data", _TABLE).read_text())
-    return {
-        name: EngineArg(tuple(arg["accepts"]), tuple(arg.get("choices", ())))
-        for name, arg in raw["arguments"].items()
-    }
+    found = {}
+    for name, arg in _read()["arguments"].items():
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in arg.items()}
+        found[name] = EngineArg(**fields)
+    return found
 
 
-def check(engine: dict[str, Any]) -> None:
+def chat_templates() -> list[str]:
+    """The file names that ``chat_template`` finds inside vLLM."""
+    found: list[str] = _read()["chat_templates"]
+    return found
+
+
+def undashed(name: str) -> str:
+    """vLLM's own name of an argument that is written as on a command line."""
+    return name.lstrip("-").replace("-", "_")
+
+
+def check(engine: dict[str, Any], *, plugins: bool = False) -> None:
     """Refuse what vLLM would refuse.
 
+    ``plugins`` allows names that are in none of vLLM's own registries.
+
     Raises:
-        ConfigError: an unknown name (with a did-you-mean), a value of the wrong type or not
-            among the choices, or an argument that the deployment sets by itself.
+        ConfigError: the first of :func:`problems`.
     """
+    for problem in problems(engine, plugins=plugins):
+        raise ConfigError(problem)
+
+
+def problems(engine: dict[str, Any], *, plugins: bool = False) -> Iterator[str]:
+    """Each reason why vLLM would refuse these arguments, in one sentence.
+
+    An unknown name (with a did-you-mean); a value of the wrong type, out of bounds or not among the
+    choices; an argument that the deployment sets by itself; arguments that exclude each other.
+    """
+    wrong = False
     for name, value in engine.items():
-        _check_one(name, value)
+        try:
+            _check_one(str(name), value, plugins or _PLUGIN_OF.get(str(name)) in engine)
+        except ConfigError as error:
+            wrong = True
+            yield str(error)
+    if not wrong:
+        yield from _together(engine)
 
 
-def _check_one(name: str, value: Any) -> None:
-    plain = name.lstrip("-").replace("-", "_")
+_PLUGIN_OF = {
+    "tool_call_parser": "tool_parser_plugin",
+    "reasoning_parser": "reasoning_parser_plugin",
+}
+"""Arguments that name a file with further parsers."""
+
+
+def _together(engine: dict[str, Any]) -> Iterator[str]:
+    if engine.get("enable_auto_tool_choice") and not engine.get("tool_call_parser"):
+        yield (
+            "engine.enable_auto_tool_choice needs engine.tool_call_parser too, the name of how the "
+            "model writes a call (hermes, llama3_json, mistral …)"
+        )
+    tokens, seqs = (
+        count(engine.get(name), name) for name in ("max_num_batched_tokens", "max_num_seqs")
+    )
+    if tokens and seqs and seqs > tokens:
+        yield too_few_tokens(tokens, seqs)
+
+
+def too_few_tokens(tokens: int, seqs: int) -> str:
+    """What is said of a ``max_num_batched_tokens`` that is below ``max_num_seqs``."""
+    return (
+        f"engine.max_num_batched_tokens is {tokens}, below max_num_seqs ({seqs}); "
+        "every running sequence needs one token per step"
+    )
+
+
+def _check_one(name: str, value: Any, plugins: bool) -> None:
+    plain = undashed(name)
     if plain in RENAMED:
         raise ConfigError(f"engine.{name} is not in vLLM {VLLM_VERSION}; use {RENAMED[plain]}")
     if plain != name:
@@ -130,18 +203,29 @@ def _check_one(name: str, value: Any) -> None:
             raise ConfigError(f"engine.{name} is an empty list; remove it or list something")
         for item in value:
             _check_value(name, item, arg)
-    else:
+    elif not (arg.registered and plugins and isinstance(value, str)):
         _check_value(name, value, arg)
+    if name == "max_model_len":
+        count(value, name, least=-1)
+    if name == "speculative_config":
+        _check_speculation(value)
+
+
+def _check_speculation(config: dict[str, Any]) -> None:
+    """The parts that are also arguments of their own."""
+    for key, argument in (("method", "spec_method"), ("num_speculative_tokens", "spec_tokens")):
+        if config.get(key) is not None:
+            _check_value(f"speculative_config.{key}", config[key], table()[argument])
+
+
+_ANY_CASE = ("load_format", "quantization")
+"""Arguments that vLLM turns into lower case."""
 
 
 def _check_value(name: str, value: Any, arg: EngineArg) -> None:
     if arg.choices and not isinstance(value, (list, dict)):
-        if value not in arg.choices:
-            known = [str(c) for c in arg.choices]
-            raise ConfigError(
-                f"engine.{name} is {value!r}, but must be one of {', '.join(known)}"
-                f"{did_you_mean(str(value), known)}"
-            )
+        if (str(value).lower() if name in _ANY_CASE else value) not in arg.choices:
+            raise ConfigError(f"engine.{name} is {_shown(value)}, but {_known(value, name, arg)}")
         return
     if value == "auto" and name == "max_model_len":
         return  # the one count that vLLM can choose by itself
@@ -150,6 +234,39 @@ def _check_value(name: str, value: Any, arg: EngineArg) -> None:
             f"engine.{name} is {_shown(value)}, but must be "
             f"{' or '.join(_KINDS[kind] for kind in arg.accepts)}"
         )
+    number = _whole(value) if "count" in arg.accepts else value
+    if isinstance(number, (int, float)) and (bounds := _missed(number, arg)):
+        raise ConfigError(f"engine.{name} is {_shown(value)}, but must be {bounds}")
+
+
+def _known(value: Any, name: str, arg: EngineArg) -> str:
+    known = [str(c) for c in arg.choices]
+    hint = did_you_mean(str(value), known)
+    many = hint and len(known) > 12
+    said = (
+        f"vLLM {VLLM_VERSION} has none of this name"
+        if many
+        else f"must be one of {', '.join(known)}"
+    )
+    plugin = f"engine.{_PLUGIN_OF[name]}" if name in _PLUGIN_OF else "env.VLLM_PLUGINS"
+    return f"{said}{hint}" + (f" (where a plugin adds it: set {plugin})" if arg.registered else "")
+
+
+def _missed(number: float, arg: EngineArg) -> str | None:
+    """The bounds of an argument, if ``number`` is not within them (NaN never is)."""
+    bounds = [
+        (f"{words} {bound:g}", holds(number, bound))
+        for words, bound, holds in (
+            ("above", arg.above, operator.gt),
+            ("at least", arg.at_least, operator.ge),
+            ("below", arg.below, operator.lt),
+            ("at most", arg.at_most, operator.le),
+        )
+        if bound is not None
+    ]
+    if all(held for _, held in bounds):
+        return None
+    return " and ".join(words for words, _ in bounds)
 
 
 _KINDS = {

@@ -7,9 +7,10 @@ what is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from serve_app.config import engine_args
@@ -137,12 +138,6 @@ class ModelConfig(_Settings):
     """Seconds without a step of a busy engine after which its replica is replaced; 300 at least
     until the engine has finished its first request, which may compile."""
 
-    @field_validator("engine")
-    @classmethod
-    def _engine(cls, engine: dict[str, Any]) -> dict[str, Any]:
-        engine_args.check(engine)
-        return engine
-
     @field_validator("cache_dir")
     @classmethod
     def _cache_dir(cls, folder: str | None) -> str | None:
@@ -165,6 +160,12 @@ class ModelConfig(_Settings):
         if "VLLM_API_KEY" in env:
             raise ValueError(f"VLLM_API_KEY is not yours to set: {engine_args.OWNED['api_key']}")
         return env
+
+    @model_validator(mode="after")
+    def _engine(self) -> ModelConfig:
+        for problem in engine_problems(self.engine, self.env):
+            raise ConfigError(problem)
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> ModelConfig:
@@ -191,6 +192,43 @@ class ModelConfig(_Settings):
     @property
     def pipeline_parallel_size(self) -> int:
         return int(self.engine.get("pipeline_parallel_size") or 1)
+
+
+def engine_problems(engine: dict[str, Any], env: Mapping[str, Any]) -> Iterator[str]:
+    """Each reason why a model's ``engine`` cannot work, in one sentence.
+
+    ``env`` is the model's; with VLLM_PLUGINS in it, a plugin may add to vLLM's registries.
+    """
+    elsewhere = {key: hint for key in engine if (hint := _belongs(key, engine[key], "engine"))}
+    yield from (
+        f"engine.{key} is not an argument of vLLM; {hint}" for key, hint in elsewhere.items()
+    )
+    rest = {key: value for key, value in engine.items() if key not in elsewhere}
+    yield from engine_args.problems(rest, plugins="VLLM_PLUGINS" in env)
+
+
+def _belongs(key: Any, value: Any, under: str) -> str | None:
+    """Where a key that is not known ``under`` a setting belongs, and the line to write there."""
+    name = engine_args.undashed(str(key))
+    if name == "num_gpus":
+        return (
+            "a replica has as many GPUs as its engine asks for: set engine.tensor_parallel_size, "
+            f"`{_line('engine', {'tensor_parallel_size': value})}`"
+        )
+    if under != "engine" and name in engine_args.table():
+        return f"put it under engine: `{_line('engine', {name: value})}`"
+    for group, settings in (("resources", Resources), ("autoscaling", Autoscaling)):
+        if under != group and name in settings.model_fields:
+            return f"put it under {group}: `{_line(group, {name: value})}`"
+    if under and name in ModelConfig.model_fields and name not in engine_args.OWNED:
+        return f"put it beside {under}, under args: `{_line(name, value)}`"
+    return None
+
+
+def _line(key: str, value: Any) -> str:
+    """``key: value`` as one line of YAML, without what would make it too long to read."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20).split("\n")[0]
+    return f"{key}: {text if len(text) <= 80 else '…'}"
 
 
 def _as_text(value: Any) -> Any:
@@ -285,6 +323,8 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     key = ".".join(str(part) for part in loc)
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
+        if settings is ModelConfig and (hint := _belongs(loc[-1], value, _parent(loc))):
+            return f"'{key}' is not a setting; {hint}"
         known = _keys_at(settings, loc[:-1])
         return (
             f"'{key}' is not a setting{did_you_mean(str(loc[-1]), known)}"
@@ -312,6 +352,10 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     if kind == "string_pattern_mismatch":
         return f"{key} is {value!r}, but an id has no spaces"
     return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
+
+
+def _parent(loc: tuple[Any, ...]) -> str:
+    return str(loc[-2]) if len(loc) > 1 else ""
 
 
 def _lower_first(text: str) -> str:

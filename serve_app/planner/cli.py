@@ -11,7 +11,6 @@ import click
 import yaml
 from rich.console import Console
 
-from serve_app.config import engine_args
 from serve_app.config.document import load
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
@@ -91,7 +90,7 @@ def _list(console: Console) -> None:
 
 
 def _parse(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """``--engine`` options, checked as a config's ``engine`` is."""
+    """``--engine`` options as a config's ``engine``."""
     arguments: dict[str, Any] = {}
     for option in overrides:
         key, equals, value = option.partition("=")
@@ -101,7 +100,6 @@ def _parse(overrides: tuple[str, ...]) -> dict[str, Any]:
             arguments[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"--engine {option}: the value is not YAML") from None
-    engine_args.check(arguments)
     return arguments
 
 
@@ -123,7 +121,8 @@ def _targets(
         if name not in fleet.models:
             raise ConfigError(f"{path}: has no model '{name}' (models: {', '.join(fleet.models)})")
         config = fleet.models[name]
-        config = config.model_copy(update={"engine": {**config.engine, **overrides}})
+        both = {"engine": {**config.engine, **overrides}}
+        config = ModelConfig.model_validate(config.model_dump(exclude_unset=True) | both)
         found.append((name, load_model(config), config, True))
     return found
 

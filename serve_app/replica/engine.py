@@ -28,6 +28,8 @@ def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Nam
         raise UserError(f"unset VLLM_API_KEY: {engine_args.OWNED['api_key']}")
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.launchers.launcher import validate_api_server_args
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     engine = {**placement.of(config).engine_defaults, **config.engine, **rank}
@@ -43,6 +45,10 @@ def parse_args(config: ModelConfig, ids: list[str], rank: dict[str, Any]) -> Nam
     try:
         args: Namespace = parser.parse_args(argv + engine_args.to_argv(engine))
         validate_parsed_serve_args(args)
+        if args.tool_parser_plugin:
+            ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+        if args.reasoning_parser_plugin:
+            ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
         validate_api_server_args(args)
     except (TypeError, ValueError, KeyError) as error:
         # A KeyError's text is the repr of its argument, quotes and all.

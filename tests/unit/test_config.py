@@ -343,6 +343,50 @@ def test_a_key_of_vllms_own_in_the_environment_is_refused() -> None:
         ({"speculative_config": "x"}, "speculative_config is 'x', but must be a mapping"),
         ({"load_format": ["x"]}, "load_format is ['x'], but must be a string"),
         ({"gpu_memory_utilization": "x" * 100}, "gpu_memory_utilization is 'xxx"),
+        (
+            {"gpu_memory_utilization": 90},
+            "gpu_memory_utilization is 90, but must be above 0 and at most 1",
+        ),
+        ({"max_num_seqs": -5}, "max_num_seqs is -5, but must be at least 1"),
+        ({"max_model_len": 0}, "max_model_len is 0, but must be at least 1"),
+        ({"max_num_batched_tokens": "0"}, "max_num_batched_tokens is '0', but must be at least 1"),
+        (
+            {"max_num_batched_tokens": "1k", "max_num_seqs": 2048},
+            "max_num_batched_tokens is 1000, below max_num_seqs (2048)",
+        ),
+        (
+            {"quantization": "fp88"},
+            "quantization is 'fp88', but vLLM 0.29.0 has none of this name; did you mean 'fp8'? "
+            "(where a plugin adds it: set env.VLLM_PLUGINS)",
+        ),
+        (
+            {"tool_call_parser": "hermse"},
+            "tool_call_parser is 'hermse', but vLLM 0.29.0 has none of this name; did you mean "
+            "'hermes'? (where a plugin adds it: set engine.tool_parser_plugin)",
+        ),
+        (
+            {"reasoning_parser": "deepseek_r11"},
+            "reasoning_parser is 'deepseek_r11', but vLLM 0.29.0 has none of this name; did you "
+            "mean 'deepseek_r1'?",
+        ),
+        (
+            {"enable_auto_tool_choice": True},
+            "enable_auto_tool_choice needs engine.tool_call_parser too",
+        ),
+        (
+            {"speculative_config": {"method": "eagel3", "num_speculative_tokens": 3}},
+            "speculative_config.method is 'eagel3', but vLLM 0.29.0 has none of this name; did "
+            "you mean 'eagle3'?",
+        ),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 0}},
+            "speculative_config.num_speculative_tokens is 0, but must be above 0",
+        ),
+        (
+            {"load_format": "safetensor"},
+            "load_format is 'safetensor', but vLLM 0.29.0 has none of this name; did you mean "
+            "'safetensors'?",
+        ),
     ],
 )
 def test_a_wrong_engine_argument_is_refused_with_what_is_allowed(
@@ -351,6 +395,92 @@ def test_a_wrong_engine_argument_is_refused_with_what_is_allowed(
     message = refused_args(engine=engine)
     assert message.startswith(f"engine.{why}")
     assert len(message) < 200
+
+
+def test_a_plugin_may_add_to_vllms_registries() -> None:
+    fleet = parse_document(
+        document(
+            chat("a", engine={"load_format": "mine"}, env={"VLLM_PLUGINS": "serve_app,mine"}),
+            chat("b", engine={"tool_call_parser": "mine", "tool_parser_plugin": "/x.py"}),
+            chat("c", engine={"load_format": "DUMMY"}),  # vLLM lowers it
+        ),
+        Path("c.yaml"),
+    )
+    assert list(fleet.models) == ["a", "b", "c"]
+
+
+# --- a key in the wrong place ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (
+            {"max_model_len": 8192},
+            "'max_model_len' is not a setting; put it under engine: "
+            "`engine: {max_model_len: 8192}`",
+        ),
+        (
+            {"--tensor-parallel-size": 2},
+            "'--tensor-parallel-size' is not a setting; put it under engine: "
+            "`engine: {tensor_parallel_size: 2}`",
+        ),
+        (
+            {"accelerator_type": "H100"},
+            "'accelerator_type' is not a setting; put it under resources: "
+            "`resources: {accelerator_type: H100}`",
+        ),
+        ({"num_cpus": 4}, "'num_cpus' is not a setting; put it under resources: "),
+        ({"max_replicas": 4}, "'max_replicas' is not a setting; put it under autoscaling: "),
+        (
+            {"num_gpus": 2},
+            "'num_gpus' is not a setting; a replica has as many GPUs as its engine asks for: set "
+            "engine.tensor_parallel_size, `engine: {tensor_parallel_size: 2}`",
+        ),
+        (
+            {"resources": {"num_gpus": 2}},
+            "'resources.num_gpus' is not a setting; a replica has as many GPUs as its engine asks "
+            "for: set engine.tensor_parallel_size, `engine: {tensor_parallel_size: 2}`",
+        ),
+        (
+            {"resources": {"tensor_parallel_size": 2}},
+            "'resources.tensor_parallel_size' is not a setting; put it under engine: ",
+        ),
+        (
+            {"resources": {"cache_dir": "/x"}},
+            "'resources.cache_dir' is not a setting; put it beside resources, under args: "
+            "`cache_dir: /x`",
+        ),
+        (
+            {"engine": {"accelerator_type": "H100"}},
+            "engine.accelerator_type is not an argument of vLLM; put it under resources: "
+            "`resources: {accelerator_type: H100}`",
+        ),
+        (
+            {"engine": {"replicas": 2}},
+            "engine.replicas is not an argument of vLLM; put it beside engine, under args: "
+            "`replicas: 2`",
+        ),
+        (
+            {"engine": {"num_gpus": 2}},
+            "engine.num_gpus is not an argument of vLLM; a replica has as many GPUs",
+        ),
+        (
+            {"speculative_config": {"method": "m" * 100}},
+            "'speculative_config' is not a setting; put it under engine: `engine: …`",
+        ),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_told_its_own(args: dict[str, Any], why: str) -> None:
+    assert refused_args(**args).startswith(why)
+
+
+@pytest.mark.parametrize("key", ["engine", "resources", "autoscaling"])
+def test_a_setting_beside_args_is_told_its_place(key: str) -> None:
+    said = refusal(document(chat() | {key: {}}))
+    assert (
+        said == f"application 'm': '{key}' is not a key of a Serve application; put it under args"
+    )
 
 
 # --- the gateway -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from serve_app.config.engine_args import EngineArg, to_argv
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
 from serve_app.replica.engine import parse_args
-from tools.engine_args_table import read_off_vllm
+from tools.engine_args_table import chat_templates, read_off_vllm
 
 TABLE = engine_args.table()
 
@@ -34,6 +34,60 @@ def test_the_table_is_that_of_the_installed_vllm() -> None:
     """`make engine-args` refreshes it."""
     assert vllm.__version__.partition("+")[0] == engine_args.VLLM_VERSION
     assert read_off_vllm() == TABLE
+    assert chat_templates() == engine_args.chat_templates()
+
+
+def test_the_table_has_vllms_own_bounds_and_registries() -> None:
+    """Those that a config most often misses, so that an empty table would not pass."""
+    utilization = TABLE["gpu_memory_utilization"]
+    assert (utilization.above, utilization.at_most) == (0, 1)
+    assert TABLE["max_num_seqs"].at_least == TABLE["tensor_parallel_size"].at_least == 1
+    assert TABLE["cpu_offload_gb"].at_least == 0  # in a config inside a config
+    assert TABLE["spec_tokens"].above == 0  # under another name
+    for name, one in (("tool_call_parser", "hermes"), ("reasoning_parser", "qwen3"),
+                      ("load_format", "runai_streamer"), ("quantization", "fp8")):  # fmt: skip
+        assert one in TABLE[name].choices and TABLE[name].registered
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gpu_memory_utilization", 90),
+        ("gpu_memory_utilization", float("nan")),
+        ("max_num_seqs", -5),
+        ("tensor_parallel_size", 0),
+        ("max_model_len", 0),
+        ("max_model_len", -2),
+        ("quantization", "fp88"),
+        ("load_format", "safetensor"),
+    ],
+)
+def test_a_value_that_vllms_configs_refuse_is_refused_without_vllm(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"^engine\.{name} is "):
+        engine_args.check({name: value})
+    given = {"model": str(REPO / "models/smollm2-135m-instruct"), name: value}
+    said = {"max_model_len": "model_len", "load_format": "Load format"}.get(name, name)
+    with pytest.raises(ValueError, match=said):
+        config_of(**given)
+
+
+def config_of(**given: Any) -> Any:
+    """vLLM's config, and what it makes of the load format when a model is loaded."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+
+    made = EngineArgs(**given).create_engine_config()
+    return get_model_loader(made.load_config)
+
+
+@pytest.mark.parametrize("name", ["quantization", "load_format"])
+def test_vllm_takes_these_in_any_case(name: str) -> None:
+    from vllm.config import LoadConfig, ModelConfig
+
+    engine_args.check({name: TABLE[name].choices[0].upper()})
+    read = LoadConfig(load_format="DUMMY").load_format  # type: ignore[arg-type]
+    assert read == "dummy"
+    assert ModelConfig.validate_quantization_before("FP8") == "fp8"
 
 
 def test_every_argument_of_vllm_serve_is_either_a_users_or_spoken_for(
@@ -76,6 +130,18 @@ SAMPLES: dict[str, list[tuple[Any, Any]]] = {
 }
 
 
+def within(value: Any, arg: EngineArg) -> bool:
+    """Whether a value is within the bounds of an argument, if it has any."""
+    return all(
+        (arg.above is None or read > arg.above)
+        and (arg.at_least is None or read >= arg.at_least)
+        and (arg.below is None or read < arg.below)
+        and (arg.at_most is None or read <= arg.at_most)
+        for read in [value]
+        if isinstance(read, (int, float))
+    )
+
+
 def samples(arg: EngineArg) -> list[tuple[Any, Any]]:
     """Values that an argument accepts, each with what vLLM's parser must make of it."""
     if arg.choices:
@@ -85,7 +151,8 @@ def samples(arg: EngineArg) -> list[tuple[Any, Any]]:
         return [(inner, inner)]
     if arg.accepts == ("string", "integer"):
         return [(2, "2"), ("2", "2")]
-    return [s for kind in arg.accepts if kind != "object" for s in SAMPLES[kind]]
+    found = [s for kind in arg.accepts if kind != "object" for s in SAMPLES[kind]]
+    return [(written, read) for written, read in found if within(read, arg)]
 
 
 # Open sets to the table, whose text vLLM reads further.
@@ -97,7 +164,7 @@ def test_vllms_parser_reads_back_what_was_written(
     parser: argparse.ArgumentParser, name: str
 ) -> None:
     for value, expected in CLOSED.get(name) or samples(TABLE[name]):
-        engine_args.check({name: value})
+        engine_args.check({"tool_call_parser": "hermes", name: value})
         read = getattr(parser.parse_args(to_argv({name: value})), name)
         assert read == expected, value
         assert type(read) is type(expected) or isinstance(read, str)
@@ -188,8 +255,6 @@ def test_a_context_length_is_read_in_every_spelling_of_vllm(
 @pytest.mark.parametrize(
     ("engine", "hint"),
     [
-        ({"enable_auto_tool_choice": True}, "tool-call-parser"),
-        ({"enable_auto_tool_choice": True, "tool_call_parser": "hermse"}, "hermse"),
         ({"chat_template": "/no/such/file.jinja"}, "no/such/file"),
         ({"compilation_config": {"no_such_key": 1}}, "no_such_key"),
     ],
@@ -206,12 +271,25 @@ def test_what_vllm_refuses_later_is_one_sentence_of_vllms_own(
 
 def test_what_vllm_refuses_is_said_without_quotes_around_it() -> None:
     engine = {"enable_auto_tool_choice": True, "tool_call_parser": "tea-leaves"}
+    unchecked = {"VLLM_PLUGINS": "serve_app"}
     with pytest.raises(UserError) as raised:
-        parse_args(ModelConfig(model="m", engine=engine), ["m"], {})
+        parse_args(ModelConfig(model="m", engine=engine, env=unchecked), ["m"], {})
     assert str(raised.value).startswith(
         "vLLM refuses the engine arguments: invalid tool call parser: tea-leaves (chose from { "
     )
     assert str(raised.value).endswith("})")
+
+
+def test_a_tool_parser_of_ones_own_is_found(tmp_path: Path) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(
+        "from vllm.tool_parsers import ToolParser, ToolParserManager\n"
+        "@ToolParserManager.register_module('tea-leaves')\n"
+        "class TeaLeaves(ToolParser): pass\n"
+    )
+    engine = {"enable_auto_tool_choice": True, "tool_call_parser": "tea-leaves"}
+    config = ModelConfig(model="m", engine=engine | {"tool_parser_plugin": str(plugin)})
+    assert parse_args(config, ["m"], {}).tool_call_parser == "tea-leaves"
 
 
 # --- the shipped configs -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.config.engine_args import count
+from serve_app.config.engine_args import count, too_few_tokens
 from serve_app.errors import ConfigError
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.model import quantization
@@ -93,10 +93,6 @@ def resolve(
     parallel = parallel or parallelism(arguments)
     utilization = get("gpu_memory_utilization")
     utilization = DEFAULT_UTILIZATION if utilization is None else float(utilization)
-    if not 0 < utilization <= 1:
-        raise ConfigError(
-            f"engine.gpu_memory_utilization is {utilization:g}, but must be above 0 and at most 1"
-        )
     asked_len = count(get("max_model_len"), "max_model_len", least=-1)
     fit_len = asked_len == -1
     max_len = shape.max_position_embeddings if asked_len in (None, -1) else asked_len
@@ -180,10 +176,7 @@ def _batch_limits(
     if asked_seqs is None:
         seqs = min(seqs, tokens)
     if seqs > tokens:
-        raise ConfigError(
-            f"engine.max_num_batched_tokens is {tokens}, below max_num_seqs ({seqs}); "
-            "every running sequence needs one token per step"
-        )
+        raise ConfigError(too_few_tokens(tokens, seqs))
     return tokens, seqs
 
 

@@ -130,7 +130,6 @@ def test_expert_parallelism_and_data_parallelism() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"gpu_memory_utilization": 1.5}, "at most 1"),
         ({"max_model_len": 0}, "max_model_len"),
         ({"max_model_len": "many"}, "whole number"),
         ({"max_num_seqs": -1}, "at least 1"),
