@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.addresses import ANY_IPV6
-from serve_app.config import yaml_files
+from serve_app.config import placeholders, yaml_files
 from serve_app.config.settings import GatewayConfig, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, did_you_mean
 
@@ -33,7 +33,7 @@ class Fleet:
     """A config file that has been read and checked.
 
     ``models`` holds each model's settings by its application's name, in the file's order;
-    ``document`` is the file's content, as Serve takes it.
+    ``document`` is the file's content, as Serve takes it, without ``x-`` keys.
     """
 
     path: Path
@@ -97,9 +97,13 @@ _DOCUMENT_KEYS = (
 
 
 def parse_document(document: Any, path: Path) -> Fleet:
-    """Check a config that has been read already. ``path`` names it in errors."""
+    """Check a config that has been read already. ``path`` names it in errors.
+
+    Its own keys that start with ``x-`` (pieces to refer to, as in docker compose) are left out.
+    """
     if not isinstance(document, dict) or "applications" not in document:
         raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
+    document = {key: value for key, value in document.items() if not str(key).startswith("x-")}
     for key in document:
         if key not in _DOCUMENT_KEYS:
             hint = did_you_mean(str(key), _DOCUMENT_KEYS)
@@ -136,6 +140,7 @@ def _check_http_options(path: Path, options: Any) -> None:
         return
     if not isinstance(options, dict):
         raise ConfigError(f"{path}: http_options must be a mapping, such as {{port: 8000}}")
+    _refuse_placeholders(str(path), {"http_options": options})
     port = options.get("port", 8000)
     if not isinstance(port, int) or isinstance(port, bool) or not 0 < port < 65536:
         raise ConfigError(f"{path}: http_options.port is {port!r}, but must be 1 to 65535")
@@ -171,9 +176,17 @@ def _check_application(path: Path, position: int, application: Any) -> tuple[str
         )
     own = {MODEL_IMPORT_PATH: DEPLOYMENT, GATEWAY_IMPORT_PATH: GATEWAY_DEPLOYMENT}
     if import_path in own:
+        _refuse_placeholders(where, {"name": name, "deployments": application.get("deployments")})
         _check_deployments(where, application.get("deployments"), own[import_path])
     check_name(where, name)
     return where, name
+
+
+def _refuse_placeholders(where: str, value: dict[str, Any]) -> None:
+    try:
+        placeholders.refuse(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _check_deployments(where: str, deployments: Any, known: str) -> None:

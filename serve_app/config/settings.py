@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from serve_app.config import engine_args
+from serve_app.config import engine_args, placeholders
 from serve_app.errors import ConfigError, did_you_mean
 
 # Serve keeps an application's name in a log file's path, and refuses a blank one.
@@ -24,6 +24,16 @@ class _Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+
+class _Args(_Settings):
+    """The ``args`` of an application of ours."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, args: Any) -> Any:
+        placeholders.refuse(args)
+        return args
 
 
 class Resources(_Settings):
@@ -96,7 +106,7 @@ class LiveConfig(_Settings):
     """LoRA adapters that replicas load and unload while they serve."""
 
 
-class ModelConfig(_Settings):
+class ModelConfig(_Args):
     """The ``args`` of a model's application; the application's name is the model id."""
 
     model: str = Field(min_length=1)
@@ -237,7 +247,7 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
-class GatewayConfig(_Settings):
+class GatewayConfig(_Args):
     """The ``args`` of the gateway's application."""
 
     replicas: int = Field(default=1, ge=1)

@@ -60,6 +60,8 @@ def read_all(path: Path) -> list[Any]:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
+        if "found character '\\t'" in problem:
+            problem = "there is a tab, which YAML refuses; use spaces"
         raise ConfigError(f"{path}:{at} {problem}") from None
 
 

@@ -483,6 +483,82 @@ def test_a_setting_beside_args_is_told_its_place(key: str) -> None:
     )
 
 
+# --- what was never filled in ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (
+            {"model": "${MODEL}"},
+            "model is '${MODEL}', but variables are not replaced in a config; write the value",
+        ),
+        ({"model": "s3://${BUCKET:-models}/x"}, "model is 's3://${BUCKET:-models}/x', but var"),
+        ({"engine": {"tensor_parallel_size": "${TP}"}}, "engine.tensor_parallel_size is '${TP}'"),
+        ({"resources": {"accelerator_type": "${GPU}"}}, "resources.accelerator_type is '${GPU}'"),
+        ({"served_as": ["a", "${ID}"]}, "served_as[1] is '${ID}'"),
+        (
+            {"env": {"HF_TOKEN": "${HF_TOKEN}"}},
+            "env.HF_TOKEN is '${HF_TOKEN}', but variables are not replaced in a config; write the "
+            "value, or remove it: a replica has the variables that its Ray started with",
+        ),
+        (
+            {"model": "s3://REPLACE_ME/llama"},
+            "model is 's3://REPLACE_ME/llama', a placeholder; put your own value there",
+        ),
+    ],
+)
+def test_a_value_that_was_never_filled_in_is_refused(args: dict[str, Any], why: str) -> None:
+    assert refused_args(**args).startswith(why)
+    with pytest.raises(ConfigError):  # also by plain `serve run`
+        model.app({"model": "org/model"} | args)
+
+
+def test_a_variable_in_a_name_or_an_address_is_refused() -> None:
+    assert "name is '${NAME}'" in refusal(document(chat("${NAME}")))
+    said = refusal(document(chat(), http_options={"host": "${HOST}"}))
+    assert said.startswith("http_options.host is '${HOST}'")
+    args = {"cors_allow_origins": ["${ORIGIN}"]}
+    assert "cors_allow_origins[0] is" in refusal(document(chat(), GATEWAY | {"args": args}))
+
+
+def test_a_chat_template_may_hold_what_looks_like_a_variable() -> None:
+    template = "{% for m in messages %}${x}{{ m.content }}{% endfor %}"
+    content = document(chat(engine={"chat_template": template}))
+    assert parse_document(content, Path("c.yaml")).models["m"].engine["chat_template"] == template
+
+
+# --- YAML --------------------------------------------------------------------------------------
+
+
+def test_a_tab_is_said_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("applications:\n- name: m\n\troute_prefix: null\n")
+    with pytest.raises(ConfigError) as raised:
+        load(path)
+    assert str(raised.value) == (
+        f"{path}: line 3, column 1: there is a tab, which YAML refuses; use spaces"
+    )
+
+
+def test_pieces_to_refer_to_are_allowed_and_do_not_reach_serve(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "x-engine: &engine {max_model_len: 8192, seed: 1}\n"
+        "applications:\n"
+        "- name: m\n"
+        "  route_prefix: null\n"
+        "  import_path: serve_app.model:app\n"
+        "  args: {model: org/model, engine: {<<: *engine, seed: 2}}\n"
+    )
+    fleet = load(path)
+    assert fleet.models["m"].engine == {"max_model_len": 8192, "seed": 2}
+    assert list(fleet.document) == ["applications"]
+    # Plain `serve run` and `serve deploy` take the file too: Serve drops what it does not know.
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    assert list(schema.model_dump(exclude_unset=True)) == ["applications"]
+
+
 # --- the gateway -----------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from serve_app.config.placeholders import PLACEHOLDER, leaves
 from serve_app.errors import UserError
 from serve_app.kuberay.validate.manifests import (
     Document,
@@ -15,9 +16,6 @@ from serve_app.kuberay.validate.manifests import (
     pods_of,
 )
 from serve_app.kuberay.validate.rule import Found, check, fail
-
-PLACEHOLDER = "REPLACE_ME"
-"""The placeholder in secrets.template.yaml and in the profiles of kuberay/."""
 
 _NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)(_|$)", re.I)
 _VALUE = re.compile(
@@ -77,20 +75,9 @@ def refuse_placeholders(documents: list[Document]) -> None:
         UserError: the first value that is still a placeholder.
     """
     for document in documents:
-        for path, value in _leaves(document, ""):
+        for path, value in leaves(document):
             if PLACEHOLDER in str(value):
                 kind, name = document.get("kind"), get(document, "metadata.name")
                 raise UserError(
                     f"{kind}/{name}: {path} is '{value}'; put your own value into the profile"
                 )
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{index}]")
-    else:
-        yield path, value
