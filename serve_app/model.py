@@ -14,6 +14,7 @@ from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError
+from serve_app.planner import hardware
 from serve_app.planner.model import metadata
 from serve_app.planner.vllm import defaults, parallelism
 from serve_app.replica.server import ModelServer
@@ -32,6 +33,7 @@ def app(args: dict[str, Any]) -> Application:
     """
     try:
         config = parse(ModelConfig, args, "args")
+        hardware.refuse_misnamed(config.resources.accelerator_type)
         _refuse_sizes(config)
         capacity.refuse_impossible(placement.of(config))
         _refuse_ids_of_others(args, config)

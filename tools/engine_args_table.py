@@ -30,11 +30,14 @@ def read_off_vllm() -> dict[str, EngineArg]:
     return dict(sorted(found.items()))
 
 
-def chat_templates() -> list[str]:
-    """The file names that ``chat_template`` finds inside vLLM."""
-    from vllm.transformers_utils.chat_templates.registry import CHAT_TEMPLATES_DIR
+def chat_templates() -> dict[str, list[str]]:
+    """The files that ``chat_template`` finds inside vLLM, and the models that need none."""
+    from vllm.transformers_utils.chat_templates import registry
 
-    return sorted(path.name for path in CHAT_TEMPLATES_DIR.glob("*.jinja"))
+    return {
+        "chat_templates": sorted(p.name for p in registry.CHAT_TEMPLATES_DIR.glob("*.jinja")),
+        "chat_template_model_types": sorted(registry._MODEL_TYPE_TO_CHAT_TEMPLATE_FALLBACK),
+    }
 
 
 _BOUNDS = {"gt": "above", "ge": "at_least", "lt": "below", "le": "at_most"}
@@ -139,7 +142,7 @@ def main() -> None:
             }
             for name, arg in read_off_vllm().items()
         },
-        "chat_templates": chat_templates(),
+        **chat_templates(),
     }
     path.write_text(json.dumps(body, indent=1) + "\n")
     print(f"{len(body['arguments'])} arguments written to {path}")

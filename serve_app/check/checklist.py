@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -10,18 +11,19 @@ from pathlib import Path
 import yaml
 
 from serve_app import __version__
-from serve_app.config import engine_args, yaml_files
+from serve_app.config import caches, engine_args, yaml_files
 from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document
 from serve_app.config.notices import notices
-from serve_app.config.settings import engine_problems
+from serve_app.config.settings import ModelConfig, engine_problems
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.workers import replicas_of
 from serve_app.kuberay.validate.judge import judge
 from serve_app.kuberay.validate.manifests import Document, Manifests, get, mapping, read
-from serve_app.kuberay.validate.secrets import in_plain_text, looks_like_one
+from serve_app.kuberay.validate.secrets import in_plain_text, instead, looks_like_one
 from serve_app.kuberay.validate.serving import CONFIG
 from serve_app.planner import check_model
-from serve_app.planner.finding import Finding
+from serve_app.planner.finding import Finding, Status
+from serve_app.planner.model import runner, templates
 from serve_app.planner.vllm import defaults
 
 RENAMED_METRICS = {
@@ -97,6 +99,10 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
         if why := check_model.undeployable(config):
             fix = "mend the setting: a deployment would refuse it, or wait in vain"
             findings.append(Finding("placement", "fail", name, why, fix))
+        findings += _chat_template(name, config)
+    if fleet.gateway is None:
+        fix = "add an application with import_path serve_app.gateway:app and route_prefix /"
+        findings.append(Finding("gateway", "fail", str(path), "no client can reach a model", fix))
     findings += [Finding("serve settings", "warn", str(path), said) for said in notices(fleet)]
     findings += _renamed_metrics(str(path), path.read_text())
     findings += _secrets(fleet)
@@ -141,6 +147,22 @@ def _engine_arguments(document: Document) -> Iterator[Finding]:
             yield Finding(check, "ok", name, known)
 
 
+def _chat_template(name: str, config: ModelConfig) -> Iterator[Finding]:
+    check, given = "chat template", config.engine.get("chat_template")
+    environment = os.environ | caches.downloads(config.cache_dir) | config.env
+    if why := templates.missing(given):
+        # In the image of a RayService may be what this machine has not.
+        status: Status = "warn" if str(given).startswith("/") else "fail"
+        fix = "correct it, or put the file there on every machine that runs the model"
+        yield Finding(check, status, name, f"engine.chat_template: {why}", fix)
+    elif not runner.pools(config.model, config.engine, environment) and templates.lacks_one(
+        config.model, config.engine, environment
+    ):
+        said = "the tokenizer has none, so the model refuses /v1/chat/completions"
+        fix = "set engine.chat_template to a file, if it is to chat; completions need none"
+        yield Finding(check, "warn", name, said, fix)
+
+
 def _renamed_metrics(about: str, text: str) -> Iterator[Finding]:
     for old, new in RENAMED_METRICS.items():
         if re.search(rf"vllm[:_]{old}\b", text):
@@ -157,8 +179,8 @@ def _secrets(fleet: Fleet) -> Iterator[Finding]:
         places[f"{application.get('name')}: runtime_env"] = env
     found = [(where, key) for where, env in places.items() for key in in_plain_text(env)]
     for where, key in found:
-        fix = "put it into a Kubernetes Secret and name it with valueFrom.secretKeyRef"
-        yield Finding("secrets", "fail", where, f"{key} holds a secret in plain text", fix)
+        said = f"{key} holds a secret in plain text"
+        yield Finding("secrets", "fail", where, said, instead(key))
     if not found and looks_like_one(yaml.safe_dump(fleet.document)):
         said = "something that looks like a token is in the file"
         yield Finding("secrets", "fail", str(fleet.path), said, "remove it and revoke the token")

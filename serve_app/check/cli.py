@@ -74,6 +74,7 @@ def _show(name: str, findings: list[Finding], console: Console) -> None:
             f"  {_MARKS[finding.status]} {finding.check:<16} [dim]{finding.about}:[/] ",
             end="",
             highlight=False,
+            soft_wrap=True,
         )
         console.print(finding.message, markup=False, highlight=False, soft_wrap=True)
         if finding.fix and finding.status != "ok":

@@ -29,7 +29,7 @@ OWNED = {
     "served_model_name": "the application's name is the model id; list further ids in `served_as`",
     "lora_modules": "list adapters in `adapters`",
     "api_key": "the model server is closed to everything but the gateway",
-    "hf_token": "set HF_TOKEN in the environment, so that the token is in no config",
+    "hf_token": "set HF_TOKEN where the server is started, so that the token is in no config",
     "host": "the model server binds to the node's address",
     "port": "the model server takes a free port",
     "data_parallel_address": "Ray places the ranks",
@@ -114,6 +114,12 @@ def table() -> dict[str, EngineArg]:
 def chat_templates() -> list[str]:
     """The file names that ``chat_template`` finds inside vLLM."""
     found: list[str] = _read()["chat_templates"]
+    return found
+
+
+def models_with_a_template() -> list[str]:
+    """The types of models for which vLLM has a chat template of its own."""
+    found: list[str] = _read()["chat_template_model_types"]
     return found
 
 

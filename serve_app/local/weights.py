@@ -14,7 +14,7 @@ from serve_app.config import caches
 from serve_app.config.document import Fleet
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.planner.model import metadata
+from serve_app.planner.model import metadata, templates
 
 _HUB_S = 5.0
 """Seconds that the model hub gets to answer."""
@@ -35,7 +35,7 @@ def refuse_missing(fleet: Fleet) -> None:
                 raise ConfigError(
                     f"{fleet.path}: application '{name}': {setting} is '{value}', but {why}"
                 )
-        if why := _missing_template(config.engine.get("chat_template")):
+        if why := templates.missing(config.engine.get("chat_template")):
             raise ConfigError(f"{fleet.path}: application '{name}': engine.chat_template: {why}")
 
 
@@ -109,11 +109,3 @@ def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
 def _is_on(environment: Mapping[str, str], variable: str) -> bool:
     """Whether a variable is on, as huggingface_hub reads its own variables."""
     return environment.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _missing_template(value: object) -> str | None:
-    """Why a chat template cannot be read. As in vLLM, Jinja's characters mark it as no file."""
-    if not isinstance(value, str) or set(value) & set("{}\n"):
-        return None
-    path = metadata.as_folder(value)
-    return None if path.is_file() else f"there is no file {path.absolute()}; correct it"

@@ -48,12 +48,9 @@ def undeployable(config: ModelConfig) -> str | None:
     try:
         placement.of(config)
         autoscaling.deployment_options(config)
+        hardware.refuse_misnamed(config.resources.accelerator_type)
     except ConfigError as error:
         return str(error)
-    asked = config.resources.accelerator_type or ""
-    for name in (gpu.ray_name for gpu in hardware.gpus().values()):
-        if name and asked != name and asked.lower() == name.lower():
-            return f"resources.accelerator_type is '{asked}', but Ray writes '{name}'"
     return None
 
 

@@ -124,6 +124,24 @@ def find(name: str) -> tuple[GPU, Instance | None]:
     )
 
 
+def refuse_misnamed(accelerator: str | None) -> None:
+    """Refuse an accelerator that is no name of Ray's, where it is clear which one is meant.
+
+    Raises:
+        ConfigError: an EC2 type, or Ray's name in other letters; with Ray's name.
+    """
+    asked = accelerator or ""
+    instance = instances().get(asked.lower())
+    if instance is not None and instance.gpu.ray_name:
+        raise ConfigError(
+            f"resources.accelerator_type is '{asked}', a machine of EC2; name its GPU as Ray does, "
+            f"'{instance.gpu.ray_name}'"
+        )
+    for name in (gpu.ray_name for gpu in gpus().values()):
+        if name and asked != name and asked.lower() == name.lower():
+            raise ConfigError(f"resources.accelerator_type is '{asked}', but Ray writes '{name}'")
+
+
 def with_accelerator(accelerator: str, where: str) -> tuple[Instance, ...]:
     """The instances with an accelerator, by Ray's name for it, fewest GPUs first.
 
@@ -133,6 +151,10 @@ def with_accelerator(accelerator: str, where: str) -> tuple[Instance, ...]:
     names = {gpu.ray_name: [gpu] for gpu in gpus().values() if gpu.ray_name}
     names["A100"] = [*names["A100-40G"], *names["A100-80G"]]
     if accelerator not in names:
+        try:
+            refuse_misnamed(accelerator)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
         raise ConfigError(
             f"{where}: no EC2 instance has the accelerator '{accelerator}'"
             f"{did_you_mean(accelerator, names)} (known: {', '.join(names)})"

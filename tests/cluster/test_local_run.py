@@ -123,10 +123,12 @@ def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_p
         HOME="/no/such/home",
         LANG="C",
         LC_ALL="C",
+        HF_TOKEN="of-the-shell",
     )
     run.start()
     try:
         said = run.wait_until_ready()
+        assert b"HF_TOKEN=of-the-shell" in environment_of_replica(run)
         assert f"{EMBED} is ready" in said
         assert "export no_proxy=corp.example,127.0.0.1," in said
         assert run.models() == [EMBED]
@@ -139,6 +141,14 @@ def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_p
     log = Path(re.findall(r"full log: (\S+)", said)[0])
     assert log.is_relative_to(other.folder / f"sa-{os.getuid()}")
     assert sorted(file.name for file in log.parent.iterdir()) == ["lock", "serve.log"]
+
+
+def environment_of_replica(run: Run) -> list[bytes]:
+    """What `serve-app check` advises for a token: it goes where the model is loaded."""
+    [serve] = processes.children(run.process.pid)
+    titles = processes.in_session(serve)
+    [replica] = [pid for pid, title in titles.items() if f"ServeReplica:{EMBED}" in title]
+    return Path(f"/proc/{replica}/environ").read_bytes().split(b"\0")
 
 
 def test_a_cluster_that_serves_something_is_refused_by_its_names(

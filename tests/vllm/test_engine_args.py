@@ -34,7 +34,10 @@ def test_the_table_is_that_of_the_installed_vllm() -> None:
     """`make engine-args` refreshes it."""
     assert vllm.__version__.partition("+")[0] == engine_args.VLLM_VERSION
     assert read_off_vllm() == TABLE
-    assert chat_templates() == engine_args.chat_templates()
+    assert chat_templates() == {
+        "chat_templates": engine_args.chat_templates(),
+        "chat_template_model_types": engine_args.models_with_a_template(),
+    }
 
 
 def test_the_table_has_vllms_own_bounds_and_registries() -> None:

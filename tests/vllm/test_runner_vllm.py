@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from harness.processes import REPO
+from vllm.config import ModelConfig
 from vllm.model_executor.models import registry
 
-from serve_app.planner.model import shape
+from serve_app.planner.model import metadata, shape
 
 GENERATE = registry._TEXT_GENERATION_MODELS.keys() | registry._MULTIMODAL_MODELS.keys()
 POOL = (
@@ -25,3 +27,9 @@ def test_a_model_pools_or_generates_as_vllms_registry_has_it() -> None:
     assert len(GENERATE) > 200 and len(POOL) > 40
     assert {name for name in GENERATE if is_pooling(name)} == set()
     assert {name for name in POOL if not is_pooling(name)} == set()
+
+
+def test_a_sentence_transformers_context_is_the_one_that_vllm_reads() -> None:
+    folder = str(REPO / "models/all-minilm-l6-v2")
+    found = metadata.load(folder).shape.max_position_embeddings
+    assert found == ModelConfig(model=folder).max_model_len == 256

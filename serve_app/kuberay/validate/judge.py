@@ -74,6 +74,7 @@ def _refused(document: Document, crd: dict[str, Any] | None) -> Found:
 
 def _misread(document: Document, manifests: Manifests) -> Found:
     """Findings about what would be accepted, but would not work."""
+    yield from secrets.placeholder(document)
     match document.get("kind"):
         case "RayService":
             yield from _service(document, manifests)

@@ -15,7 +15,7 @@ from serve_app.kuberay.validate.manifests import (
     mapping,
     pods_of,
 )
-from serve_app.kuberay.validate.rule import Found, check, fail
+from serve_app.kuberay.validate.rule import Found, check, fail, warn
 
 _NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)(_|$)", re.I)
 _VALUE = re.compile(
@@ -34,6 +34,17 @@ def in_plain_text(env: Mapping[Any, Any]) -> Iterator[str]:
 def looks_like_one(text: str) -> bool:
     """Whether the text contains a token of a known form."""
     return bool(_VALUE.search(text))
+
+
+def instead(name: str) -> str:
+    """Where a secret belongs that stands in a config's ``env``, which can hold plain text only."""
+    pods = f"add it to the pods with {_REFERENCE} (a patch in an overlay)"
+    if name == "HF_TOKEN":
+        pods = "name a Secret in the profile's hf_token"
+    return (
+        f"remove it, and set {name} in the environment of `serve-app run` or `ray start`, which "
+        f"replicas inherit; on Kubernetes, {pods}"
+    )
 
 
 @check("secrets")
@@ -78,6 +89,18 @@ def refuse_placeholders(documents: list[Document]) -> None:
         for path, value in leaves(document):
             if PLACEHOLDER in str(value):
                 kind, name = document.get("kind"), get(document, "metadata.name")
-                raise UserError(
-                    f"{kind}/{name}: {path} is '{value}'; put your own value into the profile"
-                )
+                raise UserError(f"{kind}/{name}: {path} is '{value}'; {_FILL_IN}")
+
+
+_FILL_IN = "put your own value into the profile"
+
+
+@check("placeholders")
+def placeholder(document: Document) -> Found:
+    """The first placeholder, in anything but a template of Secrets. ``deploy`` refuses it."""
+    if document.get("kind") == "Secret":
+        return
+    for path, value in leaves(document):
+        if PLACEHOLDER in str(value):
+            yield warn(path, f"is '{value}'", _FILL_IN)
+            return

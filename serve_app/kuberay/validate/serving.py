@@ -55,6 +55,8 @@ def fleet_of(service: Document) -> Fleet:
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix(f"{CONFIG}: ")) from None
     for name, model in _on_gpus(fleet):
+        if why := check_model.undeployable(model):
+            raise ConfigError(f"application '{name}': {why}")
         sizes_of(f"application '{name}'", model)
     return fleet
 
@@ -103,7 +105,7 @@ def environment(fleet: Fleet) -> Found:
     for name, model in fleet.models.items():
         for key in secrets.in_plain_text(model.env):
             said = f"application '{name}': env.{key} holds a secret in plain text"
-            yield fail(CONFIG, said, "use the profile's hf_token")
+            yield fail(CONFIG, said, secrets.instead(key))
 
 
 @check("model")

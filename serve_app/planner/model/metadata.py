@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
         config = _kept(candidate)
         if config is not None:
             of = "" if candidate == name else f" of {candidate}"
-            return _model(candidate, config, None, f"config{of} kept in serve_app")
+            model = _model(candidate, config, None, f"config{of} kept in serve_app")
+            return _with_sentence_config(model, _kept(candidate, _SENTENCE_CONFIGS[0]) or {})
     if is_path(name):
         raise UserError(f"{name}: no such folder (a hub id has the form organisation/name)")
     cached = snapshot(name, os.environ)
@@ -124,13 +126,11 @@ def kept_models() -> list[str]:
     return sorted(entry.name.replace("--", "/", 1) for entry in folder.iterdir() if entry.is_dir())
 
 
-def _kept(name: str) -> dict[str, Any] | None:
+def _kept(name: str, file: str = "config.json") -> dict[str, Any] | None:
     if name.count("/") != 1:
         return None
-    file = resources.files("serve_app").joinpath(
-        "data", "models", name.replace("/", "--"), "config.json"
-    )
-    return _object(file.read_text(), f"{name}/config.json") if file.is_file() else None
+    path = resources.files("serve_app").joinpath("data", "models", name.replace("/", "--"), file)
+    return _object(path.read_text(), f"{name}/{file}") if path.is_file() else None
 
 
 def _model(name: str, config: dict[str, Any], listed: list[Tensor] | None, source: str) -> Model:
@@ -162,10 +162,28 @@ def _from_folder(name: str, folder: Path) -> Model:
                 f"(first: {absent[0]}); fetch the model again"
             )
         files = [] if absent else [folder / file for file in listed]
-    if not files:
-        return _model(name, config, None, f"{path} (no weights there)")
     found = [tensor for file in files for tensor in _read_header(file)]
-    return _model(name, config, tensors.grouped(found), f"safetensors headers in {folder}")
+    source = f"safetensors headers in {folder}" if files else f"{path} (no weights there)"
+    model = _model(name, config, tensors.grouped(found) if files else None, source)
+    sentence = next((folder / s for s in _SENTENCE_CONFIGS if (folder / s).is_file()), None)
+    if sentence is None:
+        return model
+    return _with_sentence_config(model, _object(_text(sentence), str(sentence)))
+
+
+_SENTENCE_CONFIGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+"""Files of a sentence transformer, in vLLM's order (vllm/transformers_utils/config.py:928)."""
+
+
+def _with_sentence_config(model: Model, config: dict[str, Any]) -> Model:
+    """The model with the context length of its sentence transformer (vllm/config/model.py:2471)."""
+    longest = config.get("max_seq_length")
+    if not isinstance(longest, int) or "do_lower_case" not in config:
+        return model
+    return replace(model, shape=replace(model.shape, max_position_embeddings=longest))
 
 
 def _text(path: Path) -> str:
@@ -234,14 +252,19 @@ def _from_hub(name: str) -> Model:
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     api = HfApi()
     try:
-        api.model_info(name, timeout=_HUB_TIMEOUT_S)  # one request first; a download would retry
-        config = _object(
-            Path(hf_hub_download(name, "config.json")).read_text(), f"{name}/config.json"
-        )
+        # One request first; a download would retry.
+        there = {f.rfilename for f in api.model_info(name, timeout=_HUB_TIMEOUT_S).siblings or ()}
+
+        def read(file: str) -> dict[str, Any]:
+            return _object(Path(hf_hub_download(name, file)).read_text(), f"{name}/{file}")
+
+        config = read("config.json")
+        sentence = next((read(file) for file in _SENTENCE_CONFIGS if file in there), {})
         try:
             metadata = api.get_safetensors_metadata(name)
         except NotASafetensorsRepoError:
-            return _model(name, config, None, f"config.json of {name} on the hub")
+            source = f"config.json of {name} on the hub"
+            return _with_sentence_config(_model(name, config, None, source), sentence)
     except UserError:
         raise
     except Exception as error:
@@ -251,7 +274,8 @@ def _from_hub(name: str) -> Model:
         for file in metadata.files_metadata.values()
         for tensor, info in file.tensors.items()
     ]
-    return _model(name, config, tensors.grouped(found), f"safetensors headers of {name} on the hub")
+    source = f"safetensors headers of {name} on the hub"
+    return _with_sentence_config(_model(name, config, tensors.grouped(found), source), sentence)
 
 
 def _hub_error(name: str, error: Exception) -> UserError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,37 @@ def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
             "memory", "fail", "no EC2 machine",
         ),
         ({"model": "nobody/nothing"}, "memory", "warn", "not checked"),
+        (
+            {"resources": {"accelerator_type": "p5.48xlarge"}},
+            "placement",
+            "fail",
+            "'p5.48xlarge', a machine of EC2; name its GPU as Ray does, 'H100'",
+        ),
+        ({"engine": {"tool_call_parser": "hermse"}}, "engine arguments", "fail", "'hermes'?"),
+        ({"engine": {"reasoning_parser": "qwen33"}}, "engine arguments", "fail", "'qwen3'?"),
+        (
+            {"engine": {"enable_auto_tool_choice": True}},
+            "engine arguments",
+            "fail",
+            "needs engine.tool_call_parser",
+        ),
+        (
+            {"engine": {"speculative_config": {"method": "eagel3"}}},
+            "engine arguments",
+            "fail",
+            "'eagle3'?",
+        ),
+        ({"engine": {"load_format": "safetensor"}}, "engine arguments", "fail", "'safetensors'?"),
+        ({"engine": {"accelerator_type": "H100"}}, "engine arguments", "fail", "under resources"),
+        ({"engine": {"chat_template": "no.jinja"}}, "chat template", "fail", "there is no file /"),
+        ({"engine": {"chat_template": "/a/b.jinja"}}, "chat template", "warn", "/a/b.jinja"),
+        ({"model": "${MODEL}"}, "config", "fail", "model is '${MODEL}', but variables are not"),
+        ({"model": "REPLACE_ME"}, "config", "fail", "model is 'REPLACE_ME', a placeholder"),
+        (
+            {"env": {"HF_TOKEN": "abc"}}, "secrets", "fail",
+            "set HF_TOKEN in the environment of `serve-app run` or `ray start`, which replicas "
+            "inherit; on Kubernetes, name a Secret in the profile's hf_token",
+        ),
     ],
 )  # fmt: skip
 def test_what_each_check_catches(
@@ -100,6 +132,42 @@ def test_what_serve_cuts_or_ignores_is_a_warning(tmp_path: Path) -> None:
     path.write_text("http_options: {request_timeout_s: 60}\n" + path.read_text())
     said = find(checklist.static(path, None), "serve settings", "warn").message
     assert "http_options.request_timeout_s is 60" in said
+
+
+def test_a_config_without_a_gateway_reaches_no_client(tmp_path: Path) -> None:
+    findings = checklist.static(configs.write(tmp_path), None)
+    assert "serve_app.gateway:app" in str(find(findings, "gateway", "fail").fix)
+    assert not [f for f in checklist.static(write(tmp_path), None) if f.check == "gateway"]
+
+
+def test_a_model_without_a_chat_template_is_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    shape = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 10}
+    config = {**shape, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = folder / "tokenizer_config.json"
+
+    def said(**engine: Any) -> list[Finding]:
+        path = write(tmp_path, model=str(folder), engine=engine)
+        return [f for f in checklist.static(path, None) if f.check == "chat template"]
+
+    assert said() == []  # nothing is known of its tokenizer
+    tokenizer.write_text(json.dumps({"model_max_length": 8}))
+    [finding] = said()
+    assert finding.status == "warn"
+    assert "/v1/chat/completions" in finding.message
+    assert said(chat_template="template_chatml.jinja") == []  # one of vLLM's own
+    assert said(runner="pooling") == []
+    assert said(tokenizer_mode="mistral") == []
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "paligemma"}))
+    assert said() == []  # vLLM has one
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert said() == []
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert said() == []
 
 
 def test_secrets_are_never_repeated(tmp_path: Path) -> None:

@@ -151,14 +151,15 @@ class Hub:
         self.headers: dict[str, Any] | None = {}
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self._info)
         monkeypatch.setenv("HF_HOME", str(folder / "cache"))
-        monkeypatch.setattr(
-            huggingface_hub, "hf_hub_download", lambda *_: str(folder / "config.json")
-        )
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file: str(folder / file))
+        self.folder = folder
         monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", self._headers)
 
-    def _info(self, *_: Any, **__: Any) -> None:
+    def _info(self, *_: Any, **__: Any) -> Any:
         if self.error:
             raise self.error
+        siblings = [SimpleNamespace(rfilename=path.name) for path in self.folder.iterdir()]
+        return SimpleNamespace(siblings=siblings)
 
     def _headers(self, *_: Any) -> Any:
         from huggingface_hub.errors import NotASafetensorsRepoError
@@ -185,6 +186,20 @@ def test_the_hub_gives_config_and_headers(hub: Hub) -> None:
     assert "on the hub" in found.source
     hub.headers = None
     assert not metadata.load("someone/something").exact
+
+
+def test_a_sentence_transformer_has_the_context_of_its_own_config(hub: Hub, folder: Path) -> None:
+    """Not that of its architecture; as vLLM reads it."""
+    sentence = folder / "sentence_bert_config.json"
+    sentence.write_text(json.dumps({"max_seq_length": 48}))  # vLLM wants both keys
+    longest = SMALL["max_position_embeddings"]
+    assert metadata.load(str(folder)).shape.max_position_embeddings == longest
+    sentence.write_text(json.dumps({"max_seq_length": 48, "do_lower_case": False}))
+    assert metadata.load(str(folder)).shape.max_position_embeddings == 48
+    hub.headers = EMBEDDING
+    assert metadata.load("someone/something").shape.max_position_embeddings == 48
+    kept = metadata.load("sentence-transformers/all-MiniLM-L6-v2", offline=True)
+    assert kept.shape.max_position_embeddings == 256
 
 
 def http_error(kind: str) -> Exception:
