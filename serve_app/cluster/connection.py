@@ -149,7 +149,7 @@ def at_hand() -> Connection | None:
     if given not in ("", "auto", "local"):
         return Connection(given, "RAY_ADDRESS")
     if recorded := head.recorded_address():
-        found = Connection(recorded, "recorded by ray start")
+        found = Connection(recorded, head.RECORDED)
         with suppress(UserError):  # the record outlives its cluster
             head.refuse_gone(found.address, found.given_by)
             return found

@@ -10,6 +10,8 @@ from pathlib import Path
 from serve_app import addresses
 from serve_app.errors import UserError
 
+RECORDED = "recorded by ray start"
+
 
 def recorded_address() -> str | None:
     """The address that the last ``ray start`` on this machine recorded; it may be stale."""
@@ -31,7 +33,7 @@ def refuse_gone(address: str | None, given_by: str) -> None:
     """
     if address in (None, "", "auto"):
         address = recorded_address()
-        given_by = "recorded by ray start"
+        given_by = RECORDED
         if address is None:
             return  # Ray looks among the processes, and does not wait
     found = addresses.split(address.rpartition("://")[2])
@@ -47,5 +49,11 @@ def refuse_gone(address: str | None, given_by: str) -> None:
 
 
 def silent(address: str, given_by: str, why: object) -> UserError:
-    """What is said of a cluster that does not answer."""
-    return UserError(f"no Ray cluster answers at {address} ({given_by}): {why}")
+    """What is said of a cluster that does not answer, and what to do."""
+    if given_by in ("RAY_ADDRESS", "--address"):
+        advice = f"start one there (`ray start --head`), or correct {given_by}"
+    elif given_by == RECORDED:
+        advice = "start one there (`ray start --head`), or name another in RAY_ADDRESS"
+    else:
+        advice = "serve-app logs may say why; end it with Ctrl-C, and start it again"
+    return UserError(f"no Ray cluster answers at {address} ({given_by}): {why}; {advice}")

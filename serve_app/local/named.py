@@ -51,7 +51,7 @@ def named_cluster() -> NamedCluster | None:
         head.refuse_gone(given, "RAY_ADDRESS")
         address, http_options, applications = _ask(given)
     except UserError as error:
-        raise UserError(f"{error}; correct it, or unset it for a Ray of this run's own") from None
+        raise UserError(f"{error}, or unset it for a Ray of this run's own") from None
     if applications:
         raise UserError(
             f"the Ray cluster at {given} (RAY_ADDRESS) serves {', '.join(applications)} already, "

@@ -31,6 +31,18 @@ class Theirs:
 app = Theirs.bind()
 """
 
+TOKEN = """
+import os
+from ray import serve
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Token:
+    def __call__(self, request):
+        return os.environ.get("HF_TOKEN", "none")
+
+app = Token.bind()
+"""
+
 
 class Other:
     """Somebody else's Ray on this machine, with a Serve application of theirs."""
@@ -125,10 +137,18 @@ def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_p
         LC_ALL="C",
         HF_TOKEN="of-the-shell",
     )
+    (other.folder / "token_of_replica.py").write_text(TOKEN)
+    content = yaml.safe_load(run.config.read_text())
+    content["applications"].append(
+        {"name": "token", "import_path": "token_of_replica:app", "route_prefix": "/token"}
+    )
+    run.config.write_text(yaml.safe_dump(content))
     run.start()
     try:
         said = run.wait_until_ready()
-        assert b"HF_TOKEN=of-the-shell" in environment_of_replica(run)
+        # What `serve-app check` advises for a token: it is where a model is loaded.
+        there = httpx.get(f"http://127.0.0.1:{run.port}/token", trust_env=False, timeout=30)
+        assert there.text == "of-the-shell"
         assert f"{EMBED} is ready" in said
         assert "export no_proxy=corp.example,127.0.0.1," in said
         assert run.models() == [EMBED]
@@ -141,14 +161,6 @@ def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_p
     log = Path(re.findall(r"full log: (\S+)", said)[0])
     assert log.is_relative_to(other.folder / f"sa-{os.getuid()}")
     assert sorted(file.name for file in log.parent.iterdir()) == ["lock", "serve.log"]
-
-
-def environment_of_replica(run: Run) -> list[bytes]:
-    """What `serve-app check` advises for a token: it goes where the model is loaded."""
-    [serve] = processes.children(run.process.pid)
-    titles = processes.in_session(serve)
-    [replica] = [pid for pid, title in titles.items() if f"ServeReplica:{EMBED}" in title]
-    return Path(f"/proc/{replica}/environ").read_bytes().split(b"\0")
 
 
 def test_a_cluster_that_serves_something_is_refused_by_its_names(
