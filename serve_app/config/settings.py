@@ -136,7 +136,9 @@ class ModelConfig(_Args):
     None: each library's own place, under the home folder."""
 
     env: dict[str, str] = {}
-    """Environment variables of the replica and its engine."""
+    """Environment variables of the replica and its engine, as plain text: no secrets. A replica
+    also has those that its Ray started with (HF_TOKEN; on Kubernetes, the profile's ``hf_token``).
+    With VLLM_PLUGINS here, ``engine`` may name what a plugin adds to vLLM's registries."""
 
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """Seconds that running generations get to finish when a replica is stopped."""

@@ -102,5 +102,6 @@ def placeholder(document: Document) -> Found:
         return
     for path, value in leaves(document):
         if PLACEHOLDER in str(value):
-            yield warn(path, f"is '{value}'", _FILL_IN)
+            ours = document.get("kind") == "RayService"
+            yield warn(path, f"is '{value}'", _FILL_IN if ours else "put your own value there")
             return
