@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from serve_app.config.placeholders import PLACEHOLDER, leaves
+from serve_app.config.secrets import in_plain_text
 from serve_app.errors import UserError
 from serve_app.kuberay.validate.manifests import (
     Document,
@@ -17,23 +17,7 @@ from serve_app.kuberay.validate.manifests import (
 )
 from serve_app.kuberay.validate.rule import Found, check, fail, warn
 
-_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)(_|$)", re.I)
-_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{20,})"
-)
 _REFERENCE = "valueFrom.secretKeyRef"
-
-
-def in_plain_text(env: Mapping[Any, Any]) -> Iterator[str]:
-    """The variables that, by name or value, hold a secret."""
-    for name, value in env.items():
-        if value and (_NAME.search(str(name)) or looks_like_one(str(value))):
-            yield str(name)
-
-
-def looks_like_one(text: str) -> bool:
-    """Whether the text contains a token of a known form."""
-    return bool(_VALUE.search(text))
 
 
 def instead(name: str) -> str:

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
+from serve_app.config import secrets
 from serve_app.config.document import Fleet, parse_document
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay.render.network import why_unreachable
 from serve_app.kuberay.render.workers import replicas_of, sizes_of
-from serve_app.kuberay.validate import secrets
 from serve_app.kuberay.validate.manifests import (
     EFA,
     INSTANCE_TYPE,
