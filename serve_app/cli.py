@@ -10,6 +10,7 @@ from rich.console import Console
 
 from serve_app import __version__
 from serve_app.check.cli import check
+from serve_app.convert.cli import convert
 from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay import cli as kuberay
 from serve_app.local import cli as local
@@ -163,6 +164,7 @@ def clean_processes() -> None:
 
 cli.add_command(plan)
 cli.add_command(check)
+cli.add_command(convert)
 local.register(cli)
 kuberay.register(cli)
 

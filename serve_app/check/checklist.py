@@ -12,7 +12,7 @@ import yaml
 
 from serve_app import __version__
 from serve_app.config import caches, engine_args, yaml_files
-from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document
+from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document, refuse_foreign
 from serve_app.config.notices import notices
 from serve_app.config.secrets import in_plain_text, looks_like_one
 from serve_app.config.settings import ModelConfig, engine_problems
@@ -86,6 +86,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
         UserError: the file cannot be read at all, or is not a Serve config.
     """
     document = yaml_files.read(path)
+    refuse_foreign(document, path)
     if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
         raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
     findings = list(_engine_arguments(document))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.addresses import ANY_IPV6
-from serve_app.config import placeholders, yaml_files
+from serve_app.config import foreign, placeholders, yaml_files
 from serve_app.config.settings import GatewayConfig, LiveConfig, ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError, did_you_mean
 
@@ -101,6 +101,7 @@ def parse_document(document: Any, path: Path) -> Fleet:
 
     Its own keys that start with ``x-`` (pieces to refer to, as in docker compose) are left out.
     """
+    refuse_foreign(document, path)
     if not isinstance(document, dict) or "applications" not in document:
         raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
     document = {key: value for key, value in document.items() if not str(key).startswith("x-")}
@@ -133,6 +134,19 @@ def parse_document(document: Any, path: Path) -> Fleet:
                 raise ConfigError(f"{where}: the gateway needs 'route_prefix: /'")
     refuse_shared_ids(answering, where=str(path))
     return Fleet(path, document, models, gateway)
+
+
+def refuse_foreign(document: Any, path: Path) -> None:
+    """Say of another program's config how ours is made of it.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if program := foreign.recognize(document):
+        raise ConfigError(
+            f"{path}: this is a config of {program}; `serve-app convert {path} -o fleet.yaml` "
+            "writes ours"
+        )
 
 
 def _check_http_options(path: Path, options: Any) -> None:
