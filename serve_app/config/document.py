@@ -143,8 +143,9 @@ def refuse_foreign(document: Any, path: Path) -> None:
         ConfigError: it is one.
     """
     if program := foreign.recognize(document):
+        file = path if path.is_file() else "FILE"  # else it is a place in a manifest
         raise ConfigError(
-            f"{path}: this is a config of {program}; `serve-app convert {path} -o fleet.yaml` "
+            f"{path}: this is a config of {program}; `serve-app convert {file} -o fleet.yaml` "
             "writes ours"
         )
 

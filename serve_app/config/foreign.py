@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import yaml
+
 from serve_app.config import engine_args
 
 LITELLM = "LiteLLM"
@@ -23,6 +25,11 @@ def recognize(document: Any) -> str | None:
         return None
     if "applications" in document:
         return RAY_SERVE_LLM if _has_only_rays_models(document["applications"]) else None
+    if is_rayservice(document):
+        try:
+            return recognize(yaml.safe_load(document["spec"]["serveConfigV2"]))
+        except yaml.YAMLError:
+            return None
     if "model_list" in document:
         return LITELLM
     if "llm_configs" in document or "model_loading_config" in document:
@@ -30,6 +37,16 @@ def recognize(document: Any) -> str | None:
     if ("model" in document or "model_tag" in document) and all(map(_is_vllms, document)):
         return VLLM_SERVE
     return None
+
+
+def is_rayservice(document: Any) -> bool:
+    """Whether it is a RayService with a config of Ray Serve in it."""
+    spec = document.get("spec") if isinstance(document, dict) else None
+    return (
+        isinstance(spec, dict)
+        and document.get("kind") == "RayService"
+        and isinstance(spec.get("serveConfigV2"), str)
+    )
 
 
 def is_rays_model(application: Any) -> bool:

@@ -20,6 +20,11 @@ def add(model: Model, part: Part, plain: str) -> None:
     if plain in _NOW:
         for name, value in _NOW[plain](part.value).items():
             model.args.setdefault("engine", {})[name] = value
+    elif plain == "device":
+        if part.value == "cpu":
+            model.put("resources", "device", "cpu")
+    elif plain in _GONE:
+        model.leave_out(part, f"not in vLLM {engine_args.VLLM_VERSION}: {_GONE[plain]}")
     elif plain in engine_args.RENAMED:
         instead = engine_args.RENAMED[plain].removeprefix("nothing; ")
         model.leave_out(part, f"not in vLLM {engine_args.VLLM_VERSION}: {instead}")
@@ -49,9 +54,26 @@ _NOW: dict[str, Callable[[Any], dict[str, Any]]] = {
     "guided_decoding_backend": lambda name: {"structured_outputs_config": {"backend": name}},
     "disable_log_requests": lambda off: {"enable_log_requests": not off},
     "worker_use_ray": lambda on: {"distributed_executor_backend": "ray"} if on else {},
+    "cuda_graph_sizes": lambda sizes: {"cudagraph_capture_sizes": sizes},
+    "override_pooler_config": lambda config: {"pooler_config": config},
     "task": lambda task: dict(_TASKS.get(str(task), {})),
 }
 """Arguments that vLLM had once: what they are now."""
+
+_GONE = {
+    **dict.fromkeys(
+        ("use_v2_block_manager", "disable_async_output_proc", "num_lookahead_slots",
+         "preemption_mode", "multi_step_stream_outputs", "scheduler_delay_factor",
+         "enable_prompt_adapter", "max_prompt_adapters", "max_prompt_adapter_token",
+         "lora_extra_vocab_size", "long_lora_scaling_factors", "max_num_partial_prefills",
+         "max_long_partial_prefills", "disable_frontend_multiprocessing"),
+        "nothing takes its place",
+    ),
+    "rope_scaling": "set it in engine.hf_overrides",
+    "rope_theta": "set it in engine.hf_overrides",
+    "disable_mm_preprocessor_cache": "set engine.mm_processor_cache_gb: 0",
+}  # fmt: skip
+"""Further arguments that vLLM had once, and what to do."""
 
 
 def add_environment(model: Model, part: Part) -> None:
@@ -61,7 +83,9 @@ def add_environment(model: Model, part: Part) -> None:
         ConfigError: not a mapping.
     """
     for name, value in part.items():
-        if any(in_plain_text({name: value.value})) or holds_login(value.value):
+        if name.startswith(("RAY_SERVE_LLM_", "RAYLLM_")):
+            model.leave_out(value, "not needed: Ray Serve LLM's own")
+        elif any(in_plain_text({name: value.value})) or holds_login(value.value):
             model.leave_out(value, "a secret, so it is not copied; set it where Ray runs")
         else:
             model.put("env", name, value.value)

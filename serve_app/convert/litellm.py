@@ -125,12 +125,18 @@ def _add_entry(draft: Draft, groups: list[_Group], outside: list[str], entry: Pa
                 f"'{model}' is the name that the server had for it; set `model` to the hub id or "
                 "folder of its weights",
             )
+    if "*" in name:
+        group.model.leave_out(
+            entry["model_name"],
+            f"'{name}' is a pattern: list the ids that clients send in served_as",
+        )
+        name = model.rsplit("/", 1)[-1]
     group.model.answer_to(entry["model_name"], name)
     group.servers.append(server)
     _settings(group.model, params, entry["model_info"].named("model_info"), first)
     for key, part in entry.items():
         if key not in ("model_name", "litellm_params", "model_info"):
-            group.model.leave_out(part.named(key), "no counterpart")
+            group.model.leave_out(part.named(key), _WHY_PARAM.get(key, "no counterpart"))
 
 
 def _provider(params: Part) -> tuple[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import yaml_files
+from serve_app.config import foreign, yaml_files
 from serve_app.errors import ConfigError
 
 
@@ -100,13 +100,27 @@ class Part:
 
 
 def read(path: Path) -> Part:
-    """A file as a whole.
+    """A file as a whole; of a manifest with a RayService, the ``serveConfigV2`` in it.
 
     Raises:
         ConfigError: as :func:`serve_app.config.yaml_files.read`.
     """
+    documents = yaml_files.read_all(path)
+    nodes = yaml.compose_all(path.read_text(), yaml.SafeLoader)
+    for value, node in zip(documents, nodes, strict=False):
+        if foreign.is_rayservice(value):
+            return _inside(Part(path, "", value, 1, node)["spec"]["serveConfigV2"])
     value = yaml_files.read(path)
     return Part(path, "", value, 1, yaml.compose(path.read_text(), yaml.SafeLoader))
+
+
+def _inside(text: Part) -> Part:
+    """The YAML in a value: a block (``|``), which begins on the line after its key."""
+    padded = "\n" * text.line + text.text()
+    try:
+        return Part(text.file, "", yaml.safe_load(padded), text.line, yaml.compose(padded))
+    except yaml.YAMLError:
+        raise text.wrong("is not YAML") from None
 
 
 def _line(node: yaml.Node) -> int:

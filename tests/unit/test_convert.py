@@ -282,6 +282,16 @@ def test_two_names_of_one_server_are_one_model(tmp_path: Path) -> None:
     assert "other defaults" in said(result, "temperature")
 
 
+def test_a_pattern_is_no_id(tmp_path: Path) -> None:
+    fleet, result = litellm(
+        tmp_path,
+        [entry("claude-*", "hosted_vllm/org/m", api_base="http://gpu1/v1"),
+         entry("org/m", "hosted_vllm/org/m", api_base="http://gpu1/v1")],
+    )  # fmt: skip
+    assert {name: model.served_as for name, model in fleet.models.items()} == {"m": ["org/m"]}
+    assert "'claude-*' is a pattern" in said(result, "model_list.model_name")
+
+
 def test_one_id_for_two_models_is_the_first_one(tmp_path: Path) -> None:
     fleet, result = litellm(tmp_path, [entry("m", "vllm/org/a"), entry("m", "vllm/org/b")])
     assert [model.model for model in fleet.models.values()] == ["org/a"]
@@ -386,6 +396,18 @@ def test_every_form_of_the_file_is_known(tmp_path: Path, document: Any) -> None:
     assert fleet.models["m"].model == "org/m"
 
 
+def test_a_rayservice_is_read_with_its_lines(tmp_path: Path) -> None:
+    head = "kind: RayService\nspec:\n  serveConfigV2: |\n"
+    body = "".join(f"    {line}\n" for line in RAY.splitlines())
+    tail = "  rayClusterConfig: {}\n---\nkind: Secret\nstringData: {a: b}\n"
+    fleet, result = converted(write(tmp_path, head + body + tail))
+    assert list(fleet.models) == ["qwen-0.5b", "Llama-3.1-8B-Instruct"]
+    assert said(result, "deployment_config.max_ongoing_requests").startswith("19: ")
+    assert foreign.recognize(yaml.safe_load(head + body)) == foreign.RAY_SERVE_LLM
+    [line] = command.refusal("convert", str(write(tmp_path, head + "    a: [\n")))
+    assert "theirs.yaml:3: spec.serveConfigV2 is not YAML" in line
+
+
 def test_llm_configs_may_be_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, yaml.safe_dump(llm(bad_key=1)), "models/qwen.yaml")
     text = yaml.safe_dump({"llm_configs": ["models/qwen.yaml"]})
@@ -406,7 +428,8 @@ def test_llm_configs_may_be_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ({"guided_decoding_backend": "xgrammar"},
          {"structured_outputs_config": {"backend": "xgrammar"}}),
         ({"max_seq_len_to_capture": 8192}, {"max_cudagraph_capture_size": 8192}),
-        ({"swap_space": 4, "seed": 1}, {"seed": 1}),
+        ({"swap_space": 4, "use_v2_block_manager": True, "seed": 1}, {"seed": 1}),
+        ({"device": "auto"}, {}),
     ],
 )  # fmt: skip
 def test_arguments_of_an_older_vllm_get_their_names_of_today(
@@ -436,6 +459,7 @@ def test_arguments_of_an_older_vllm_get_their_names_of_today(
         ({"placement_group_config": {"bundles": [{"GPU": 1, "accelerator_type:L4": 0.001}]}},
          {"resources": {"accelerator_type": "L4"}}),
         ({"accelerator_config": {"kind": "cpu"}}, {"resources": {"device": "cpu"}}),
+        ({"engine_kwargs": {"device": "cpu"}}, {"resources": {"device": "cpu"}}),
         ({"accelerator_config": {"kind": "gpu"}, "log_engine_metrics": True}, {}),
     ],
 )  # fmt: skip
@@ -463,6 +487,8 @@ def test_what_each_field_becomes(
          "deployment_config.autoscaling_config.target_ongoing_requests", "share of"),
         ({"runtime_env": {"pip": ["git+https://token@example.com/x"]}}, "runtime_env.pip",
          "not copied"),
+        ({"runtime_env": {"env_vars": {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}}},
+         "runtime_env.env_vars.RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "not needed"),
         ({"callback_config": {"callback_class": "a.B"}}, "callback_config", "no counterpart"),
         ({"engine_kwargs": {"hf_token": "x"}}, "engine_kwargs.hf_token", "environment"),
         ({"engine_kwargs": {"ssl_keyfile": "x"}}, "engine_kwargs.ssl_keyfile", "own server"),
