@@ -9,6 +9,10 @@ from __future__ import annotations
 import ast
 import functools
 import operator
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ import ray.llm
 import yaml
 from click.testing import CliRunner, Result
 from harness import command
+from harness.processes import REPO
 
 from serve_app.config import foreign
 from serve_app.config.document import Fleet, load, parse_document
@@ -740,3 +745,25 @@ def test_rays_models_beside_ours_are_an_ordinary_config() -> None:
     assert list(parse_document({"applications": [ours, rays]}, Path("c.yaml")).models) == ["m"]
     with pytest.raises(ConfigError, match="serve-app convert"):
         parse_document({"applications": [rays]}, Path("c.yaml"))
+
+
+def test_the_guide_s_commands_run_and_write_what_it_shows(tmp_path: Path) -> None:
+    guide = (REPO / "docs" / "convert.md").read_text()
+    blocks = re.findall(r"^```(sh|yaml)\n(.*?)^```$", guide, re.S | re.M)
+    assert [kind for kind, _ in blocks] == ["sh", "yaml", "sh"]
+    (_, first), (_, shown), (_, second) = blocks
+    assert run(first, tmp_path) == shown
+    assert run(second, tmp_path) == ""
+    [qwen] = load(tmp_path / "fleet.yaml").models.values()
+    assert qwen.autoscaling is not None
+    assert qwen.autoscaling.target_load == 0.5
+
+
+def run(script: str, folder: Path) -> str:
+    """What a shell with this environment's commands says to a block of the guide."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPO)}
+    return subprocess.run(
+        ["bash", "-euc", script], cwd=folder, env=environment, check=True, text=True,
+        stdout=subprocess.PIPE,
+    ).stdout  # fmt: skip
