@@ -28,7 +28,10 @@ def convert(file: Path, output: Path | None) -> None:
     if output is None:
         click.echo(text, nl=False)
     else:
-        output.write_text(text)
+        try:
+            output.write_text(text)
+        except OSError as error:
+            raise UserError(f"convert: {output} cannot be written ({error.strerror})") from None
     for remark in draft.all_remarks():
         click.echo(str(remark), err=True)
     if output is not None:

@@ -61,7 +61,7 @@ def convert(source: Part) -> Draft:
     for key, section in _SECTIONS.items():
         section(draft, source[key])
     for key, part in source.items():
-        if key != "model_list" and key not in _SECTIONS:
+        if key != "model_list" and key not in _SECTIONS and not key.startswith("x-"):
             draft.leave_out(part, _WHY_SECTION.get(key, "no counterpart"))
     draft.advice.append(
         "LiteLLM does not say how a model runs: set engine and resources (`serve-app plan` shows "
@@ -328,7 +328,8 @@ _WHY_SETTING = {
                      "cache_responses"), _CACHE),
     **dict.fromkeys(("redis_host", "redis_port", "redis_password", "redis_url", "use_redis"),
                     _REDIS),
-    **dict.fromkeys(("drop_params", "modify_params"), _DROP),
+    "drop_params": _DROP,
+    "modify_params": "no counterpart: requests reach vLLM as clients wrote them",
     **dict.fromkeys(("database_url", "store_model_in_db", "database_connection_pool_limit",
                      "store_prompts_in_spend_logs"), _DATABASE),
     **dict.fromkeys(("disable_spend_logs", "disable_spend_updates"), _USAGE),

@@ -144,6 +144,9 @@ def _model_loading(model: Model, loading: Part) -> None:
             model.leave_out(part, "no counterpart")
 
 
+_EXTRA = {"gs": "gcs", "az": "azure"}
+
+
 def _weights(model: Model, part: Part) -> str:
     """A hub id, a folder or an address, which may be a mirror's ``bucket_uri``."""
     if isinstance(part.value, dict):
@@ -159,12 +162,14 @@ def _weights(model: Model, part: Part) -> str:
     scheme, _, rest = weights.partition("://")
     if scheme not in ("s3", "gs", "az"):
         model.leave_out(part, f"vLLM reads s3://, gs:// and az://, not {scheme}://")
+        return weights
+    if scheme != "s3":
+        model.leave_out(part, f"{scheme}:// needs runai-model-streamer[{_EXTRA[scheme]}] installed")
     elif rest.startswith("anonymous@"):
         rest = rest.removeprefix("anonymous@")
         model.leave_out(part, "'anonymous@' is Ray's own: reading the bucket needs credentials")
-    model.engine(
-        "load_format", note("runai_streamer", "Reads the weights from the bucket, not the disk.")
-    )
+    why = "Reads the weights from the bucket, not the disk."
+    model.engine("load_format", note("runai_streamer", why))
     return f"{scheme}://{rest}"
 
 
@@ -263,7 +268,8 @@ _WHY_OPTION = {
 
 def _num_replicas(model: Model, part: Part, bounds: Part) -> None:
     if part.value == "auto":
-        model.put("autoscaling", "min_replicas", 1)
+        if "min_replicas" not in bounds:
+            model.put("autoscaling", "min_replicas", 1)
         if "max_replicas" not in bounds:
             why = "What Serve makes of num_replicas: auto; set what you have GPUs for."
             model.put("autoscaling", "max_replicas", note(100, why))

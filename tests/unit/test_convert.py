@@ -328,6 +328,23 @@ def test_names_that_no_application_can_have_become_ids(tmp_path: Path) -> None:
     assert "no blanks" in said(result, "model_list.model_name")
 
 
+def test_what_entries_share_by_an_anchor(tmp_path: Path) -> None:
+    text = """\
+x-gpu1: &gpu1 {api_base: "http://gpu1/v1", rpm: 5}
+model_list:
+- model_name: a
+  litellm_params: {<<: *gpu1, model: vllm/org/a}
+- model_name: b
+  litellm_params:
+    <<: *gpu1
+    model: vllm/org/a
+"""
+    fleet, result = converted(write(tmp_path, text))
+    assert {name: model.served_as for name, model in fleet.models.items()} == {"a": ["b"]}
+    assert said(result, "litellm_params.rpm").startswith("4: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_the_routers_timeout_goes_first(tmp_path: Path) -> None:
     fleet, result = litellm(
         tmp_path,
@@ -455,6 +472,9 @@ def test_arguments_of_an_older_vllm_get_their_names_of_today(
         ({"deployment_config": {"num_replicas": "auto",
                                 "autoscaling_config": {"max_replicas": 4, "initial_replicas": 2}}},
          {"autoscaling": {"min_replicas": 1, "max_replicas": 4, "initial_replicas": 2}}),
+        ({"deployment_config": {"autoscaling_config": {"min_replicas": 0, "max_replicas": 4},
+                                "num_replicas": "auto"}},
+         {"autoscaling": {"min_replicas": 0, "max_replicas": 4}}),
         ({"deployment_config": {"ray_actor_options": {"num_cpus": 8, "memory": 2**34}}},
          {"resources": {"num_cpus": 8, "memory_gib": 16.0}}),
         ({"placement_group_config": {"bundle_per_worker": {"CPU": 4}}},
@@ -504,6 +524,29 @@ def test_what_each_field_cannot_become(
 ) -> None:
     _, result = of_ray(tmp_path, llm(**config))
     assert why in said(result, about)
+
+
+@pytest.mark.parametrize(
+    ("source", "weights", "why"),
+    [
+        (None, "m", None),
+        ("/mnt/models/m", "/mnt/models/m", None),
+        ({"bucket_uri": "s3://b/m"}, "s3://b/m", None),
+        ("s3://anonymous@b/m", "s3://b/m", "needs credentials"),
+        ("gs://b/m", "gs://b/m", "runai-model-streamer[gcs]"),
+        ("abfss://c@a.dfs.example.com/m", "abfss://c@a.dfs.example.com/m", "not abfss://"),
+    ],
+)
+def test_where_weights_come_from(
+    tmp_path: Path, source: Any, weights: str, why: str | None
+) -> None:
+    loading = {"model_loading_config": {"model_id": "m", "model_source": source}}
+    fleet, result = of_ray(tmp_path, loading)
+    model = fleet.models["m"]
+    assert model.model == weights
+    streamed = weights.startswith(("s3://", "gs://"))
+    assert model.engine == ({"load_format": "runai_streamer"} if streamed else {})
+    assert (why in result.stderr) if why else result.stderr == ""
 
 
 def test_the_ingress_is_the_gateway(tmp_path: Path) -> None:
@@ -712,6 +755,8 @@ def test_output_is_written_once(tmp_path: Path) -> None:
     [line] = command.refusal("convert", str(source), "-o", str(output))
     assert "is there already" in line
     assert output.read_text() == before
+    [line] = command.refusal("convert", str(source), "-o", str(tmp_path / "no" / "fleet.yaml"))
+    assert "cannot be written (No such file or directory)" in line
 
 
 @pytest.mark.parametrize(
