@@ -147,12 +147,12 @@ class _Names:
         self._taken = {id for model in models for id in model.ids}
 
     def of(self, model: Model) -> str:
-        """The first of its ids that can be a name, else what is left of the first one."""
-        usable = (id for id in model.ids if "/" not in id and not _BLANK.search(id))
-        if name := next(usable, None):
-            return name
+        """Its first id, or what can be a name of that."""
+        self._taken -= set(model.ids)
         whole = _BLANK.sub("-", model.ids[0])
-        return self.free(whole.rsplit("/", 1)[-1], whole.replace("/", "-"))
+        name = self.free(whole.rsplit("/", 1)[-1], whole.replace("/", "-"))
+        self._taken |= set(model.ids)
+        return name
 
     def free(self, *wanted: str) -> str:
         """The first that no model has, numbered if need be."""

@@ -30,12 +30,13 @@ _OTHER_SERVERS = (
 """Servers of one's own with names of models that are not the hub's."""
 
 _PROVIDERS_HOSTS = (
-    "openai.com", "azure.com", "openrouter.ai", "together.xyz", "together.ai", "groq.com",
-    "mistral.ai", "deepseek.com", "fireworks.ai", "googleapis.com", "x.ai", "nvidia.com",
-    "perplexity.ai", "cohere.ai", "cohere.com", "anthropic.com", "amazonaws.com", "aliyuncs.com",
-    "moonshot.ai", "moonshot.cn", "deepinfra.com", "anyscale.com", "cerebras.ai", "sambanova.ai",
-    "huggingface.co", "voyageai.com", "databricks.com", "replicate.com", "nebius.com", "z.ai",
-    "hyperbolic.xyz", "novita.ai", "siliconflow.cn", "siliconflow.com", "github.com", "minimax.io",
+    "openai.com", "openai.azure.com", "ai.azure.com", "cognitiveservices.azure.com", "github.ai",
+    "openrouter.ai", "together.xyz", "together.ai", "groq.com", "mistral.ai", "deepseek.com",
+    "fireworks.ai", "googleapis.com", "x.ai", "api.nvidia.com", "perplexity.ai", "cohere.ai",
+    "cohere.com", "anthropic.com", "aliyuncs.com", "moonshot.ai", "moonshot.cn", "deepinfra.com",
+    "anyscale.com", "cerebras.ai", "sambanova.ai", "huggingface.co", "voyageai.com",
+    "databricks.com", "replicate.com", "nebius.com", "z.ai", "hyperbolic.xyz", "novita.ai",
+    "siliconflow.cn", "siliconflow.com", "minimax.io",
 )  # fmt: skip
 """Domains behind which an OpenAI API is somebody else's."""
 
@@ -105,11 +106,12 @@ def _add_entry(draft: Draft, groups: list[_Group], outside: list[str], entry: Pa
         outside.append(name)
         return
     server = server or "the default server"
-    taken = next((g for g in groups if name in g.model.ids), None)
+    id = model.rsplit("/", 1)[-1] if "*" in name else name
+    taken = next((g for g in groups if id in g.model.ids), None)
     if taken is not None and taken.source != model:
         draft.leave_out(
             shown,
-            f"one id is one model here, and '{name}' is already {taken.source}; give it an id of "
+            f"one id is one model here, and '{id}' is already {taken.source}; give it an id of "
             "its own",
         )
         return
@@ -130,8 +132,7 @@ def _add_entry(draft: Draft, groups: list[_Group], outside: list[str], entry: Pa
             entry["model_name"],
             f"'{name}' is a pattern: list the ids that clients send in served_as",
         )
-        name = model.rsplit("/", 1)[-1]
-    group.model.answer_to(entry["model_name"], name)
+    group.model.answer_to(entry["model_name"], id)
     group.servers.append(server)
     _settings(group.model, params, entry["model_info"].named("model_info"), first)
     for key, part in entry.items():

@@ -228,6 +228,7 @@ def test_the_password_of_an_address_stays_in_the_source(tmp_path: Path) -> None:
         ("gpt-4o", {}, "at an outside provider"),
         ("openai/gpt-4o", {}, "at an outside provider"),
         ("openai/gpt-4o", {"api_base": "https://api.openai.com/v1"}, "at an outside provider"),
+        ("openai/gpt-4o", {"api_base": "https://me.openai.azure.com/"}, "at an outside provider"),
         ("anthropic/claude-sonnet-4-5", {}, "at an outside provider"),
         ("bedrock/anthropic.claude-v2", {"aws_region_name": "eu-west-1"}, "at an outside"),
         ("ollama/llama2", {"api_base": "http://localhost:11434"}, "by its hub id"),
@@ -252,6 +253,7 @@ def test_what_cannot_run_here_is_left_out_with_a_line(
         ("vllm/org/m", {}, "org/m"),
         ("openai/org/m", {"api_base": "http://vllm.models.svc:8000/v1"}, "org/m"),
         ("openai/org/m", {"api_base": "os.environ/VLLM"}, "org/m"),
+        ("openai/org/m", {"api_base": "http://llm-1.elb.amazonaws.com"}, "org/m"),
         ("org/m", {"custom_llm_provider": "hosted_vllm"}, "org/m"),
         ("huggingface/org/m", {}, "org/m"),
         ("huggingface/together/org/m", {}, "org/m"),
@@ -291,9 +293,11 @@ def test_a_pattern_is_no_id(tmp_path: Path) -> None:
     fleet, result = litellm(
         tmp_path,
         [entry("claude-*", "hosted_vllm/org/m", api_base="http://gpu1/v1"),
+         entry("claude-*", "hosted_vllm/org/m", api_base="http://gpu2/v1"),
          entry("org/m", "hosted_vllm/org/m", api_base="http://gpu1/v1")],
     )  # fmt: skip
     assert {name: model.served_as for name, model in fleet.models.items()} == {"m": ["org/m"]}
+    assert fleet.models["m"].replicas == 2
     assert "'claude-*' is a pattern" in said(result, "model_list.model_name")
 
 
@@ -317,9 +321,11 @@ def test_defaults_of_requests_go_to_the_engine(tmp_path: Path) -> None:
 
 def test_names_that_no_application_can_have_become_ids(tmp_path: Path) -> None:
     names = ["org/m", "other/m", "gateway", "two words"]
-    fleet, result = litellm(tmp_path, [entry(n, f"vllm/org/x{k}") for k, n in enumerate(names)])
+    models = [entry(name, f"vllm/org/x{n}") for n, name in enumerate(names)]
+    aliases = {"router_settings": {"model_group_alias": {"short": "org/m"}}}
+    fleet, result = litellm(tmp_path, models, **aliases)
     assert {name: model.served_as for name, model in fleet.models.items()} == {
-        "m": ["org/m"],
+        "m": ["org/m", "short"],
         "other-m": ["other/m"],
         "gateway": [],
         "two-words": [],
