@@ -14,13 +14,12 @@ from serve_app import __version__
 from serve_app.config import caches, engine_args, yaml_files
 from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document, refuse_foreign
 from serve_app.config.notices import notices
-from serve_app.config.secrets import in_plain_text, looks_like_one
+from serve_app.config.secrets import in_plain_text, instead, looks_like_one
 from serve_app.config.settings import ModelConfig, engine_problems
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.workers import replicas_of
 from serve_app.kuberay.validate.judge import judge
 from serve_app.kuberay.validate.manifests import Document, Manifests, get, mapping, read
-from serve_app.kuberay.validate.secrets import instead
 from serve_app.kuberay.validate.serving import CONFIG
 from serve_app.planner import check_model
 from serve_app.planner.finding import Finding, Status

@@ -22,3 +22,14 @@ def in_plain_text(env: Mapping[Any, Any]) -> Iterator[str]:
 def looks_like_one(text: str) -> bool:
     """Whether the text contains a token of a known form."""
     return bool(_VALUE.search(text))
+
+
+def instead(name: str) -> str:
+    """Where a secret belongs that stands in a config's ``env``, which can hold plain text only."""
+    pods = "add it to the pods with valueFrom.secretKeyRef (a patch in an overlay)"
+    if name == "HF_TOKEN":
+        pods = "name a Secret in the profile's hf_token"
+    return (
+        f"remove it, and set {name} in the environment of `serve-app run` or `ray start`, which "
+        f"replicas inherit; on Kubernetes, {pods}"
+    )

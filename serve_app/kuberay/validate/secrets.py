@@ -19,17 +19,6 @@ from serve_app.kuberay.validate.rule import Found, check, fail, warn
 _REFERENCE = "valueFrom.secretKeyRef"
 
 
-def instead(name: str) -> str:
-    """Where a secret belongs that stands in a config's ``env``, which can hold plain text only."""
-    pods = f"add it to the pods with {_REFERENCE} (a patch in an overlay)"
-    if name == "HF_TOKEN":
-        pods = "name a Secret in the profile's hf_token"
-    return (
-        f"remove it, and set {name} in the environment of `serve-app run` or `ray start`, which "
-        f"replicas inherit; on Kubernetes, {pods}"
-    )
-
-
 @check("secrets")
 def secret(document: Document) -> Found:
     for field in ("data", "stringData"):
