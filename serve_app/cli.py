@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -15,6 +16,9 @@ from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay import cli as kuberay
 from serve_app.local import cli as local
 from serve_app.planner.cli import plan
+
+if TYPE_CHECKING:
+    from serve_app.config.document import Fleet
 
 _console = Console()
 _DEFAULT = click.core.ParameterSource.DEFAULT
@@ -38,25 +42,82 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("config", type=click.Path(path_type=Path))
-@click.option("-v", "--verbose", is_flag=True, help="Show Ray's and vLLM's own output.")
+@click.argument("targets", metavar="CONFIG|MODEL…", nargs=-1, required=True)
+@click.option(
+    "--tensor-parallel-size", type=click.IntRange(1), metavar="N", help="GPUs of each model."
+)
+@click.option(
+    "-e", "--engine", metavar="KEY=VALUE", multiple=True,
+    help="An engine argument for each MODEL.",
+)  # fmt: skip
 @click.option("--port", type=click.IntRange(1, 65535), help="In place of http_options.port.")
+@click.option(
+    "--save", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Keep the config that is made for MODEL.",
+)  # fmt: skip
+@click.option("-v", "--verbose", is_flag=True, help="Show Ray's and vLLM's own output.")
 @click.option("--no-check", is_flag=True, help="Start also what cannot work.")
 @click.option("--watch", is_flag=True, help="Apply each change of CONFIG, as reload does.")
-def run(config: Path, verbose: bool, port: int | None, no_check: bool, watch: bool) -> None:
-    """Run CONFIG in the foreground, as `serve run` does, and clean up at the end.
+def run(
+    targets: tuple[str, ...],
+    tensor_parallel_size: int | None,
+    engine: tuple[str, ...],
+    port: int | None,
+    save: Path | None,
+    verbose: bool,
+    no_check: bool,
+    watch: bool,
+) -> None:
+    """Run CONFIG, or MODEL as fits this machine, in the foreground; clean up at the end.
 
-    On a Ray of its own, unless RAY_ADDRESS names one that serves nothing yet.
+    A MODEL is a hub id (Qwen/Qwen3-8B), a folder or an s3:// address. The config that is made for
+    it is printed first. All runs on a Ray of its own, unless RAY_ADDRESS names one that serves
+    nothing yet.
     """
-    from serve_app.config.document import load
+    from serve_app.local.from_models import keep
     from serve_app.local.run import Terminal, run
     from serve_app.planner.check_model import refuse
+    from serve_app.planner.targets import is_config
 
-    fleet = load(config)
+    if watch and not any(map(is_config, targets)):
+        raise UserError("--watch needs a config file; keep one with --save, and run that")
+    fleet, text = _fleet(targets, tensor_parallel_size, engine, port, save, not no_check)
+    console = Terminal()
+    if text:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
     if not no_check:
         refuse(fleet)
+    if save is not None:
+        keep(text, save)
     options = {"verbose": verbose, "check": not no_check, "watch": watch}
-    sys.exit(run(fleet, Terminal(), port=port, **options))
+    sys.exit(run(fleet, console, port=port, **options))
+
+
+def _fleet(
+    targets: tuple[str, ...],
+    tensor_parallel_size: int | None,
+    options: tuple[str, ...],
+    port: int | None,
+    save: Path | None,
+    check: bool,
+) -> tuple[Fleet, str]:
+    """The config that is named, or the one made for the models that are, with its YAML."""
+    from serve_app.config.document import load
+    from serve_app.local.from_models import config_for
+    from serve_app.planner.targets import engine_arguments, is_config
+
+    engine = engine_arguments(options)
+    if tensor_parallel_size is not None:
+        engine["tensor_parallel_size"] = tensor_parallel_size
+    if not any(map(is_config, targets)):
+        return config_for(targets, engine, port=port, save=save, check=check)
+    if len(targets) > 1:
+        raise UserError("name one config file, or models")
+    if engine or save:
+        raise UserError(
+            f"--engine, --tensor-parallel-size and --save are for models; edit {targets[0]} instead"
+        )
+    return load(targets[0]), ""
 
 
 @cli.command()

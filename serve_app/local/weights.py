@@ -6,6 +6,7 @@ user may never have meant the hub: ``models/mine`` is a folder only in the right
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from serve_app.config import caches
 from serve_app.config.document import Fleet
 from serve_app.config.settings import ModelConfig
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, UserError
 from serve_app.planner.model import metadata, templates
 
 _HUB_S = 5.0
@@ -39,6 +40,18 @@ def refuse_missing(fleet: Fleet) -> None:
             raise ConfigError(f"{fleet.path}: application '{name}': engine.chat_template: {why}")
 
 
+def refuse_absent(model: str) -> None:
+    """Refuse a model that is neither a folder nor in the cache, and that the hub does not have.
+
+    Raises:
+        UserError: where it was looked for, and what to do.
+    """
+    if why := _no_streamer(model):
+        raise UserError(why)
+    if why := _missing(model, os.environ):
+        raise UserError(f"{model}: {why}")
+
+
 def _named(config: ModelConfig) -> Iterator[tuple[str, str]]:
     """Every model or part of one that a config names by a folder or hub id."""
     yield "model", config.model
@@ -56,7 +69,7 @@ def _named(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def _missing(value: str, environment: Mapping[str, str]) -> str | None:
     """Why ``value`` cannot be loaded; None where it perhaps can."""
     if "://" in value:
-        return None
+        return None  # the store itself answers, or the planner, which reads its config.json
     path = metadata.as_folder(value)
     try:
         if path.is_dir():
@@ -73,13 +86,26 @@ def _missing(value: str, environment: Mapping[str, str]) -> str | None:
     hub = _ask_hub(value, environment)
     if hub is None:
         return None
-    return f"{nowhere}, and as a hub id it cannot be had: {hub}; correct it"
+    return f"{nowhere}, and as a hub id it cannot be had: {hub}"
+
+
+_OTHERWISE = "or copy the model here and give its folder (--no-check starts all the same)"
+
+
+def _no_streamer(model: str) -> str | None:
+    """Why vLLM could not read weights at an address; None for any other model."""
+    if "://" not in model or importlib.util.find_spec("runai_model_streamer"):
+        return None
+    return (
+        f"{model}, which vLLM reads with the package runai-model-streamer; install "
+        "serve-app[gpu], which has it, or copy the model here and give its folder"
+    )
 
 
 def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
-    """Why the hub does not have the model; None where it does."""
+    """Why the hub does not have the model, and what to do; None where it does."""
     if _is_on(environment, "HF_HUB_OFFLINE") or _is_on(environment, "TRANSFORMERS_OFFLINE"):
-        return "it is not in the cache, and HF_HUB_OFFLINE is set"
+        return f"it is not in the cache, and HF_HUB_OFFLINE is set; unset it, {_OTHERWISE}"
     said: list[str | None] = []
 
     def ask() -> None:
@@ -95,15 +121,23 @@ def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
         except Exception as error:  # of the hub, of its HTTP client, or for a name that is no id
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status in (401, 403, 404):
-                said.append("the hub has no such model, or a private one (then set HF_TOKEN)")
+                said.append(
+                    "the hub has no such model, or a private one (then set HF_TOKEN); correct it"
+                )
+            elif isinstance(error, ValueError):  # a name that no model of the hub can have
+                said.append("the hub has no such model; correct it")
             else:
-                said.append(f"the hub cannot be reached ({status or type(error).__name__})")
+                said.append(
+                    f"the hub cannot be reached ({status or type(error).__name__}); set "
+                    f"HF_ENDPOINT to one that can, {_OTHERWISE}"
+                )
 
     # A thread, because the client's timeout does not cover the look-up of the host's name.
     thread = threading.Thread(target=ask, name="ask-hub", daemon=True)
     thread.start()
     thread.join(2 * _HUB_S)
-    return said[0] if said else "the hub does not answer"
+    silent = f"the hub does not answer; set HF_ENDPOINT to one that does, {_OTHERWISE}"
+    return said[0] if said else silent
 
 
 def _is_on(environment: Mapping[str, str], variable: str) -> bool:

@@ -109,7 +109,7 @@ def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
     """The smallest layout on one GPU type. Data parallelism stays as the arguments say."""
     asked = defaults.parallelism(arguments)
     closest: Plan | None = None
-    for parallel in _layouts(model, arguments, gpu, asked):
+    for parallel in layouts(model, arguments, gpu):
         found = plan_on(model, arguments, gpu, parallel)
         if found.fits:
             return Choice(gpu, found)
@@ -123,20 +123,23 @@ def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
     return Choice(gpu, None, f"not even {closest.parallel}: {'; '.join(closest.reasons)}")
 
 
-def _layouts(
-    model: Model, arguments: dict[str, Any], gpu: GPU, asked: Parallelism
+def layouts(
+    model: Model, arguments: dict[str, Any], gpu: GPU, gpus: int | None = None
 ) -> Iterator[Parallelism]:
-    """Layouts by number of GPUs, within a machine before across machines."""
-    per_node = hardware.max_gpus_per_node(gpu)
+    """Layouts by number of GPUs, within a machine before across machines.
+
+    ``gpus`` is the number of GPUs of the one machine that there is; None searches all machines.
+    """
+    asked = defaults.parallelism(arguments)
     scheme = defaults.resolve(arguments, model.shape, gpu).quantization
     sizes = [
         tp
-        for tp in range(1, per_node + 1)
+        for tp in range(1, (gpus or hardware.max_gpus_per_node(gpu)) + 1)
         if not parallelism.problems(model.shape, replace(asked, tensor=tp, pipeline=1), scheme)
     ]
-    stages = range(1, MAX_NODES + 1) if model.shape.causal else range(1, 2)
-    layouts = [(tp, pp) for tp in sizes for pp in stages if pp == 1 or tp == max(sizes)]
-    for tp, pp in sorted(layouts, key=lambda layout: (layout[0] * layout[1], layout[1])):
+    stages = range(1, MAX_NODES + 1) if model.shape.causal and gpus is None else range(1, 2)
+    found = [(tp, pp) for tp in sizes for pp in stages if pp == 1 or tp == max(sizes)]
+    for tp, pp in sorted(found, key=lambda layout: (layout[0] * layout[1], layout[1])):
         yield replace(asked, tensor=tp, pipeline=pp)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 
 from serve_app.config.document import load
@@ -20,6 +19,7 @@ from serve_app.planner.loading import cpu_plan, load_model
 from serve_app.planner.model import metadata
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.report import Report
+from serve_app.planner.targets import engine_arguments, is_config
 
 _TYPICAL_LENGTH = 2048
 
@@ -67,7 +67,7 @@ def plan(
     gpu, instance = hardware.find(gpu_name) if gpu_name else (None, None)
     reports = [
         _report(*found, gpu=gpu, instance=instance, typical_length=typical_length, prices=priced)
-        for found in _targets(target, only, _parse(overrides))
+        for found in _targets(target, only, engine_arguments(overrides))
     ]
     if json_:
         found = [report.as_json(one) for one in reports]
@@ -89,29 +89,15 @@ def _list(console: Console) -> None:
         console.print(f"  {name}")
 
 
-def _parse(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """``--engine`` options as a config's ``engine``."""
-    arguments: dict[str, Any] = {}
-    for option in overrides:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise ConfigError(f"--engine {option}: write it as key=value")
-        try:
-            arguments[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--engine {option}: the value is not YAML") from None
-    return arguments
-
-
 def _targets(
     target: str, only: str | None, overrides: dict[str, Any]
 ) -> list[tuple[str, Model, ModelConfig, bool]]:
     """The models to plan, and whether their layout is given: a config's, or the one named."""
-    path = Path(target)
-    if path.suffix not in (".yaml", ".yml", ".json") and not path.is_file():
+    if not is_config(target):
         config = ModelConfig(model=target, engine=overrides)
         sized = bool({"tensor_parallel_size", "pipeline_parallel_size"} & set(overrides))
         return [(target, load_model(config), config, sized)]
+    path = Path(target)
     fleet = load(path)
     names = [only] if only else list(fleet.models)
     if not names:

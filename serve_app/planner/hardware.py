@@ -55,6 +55,16 @@ class Instance:
     """Network interfaces for multi-node traffic; 0 where it has none."""
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What one machine has for engines."""
+
+    gpus: tuple[GPU, ...]
+    cores: int
+    free_memory_bytes: int
+    """Host memory that a new process can have."""
+
+
 def _read(name: str) -> str:
     return resources.files("serve_app").joinpath("data", name).read_text()
 

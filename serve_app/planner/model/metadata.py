@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from serve_app.errors import UserError, did_you_mean
 from serve_app.planner.model import derive, shape, tensors
@@ -29,6 +29,7 @@ OTHER_CONFIG = frozenset({"hf_overrides", "hf_config_path", "config_format", "re
 _INDEX = "model.safetensors.index.json"
 _HUB_TIMEOUT_S = 10
 _MAX_HEADER = 100 << 20  # safetensors' own limit on a header, in bytes
+_STORE_BLOCK = 1 << 20  # bytes asked of a store at a time: most headers fit
 
 
 _FETCHED = "models/"
@@ -36,16 +37,20 @@ _FETCHED = "models/"
 
 
 def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False) -> Model:
-    """The model called ``name``: a folder or a hub id.
+    """The model called ``name``: a folder, a hub id, or an address such as ``s3://bucket/model``.
 
     ``also_known_as`` are hub ids of the same model, tried among the configs kept here when
     ``name`` is a folder that is not there (the demo's models before they are fetched). They do not
     stand for a hub id: an alias may be the name of the model that was served before.
-    ``offline`` never asks the hub.
+    ``offline`` never asks the hub or a store.
 
     Raises:
         UserError: in one sentence: not found, not allowed, no network, or unreadable metadata.
     """
+    if "://" in name:
+        if offline:
+            raise UserError(f"{name}: its metadata is not at hand")
+        return _from_address(name)
     folder = as_folder(name)
     if folder.is_dir():
         return _from_folder(name, folder)
@@ -211,21 +216,25 @@ def _index_files(index: dict[str, Any], where: str) -> list[str]:
 
 
 def _read_header(path: Path) -> list[Tensor]:
-    """The tensors of one safetensors file: 8 bytes of length, then JSON."""
     try:
         with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise UserError(f"{path}: cut off, no safetensors header")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > _MAX_HEADER:
-                raise UserError(f"{path}: not a safetensors file")
-            raw = file.read(length)
+            return _header_of(file, str(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _header_of(file: BinaryIO, where: str) -> list[Tensor]:
+    """The tensors of one safetensors file: 8 bytes of length, then JSON."""
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise UserError(f"{where}: cut off, no safetensors header")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > _MAX_HEADER:
+        raise UserError(f"{where}: not a safetensors file")
+    raw = file.read(length)
     if len(raw) < length:
-        raise UserError(f"{path}: cut off inside its safetensors header")
-    return list(_tensors(_object(raw.decode("utf-8", "replace"), str(path)), str(path)))
+        raise UserError(f"{where}: cut off inside its safetensors header")
+    return list(_tensors(_object(raw.decode("utf-8", "replace"), where), where))
 
 
 def _tensors(header: dict[str, Any], where: str) -> Iterable[Tensor]:
@@ -239,6 +248,34 @@ def _tensors(header: dict[str, Any], where: str) -> Iterable[Tensor]:
         if dtype not in DTYPE_BITS:
             raise UserError(f"{where}: tensor '{name}' has the unknown type '{dtype}'")
         yield Tensor(name, dtype, shape)
+
+
+# --- a store (s3:// and whatever else fsspec knows) ---------------------------------------------
+
+
+def _from_address(name: str) -> Model:
+    """Config and headers only, as from the hub."""
+    import fsspec
+
+    address = name.rstrip("/")
+    try:
+        system, folder = fsspec.core.url_to_fs(address)
+        config = _object(system.cat_file(f"{folder}/config.json").decode(), f"{name}/config.json")
+        found: list[Tensor] = []
+        for path in sorted(system.glob(f"{folder}/*.safetensors")):
+            with system.open(path, block_size=_STORE_BLOCK) as file:
+                found += _header_of(file, f"{name}/{path.rpartition('/')[2]}")
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{name}: there is no config.json at this address; correct it") from None
+    except Exception as error:  # of the store's client
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"{name}: cannot be read ({why}); check the address, and the credentials for it"
+        ) from None
+    listed = tensors.grouped(found) if found else None
+    return _model(name, config, listed, f"safetensors headers in {name}")
 
 
 # --- the hub -----------------------------------------------------------------------------------
@@ -260,6 +297,8 @@ def _from_hub(name: str) -> Model:
 
         config = read("config.json")
         sentence = next((read(file) for file in _SENTENCE_CONFIGS if file in there), {})
+        if "modules.json" in there:
+            hf_hub_download(name, "modules.json")  # tells that it embeds (planner/model/runner.py)
         try:
             metadata = api.get_safetensors_metadata(name)
         except NotASafetensorsRepoError:

@@ -474,6 +474,8 @@ def plan_on_cpu(model: Model, engine: EngineArgs, kv_gib: float, memory_gib: flo
     longest = kv_cache.longest_model_len(
         groups, part, [space], most=engine.max_model_len, in_flight=engine.in_flight_tokens
     )
+    if engine.fit_max_model_len and longest:
+        engine = replace(engine, max_model_len=longest)
     stage = GPUMemory(
         total=int((memory_gib or 0) * GIB),
         requested=0,

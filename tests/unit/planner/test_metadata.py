@@ -149,17 +149,23 @@ class Hub:
 
         self.error: Exception | None = None
         self.headers: dict[str, Any] | None = {}
+        self.files: list[str] = []
+        self.fetched: list[str] = []
         monkeypatch.setattr(huggingface_hub.HfApi, "model_info", self._info)
         monkeypatch.setenv("HF_HOME", str(folder / "cache"))
-        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file: str(folder / file))
         self.folder = folder
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self._download)
         monkeypatch.setattr(huggingface_hub.HfApi, "get_safetensors_metadata", self._headers)
 
     def _info(self, *_: Any, **__: Any) -> Any:
         if self.error:
             raise self.error
-        siblings = [SimpleNamespace(rfilename=path.name) for path in self.folder.iterdir()]
-        return SimpleNamespace(siblings=siblings)
+        names = [path.name for path in self.folder.iterdir()] + self.files
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def _download(self, _: str, file: str) -> str:
+        self.fetched.append(file)
+        return str(self.folder / file)
 
     def _headers(self, *_: Any) -> Any:
         from huggingface_hub.errors import NotASafetensorsRepoError
@@ -186,6 +192,47 @@ def test_the_hub_gives_config_and_headers(hub: Hub) -> None:
     assert "on the hub" in found.source
     hub.headers = None
     assert not metadata.load("someone/something").exact
+    assert set(hub.fetched) == {"config.json"}
+
+
+def test_what_tells_that_a_model_embeds_is_fetched_too(hub: Hub) -> None:
+    hub.headers, hub.files = EMBEDDING, ["config.json", "modules.json", "model.safetensors"]
+    metadata.load("someone/something")
+    assert hub.fetched == ["config.json", "modules.json"]
+
+
+# --- a store -----------------------------------------------------------------------------------
+
+
+def test_an_address_gives_config_and_headers(folder: Path) -> None:
+    address = f"file://{folder}/"  # fsspec reads s3:// in the same way
+    assert not metadata.load(address).exact
+    write_safetensors(folder / "a.safetensors", EMBEDDING)
+    write_safetensors(folder / "b.safetensors", EXPERTS)
+    found = metadata.load(address)
+    assert found.exact
+    assert sum(tensor.count for tensor in found.tensors) == 4
+    (folder / "b.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"b\.safetensors: cut off, no safetensors header"):
+        metadata.load(address)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("file:///no/such/folder", "there is no config.json at this address; correct it"),
+        ("s4://bucket/model", "cannot be read (Protocol not known: s4); check the address"),
+    ],
+)
+def test_an_address_without_a_model_is_one_sentence(address: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        metadata.load(address)
+    assert str(caught.value).startswith(f"{address}: {told}")
+
+
+def test_no_store_is_asked_offline(folder: Path) -> None:
+    with pytest.raises(UserError, match="not at hand"):
+        metadata.load(f"file://{folder}", offline=True)
 
 
 def test_a_sentence_transformer_has_the_context_of_its_own_config(hub: Hub, folder: Path) -> None:

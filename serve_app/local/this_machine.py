@@ -1,0 +1,132 @@
+"""What this machine has for engines: GPUs as NVIDIA's driver names them, cores, free memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from serve_app.errors import UserError
+from serve_app.planner import hardware
+from serve_app.planner.hardware import GPU, MIB, Machine
+
+_QUERY = "index,uuid,name,memory.total,compute_cap"
+_PATIENCE_S = 60.0
+"""Seconds for ``nvidia-smi``, which wakes idle GPUs one after the other."""
+
+_CUDA_SHARE = 0.97
+"""CUDA's total is below the driver's; the least among the GPUs of data/gpus.json."""
+
+
+def look() -> Machine:
+    """This machine, as this process may use it (CUDA_VISIBLE_DEVICES, cgroups).
+
+    Raises:
+        UserError: the driver is there and does not answer.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return Machine(
+        gpus=gpus_in(_nvidia_smi(), visible),
+        cores=len(os.sched_getaffinity(0)),
+        free_memory_bytes=_free_memory_bytes(),
+    )
+
+
+def _nvidia_smi() -> str:
+    """The GPUs as the driver's own tool lists them; empty without a driver.
+
+    Neither NVML's Python binding nor torch is a dependency of ours on every machine.
+    """
+    command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+    except FileNotFoundError:
+        return ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"nvidia-smi does not answer ({error}); mend the GPU's driver") from None
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines() or ["no reason given"]
+        if "No devices were found" in said[0]:
+            return ""
+        raise UserError(f"nvidia-smi fails ({said[0].rstrip('.')}); mend the GPU's driver")
+    return done.stdout
+
+
+def gpus_in(listing: str, visible: str | None) -> tuple[GPU, ...]:
+    """The GPUs of ``nvidia-smi``'s listing that ``CUDA_VISIBLE_DEVICES`` (None: unset) leaves.
+
+    Raises:
+        UserError: a line without a memory size, as for GPUs that share the host's memory.
+    """
+    found: dict[str, GPU] = {}
+    for line in filter(str.strip, listing.splitlines()):
+        index, uuid, name, memory, capability = (part.strip() for part in line.split(","))
+        try:
+            gpu = _gpu(name, int(memory) * MIB, round(10 * float(capability)))
+        except ValueError:
+            raise UserError(
+                f"nvidia-smi does not tell the memory of GPU {index} ({name}); write a config file "
+                "instead of naming models"
+            ) from None
+        found[index] = gpu
+        if _is_visible(index, uuid, visible):
+            continue
+        del found[index]
+    return tuple(found.values())
+
+
+def _is_visible(index: str, uuid: str, visible: str | None) -> bool:
+    """As CUDA reads the variable: what follows an invalid entry does not count."""
+    if visible is None:
+        return True
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry == index or (entry.startswith("GPU-") and uuid.startswith(entry)):
+            return True
+        if not entry.isdigit() and not entry.startswith("GPU-"):
+            return False
+    return False
+
+
+def _gpu(name: str, memory: int, capability: int) -> GPU:
+    """The planner's GPU of this name and size, else one made of what the driver says."""
+    words = set(re.split(r"[^A-Za-z0-9]+", name.upper()))
+    for known in hardware.gpus().values():
+        called = re.sub(r"-\d+G$", "", known.name).upper().split("-")
+        if words.issuperset(called) and _CUDA_SHARE - 0.01 < known.memory_bytes / memory < 1.01:
+            return known
+    short = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return GPU(short, None, 0, int(memory * _CUDA_SHARE), capability, None)
+
+
+def _free_memory_bytes() -> int:
+    """Host memory that is free or can be freed at once, within this process's cgroup."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([free, *_left_in_cgroups()])
+
+
+def _left_in_cgroups() -> list[int]:
+    """What each cgroup (v2) around this process still allows; empty where none limits it."""
+    left = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        if not line.startswith("0::/"):
+            continue
+        folder = Path("/sys/fs/cgroup") / line.removeprefix("0::/")
+        for group in (folder, *folder.parents):
+            try:
+                limit = (group / "memory.max").read_text().strip()
+                if limit != "max":
+                    left.append(int(limit) - _held(group))
+            except (OSError, ValueError):
+                continue
+    return left
+
+
+def _held(group: Path) -> int:
+    """Bytes that a cgroup holds and cannot give back: without clean files."""
+    used = int((group / "memory.current").read_text())
+    for line in (group / "memory.stat").read_text().splitlines():
+        if line.startswith("inactive_file "):
+            used -= int(line.split()[1])
+    return used
