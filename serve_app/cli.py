@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from serve_app.config.document import Fleet
 
 _console = Console()
-_DEFAULT = click.core.ParameterSource.DEFAULT
 
 
 class _Group(click.Group):
@@ -142,7 +141,9 @@ def fetch(what: str, into: Path) -> None:
 @kuberay.namespace_option
 @kuberay.kubeconfig_option
 @kuberay.context_option
+@click.pass_context
 def status(
+    click_context: click.Context,
     name: str | None,
     port: int | None,
     namespace: str,
@@ -154,7 +155,7 @@ def status(
     With NAME, or where nothing runs here: the RayService on Kubernetes, with its applications, pods
     and troubles. Exit status 1 until all is ready.
     """
-    remote = name or context or kubeconfig
+    remote = name or context or kubeconfig or _namespace_given(click_context)
     if not remote and (local.serves_here(port) or not kuberay.has_kubeconfig()):
         local.show_status(port)
     else:
@@ -188,11 +189,11 @@ def logs(
 
     Where nothing runs here, or with -n, --context or --kubeconfig: of the RayService NAME.
     """
-    first, second, *more = (*names, None, None)
-    if more[:-1] or len(names) > 2:
+    if len(names) > 2:
         raise click.UsageError("logs takes at most two names: a RayService and a model")
-    source = click_context.get_parameter_source("namespace")
-    remote = bool(second or previous or context or kubeconfig or source != _DEFAULT)
+    first, second, *_ = (*names, None, None)
+    given = second or previous or context or kubeconfig
+    remote = given or _namespace_given(click_context)
     if not remote and (first is None or local.serves_here(port)):
         local.show_logs(first, port=port, tail=tail, follow=follow)
         return
@@ -208,6 +209,10 @@ def logs(
         kubeconfig=kubeconfig,
         context=context,
     )
+
+
+def _namespace_given(context: click.Context) -> bool:
+    return context.get_parameter_source("namespace") != click.core.ParameterSource.DEFAULT
 
 
 @cli.command("clean-processes")

@@ -1,4 +1,4 @@
-"""``serve-app reload | stop | env | admin``.
+"""``serve-app chat | reload | stop | env | admin``.
 
 :func:`show_status` and :func:`show_logs` are what ``serve-app status`` and ``logs`` do on this
 machine.
@@ -28,7 +28,7 @@ port_option = click.option(
 
 def register(group: click.Group) -> None:
     """Add every command of this module to ``group``."""
-    for command in (reload, stop, env, admin):
+    for command in (chat, reload, stop, env, admin):
         group.add_command(command)
 
 
@@ -116,6 +116,39 @@ def admin(model: str, action: str, address: str | None, port: int | None) -> Non
     named = Connection(address, "--address") if address else None
     for replica, said in broadcast(model, action, named or found.server(port).reached()):
         click.echo(f"{replica}: {said}")
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--url", help="Of the server: http://host:port/v1.")
+@port_option
+@click.option("--system", metavar="TEXT", help="What the model is told first.")
+@click.option("-m", "--message", metavar="TEXT", help="Ask this and end.")
+def chat(
+    model: str | None, url: str | None, port: int | None, system: str | None, message: str | None
+) -> None:
+    """Talk to MODEL of a running server; to its only chat model where none is named.
+
+    Asks once where standard input is no terminal: echo hi | serve-app chat.
+    """
+    from serve_app.local.chat import Server, converse, once
+
+    if url and port:
+        raise click.UsageError("give --url or --port, not both")
+    server = Server.at(url or _endpoint_url(port))
+    id = server.chat_model(model)
+    if message is None and sys.stdin.isatty():
+        converse(server, id, system)
+    else:
+        once(server, id, system, sys.stdin.read() if message is None else message)
+
+
+def _endpoint_url(port: int | None) -> str:
+    """That of the run here; else what the usual host and port make."""
+    from serve_app.local import instance, runs
+
+    found = [r for r in runs.running(instance.bases()) if port in (None, r.port)]
+    return found[0].endpoint.url if len(found) == 1 else f"http://127.0.0.1:{port or 8000}"
 
 
 def show_status(port: int | None) -> None:
