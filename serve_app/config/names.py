@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+MANIFEST = ".serve_app.json"
+"""The file in a fetched model's folder that says where the model is from (serve_app/fetch)."""
+
+
+def repo_of(folder: Path) -> str | None:
+    """The hub id of the model that was fetched into ``folder``; None where nothing says so."""
+    try:
+        repo = json.loads((folder / MANIFEST).read_bytes())["repo"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return repo if isinstance(repo, str) else None
 
 
 def short_name(model: str, taken: Collection[str] = ()) -> str:

@@ -109,11 +109,11 @@ def probe_hub() -> str | None:
             HfApi().model_info(DEMO_MODELS[0].repo, timeout=_PROBE_SECONDS)
             outcome.append(None)
         except Exception as error:  # whatever is wrong, the registry is the answer
-            outcome.append(_first_line(error))
+            outcome.append(first_line(error))
 
     # A thread, because the client's timeout does not cover the look-up of the host's name.
     thread = threading.Thread(target=ask, name="probe-hub", daemon=True)
-    with _quiet_hub():
+    with quiet_hub():
         thread.start()
         thread.join(_PROBE_SECONDS)
     return outcome[0] if outcome else f"no answer within {_PROBE_SECONDS:g} s"
@@ -129,12 +129,12 @@ def from_hub(model: DemoModel, build: Path, meter: Meter) -> str:
         SourceError: anything that the hub's client can raise, or a wrong checksum.
     """
     try:
-        with _quiet_hub():
+        with quiet_hub():
             return _from_hub(model, build, meter)
     except SourceError:
         raise
     except Exception as error:  # the client raises errors of many libraries
-        raise SourceError(_first_line(error)) from error
+        raise SourceError(first_line(error)) from error
 
 
 def _from_hub(model: DemoModel, build: Path, meter: Meter) -> str:
@@ -181,9 +181,11 @@ def _is_wanted(name: str) -> bool:
 
 
 @contextmanager
-def _quiet_hub() -> Iterator[None]:
+def quiet_hub() -> Iterator[None]:
     """Keep the hub client's warnings, which are no use to someone running a demo, to itself."""
-    logger = logging.getLogger("huggingface_hub")
+    from huggingface_hub.utils import logging as hub_logging  # its import sets the level
+
+    logger = hub_logging.get_logger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -260,7 +262,7 @@ def _download(wheel: Wheel, path: Path, work: Path, meter: Meter) -> None:
     if process.returncode:
         lines = log.read_text(errors="replace").splitlines()
         errors = [line for line in lines if line.startswith("ERROR: ")] or lines
-        raise SourceError(_first_line(errors[-1].removeprefix("ERROR: ") if errors else "pip died"))
+        raise SourceError(first_line(errors[-1].removeprefix("ERROR: ") if errors else "pip died"))
     wheels = [found for found in arrived.iterdir() if sha256_of(found) == wheel.sha256]
     if not wheels:
         raise SourceError(f"its {wheel.package} {wheel.version} is not the pinned wheel")
@@ -285,7 +287,7 @@ def _largest_in(folder: Path) -> int:
     return largest
 
 
-def _first_line(problem: object) -> str:
+def first_line(problem: object) -> str:
     """What went wrong, short enough for the middle of a sentence."""
     line = (str(problem).strip() or type(problem).__name__).splitlines()[0].strip().rstrip(".:")
     return line if len(line) <= 160 else line[:159] + "…"

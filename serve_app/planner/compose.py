@@ -118,9 +118,10 @@ def _load(model: str, name: str, given: Mapping[str, Any]) -> _Named:
 def _args(of: _Named, engine: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """The ``args`` of a model's application; ``engine`` holds the choices, with notes."""
     args: dict[str, Any] = {"model": of.model}
-    is_id = "://" not in of.model and not metadata.as_folder(of.model).is_dir()
-    if is_id and of.model != of.name:
-        args["served_as"] = note([of.model], "Clients may also send the hub's id.")
+    folder = metadata.as_folder(of.model)
+    hub_id = names.repo_of(folder) if folder.is_dir() or "://" in of.model else of.model
+    if hub_id and hub_id != of.name:
+        args["served_as"] = note([hub_id], "Clients may also send the hub's id.")
     if of.arguments.get("runner") == "pooling" and "runner" not in given:
         runs = note("pooling", "It embeds, scores or classifies, and does not write text.")
         engine = {"runner": runs, **engine}

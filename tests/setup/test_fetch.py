@@ -19,9 +19,10 @@ from typing import Any, ClassVar
 import pytest
 from rich.console import Console
 
+from serve_app.config.names import MANIFEST
 from serve_app.errors import UserError
 from serve_app.fetch import demo, sources
-from serve_app.fetch.demo import DEMO_MODELS, MANIFEST, fetch_demo, is_complete
+from serve_app.fetch.demo import DEMO_MODELS, fetch_demo, is_complete
 from serve_app.fetch.sources import SourceError
 
 REPO = Path(__file__).parents[2]
