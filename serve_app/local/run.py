@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,8 +55,9 @@ def run(
     each change of the config's file is applied.
 
     Raises:
-        UserError: the port is taken, there is nothing to load, RAY_ADDRESS names a cluster that is
-            silent or serves something, no model came up, or ``serve run`` ended by itself.
+        UserError: no engine is installed, the port is taken, there is nothing to load, RAY_ADDRESS
+            names a cluster that is silent or serves something, no model came up, or ``serve run``
+            ended by itself.
     """
     if fleet.gateway is None:
         raise UserError(
@@ -65,6 +67,11 @@ def run(
     if port is not None:
         fleet = fleet.on_port(port)
     cluster = named_cluster()
+    if cluster is None and find_spec("vllm") is None:  # a cluster has it on its own machines
+        raise UserError(
+            "no engine is installed in this environment; install serve-app[gpu], or serve-app[cpu] "
+            "on a machine without a GPU (docs/install.md)"
+        )
     endpoint = _endpoint(fleet, cluster)
     for sentence in _notices(fleet, cluster):
         console.print(f"note: {sentence}", soft_wrap=True, markup=False, highlight=False)

@@ -33,12 +33,14 @@ def is_port_free(port: int) -> bool:
     return True
 
 
-def start(command: list[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
-    """Start a command as the leader of a session of its own, as a terminal would."""
+def start(
+    command: list[str], log: Path, *, folder: Path = REPO, **env: str
+) -> subprocess.Popen[bytes]:
+    """Start a command in a folder, as the leader of a session of its own, as a terminal would."""
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
-            cwd=REPO,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -10,17 +10,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import tomllib
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.package_index import empty_wheel, served
 from harness.processes import REPO
 
 _spec = importlib.util.spec_from_file_location("install", REPO / "requirements/install.py")
@@ -81,36 +76,8 @@ def _lock(folder: Path) -> int:
     return os.open(folder / "lock", os.O_CREAT | os.O_RDWR)
 
 
-def _cpu_wheel(folder: Path) -> Path:
-    """A wheel of that name and version, with nothing in it."""
-    folder.mkdir(parents=True)
-    info = f"torch-{install.TORCH}+cpu.dist-info"
-    wheel = folder / f"torch-{install.TORCH}+cpu-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        version = f"Name: torch\nVersion: {install.TORCH}+cpu\n"
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\n{version}")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return wheel
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def _index(folder: Path) -> Iterator[str]:
-    """A package index over HTTP: a folder for each package."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+def _cpu_wheel(folder: Path) -> None:
+    empty_wheel(folder, "torch", f"{install.TORCH}+cpu")
 
 
 def test_a_folder_of_wheels_that_pip_is_told_of_comes_first(tmp_path: Path, uv: Any) -> None:
@@ -122,7 +89,7 @@ def test_a_folder_of_wheels_that_pip_is_told_of_comes_first(tmp_path: Path, uv: 
 
 def test_then_pytorch_s_own_index(tmp_path: Path, uv: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _cpu_wheel(tmp_path / "index/torch")
-    with _index(tmp_path / "index") as address:
+    with served(tmp_path / "index") as address:
         monkeypatch.setattr(install, "PYTORCH_INDEX", address)
         chosen = install.choose_torch(uv)
     assert chosen.told == f"{install.TORCH}+cpu from {address}"
