@@ -33,14 +33,12 @@ def is_port_free(port: int) -> bool:
     return True
 
 
-def start(
-    command: list[str], log: Path, *, folder: Path = REPO, **env: str
-) -> subprocess.Popen[bytes]:
-    """Start a command in a folder, as the leader of a session of its own, as a terminal would."""
+def start(command: list[str], log: Path, **env: str) -> subprocess.Popen[bytes]:
+    """Start a command as the leader of a session of its own, as a terminal would."""
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
-            cwd=folder,
+            cwd=REPO,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
