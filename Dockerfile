@@ -45,10 +45,11 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=gpu-packages /opt/venv /opt/venv
 # Ubuntu's own user has 1000, which the pods' securityContext and the file system expect.
-# The links: a login shell, which KubeRay can be told to use, resets PATH.
+# The links: a login shell, which KubeRay can be told to use, resets PATH. .cache: a volume mounted
+# there gets its owner.
 RUN userdel --remove ubuntu \
  && useradd --uid 1000 --create-home --shell /bin/bash app \
- && install -d -o app -g app /models \
+ && install -d -o app -g app /models /home/app/.cache \
  && ln -s /opt/venv/bin/ray /opt/venv/bin/serve /opt/venv/bin/serve-app /usr/local/bin/
 ENV PATH=/opt/venv/bin:$PATH \
     CUDA_HOME=/usr/local/cuda \
@@ -97,7 +98,7 @@ RUN apt-get update \
       bash ca-certificates g++ grep libgomp1 libnuma1 procps wget \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 1000 --create-home --shell /bin/bash app \
- && install -d -o app -g app /models /opt/venv \
+ && install -d -o app -g app /models /home/app/.cache /opt/venv \
  && python -m venv --without-pip /opt/venv \
  && ln -s /opt/venv/bin/ray /opt/venv/bin/serve /opt/venv/bin/serve-app /usr/local/bin/
 ENV PATH=/opt/venv/bin:$PATH VIRTUAL_ENV=/opt/venv UV_LINK_MODE=copy PYTHONUNBUFFERED=1 \

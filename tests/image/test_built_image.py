@@ -1,14 +1,17 @@
 """The image, built and run: `make test-image`, which is not part of `make test`.
 
-Target ``cpu`` is built and serves configs/demo.yaml in pods as the manifests describe them. Of
-target ``gpu`` runs what needs neither NVIDIA's base image nor 9 GB of wheels.
+Target ``cpu`` is built and serves configs/demo.yaml, by `docker run` as docs/install.md says and in
+pods as the manifests describe them. Of target ``gpu`` runs what needs neither NVIDIA's base image nor
+9 GB of wheels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,12 +19,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from harness import container_engine
 from harness.container_engine import Engine
 from harness.pods import SERVE_PORT, Cluster
-from harness.processes import REPO, eventually
+from harness.processes import REPO, eventually, free_port
 
 from serve_app.config.document import load
 from serve_app.kuberay.render.files import render
@@ -263,6 +267,42 @@ def test_the_gpus_other_steps_run(engine: Engine, context: Path, bases: list[str
     [config] = [entry["Config"] for entry in json.loads(engine("inspect", GPU_STEPS))]
     assert "vLLM" in config["Labels"]["org.opencontainers.image.description"]
     assert config["User"] == "1000:1000"
+
+
+# --------------------------------------------------------------------------------- docker run
+
+
+def _documented(page: str, words: str) -> list[str]:
+    """What follows `docker` in the one command of a page that runs an image with these words."""
+    lines = re.findall(r"^docker (run .+)$", (REPO / page).read_text(), re.MULTILINE)
+    [line] = [line for line in lines if words in line]
+    return shlex.split(line.replace("$PWD", str(REPO)))
+
+
+def test_docker_run_serves_the_demo(engine: Engine, image: str) -> None:
+    """As docs/install.md says, but detached, so that this test can end it."""
+    command = _documented("docs/install.md", "configs/demo.yaml")
+    assert command[:2] == ["run", "--rm"]
+    port = str(free_port())
+    command = [image if word == "serve-app:0.1.0-cpu" else word for word in command[2:]]
+    container = engine.start("--no-healthcheck", *command, "--port", port)
+    url = f"http://127.0.0.1:{port}"
+    try:
+
+        def ready() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"{url}/ready", trust_env=False).status_code == 200
+            return False
+
+        assert eventually(ready, 900, 5), engine("logs", container)
+        asked = {"model": "smollm2-135m", "prompt": "The capital of France is", "max_tokens": 8}
+        asked |= {"temperature": 0}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=120, trust_env=False)
+        assert "Paris" in answer.json()["choices"][0]["text"], answer.text
+        engine("kill", "--signal=INT", container)  # Ctrl-C
+        assert engine("wait", container, timeout=120).strip() == "0"
+    finally:
+        engine.attempt("rm", "--force", container)
 
 
 # ---------------------------------------------------------------------------------- as pods

