@@ -1,8 +1,8 @@
 """The image, built and run: `make test-image`, which is not part of `make test`.
 
-Target ``cpu`` is built and serves configs/demo.yaml, by `docker run` as docs/install.md says and in
-pods as the manifests describe them. Of target ``gpu`` runs what needs neither NVIDIA's base image nor
-9 GB of wheels.
+Target ``cpu`` is built and serves configs/demo.yaml: by `docker run` as docs/install.md says, and
+in pods as the manifests describe them. Of target ``gpu`` runs what needs neither NVIDIA's base
+image nor 9 GB of wheels.
 """
 
 from __future__ import annotations

@@ -104,7 +104,8 @@ def test_the_build_context_holds_what_is_installed_and_nothing_else() -> None:
     kept = {line[1:] for line in lines if line.startswith("!")}
     assert "*" in lines
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {"serve_app", "requirements", "pyproject.toml", project["readme"]} <= kept
+    described = {"pyproject.toml", project["readme"], *project["license-files"]}
+    assert {"serve_app", "requirements", *described} <= kept
     for source in re.findall(r"type=bind,source=([^.,\s][^,\s]*)", DOCKERFILE):
         assert source.split("/")[0] in kept and (ROOT / source).exists(), source
 
