@@ -88,8 +88,9 @@ CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cu
 CPU_LOCK := $(LOCK) --universal --python-version 3.11 --override requirements/cpu-overrides.txt
 
 lock: venv  ## refresh the locks from pyproject.toml
-	@$(CPU_LOCK) pyproject.toml --extra cpu --extra dev -o requirements/cpu.lock \
+	@$(CPU_LOCK) pyproject.toml --extra cpu -o requirements/cpu.lock \
 	  $(addprefix --no-emit-package ,torch torchvision torchaudio torchcodec triton $(CUDA_PARTS))
+	@$(CPU_LOCK) --group dev -c requirements/cpu.lock -o requirements/dev.lock
 	@echo torch==2.13.0 | $(CPU_LOCK) - -c requirements/cpu.lock --no-annotate --no-emit-package triton \
 	  -o requirements/torch-registry.lock
 	@$(LOCK) pyproject.toml --extra gpu --python-version 3.12 --python-platform x86_64-manylinux_2_28 \

@@ -93,7 +93,9 @@ def install(into: Path) -> None:
             f"PyTorch {torch.told}; with it {into.name} takes {torch.size_gb} GB",
             flush=True,
         )
-        locked = ["--require-hashes", "-r", str(REPO / "requirements/cpu.lock")]
+        locked = ["--require-hashes"]
+        for lock in ("cpu.lock", "dev.lock"):
+            locked += ["-r", str(REPO / "requirements" / lock)]
         if torch.arguments:
             try:
                 uv.install(f"torch=={TORCH}+cpu", *torch.arguments)

@@ -87,6 +87,7 @@ def test_packages_come_by_hash() -> None:
     installs = re.findall(r"uv pip install [^\n]*-r [^\n]*\.lock", DOCKERFILE)
     assert len(installs) == 2
     assert all("--require-hashes" in line and "--no-deps" in line for line in installs)
+    assert "dev.lock" not in DOCKERFILE  # what serves needs no tests
 
 
 def test_shell_commands_parse() -> None:

@@ -38,13 +38,14 @@ def test_nothing_is_installed_that_breaks_a_cpu() -> None:
 def test_what_is_installed_is_what_is_locked() -> None:
     from packaging.requirements import Requirement
 
-    lock = (REPO / "requirements/cpu.lock").read_text()
+    lock = "".join((REPO / "requirements" / f"{name}.lock").read_text() for name in ("cpu", "dev"))
     locked = [Requirement(line) for line in re.findall(r"^(\S+==.*?) \\$", lock, re.MULTILINE)]
     assert len(locked) > 150
     for wanted in locked:
         if wanted.marker is None or wanted.marker.evaluate():
             assert wanted.specifier.contains(importlib.metadata.version(wanted.name)), wanted.name
     assert not re.search(r"^(nvidia|cuda|torch)\b", lock, re.MULTILINE)
+    assert {"pytest", "ruff"} <= {wanted.name for wanted in locked}
 
 
 def test_the_pythons_are_the_same_everywhere() -> None:
