@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python lint bench-quick lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes lint bench-quick lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -73,6 +73,20 @@ test-python: venv  ## the tests without engines on each supported Python that is
 	  .cache/python3.$$minor/bin/python -m pytest -q -m "not slow and not engine" --ignore tests/cluster/test_placement_cluster.py || exit 1; \
 	done
 
+# Clients that want other versions than the engine: each has a folder of its own.
+CLIENTS := .cache/recipes
+CLAUDE_CODE := 2.1.197
+
+test-recipes: venv  ## docs/recipes with their real clients (3 GB)
+	@$(BIN)/serve-app fetch demo
+	@for name in recipes open-webui; do \
+	  $(UV) venv -q --allow-existing --python $(BIN)/python $(CLIENTS)/$$name && \
+	  $(UV) pip sync -q --python $(CLIENTS)/$$name/bin/python requirements/$$name.txt || exit 1; \
+	done
+	@if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund \
+	  --prefix $(CLIENTS)/claude-code @anthropic-ai/claude-code@$(CLAUDE_CODE); fi
+	@$(BIN)/python -m pytest tests/recipes
+
 lint: venv  ## format, types, and which room imports which (docs/architecture.md)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy && $(ROOMS)
 
@@ -87,6 +101,9 @@ CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cu
   nvidia-cusparselt-cu13 nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx
 CPU_LOCK := $(LOCK) --universal --python-version 3.11 --override requirements/cpu-overrides.txt
 
+CLIENT_LOCK := $(UV) pip compile -q --no-emit-index-url --no-annotate --universal --python-version 3.11 \
+  --custom-compile-command "make lock"
+
 lock: venv  ## refresh the locks from pyproject.toml
 	@$(CPU_LOCK) pyproject.toml --extra cpu -o requirements/cpu.lock \
 	  $(addprefix --no-emit-package ,torch torchvision torchaudio torchcodec triton $(CUDA_PARTS))
@@ -95,6 +112,9 @@ lock: venv  ## refresh the locks from pyproject.toml
 	  -o requirements/torch-registry.lock
 	@$(LOCK) pyproject.toml --extra gpu --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 	  -o requirements/cuda.lock
+	@$(CLIENT_LOCK) requirements/recipes.in -o requirements/recipes.txt
+	@# Without PyTorch, which Open WebUI imports only where it runs models itself.
+	@echo open-webui | $(CLIENT_LOCK) - -o requirements/open-webui.txt --override <(echo 'torch ; sys_platform == "never"')
 
 engine-args: venv  ## refresh the table of engine arguments from the installed vLLM
 	@$(BIN)/python -m tools.engine_args_table

@@ -21,6 +21,7 @@ _ENGINES = {"cluster", "bare_chat", "bare_embed", "other"}
 _SLOW = {
     Path(__file__).parent / "slow": 1800,  # several engines start, 30 to 190 s each
     Path(__file__).parent / "image": 7200,  # an image is built
+    Path(__file__).parent / "recipes": 900,  # a server of its own starts
 }
 """Folders of slow tests, and the seconds that one may take."""
 
