@@ -52,9 +52,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @contextmanager
 def started(page: str, cwd: Path, words: dict[str, str], **env: str) -> Iterator[None]:
-    """The server that the last line of a page's first sh block starts, with its exports."""
-    *before, start = recipes.replaced(recipes.blocks(page, "sh")[0], words).splitlines()
-    exports = [line for line in before if line.startswith("export ")]
+    """The server that a page's first sh block ends with, with the exports of all its sh blocks."""
+    blocks = recipes.blocks(page, "sh")
+    lines = recipes.replaced("".join([*blocks[1:], blocks[0]]), words).splitlines()
+    exports = [line for line in lines if line.startswith("export ")]
+    start = lines[-1]
     log = cwd / "log"
     script = "\n".join([f"cd {shlex.quote(str(cwd))}", *exports, f"exec {start}"])
     process = processes.start(["bash", "-ec", script], log, **env)
@@ -139,12 +141,13 @@ def test_open_webui(demo: str, tmp_path: Path) -> None:
     bin = command("open-webui", "open-webui/bin").parent
     port = str(processes.free_port())
     env = {"PATH": f"{bin}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OFFLINE_MODE": "True"}
-    words = {"127.0.0.1:8000": demo, "8080": port}
+    words = {"127.0.0.1:8000": demo, "8080": port, "MODEL=reranker": "MODEL=all-minilm-l6-v2"}
     with started("open-webui.md", tmp_path, words, **env):
         url = f"http://127.0.0.1:{port}"
         assert processes.eventually(lambda: answers(f"{url}/health"), 180, 0.5)
         with httpx.Client(base_url=url, timeout=240) as browser:
             _chat_with_a_document(browser)
+    assert "ExternalReranker:predict:model all-minilm-l6-v2" in (tmp_path / "log").read_text()
 
 
 def _chat_with_a_document(browser: httpx.Client) -> None:
