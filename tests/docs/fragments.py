@@ -48,24 +48,24 @@ def check(text: str, *, span: bool = False) -> None:
     """
     for value in yaml.safe_load_all(text):
         if isinstance(value, dict) and not OTHERS.keys() & value.keys():
-            _check_mapping(value, loose=span and "…" in text)
+            _check_mapping(value, loose=span and "…" in text, span=span)
         elif isinstance(value, list) and all(isinstance(v, dict) for v in value):
             _check_applications(value)
 
 
-def _check_mapping(value: dict[str, Any], *, loose: bool) -> None:
+def _check_mapping(value: dict[str, Any], *, loose: bool, span: bool) -> None:
     if {"apiVersion", "kind"} <= value.keys():
         refuse_errors(judge([value], None))
         return
     if "applications" in value:
         document.parse_document(value, Path("fragment"))
         return
-    if _taken(value, loose):
+    if _taken(value, loose) or (span and _nested(value)):
         return
     if len(value) > 1:
         # Lines of two files, each of which says whose it is.
         for key, one in value.items():
-            _check_mapping({key: one}, loose=loose)
+            _check_mapping({key: one}, loose=loose, span=span)
         return
     raise NotOurs(
         f"'{next(iter(value))}' is no key of a config, of its settings or of a profile; if it "
@@ -95,6 +95,15 @@ def _taken(value: dict[str, Any], loose: bool) -> bool:
     return keys <= set(document._DEPLOYMENT_KEYS)
 
 
+def _nested(value: dict[str, Any]) -> bool:
+    """Whether a setting of a sentence belongs into ``autoscaling``, ``upgrade`` or the like."""
+    for kind in _kinds():
+        if value.keys() <= kind.model_fields.keys():
+            parse(kind, value, "here")
+            return True
+    return False
+
+
 def _check_applications(applications: list[dict[str, Any]]) -> None:
     """A list of applications, or of what an application has a list of."""
     if all("import_path" in application for application in applications):
@@ -111,13 +120,20 @@ def _check_applications(applications: list[dict[str, Any]]) -> None:
 def setting_names() -> set[str]:
     """Every name of a setting: of ours, of Serve's files, of profiles, and of vLLM's arguments."""
     found = {*document._DOCUMENT_KEYS, *document._APPLICATION_KEYS, *document._DEPLOYMENT_KEYS}
+    found |= {name for kind in _kinds() for name in kind.model_fields}
+    return found | engine_args.table().keys()
+
+
+def _kinds() -> list[type[BaseModel]]:
+    """Every model of settings: those of whole files, and those within them."""
+    found: list[type[BaseModel]] = []
     waiting = list(_SETTINGS)
     while waiting:
         kind = waiting.pop()
-        for name, field in kind.model_fields.items():
-            found.add(name)
+        found.append(kind)
+        for field in kind.model_fields.values():
             waiting += _models_in(field.annotation)
-    return found | engine_args.table().keys()
+    return found
 
 
 def is_setting(path: str) -> bool:

@@ -94,6 +94,10 @@ def filled_in(command: Command) -> str:
 
 _FILES = {"plan", "check", "render", "validate", "convert", "completion", "fetch"}
 _AT_A_SERVER = {"status", "logs", "reload", "stop", "admin", "chat", "env"}
+_RAY_AT_A_SERVER = {("serve", "status"), ("serve", "config"), ("ray", "status")}
+RAY_IS_REACHED = "env" in cli.commands
+"""Whether Ray's own commands, `serve-app admin` and `check --cluster` reach a `serve-app run`."""
+
 _PARSED = {
     "clean-processes": "it would end processes; tests/slow/test_life_and_death.py runs it",
     "fetch": "models other than the demo's come from the hub; tests/setup runs it against one",
@@ -149,7 +153,8 @@ def _way_of_ours(words: list[str], *, whole: bool) -> Way:
     if "kubeconfig" in context.params and context.params.get("name", name) is not None:
         return Way.KUBERNETES
     if name in _AT_A_SERVER or context.params.get("ask_cluster"):
-        return Way.SERVER
+        reached = RAY_IS_REACHED or not (name == "admin" or context.params.get("ask_cluster"))
+        return Way.SERVER if reached else Way.PARSED
     if name == "run":
         return Way.START
     if name in _PARSED and words[1:] != ["fetch", "demo"]:
@@ -241,10 +246,9 @@ def way_of(words: list[str], *, whole: bool) -> Way:
 
 
 def _way_of_rays(words: list[str], *, whole: bool) -> Way:
-    """By Ray's own parsers. They take seconds to import, and nothing of them is run here."""
+    """By Ray's own parsers. They take seconds to import."""
     from ray.scripts.scripts import cli as ray
     from ray.serve.scripts import cli as serve
 
     parse_click(ray if words[0] == "ray" else serve, words[0], words[1:], whole=whole)
-    beside = {("serve", "status"), ("ray", "status")}
-    return Way.SERVER if whole and tuple(words[:2]) in beside else Way.PARSED
+    return Way.SERVER if RAY_IS_REACHED and tuple(words[:2]) in _RAY_AT_A_SERVER else Way.PARSED

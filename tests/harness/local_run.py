@@ -35,6 +35,7 @@ class Run:
         application = servers.embed_application() | {"name": name}
         application["args"]["served_as"] = []
         application["args"]["model"] = str(REPO / application["args"]["model"])
+        self.folder = folder
         self.config = folder / "config.yaml"
         self.config.write_text(servers.as_yaml(servers.document(self.port, application)))
         self.name = name
@@ -49,7 +50,7 @@ class Run:
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
                 command,
-                cwd=self.config.parent,
+                cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -106,3 +107,19 @@ class Run:
 
     def kill(self) -> None:
         kill_session(self.process.pid)
+
+
+class Demo(Run):
+    """`serve-app run configs/demo.yaml` in a checkout, on a port of its own."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.port = free_port()
+        self.folder = checkout
+        self.config = checkout / "configs/demo.yaml"
+        text = self.config.read_text()
+        assert "port: 8000" in text
+        self.config.write_text(text.replace("port: 8000", f"port: {self.port}"))
+        self.name = "all-minilm-l6-v2"
+        self.out = checkout / "out-of-the-server"
+        self.env = {}
+        self.before = None
