@@ -160,8 +160,9 @@ def problems(engine: dict[str, Any], *, plugins: bool = False) -> Iterator[str]:
 _PLUGIN_OF = {
     "tool_call_parser": "tool_parser_plugin",
     "reasoning_parser": "reasoning_parser_plugin",
+    "structured_outputs_config": "reasoning_parser_plugin",
 }
-"""Arguments that name a file with further parsers."""
+"""Arguments with a parser's name, and those that name a file with further parsers."""
 
 
 def _together(engine: dict[str, Any]) -> Iterator[str]:
@@ -213,15 +214,17 @@ def _check_one(name: str, value: Any, plugins: bool) -> None:
         _check_value(name, value, arg)
     if name == "max_model_len":
         count(value, name, least=-1)
-    if name == "speculative_config":
-        _check_speculation(value)
+    for key, argument in _PARTS.get(name, {}).items():
+        part = table()[argument]
+        if value.get(key) is not None and not (part.registered and plugins):
+            _check_value(f"{name}.{key}", value[key], part)
 
 
-def _check_speculation(config: dict[str, Any]) -> None:
-    """The parts that are also arguments of their own."""
-    for key, argument in (("method", "spec_method"), ("num_speculative_tokens", "spec_tokens")):
-        if config.get(key) is not None:
-            _check_value(f"speculative_config.{key}", config[key], table()[argument])
+_PARTS = {
+    "speculative_config": {"method": "spec_method", "num_speculative_tokens": "spec_tokens"},
+    "structured_outputs_config": {"reasoning_parser": "reasoning_parser"},
+}
+"""Keys of mappings that are also arguments of their own."""
 
 
 _ANY_CASE = ("load_format", "quantization")
@@ -254,7 +257,8 @@ def _known(value: Any, name: str, arg: EngineArg) -> str:
         if many
         else f"must be one of {', '.join(known)}"
     )
-    plugin = f"engine.{_PLUGIN_OF[name]}" if name in _PLUGIN_OF else "env.VLLM_PLUGINS"
+    own = _PLUGIN_OF.get(name.partition(".")[0])
+    plugin = f"engine.{own}" if own else "env.VLLM_PLUGINS"
     return f"{said}{hint}" + (f" (where a plugin adds it: set {plugin})" if arg.registered else "")
 
 

@@ -37,7 +37,8 @@ def refuse_missing(fleet: Fleet) -> None:
                     f"{fleet.path}: application '{name}': {setting} is '{value}', but {why}"
                 )
         if why := templates.missing(config.engine.get("chat_template")):
-            raise ConfigError(f"{fleet.path}: application '{name}': engine.chat_template: {why}")
+            at = f"{fleet.path}: application '{name}': engine.chat_template"
+            raise ConfigError(f"{at}: {why}; correct it")
 
 
 def refuse_absent(model: str) -> None:

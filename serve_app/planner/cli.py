@@ -13,7 +13,7 @@ from rich.console import Console
 from serve_app.config.document import load
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.planner import choose, hardware, report
+from serve_app.planner import check_model, choose, hardware, report
 from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.loading import cpu_plan, load_model
 from serve_app.planner.model import metadata
@@ -107,6 +107,8 @@ def _targets(
         if name not in fleet.models:
             raise ConfigError(f"{path}: has no model '{name}' (models: {', '.join(fleet.models)})")
         config = fleet.models[name]
+        if why := check_model.undeployable(config):
+            raise ConfigError(f"{path}: application '{name}': {why}")
         both = {"engine": {**config.engine, **overrides}}
         config = ModelConfig.model_validate(config.model_dump(exclude_unset=True) | both)
         found.append((name, load_model(config), config, True))

@@ -383,6 +383,10 @@ def test_a_key_of_vllms_own_in_the_environment_is_refused() -> None:
             "speculative_config.num_speculative_tokens is 0, but must be above 0",
         ),
         (
+            {"structured_outputs_config": {"reasoning_parser": "qwen33"}},
+            "structured_outputs_config.reasoning_parser is 'qwen33', but vLLM 0.29.0 has none",
+        ),
+        (
             {"load_format": "safetensor"},
             "load_format is 'safetensor', but vLLM 0.29.0 has none of this name; did you mean "
             "'safetensors'?",
