@@ -259,7 +259,9 @@ def _known(value: Any, name: str, arg: EngineArg) -> str:
     )
     own = _PLUGIN_OF.get(name.partition(".")[0])
     plugin = f"engine.{own}" if own else "env.VLLM_PLUGINS"
-    return f"{said}{hint}" + (f" (where a plugin adds it: set {plugin})" if arg.registered else "")
+    return f"{said}{hint}" + (
+        f" (a plugin's: name the plugin in {plugin})" if arg.registered else ""
+    )
 
 
 def _missed(number: float, arg: EngineArg) -> str | None:

@@ -30,7 +30,11 @@ def environment(config: ModelConfig) -> dict[str, str]:
         # to share its core.
         cores = len(os.sched_getaffinity(0))
         env["OMP_NUM_THREADS"] = str(max(1, cores - 1))
-    return env | config.env
+    env |= config.env
+    if plugins := env.get("VLLM_PLUGINS"):
+        # vLLM then loads these only, and ours ends an engine whose replica is gone.
+        env["VLLM_PLUGINS"] = ",".join(dict.fromkeys([*plugins.split(","), "serve_app"]))
+    return env
 
 
 _CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"

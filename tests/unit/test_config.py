@@ -20,6 +20,7 @@ from serve_app.config.document import (
     load,
     parse_document,
 )
+from serve_app.config.environment import environment
 from serve_app.config.settings import GatewayConfig, ModelConfig, parse
 from serve_app.errors import ConfigError
 
@@ -357,12 +358,12 @@ def test_a_key_of_vllms_own_in_the_environment_is_refused() -> None:
         (
             {"quantization": "fp88"},
             "quantization is 'fp88', but vLLM 0.29.0 has none of this name; did you mean 'fp8'? "
-            "(where a plugin adds it: set env.VLLM_PLUGINS)",
+            "(a plugin's: name the plugin in env.VLLM_PLUGINS)",
         ),
         (
             {"tool_call_parser": "hermse"},
             "tool_call_parser is 'hermse', but vLLM 0.29.0 has none of this name; did you mean "
-            "'hermes'? (where a plugin adds it: set engine.tool_parser_plugin)",
+            "'hermes'? (a plugin's: name the plugin in engine.tool_parser_plugin)",
         ),
         (
             {"reasoning_parser": "deepseek_r11"},
@@ -404,13 +405,16 @@ def test_a_wrong_engine_argument_is_refused_with_what_is_allowed(
 def test_a_plugin_may_add_to_vllms_registries() -> None:
     fleet = parse_document(
         document(
-            chat("a", engine={"load_format": "mine"}, env={"VLLM_PLUGINS": "serve_app,mine"}),
+            chat("a", engine={"load_format": "mine"}, env={"VLLM_PLUGINS": "mine"}),
             chat("b", engine={"tool_call_parser": "mine", "tool_parser_plugin": "/x.py"}),
             chat("c", engine={"load_format": "DUMMY"}),  # vLLM lowers it
         ),
         Path("c.yaml"),
     )
     assert list(fleet.models) == ["a", "b", "c"]
+    # Ours stays one of them: it ends an engine whose replica is gone.
+    assert environment(fleet.models["a"])["VLLM_PLUGINS"] == "mine,serve_app"
+    assert "VLLM_PLUGINS" not in environment(fleet.models["b"])
 
 
 # --- a key in the wrong place ------------------------------------------------------------------

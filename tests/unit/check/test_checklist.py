@@ -170,6 +170,14 @@ def test_a_model_without_a_chat_template_is_a_warning(tmp_path: Path) -> None:
     assert said() == []
 
 
+def test_a_token_in_a_piece_to_refer_to_or_in_a_comment_is_found(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    text = path.read_text()
+    for more in ("x-env: {A: hf_" + "a" * 30 + "}\n", "# was: hf_" + "a" * 30 + "\n"):
+        path.write_text(more + text)
+        assert "looks like a token" in find(checklist.static(path, None), "secrets", "fail").message
+
+
 def test_secrets_are_never_repeated(tmp_path: Path) -> None:
     secret = "hf_" + "Q" * 30
     findings = checklist.static(write(tmp_path, env={"HF_TOKEN": secret}), None)
