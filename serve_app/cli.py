@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 from rich.console import Console
 
 from serve_app import __version__
@@ -34,6 +35,16 @@ class _Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+def _files_and_models(
+    context: click.Context, parameter: click.Parameter, typed: str
+) -> list[CompletionItem]:
+    """What a shell offers for CONFIG|MODEL: files and folders, and hub ids that are known here."""
+    from serve_app.planner.model.metadata import kept_models
+
+    known = [CompletionItem(name) for name in kept_models() if typed and name.startswith(typed)]
+    return known or [CompletionItem(typed, type="file")]
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="serve-app")
 def cli() -> None:
@@ -41,7 +52,9 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("targets", metavar="CONFIG|MODEL…", nargs=-1, required=True)
+@click.argument(
+    "targets", metavar="CONFIG|MODEL…", nargs=-1, required=True, shell_complete=_files_and_models
+)
 @click.option(
     "--tensor-parallel-size", type=click.IntRange(1), metavar="N", help="GPUs of each model."
 )
@@ -232,6 +245,31 @@ def clean_processes() -> None:
         click.echo(f"ended {orphan.name} (pid {orphan.pid})")
     if not found:
         click.echo("nothing left behind")
+
+
+_WHERE = {
+    "bash": ("~/.bashrc", 'eval "$(serve-app completion bash)"'),
+    "zsh": ("~/.zshrc", 'eval "$(serve-app completion zsh)"'),
+    "fish": ("~/.config/fish/config.fish", "serve-app completion fish | source"),
+}
+"""Each shell's start-up file, and the line for it."""
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(list(_WHERE)))
+def completion(shell: str) -> None:
+    """Print the script with which SHELL completes this command's words.
+
+    \b
+    bash: add to ~/.bashrc                  eval "$(serve-app completion bash)"
+    zsh:  add to ~/.zshrc                   eval "$(serve-app completion zsh)"
+    fish: add to ~/.config/fish/config.fish serve-app completion fish | source
+    """
+    file, line = _WHERE[shell]
+    script = get_completion_class(shell)
+    assert script is not None
+    click.echo(f"# For every new shell, add this line to {file}:\n#   {line}")
+    click.echo(script(cli, {}, "serve-app", "_SERVE_APP_COMPLETE").source())
 
 
 cli.add_command(plan)
