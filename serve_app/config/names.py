@@ -25,7 +25,7 @@ def short_name(model: str, taken: Collection[str] = ()) -> str:
 
     The last part in lower case; if that is taken, the part before it as well, then a number.
     """
-    path = Path(model.partition("://")[2] or Path(model).expanduser())
+    path = Path(model.partition("://")[2] or model)
     if path.name in ("", ".", ".."):
         path = path.resolve()
     parts = [re.sub(r"[^\w.-]+", "-", part).strip("-.").lower() for part in path.parts[-2:]]

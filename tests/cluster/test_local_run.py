@@ -17,8 +17,10 @@ import pytest
 import yaml
 from harness import processes
 from harness.local_run import Run
-from harness.processes import eventually, free_port
+from harness.processes import REPO, eventually, free_port
 from harness.servers import BIN, EMBED
+
+from serve_app.config.document import load
 
 THEIRS = """
 from ray import serve
@@ -181,3 +183,21 @@ def test_a_cluster_that_serves_something_is_refused_by_its_names(
         "a Ray of this run's own\n"
     )
     assert other.answers()
+
+
+def test_a_model_that_is_only_named_is_run_and_its_config_kept(tmp_path: Path) -> None:
+    model = REPO / "models/all-minilm-l6-v2"
+    run = Run(tmp_path, name="all-minilm-l6-v2")
+    kept = tmp_path / "fleet.yaml"
+    run.command[2:] = [str(model), "--port", str(run.port), "--save", str(kept)]
+    run.start()
+    try:
+        said = run.wait_until_ready()
+        assert kept.read_text() in said
+        assert run.embeds() == 384
+        assert run.end() == {}
+    finally:
+        run.kill()
+    fleet = load(kept)
+    assert list(fleet.models) == ["all-minilm-l6-v2"]
+    assert fleet.port == run.port

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from harness.processes import REPO
-from harness.servers import CHAT, EMBED, Cluster
+from harness.servers import BIN, CHAT, EMBED, Cluster
 
 from serve_app.config.document import load
 from serve_app.local.endpoint import Endpoint
@@ -44,6 +44,18 @@ def test_the_snippet_answers(snippet: str, cluster: Cluster) -> None:
         [sys.executable, "-c", here(snippet, cluster)], capture_output=True, text=True, timeout=120
     )
     assert done.stdout == "The capital of France is Paris.\n384\n", done.stderr
+
+
+def test_the_terminal_s_chat_finds_the_chat_model_and_answers(cluster: Cluster) -> None:
+    done = subprocess.run(
+        [BIN / "serve-app", "chat", "--port", str(cluster.port)],
+        input="What is the capital of France?",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Paris" in done.stdout
 
 
 def test_the_curl_command_answers(cluster: Cluster) -> None:

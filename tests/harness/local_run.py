@@ -38,18 +38,17 @@ class Run:
         self.folder = folder
         self.config = folder / "config.yaml"
         self.config.write_text(servers.as_yaml(servers.document(self.port, application)))
+        self.command = [str(BIN / "serve-app"), "run", str(self.config), *options]
         self.name = name
         self.out = folder / "out"
         self.env = env
-        self.options = options
         self.before: Callable[[], Any] | None = None
 
     def start(self) -> None:
-        command = [str(BIN / "serve-app"), "run", str(self.config), *self.options]
         env = {**os.environ, **self.env}
         with self.out.open("wb") as out:
             self.process = subprocess.Popen(
-                command,
+                self.command,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=out,

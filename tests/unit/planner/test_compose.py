@@ -220,6 +220,7 @@ def test_what_the_memory_does_not_hold_is_refused(
         (["s3://bucket/path/Llama 3 (new)/"], ["llama-3-new"]),
         (["s3://bucket"], ["bucket"]),
         (["gpt2", "org/gateway"], ["gpt2", "org-gateway"]),
+        (["~nobody-of-that-name/x", "~"], ["x", "model"]),
     ],
 )
 def test_names_are_short_and_different(models: list[str], names: list[str]) -> None:
