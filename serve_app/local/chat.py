@@ -144,7 +144,10 @@ def _sentence(error: urllib.error.HTTPError) -> str:
     try:
         return _said(json.load(error)["error"])
     except (OSError, ValueError, LookupError, TypeError):
-        return f"{error.url} answers {error.code} {error.reason}"
+        return (
+            f"{error.url} answers {error.code} {error.reason}; it is no OpenAI endpoint, or still "
+            "starting"
+        )
 
 
 def _said(error: Any) -> str:

@@ -34,7 +34,8 @@ _USEFUL_LENGTH = 8192
 use for a chat."""
 
 _PROCESS_GIB = 1.5
-"""Host memory of a replica on the CPU engine beside weights, activations and KV cache."""
+"""Host memory of a replica on the CPU engine beside weights, activations and KV cache: an
+estimate."""
 
 _SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
@@ -199,7 +200,9 @@ def _on_gpus(
 def _cautious(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments with the planner's own error taken off the GPU's memory."""
     share = float(arguments.get("gpu_memory_utilization") or defaults.DEFAULT_UTILIZATION)
-    return {**arguments, "gpu_memory_utilization": max(0.01, share - TIGHT_SHARE)}
+    if TIGHT_SHARE < share <= 1:  # else as given, to be refused by its own number
+        share -= TIGHT_SHARE
+    return {**arguments, "gpu_memory_utilization": share}
 
 
 def _sizes(of: _Named, given: Mapping[str, Any], gpu: GPU, there: int) -> list[Parallelism]:
@@ -273,7 +276,7 @@ def _gpu_args(of: _Named, given: Mapping[str, Any], plan: Plan, there: int) -> d
     arguments = of.arguments | {"max_model_len": length}
     plan = choose.plan_on(of.loaded, arguments, plan.gpu, plan.parallel)  # without the caution
     stage = plan.tightest
-    if "tensor_parallel_size" not in given:
+    if not given.keys() & set(_SIZES):
         gpus = plan.parallel.gpus
         fewest = f"{gpus} of this machine's {there} GPUs {'is' if gpus == 1 else 'are'} the fewest"
         engine["tensor_parallel_size"] = note(

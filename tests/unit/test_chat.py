@@ -48,6 +48,9 @@ class OpenAI:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                if self.path != "/v1/models":
+                    self.send_error(404)
+                    return
                 self.reply(200, {"object": "list", "data": server.cards})
 
             def do_POST(self) -> None:
@@ -194,6 +197,11 @@ def test_the_model_must_be_clear(
     server.cards = cards
     [line] = refusal("chat", *arguments, "--port", server.port, "-m", "hi")
     assert told in line
+
+
+def test_a_server_that_still_starts_is_said(server: OpenAI) -> None:
+    [line] = refusal("chat", "--url", f"http://127.0.0.1:{server.port}/elsewhere", "-m", "hi")
+    assert "answers 404 Not Found; it is no OpenAI endpoint, or still starting" in line
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,11 @@ def test_the_command_line_has_the_last_word() -> None:
     assert comment_over(text, "tensor_parallel_size") == "As the command line says."
 
 
+def test_pipeline_stages_that_are_asked_for_are_the_layout() -> None:
+    fleet, _ = made([LLAMA_8B], machine("L4", "L4"), pipeline_parallel_size=2)
+    assert fleet.models["llama-3.1-8b-instruct"].engine == {"pipeline_parallel_size": 2}
+
+
 @pytest.mark.parametrize(
     ("models", "gpus", "given", "told"),
     [
@@ -135,6 +140,7 @@ def test_the_command_line_has_the_last_word() -> None:
             "with an AWQ or GPTQ int4 checkpoint",
         ),
         ([LLAMA_8B, LLAMA_8B], ["H100"] * 2, {}, "is named twice; name it once"),
+        ([LLAMA_8B], ["H100"], {"gpu_memory_utilization": 2.0}, "gpu_memory_utilization is 2,"),
     ],
 )
 def test_what_does_not_fit_is_said_with_numbers(
