@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from serve_app.config.foreign import LITELLM
 from serve_app.config.yaml_files import note, plain
+from serve_app.convert import litellm_rest
 from serve_app.convert.draft import Draft, Model
 from serve_app.convert.source import Part
 from serve_app.errors import ConfigError
@@ -63,7 +64,7 @@ def convert(source: Part) -> Draft:
         section(draft, source[key])
     for key, part in source.items():
         if key != "model_list" and key not in _SECTIONS and not key.startswith("x-"):
-            draft.leave_out(part, _WHY_SECTION.get(key, "no counterpart"))
+            draft.leave_out(part, litellm_rest.of_section(key))
     draft.advice.append(
         "LiteLLM does not say how a model runs: set engine and resources (`serve-app plan` shows "
         "on which GPUs it fits). api_base and api_key are gone: serve_app starts the servers "
@@ -137,7 +138,7 @@ def _add_entry(draft: Draft, groups: list[_Group], outside: list[str], entry: Pa
     _settings(group.model, params, entry["model_info"].named("model_info"), first)
     for key, part in entry.items():
         if key not in ("model_name", "litellm_params", "model_info"):
-            group.model.leave_out(part.named(key), _WHY_PARAM.get(key, "no counterpart"))
+            group.model.leave_out(part.named(key), litellm_rest.of_param(key))
 
 
 def _provider(params: Part) -> tuple[str, str]:
@@ -185,43 +186,9 @@ def _is_providers(server: str) -> bool:
     return any(host == domain or host.endswith(f".{domain}") for domain in _PROVIDERS_HOSTS)
 
 
-_LIMITS = "no counterpart yet: API keys and limits come with a later version"
-_USAGE = "no counterpart yet: usage accounting comes with a later version"
-_CALLBACKS = "no counterpart yet: traces and callbacks come with a later version"
-_FALLBACKS = (
-    "no counterpart: a model that cannot answer gives its error, and no other model answers"
-)
-_BALANCE = "has its own way: the replica with the fewest requests in flight gets the request"
-_RETRY = "has its own way: before the first byte, another replica gets the request"
-_HEALTH = "has its own way: Serve checks every replica and replaces one that fails"
-_CACHE = "no counterpart: answers are not cached (vLLM caches prefixes by itself)"
-_REDIS = "not needed: gateways share nothing"
-_DROP = "not needed: vLLM ignores parameters that it does not know"
-_ONE_TIMEOUT = "no counterpart for one model; the gateway's request_timeout_s is for all"
-_DATABASE = "no counterpart: the config file is all there is"
-_INFORMATION = "no counterpart: information for LiteLLM's own pages and costs"
-_TOOLS = "nothing by itself: set engine.enable_auto_tool_choice and engine.tool_call_parser"
-_CLIENTS = "no counterpart: clients send it with each request"
-_PER_REQUEST = (
-    "no counterpart: clients send it; engine.override_generation_config: {max_new_tokens: N} "
-    "would be an upper limit"
-)
-
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _DEFAULTS = "override_generation_config"
 """The engine argument that holds the defaults of these parameters."""
-
-_WHY_PARAM = {
-    **dict.fromkeys(("rpm", "tpm", "max_parallel_requests", "max_budget", "budget_duration"),
-                    _LIMITS),
-    **dict.fromkeys(("weight", "order"), _BALANCE),
-    **dict.fromkeys(("timeout", "stream_timeout"), _ONE_TIMEOUT),
-    **dict.fromkeys(("max_retries", "num_retries"), _RETRY),
-    **dict.fromkeys(("drop_params", "additional_drop_params", "allowed_openai_params"), _DROP),
-    **dict.fromkeys(("max_tokens", "max_completion_tokens"), _PER_REQUEST),
-    **dict.fromkeys(("seed", "stop", "n", "frequency_penalty", "presence_penalty", "user",
-                     "response_format", "tools", "tool_choice", "extra_headers"), _CLIENTS),
-}  # fmt: skip
 
 
 def _settings(model: Model, params: Part, info: Part, first: bool) -> None:
@@ -234,10 +201,8 @@ def _settings(model: Model, params: Part, info: Part, first: bool) -> None:
             sampling[key] = part.value
         elif key == "extra_body":
             _extra_body(model, part)
-        elif "cost" in key:
-            model.leave_out(part, _USAGE)
         else:
-            model.leave_out(part, _WHY_PARAM.get(key, "no counterpart"))
+            model.leave_out(part, litellm_rest.of_param(key))
     if sampling and first:
         why = "Defaults for requests that do not set them."
         model.engine(_DEFAULTS, note(sampling, why))
@@ -250,10 +215,8 @@ def _settings(model: Model, params: Part, info: Part, first: bool) -> None:
         if key == "mode":
             if part.value in ("embedding", "rerank"):
                 model.engine("runner", "pooling")
-        elif key == "supports_function_calling" and part.value:
-            model.leave_out(part, _TOOLS)
         else:
-            model.leave_out(part, _USAGE if "cost" in key else _INFORMATION)
+            model.leave_out(part, litellm_rest.of_information(key))
 
 
 def _extra_body(model: Model, part: Part) -> None:
@@ -261,7 +224,7 @@ def _extra_body(model: Model, part: Part) -> None:
         if key == "chat_template_kwargs":
             model.engine("default_chat_template_kwargs", value.value)
         else:
-            model.leave_out(value, _CLIENTS)
+            model.leave_out(value, litellm_rest.CLIENTS)
 
 
 def _litellm_settings(draft: Draft, section: Part) -> None:
@@ -273,9 +236,9 @@ def _litellm_settings(draft: Draft, section: Part) -> None:
         elif key in ("callbacks", "success_callback", "failure_callback", "service_callbacks"):
             named = part.value if isinstance(part.value, list) else [part.value]
             if any(name != "prometheus" for name in named):
-                draft.leave_out(part, _CALLBACKS)
+                draft.leave_out(part, litellm_rest.CALLBACKS)
         else:
-            draft.leave_out(part, _WHY_SETTING.get(key, "no counterpart"))
+            draft.leave_out(part, litellm_rest.of_setting(key))
 
 
 def _router_settings(draft: Draft, section: Part) -> None:
@@ -285,15 +248,15 @@ def _router_settings(draft: Draft, section: Part) -> None:
         elif key == "timeout":
             _timeout(draft, part)
         elif not (key == "routing_strategy" and part.value == "least-busy"):
-            draft.leave_out(part, _WHY_SETTING.get(key, "no counterpart"))
+            draft.leave_out(part, litellm_rest.of_setting(key))
 
 
 def _general_settings(draft: Draft, section: Part) -> None:
     for key, part in section.items():
-        if key == "max_request_size_mb" and _is_number(part.value):
+        if key == "max_request_size_mb" and _is_number(part.value) and part.value <= 1024:
             draft.gateway["max_body_mib"] = part.value
         else:
-            draft.leave_out(part, _WHY_SETTING.get(key, "no counterpart"))
+            draft.leave_out(part, litellm_rest.of_setting(key))
 
 
 # The router's timeout goes before LiteLLM's own.
@@ -302,45 +265,6 @@ _SECTIONS = {
     "litellm_settings": _litellm_settings,
     "general_settings": _general_settings,
 }
-_WHY_SECTION = {
-    "environment_variables": "no counterpart: LiteLLM's own; a model's variables are in args.env",
-    "credential_list": "not needed: models run here",
-    "callback_settings": _CALLBACKS,
-    "include": "not read: convert each of these files too",
-}
-_WHY_SETTING = {
-    "master_key": "no counterpart yet: whoever reaches the gateway may use it, so let it be "
-    "reached by those only who may (API keys come with a later version)",
-    **dict.fromkeys(("max_parallel_requests", "global_max_parallel_requests", "max_budget",
-                     "budget_duration", "max_user_budget", "max_end_user_budget",
-                     "default_internal_user_params", "default_team_settings", "custom_auth",
-                     "enable_jwt_auth", "allowed_routes", "key_generation_settings",
-                     "upperbound_key_generate_params", "default_key_generate_params",
-                     "provider_budget_config", "enforce_user_param"), _LIMITS),
-    **dict.fromkeys(("fallbacks", "default_fallbacks", "context_window_fallbacks",
-                     "content_policy_fallbacks"), _FALLBACKS),
-    **dict.fromkeys(("num_retries", "retry_after", "retry_policy", "max_fallbacks",
-                     "model_group_retry_policy"), _RETRY),
-    **dict.fromkeys(("allowed_fails", "cooldown_time", "disable_cooldowns",
-                     "allowed_fails_policy", "background_health_checks",
-                     "health_check_interval"), _HEALTH),
-    **dict.fromkeys(("routing_strategy", "routing_strategy_args"), _BALANCE),
-    **dict.fromkeys(("cache", "cache_params", "enable_caching_on_provider_specific_optional_params",
-                     "cache_responses"), _CACHE),
-    **dict.fromkeys(("redis_host", "redis_port", "redis_password", "redis_url", "use_redis"),
-                    _REDIS),
-    "drop_params": _DROP,
-    "modify_params": "no counterpart: requests reach vLLM as clients wrote them",
-    **dict.fromkeys(("database_url", "store_model_in_db", "database_connection_pool_limit",
-                     "store_prompts_in_spend_logs"), _DATABASE),
-    **dict.fromkeys(("disable_spend_logs", "disable_spend_updates"), _USAGE),
-    **dict.fromkeys(("set_verbose", "json_logs"), "has its own way: Ray's logs"),
-    **dict.fromkeys(("alerting", "alerting_threshold", "alerting_args"),
-                    "no counterpart here: `serve-app render` writes Prometheus' alerts"),
-    "stream_timeout": _ONE_TIMEOUT,
-    "enable_pre_call_checks": "not needed: vLLM refuses a prompt that is too long",
-    "completion_model": "no counterpart: a request names its model",
-}  # fmt: skip
 
 
 def _aliases(draft: Draft, section: Part) -> None:
