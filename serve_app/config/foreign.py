@@ -12,7 +12,7 @@ LITELLM = "LiteLLM"
 RAY_SERVE_LLM = "Ray Serve LLM"
 VLLM_SERVE = "vllm serve"
 
-RAY_BUILDERS = "ray.serve.llm"
+RAY_BUILDERS = ("ray.serve.llm", "ray.llm.")
 """How the ``import_path`` of a Ray Serve LLM application begins."""
 
 

@@ -85,12 +85,14 @@ def _add_args(draft: Draft, args: Part) -> None:
 
 
 def _from_file(config: Part) -> Part:
-    """The LLMConfig itself where a path stands for it: from here, as in Ray, or beside the file."""
+    """The LLMConfig itself where a path stands for it.
+
+    Ray looks from where it is started, which is a folder above the file as a rule.
+    """
     if not isinstance(config.value, str):
         return config
-    path = Path(config.value)
-    beside = config.file.parent / path
-    return source.read(beside if beside.is_file() and not path.is_file() else path)
+    places = (folder / config.value for folder in (Path(), *config.file.absolute().parents))
+    return source.read(next(filter(Path.is_file, places), Path(config.value)))
 
 
 def _ingress(draft: Draft, options: Part) -> None:
@@ -167,7 +169,8 @@ def _weights(model: Model, part: Part) -> str:
         model.leave_out(part, f"{scheme}:// needs runai-model-streamer[{_EXTRA[scheme]}] installed")
     elif rest.startswith("anonymous@"):
         rest = rest.removeprefix("anonymous@")
-        model.leave_out(part, "'anonymous@' is Ray's own: reading the bucket needs credentials")
+        why = "Ray's anonymous@: the bucket is read without credentials."
+        model.put("env", "RUNAI_STREAMER_S3_UNSIGNED", note("1", why))
     why = "Reads the weights from the bucket, not the disk."
     model.engine("load_format", note("runai_streamer", why))
     return f"{scheme}://{rest}"

@@ -414,6 +414,8 @@ def test_what_ray_has_and_we_have_not_is_said_with_its_line(tmp_path: Path) -> N
         llm(),
         {"applications": [{"import_path": "ray.serve.llm:build_openai_app",
                            "args": {"llm_configs": [llm()]}}]},
+        {"applications": [{"import_path": "ray.llm._internal.serve.builders:build_openai_app",
+                           "args": {"llm_configs": [llm()]}}]},
         {"applications": [{"import_path": "ray.serve.llm:build_dp_openai_app",
                            "args": {"llm_config": llm()}}]},
     ],
@@ -439,9 +441,14 @@ def test_a_rayservice_is_read_with_its_lines(tmp_path: Path) -> None:
 def test_llm_configs_may_be_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, yaml.safe_dump(llm(bad_key=1)), "models/qwen.yaml")
     text = yaml.safe_dump({"llm_configs": ["models/qwen.yaml"]})
-    for here in (tmp_path, tmp_path.parent):  # as Ray looks for it, and beside the file
+    elsewhere = write(tmp_path, "", "elsewhere/empty").parent
+    for here, name in (
+        (tmp_path, "theirs.yaml"),  # as Ray looks for it
+        (elsewhere, "theirs.yaml"),  # beside the file
+        (elsewhere, "configs/theirs.yaml"),  # in a folder above it
+    ):
         monkeypatch.chdir(here)
-        fleet, result = converted(write(tmp_path, text))
+        fleet, result = converted(write(tmp_path, text, name))
         assert list(fleet.models) == ["m"]
         assert "models/qwen.yaml:1: bad_key: no counterpart" in result.stderr
         assert "# - qwen.yaml line 1: bad_key" in result.stdout
@@ -538,7 +545,7 @@ def test_what_each_field_cannot_become(
         (None, "m", None),
         ("/mnt/models/m", "/mnt/models/m", None),
         ({"bucket_uri": "s3://b/m"}, "s3://b/m", None),
-        ("s3://anonymous@b/m", "s3://b/m", "needs credentials"),
+        ("s3://anonymous@b/m", "s3://b/m", None),
         ("gs://b/m", "gs://b/m", "runai-model-streamer[gcs]"),
         ("abfss://c@a.dfs.example.com/m", "abfss://c@a.dfs.example.com/m", "not abfss://"),
     ],
@@ -550,6 +557,8 @@ def test_where_weights_come_from(
     fleet, result = of_ray(tmp_path, loading)
     model = fleet.models["m"]
     assert model.model == weights
+    unsigned = {"RUNAI_STREAMER_S3_UNSIGNED": "1"} if "anonymous" in str(source) else {}
+    assert model.env == unsigned
     streamed = weights.startswith(("s3://", "gs://"))
     assert model.engine == ({"load_format": "runai_streamer"} if streamed else {})
     assert (why in result.stderr) if why else result.stderr == ""
