@@ -56,12 +56,16 @@ def _add_application(draft: Draft, application: Part) -> None:
 
 
 def _take_over(draft: Draft, application: Part) -> None:
-    draft.others.append(application.value)
-    if isinstance(application.value, dict) and application.value.get("route_prefix", "/") == "/":
+    """An application of another kind, as it is; ``/`` is the gateway's."""
+    value = application.value
+    if isinstance(value, dict) and value.get("route_prefix", "/") == "/":
+        name, place = value.get("name"), f"/{value.get('name')}"
+        value = {**value, "route_prefix": note(place, "/ is the gateway's.")}
         draft.leave_out(
-            application["route_prefix"].named(f"{application.value.get('name')}.route_prefix"),
-            "is '/', which the gateway needs: give this application another one",
+            application["route_prefix"].named(f"{name}.route_prefix"),
+            f"is '{place}' now: / is the gateway's",
         )
+    draft.others.append(value)
 
 
 def _add_args(draft: Draft, args: Part) -> None:

@@ -23,6 +23,7 @@ import yaml
 from click.testing import CliRunner, Result
 from harness import command
 from harness.processes import REPO
+from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config import foreign
 from serve_app.config.document import Fleet, load, parse_document
@@ -128,10 +129,12 @@ def write(tmp_path: Path, text: str, name: str = "theirs.yaml") -> Path:
 
 
 def converted(path: Path) -> tuple[Fleet, Result]:
-    """What our loader makes of the output."""
+    """What our loader makes of the output, which Serve takes too."""
     result = CliRunner().invoke(convert, [str(path)], catch_exceptions=False)
     assert result.exit_code == 0
-    return parse_document(yaml.safe_load(result.stdout), path), result
+    document = yaml.safe_load(result.stdout)
+    ServeDeploySchema.model_validate(document)
+    return parse_document(document, path), result
 
 
 def litellm(tmp_path: Path, models: list[dict[str, Any]], **sections: Any) -> tuple[Fleet, Result]:
@@ -589,10 +592,10 @@ def test_the_rest_of_a_serve_config_stays(tmp_path: Path) -> None:
     fleet, result = converted(write(tmp_path, yaml.safe_dump(document)))
     [model, taken, _] = fleet.document["applications"]
     assert fleet.port == 9000
-    assert taken == other
+    assert taken == other | {"route_prefix": "/other"}
     assert model["args"]["env"] == {"A": "1"}
     assert model["runtime_env"] == {"working_dir": "s3://code/x.zip"}
-    assert "give this application another one" in said(result, "other.route_prefix")
+    assert "is '/other' now" in said(result, "other.route_prefix")
     assert "at /v1" in said(result, "route_prefix")
 
 
