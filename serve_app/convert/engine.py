@@ -77,7 +77,7 @@ _GONE = {
 
 
 def add_environment(model: Model, part: Part) -> None:
-    """Put variables into the model's ``env``, but no secret.
+    """Put variables into the model's ``env``, but no secret, and none that it has already.
 
     Raises:
         ConfigError: not a mapping.
@@ -88,7 +88,7 @@ def add_environment(model: Model, part: Part) -> None:
         elif any(in_plain_text({name: value.value})) or holds_login(value.value):
             model.leave_out(value, "a secret, so it is not copied; set it where Ray runs")
         else:
-            model.put("env", name, value.value)
+            model.args.setdefault("env", {}).setdefault(name, value.value)
 
 
 def holds_login(value: Any) -> bool:

@@ -44,7 +44,10 @@ def convert(whole: Part) -> Draft:
 def _add_application(draft: Draft, application: Part) -> None:
     """One application of ``ray.serve.llm``: its models, and its ingress for our gateway."""
     before = len(draft.models)
-    _add_args(draft, application["args"].named("args"))
+    args = application["args"].named("args")
+    _add_args(draft, args)
+    if len(draft.models) == before:
+        raise args.wrong("has no llm_configs")
     for key, part in application.items():
         if key == "runtime_env":
             for model in draft.models[before:]:
@@ -330,13 +333,14 @@ def _actor(model: Model, options: Part) -> None:
 
 
 def _runtime_env(model: Model, part: Part) -> None:
+    """A runtime environment: the model's own goes before its application's."""
     for key, value in part.items():
         if key == "env_vars":
             engine.add_environment(model, value)
         elif engine.holds_login(value.value):
             model.leave_out(value, "an address with a password in it, so it is not copied")
         else:
-            model.more.setdefault("runtime_env", {})[key] = value.value
+            model.more.setdefault("runtime_env", {}).setdefault(key, value.value)
 
 
 def _lora(model: Model, part: Part) -> None:

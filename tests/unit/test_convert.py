@@ -584,8 +584,11 @@ def test_the_rest_of_a_serve_config_stays(tmp_path: Path) -> None:
     models = {
         "import_path": "ray.serve.llm:build_openai_app",
         "route_prefix": "/llm",
-        "runtime_env": {"env_vars": {"A": "1"}, "working_dir": "s3://code/x.zip"},
-        "args": {"llm_configs": [llm()]},
+        "runtime_env": {
+            "env_vars": {"A": "1", "B": "application"},
+            "working_dir": "s3://code/x.zip",
+        },
+        "args": {"llm_configs": [llm(runtime_env={"env_vars": {"B": "model"}})]},
     }
     other = {"name": "other", "import_path": "mine:app", "route_prefix": "/"}
     document = {"http_options": {"port": 9000}, "applications": [models, other]}
@@ -593,7 +596,7 @@ def test_the_rest_of_a_serve_config_stays(tmp_path: Path) -> None:
     [model, taken, _] = fleet.document["applications"]
     assert fleet.port == 9000
     assert taken == other | {"route_prefix": "/other"}
-    assert model["args"]["env"] == {"A": "1"}
+    assert model["args"]["env"] == {"A": "1", "B": "model"}
     assert model["runtime_env"] == {"working_dir": "s3://code/x.zip"}
     assert "is '/other' now" in said(result, "other.route_prefix")
     assert "at /v1" in said(result, "route_prefix")
@@ -702,6 +705,8 @@ def test_a_config_of_vllm_serve_is_one_model(tmp_path: Path) -> None:
         ("model_list:\n- {model_name: m, litellm_params: {model: vllm/a/b}}\nrouter_settings: 5",
          "3: router_settings must be a mapping"),
         ("llm_configs: []", "1: llm_configs must be a list with at least one entry"),
+        ("applications:\n- {import_path: ray.serve.llm:build_openai_app}",
+         "2: args has no llm_configs"),
         ("llm_configs:\n- 5", "2: an LLMConfig must be a mapping with 'model_loading_config'"),
         ("llm_configs: [nowhere.yaml]", "nowhere.yaml: no such file"),
         ("model_loading_config: {}", "1: model_loading_config.model_id is missing"),
