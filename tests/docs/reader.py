@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +23,7 @@ import pytest
 import ways
 import yaml
 from harness import shell
-from harness.documented import Command
+from harness.documented import Command, Shown
 from harness.manifests import CRD
 from harness.processes import REPO
 from kube_api import KubeAPI
@@ -84,6 +84,9 @@ class Reader:
         Raises:
             AssertionError: it does not work for a reader; the sentence says why.
         """
+        if here := _HERE_DOCUMENT.fullmatch(command.text):
+            self.writes(here[1], here[3])
+            return
         text = ways.filled_in(command)
         whole = "…" not in text and "..." not in text
         text = re.sub(r"…|\.\.\.", "", text)
@@ -101,6 +104,12 @@ class Reader:
                 raise NoWay(f"the shell cannot read it: {error}") from None
             for one in simple:
                 self._do(one, command, whole=whole)
+
+    def writes(self, name: str, text: str) -> None:
+        """A file that the page shows."""
+        if not name.startswith(("/", "~", "$")):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(text)
 
     def _value(self, name: str) -> str:
         return self.variables.get(name, name.lower())
@@ -185,14 +194,13 @@ class Reader:
     def _would_start(self, words: list[str]) -> None:
         """What `serve-app run` does before it starts anything."""
         context = ways.parse_click(cli.cli, "serve-app", words[1:], whole=True)
-        config = context.params.get("config")
-        if config is None or Path(config).suffix not in (".yaml", ".yml"):
-            return  # a model, for which tests/unit holds what is built
-        if not Path(config).exists():
-            raise NoWay(f"there is no {config}")
-        fleet = load(config)
-        if not context.params.get("no_check"):
-            refuse(fleet)
+        configs = [word for word in words[2:] if re.search(r"\.(ya?ml|json)$", word)]
+        saved = str(context.params.get("save"))  # a config that is made for models
+        for config in [c for c in configs if c != saved]:
+            self._must_exist([config])
+            fleet = load(config)
+            if not context.params.get("no_check"):
+                refuse(fleet)
 
     def _on_kubernetes(self, words: list[str], command: Command) -> None:
         context = ways.parse_click(cli.cli, "serve-app", words[1:], whole=True)
@@ -283,7 +291,7 @@ class Reader:
             target = arguments[arguments.index("--target") + 1]
             if not re.search(rf"^FROM .* AS {target}$", Path("Dockerfile").read_text(), re.M):
                 raise NoWay(f"the Dockerfile has no target {target}")
-        elif program in ("python", "python3"):
+        elif program.startswith("python"):
             self._python(arguments)
 
     def _must_exist(self, paths: list[str]) -> None:
@@ -319,6 +327,7 @@ class Reader:
                 raise NoWay(f"{' '.join(arguments[:2])} has no option {option}")
 
 
+_HERE_DOCUMENT = re.compile(r"cat >>? ?(\S+) <<-?\s*['\"]?(\w+)['\"]?\n(.*\n)\2", re.DOTALL)
 _BEFORE_PROGRAMS = {"xargs", "sudo", "nohup", "watch", "env"}
 _FILE_OPTIONS = {
     "kubectl": ("-f", "-k", "--filename", "--kustomize"),
@@ -345,11 +354,14 @@ def _is_a_path(word: str) -> bool:
     return bool(re.search(r"\.(ya?ml|py|txt|lock|sh|json|toml)$", word))
 
 
-def problems(commands: list[Command], reader: Reader) -> Iterator[str]:
+def problems(page: Sequence[Command | Shown], reader: Reader) -> Iterator[str]:
     """One paragraph for each command of a page that does not work."""
-    for command in commands:
+    for one in page:
+        if isinstance(one, Shown):
+            reader.writes(one.file, one.text)
+            continue
         try:
-            reader.types(command)
+            reader.types(one)
         except Exception as error:
             kind = "" if isinstance(error, NoWay) else f"{type(error).__name__}: "
-            yield f"{command.where}: {command.text}\n    {kind}{error}"
+            yield f"{one.where}: {one.text}\n    {kind}{error}"

@@ -15,6 +15,7 @@ from reader import Reader, problems
 
 @pytest.mark.parametrize("page", documented.PAGES + documented.COMMENTED)
 def test_every_command_works(page: str, tmp_path: Path) -> None:
+    things = [*documented.commands(page), *documented.files(page)]
     with Reader(tmp_path / "serve_app") as reader:
-        found = list(problems(documented.commands(page), reader))
+        found = list(problems(sorted(things, key=lambda thing: thing.line), reader))
     assert not found, "\n".join(["", *found])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from harness import shell
-from harness.documented import Command
+from harness.documented import Command, Shown
 from reader import Reader, problems
 from ways import ANSWERS
 
@@ -91,3 +91,13 @@ def test_a_line_is_taken_apart() -> None:
     ]
     assert found[2].environment == (("A", "1"),)
     assert (found[2].output, found[3].piped) == ("out", True)
+
+
+def test_files_that_a_page_shows_are_there_for_its_commands(reader: Reader) -> None:
+    here = "cat > made/a.yaml <<'EOF'\napplications: []\nEOF"
+    typed = Command("serve-app plan made/a.yaml", "page.md", 2)
+    [problem] = problems([Command(here, "page.md", 1), typed], reader)
+    assert "'applications' must be a list with at least one model" in problem
+    shown = Shown("nothing: 1\n", "page.md", 3, "b.yaml")
+    [problem] = problems([shown, Command("serve-app check b.yaml", "page.md", 4)], reader)
+    assert "it has no 'applications' list" in problem

@@ -66,6 +66,10 @@ ANSWERS = {
 """What a command within ``$(…)`` or ``<(…)`` prints; "" is for all others."""
 
 OWN_FILES = {
+    "model_list.yaml": """model_list:
+- model_name: llama
+  litellm_params: {model: hosted_vllm/meta-llama/Llama-3.1-8B-Instruct}
+""",
     "profile.yaml": "image: example.com/serve-app:0.1.0\n",
     "my-prices.yaml": "p5.48xlarge: 55.04\ng6e.12xlarge: 10.49\n",
 }
@@ -196,6 +200,8 @@ OTHERS = {
     "py-spy": "needs a process",
     "wrk": "needs a server",
     "ssh": "needs another machine",
+    "scp": "as ssh",
+    "openssl": "makes up a key",
     "http": "httpie, as curl",
     "wget": "as curl",
     "serve-app-haproxy": "Serve starts it",
@@ -233,9 +239,7 @@ def way_of(words: list[str], *, whole: bool) -> Way:
         return Way.MAKE
     if program == "curl":
         return Way.SERVER if whole and LOCAL.search(" ".join(words)) else Way.OTHER
-    if program in ("python", "python3"):
-        return Way.OTHER
-    if program in OTHERS:
+    if program in OTHERS or re.fullmatch(r"python[\d.]*", program):
         return Way.OTHER
     if program in SHELL:
         return Way.SHELL

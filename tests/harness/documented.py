@@ -72,6 +72,13 @@ class Command(Found):
 
 
 @dataclass(frozen=True)
+class Shown(Found):
+    """A block that a page gives a name of a file: the sentence before ends with "`file`:"."""
+
+    file: str
+
+
+@dataclass(frozen=True)
 class Link(Found):
     """``text`` is where it leads to."""
 
@@ -95,6 +102,17 @@ def blocks(page: str) -> list[Block]:
             line = token.map[0] + 1 + (token.type == "fence")
             language, *_ = token.info.split() or [""]
             found.append(Block(token.content, page, line, language))
+    return found
+
+
+def files(page: str) -> list[Shown]:
+    """The files that a page shows and a reader writes."""
+    found = []
+    tokens = [token for token in _tokens(page) if token.type in ("inline", "fence")]
+    for before, token in pairwise(tokens):
+        named = re.search(r"`([\w.-]+\.(?:ya?ml|json|py|toml))`[^`]*:$", before.content)
+        if token.type == "fence" and before.type == "inline" and named and token.map:
+            found.append(Shown(token.content, page, token.map[0] + 1, named[1]))
     return found
 
 
