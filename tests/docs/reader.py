@@ -130,6 +130,10 @@ class Reader:
             words = words[1:]
             while len(words) > 1 and words[0].startswith("-"):
                 words = words[1:]
+        for option, word in pairwise(words):
+            made = option in ("-o", "--output", "--save") or Path(word).exists()
+            if word in ways.OWN_CONFIGS and not made:
+                shutil.copy("configs/demo.yaml", word)
         # A name in a sentence, such as `serve-app deploy`, is not what a reader types.
         complete = whole and not (command.span and self._is_a_mention(words))
         way = ways.way_of(words, whole=complete)
@@ -282,11 +286,14 @@ class Reader:
             for option, value in pairwise(arguments)
             if option in _FILE_OPTIONS.get(program, ())
         ]
-        if program != "helm":
+        if program not in {"helm", "scp", *_RUN_OTHERS}:  # their words are paths elsewhere, or none
             named += [word for word in arguments if _is_a_path(word)]
         self._must_exist([n for n in named if n != "-" and "://" not in n])
         if program == "kubectl":
             self._judge(named)
+        elif program in _RUN_OTHERS and "serve-app" in arguments:
+            rest = arguments[arguments.index("serve-app") + 1 :]
+            ways.parse_click(cli.cli, "serve-app", rest, whole=True)
         elif program in ("docker", "podman") and "--target" in arguments:
             target = arguments[arguments.index("--target") + 1]
             if not re.search(rf"^FROM .* AS {target}$", Path("Dockerfile").read_text(), re.M):
@@ -329,6 +336,7 @@ class Reader:
 
 _HERE_DOCUMENT = re.compile(r"cat >>? ?(\S+) <<-?\s*['\"]?(\w+)['\"]?\n(.*\n)\2", re.DOTALL)
 _BEFORE_PROGRAMS = {"xargs", "sudo", "nohup", "watch", "env"}
+_RUN_OTHERS = {"docker", "podman", "uv", "uvx", "ssh"}
 _FILE_OPTIONS = {
     "kubectl": ("-f", "-k", "--filename", "--kustomize"),
     "helm": ("-f", "--values"),

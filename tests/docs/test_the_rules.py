@@ -35,6 +35,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         ("kubectl apply -k kuberay/monitorign", "there is no kuberay/monitorign"),
         ("helm install a b -f kuberay/values.yaml", "there is no kuberay/values.yaml"),
         ("docker build --target rocm .", "the Dockerfile has no target rocm"),
+        ("docker run a:1 serve-app rnu b.yaml", "`serve-app` has no command `rnu`"),
         ("python -m benchmarks.quick --armz bare", "-m benchmarks.quick has no option --armz"),
         ("python -m benchmarks.quik", "there is no module benchmarks.quik"),
         ("pip install -r requirements/nope.txt", "there is no requirements/nope.txt"),

@@ -75,6 +75,9 @@ OWN_FILES = {
 }
 """Files that a reader has written."""
 
+OWN_CONFIGS = {"fleet.yaml", "config.yaml"}
+"""Names for a reader's own config, which is as configs/demo.yaml where no command has made it."""
+
 
 def filled_in(command: Command) -> str:
     """The command with its placeholders replaced; alternatives become the first of them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -101,9 +100,3 @@ def test_deploy_asks_for_the_versions_that_are_rendered() -> None:
     # The load balancer controller deprecates v1beta1 from 3.5 on.
     assert found["LoadBalancerConfiguration"] == "gateway.k8s.aws/v1"
     assert found["TargetGroupConfiguration"] == "gateway.k8s.aws/v1"
-
-
-def test_every_path_of_the_repository_in_the_guide_exists() -> None:
-    named = set(re.findall(r"\bkuberay/[\w./-]+\.yaml|\bkuberay/monitoring\b", GUIDE))
-    assert "kuberay/monitoring" in named
-    assert [path for path in named if not Path(ROOT / path).exists()] == []
