@@ -182,6 +182,7 @@ def test_an_environment_that_is_not_whole_is_made_anew(
         return Interrupted()
 
     monkeypatch.setattr(install, "new_environment", new)
+    monkeypatch.setattr(install, "compile_large", lambda into, lock: steps.append("compiled"))
     for Interrupted.left in (0, 1):
         with pytest.raises(KeyboardInterrupt):
             install.install(into)
@@ -189,9 +190,25 @@ def test_an_environment_that_is_not_whole_is_made_anew(
     Interrupted.left = 9
     install.install(into)
     assert (into / install.READY).exists()
+    assert steps[-1] == "compiled"
     steps.append("not again")
     install.install(into)
     assert steps[-1] == "not again"
+
+
+def test_what_servers_import_is_compiled_and_what_they_do_not_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    into = tmp_path / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", into], check=True)
+    [packages] = into.glob("lib/python3*/site-packages")
+    for name in ("torch/a.py", "torch/testing/b.py", "vllm/wrong.py", "kubernetes/c.py"):
+        (packages / name).parent.mkdir(parents=True, exist_ok=True)
+        (packages / name).write_text("1 +" if "wrong" in name else "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    install.compile_large(into, _lock(tmp_path))
+    assert [p.name.split(".")[0] for p in packages.rglob("*.pyc")] == ["a"]
 
 
 # ------------------------------------------------------------------------ what is lacking
