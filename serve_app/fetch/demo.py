@@ -11,7 +11,7 @@ from rich.filesize import decimal
 
 from serve_app.errors import UserError
 from serve_app.fetch import kept
-from serve_app.fetch.folders import exclusive, install, is_complete, progress_on, say, seal
+from serve_app.fetch.folders import exclusive, install, is_complete, progress_on, say, seal, size_of
 from serve_app.fetch.sources import (
     DEMO_MODELS,
     DemoModel,
@@ -71,7 +71,7 @@ def _fetch_missing(root: Path, downloads: Path, console: Console) -> None:
                 build = work / model.name
                 if is_complete(kept.folder(model.name)) and kept.take(model.name, build):
                     source = str(kept.folder(model.name))
-                    size = sum(file.stat().st_size for file in build.rglob("*") if file.is_file())
+                    size = size_of(build)
                 else:
                     source = _from_either(model, build, downloads, work, meter, hub_problem())
                     size = seal(build, source, model.repo, meter)

@@ -46,6 +46,12 @@ def is_complete(folder: Path) -> bool:
         return False  # no manifest, or not one that this program wrote
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of a complete model folder, without its manifest."""
+    files = json.loads((folder / MANIFEST).read_bytes())["files"]
+    return sum(entry["bytes"] for entry in files.values())
+
+
 def _is_intact(path: Path, entry: dict[str, Any]) -> bool:
     stat = path.stat()
     return bool(stat.st_size == entry["bytes"]) and (

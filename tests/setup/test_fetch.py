@@ -368,6 +368,7 @@ def test_neither_source_is_one_sentence_that_says_what_to_do(
 def test_with_no_network_at_all_the_real_sources_say_one_line(tmp_path: Path) -> None:
     run = run_script(
         tmp_path,
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
         HF_ENDPOINT="http://127.0.0.1:9",
         HF_HUB_OFFLINE="0",
         NO_PROXY="127.0.0.1",
