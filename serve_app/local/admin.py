@@ -23,7 +23,7 @@ def broadcast(model: str, action: str, connection: Connection) -> list[tuple[str
     with connection.entered():
         from serve_app.cluster import serve
 
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # importing Serve sets it
+        logging.disable(logging.INFO)  # Serve sets its logger's level anew with each handle
         refuse(model, serve.applications(serve.report() or {}))
         return sorted(serve.handle(DEPLOYMENT, model).broadcast("admin", action).results())
 
