@@ -211,7 +211,7 @@ def engine_problems(engine: dict[str, Any], env: Mapping[str, Any]) -> Iterator[
 
     ``env`` is the model's; with VLLM_PLUGINS in it, a plugin may add to vLLM's registries.
     """
-    elsewhere = {key: hint for key in engine if (hint := _belongs(key, engine[key], "engine"))}
+    elsewhere = {key: hint for key in engine if (hint := _belongs(key, engine, "engine"))}
     yield from (
         f"engine.{key} is not an argument of vLLM; {hint}" for key, hint in elsewhere.items()
     )
@@ -219,16 +219,18 @@ def engine_problems(engine: dict[str, Any], env: Mapping[str, Any]) -> Iterator[
     yield from engine_args.problems(rest, plugins="VLLM_PLUGINS" in env)
 
 
-def _belongs(key: Any, value: Any, under: str) -> str | None:
-    """Where a key that is not known ``under`` a setting belongs, and the line to write there."""
-    name = engine_args.undashed(str(key))
+def _belongs(key: Any, unknown: Mapping[Any, Any], under: str) -> str | None:
+    """Where one of the keys that are not known ``under`` a setting belongs, and what to write."""
+    name, value = engine_args.undashed(str(key)), unknown[key]
     if name == "num_gpus":
         return (
             "a replica has as many GPUs as its engine asks for: set engine.tensor_parallel_size, "
             f"`{_line('engine', {'tensor_parallel_size': value})}`"
         )
     if under != "engine" and name in engine_args.table():
-        return f"put it under engine: `{_line('engine', {name: value})}`"
+        named = {engine_args.undashed(str(k)): v for k, v in unknown.items()}
+        all_of_them = {k: v for k, v in named.items() if k in engine_args.table()}
+        return f"put it under engine: `{_line('engine', all_of_them)}`"
     for group, settings in (("resources", Resources), ("autoscaling", Autoscaling)):
         if under != group and name in settings.model_fields:
             return f"put it under {group}: `{_line(group, {name: value})}`"
@@ -239,8 +241,9 @@ def _belongs(key: Any, value: Any, under: str) -> str | None:
 
 def _line(key: str, value: Any) -> str:
     """``key: value`` as one line of YAML, without what would make it too long to read."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=1 << 20).split("\n")[0]
-    return f"{key}: {text if len(text) <= 80 else '…'}"
+    flow = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=1 << 20)
+    text = flow.split("\n")[0]
+    return f"{key}: {text if len(text) <= 100 else '…'}"
 
 
 def _as_text(value: Any) -> Any:
@@ -335,7 +338,12 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     key = ".".join(str(part) for part in loc)
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
-        if settings is ModelConfig and (hint := _belongs(loc[-1], value, _parent(loc))):
+        unknown = {
+            e["loc"][-1]: e["input"]
+            for e in error.errors(include_url=False)
+            if e["type"] == kind and e["loc"][:-1] == loc[:-1]
+        }
+        if settings is ModelConfig and (hint := _belongs(loc[-1], unknown, _parent(loc))):
             return f"'{key}' is not a setting; {hint}"
         known = _keys_at(settings, loc[:-1])
         return (

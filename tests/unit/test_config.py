@@ -429,6 +429,11 @@ def test_a_plugin_may_add_to_vllms_registries() -> None:
             "`engine: {max_model_len: 8192}`",
         ),
         (
+            {"max_model_len": 8192, "gpu-memory-utilization": 0.9, "num_cpus": 2},
+            "'max_model_len' is not a setting; put it under engine: "
+            "`engine: {max_model_len: 8192, gpu_memory_utilization: 0.9}`",
+        ),
+        (
             {"--tensor-parallel-size": 2},
             "'--tensor-parallel-size' is not a setting; put it under engine: "
             "`engine: {tensor_parallel_size: 2}`",
