@@ -35,6 +35,7 @@ demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=
 
 ROOMS := $(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
+AT_A_SERVER := tests/docs/test_at_a_server.py
 
 ALONE := tests/cluster/test_second_terminal.py tests/cluster/test_placement_cluster.py
 
@@ -44,9 +45,10 @@ test: venv  ## lint, types and every test that a CPU can run
 	@mkdir -p .cache && rm -f .cache/left-out
 	@# tests/kube waits more than it works, so it runs beside the others.
 	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; trap "kill $$kube 2> /dev/null" EXIT INT TERM; \
-	  $(TESTS) tests/unit tests/gateway tests/vllm tests/setup; others=$$?; \
+	  $(TESTS) tests/unit tests/gateway tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
 	  wait $$kube; kube=$$?; cat .cache/kube.log; exit $$((others || kube))
-	@$(TESTS) tests/cluster $(ALONE:%=--ignore %)  # connected to a Ray
+	@# The documentation's server first: it is gone when the one of tests/cluster starts.
+	@$(TESTS) $(AT_A_SERVER) tests/cluster $(ALONE:%=--ignore %)  # connected to a Ray
 	@$(TESTS) $(ALONE)  # beside one on Ray's usual port; then connected to another
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
 

@@ -15,8 +15,8 @@ import pytest
 from harness import processes, servers
 from harness.servers import BareVllm, Cluster, ModelPort
 
-_ENGINES = {"cluster", "bare_chat", "bare_embed", "other"}
-"""Fixtures of tests/cluster that start Ray or real engines."""
+_ENGINES = {"cluster", "bare_chat", "bare_embed", "other", "demo_server"}
+"""Fixtures of tests/cluster and tests/docs that start Ray or real engines."""
 
 _SLOW = {
     Path(__file__).parent / "slow": 1800,  # several engines start, 30 to 190 s each
