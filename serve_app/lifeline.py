@@ -50,14 +50,11 @@ def interrupt_with_parent() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def tie_children(then: str = "pass") -> None:
+def tie_children() -> None:
     """Have the kernel end the processes that this one spawns as soon as this one is gone.
 
     Without this, vLLM's EngineCore keeps the GPU after a SIGKILL of its replica (vllm#55510). The
     tie is the child's first statement. A child's own children are tied if the child calls this too.
-
-    Args:
-        then: the child's next statements, on one line.
     """
     plain = spawn.get_command_line
     if plain.__module__ == __name__ or not sys.platform.startswith("linux"):
@@ -70,7 +67,7 @@ def tie_children(then: str = "pass") -> None:
         command[program] = (
             "import ctypes, os; "
             f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {signal.SIGKILL:d}, 0, 0, 0); "
-            f"os.getppid() == {os.getpid()} or os._exit(1); {then}; {command[program]}"
+            f"os.getppid() == {os.getpid()} or os._exit(1); {command[program]}"
         )
         return command
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from unittest import mock
 import pytest
 from vllm import envs
 from vllm.utils import system_utils
-from vllm.v1.engine.core import EngineCoreProc
 
 from serve_app import gateway, model
 from serve_app.cluster import serve
@@ -19,7 +17,6 @@ from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.replica.engine import parse_args
-from serve_app.replica.start import supervision
 
 
 def _config(**settings: object) -> ModelConfig:
@@ -94,10 +91,3 @@ def test_in_a_replica_vllm_spawns_its_processes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(serve.ray, "get_runtime_context", lambda: context)
     monkeypatch.setenv("RAY_ADDRESS", "")
     assert system_utils.get_mp_context().get_start_method() == "spawn"
-
-
-def test_a_process_of_the_engine_first_imports_what_it_runs() -> None:
-
-    assert f"__import__('{EngineCoreProc.run_engine_core.__module__}')" in supervision.IMPORTS
-    exec(supervision.IMPORTS, {})
-    assert gc.isenabled()

@@ -22,14 +22,6 @@ from serve_app.replica.start.watch import StartWatch
 logger = logging.getLogger("ray.serve")
 
 
-IMPORTS = (
-    "import gc, importlib.util; gc.disable(); "
-    "importlib.util.find_spec('vllm') and __import__('vllm.v1.engine.core'); gc.enable()"
-)
-"""What a process of the engine does first. Imports make many objects and hardly any garbage, and
-the collector that looks through them again and again takes a quarter of the imports' CPU time."""
-
-
 @contextmanager
 def supervised(config: ModelConfig, application: str, replica: str) -> Iterator[None]:
     """Supervise the engine that the ``with`` block starts in the replica of this id.
@@ -37,8 +29,10 @@ def supervised(config: ModelConfig, application: str, replica: str) -> Iterator[
     Raises:
         UserError: why the block failed, in one sentence.
     """
-    lifeline.tie_children(then=IMPORTS)
-    gc.disable()  # for the imports here
+    lifeline.tie_children()
+    # vLLM's imports make many objects and hardly any garbage: the collector, which looks through
+    # them again and again, would take a quarter of the imports' CPU time.
+    gc.disable()
     with (
         tempfile.TemporaryDirectory(prefix="serve-app-") as folder,
         Progress(replica, Path(folder) / PHASE) as progress,
