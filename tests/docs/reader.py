@@ -208,7 +208,7 @@ class Reader:
 
     def _on_kubernetes(self, words: list[str], command: Command) -> None:
         context = ways.parse_click(cli.cli, "serve-app", words[1:], whole=True)
-        kube, name = self._cluster(), context.params.get("name")
+        kube, name = self._cluster(), ways.service_of(context)
         if name is not None:
             self._must_run(kube, name, revisions=2 if words[1] == "rollback" else 1)
         if words[1] == "logs":

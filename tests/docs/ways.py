@@ -10,6 +10,7 @@ from enum import Enum
 
 import click
 from harness.documented import Command
+from harness.processes import REPO
 
 from serve_app.cli import cli
 
@@ -102,8 +103,6 @@ def filled_in(command: Command) -> str:
 _FILES = {"plan", "check", "render", "validate", "convert", "completion", "fetch"}
 _AT_A_SERVER = {"status", "logs", "reload", "stop", "admin", "chat", "env"}
 _RAY_AT_A_SERVER = {("serve", "status"), ("serve", "config"), ("ray", "status")}
-RAY_IS_REACHED = "env" in cli.commands
-"""Whether Ray's own commands, `serve-app admin` and `check --cluster` reach a `serve-app run`."""
 
 _PARSED = {
     "clean-processes": "it would end processes; tests/slow/test_life_and_death.py runs it",
@@ -152,16 +151,26 @@ def parse_click(
         raise NoWay(f"`{program}`: {error.format_message()}") from None
 
 
+def service_of(context: click.Context) -> str | None:
+    """The RayService that a command names: a fleet of ours is called as its config's file.
+
+    `serve-app logs` takes a model of this machine's server in the same place.
+    """
+    if "names" not in context.params:
+        return context.params.get("name")
+    first = next(iter(context.params["names"]), None)
+    return first if first and (REPO / f"configs/{first}.yaml").exists() else None
+
+
 def _way_of_ours(words: list[str], *, whole: bool) -> Way:
     context = parse_click(cli, "serve-app", words[1:], whole=whole)
     name = next((word for word in words[1:] if not word.startswith("-")), None)
     if name is None or not context.params:
         return Way.FILES if name is None or "--help" in words else Way.PARSED
-    if "kubeconfig" in context.params and context.params.get("name", name) is not None:
+    if "kubeconfig" in context.params and (name not in _AT_A_SERVER or service_of(context)):
         return Way.KUBERNETES
     if name in _AT_A_SERVER or context.params.get("ask_cluster"):
-        reached = RAY_IS_REACHED or not (name == "admin" or context.params.get("ask_cluster"))
-        return Way.SERVER if reached else Way.PARSED
+        return Way.SERVER
     if name == "run":
         return Way.START
     if name in _PARSED and words[1:] != ["fetch", "demo"]:
@@ -258,4 +267,4 @@ def _way_of_rays(words: list[str], *, whole: bool) -> Way:
     from ray.serve.scripts import cli as serve
 
     parse_click(ray if words[0] == "ray" else serve, words[0], words[1:], whole=whole)
-    return Way.SERVER if RAY_IS_REACHED and tuple(words[:2]) in _RAY_AT_A_SERVER else Way.PARSED
+    return Way.SERVER if tuple(words[:2]) in _RAY_AT_A_SERVER else Way.PARSED
