@@ -94,8 +94,8 @@ def install(into: Path) -> None:
             flush=True,
         )
         locked = ["--require-hashes"]
-        for lock in ("cpu.lock", "dev.lock"):
-            locked += ["-r", str(REPO / "requirements" / lock)]
+        for name in ("cpu.lock", "dev.lock"):
+            locked += ["-r", str(REPO / "requirements" / name)]
         if torch.arguments:
             try:
                 uv.install(f"torch=={TORCH}+cpu", *torch.arguments)
