@@ -25,6 +25,10 @@ def environment(config: ModelConfig) -> dict[str, str]:
         if config.tensor_parallel_size * config.pipeline_parallel_size == 1:
             # The worker runs inside EngineCore: one process and one import of torch less.
             env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        if config.engine.get("enforce_eager"):
+            # vLLM then compiles no model, but some of its functions still compile themselves, with
+            # a C++ compiler and for seconds, when the first request comes.
+            env["TORCHDYNAMO_DISABLE"] = "1"
         # Ray would set it to num_cpus, which is only the reservation. One core is left to the
         # front end, as in vLLM's own binding: a batch's threads wait for the one thread that has
         # to share its core.
