@@ -67,7 +67,9 @@ class Connection:
         Raises:
             UserError: the cluster does not answer within 5 s.
         """
-        self.dashboard()  # which the GCS tells: so it answers
+        head.refuse_gone(self.address, self.given_by)
+        if not self.address.startswith("ray://"):
+            self._within(_PATIENCE_S, self._ask_gcs)
         import ray
 
         try:
@@ -78,6 +80,11 @@ class Connection:
             yield
         finally:
             ray.shutdown()
+
+    def _ask_gcs(self) -> None:
+        from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+
+        GcsClient(address=self.address)  # it asks for the cluster's id
 
     def serve(self) -> Any:
         """Ray's client for the Serve part of the dashboard (``ServeSubmissionClient``).

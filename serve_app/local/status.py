@@ -30,7 +30,8 @@ def show(server: Server, console: Console) -> bool:
         ready = endpoint.ready()
         started_by = f"serve-app run, pid {server.run.pid}"
         if ready is None:
-            console.print(f"{endpoint.url} does not answer yet: it is starting ({started_by})")
+            said = f"{endpoint.url} does not answer yet: it is starting ({started_by})"
+            console.print(said, highlight=False, soft_wrap=True)
             return False
         models = ready["models"]
     else:
