@@ -152,7 +152,9 @@ def _intent(name: str, before: Mapping[str, Application], changed: Mapping[str, 
 
 
 def _plain(application: Mapping[str, Any]) -> dict[str, Any]:
-    """An application's config as Serve keeps it, without what was not set."""
+    """An application's config as Serve keeps it, without what was not set; empty if unknown."""
+    if not application:  # deployed by code, or going
+        return {}
     from ray.serve.schema import ServeApplicationSchema
 
     parsed = ServeApplicationSchema.model_validate(dict(application))

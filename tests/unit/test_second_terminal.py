@@ -381,6 +381,12 @@ def test_what_a_reload_did_is_told_by_the_replicas(
     assert reload._outcome(before, now, changed) == said
 
 
+def test_an_application_that_was_deployed_by_code_has_no_config_to_compare() -> None:
+    written = {"name": "m", "import_path": "serve_app.model:app", "args": {"model": "x"}}
+    assert reload._plain({}) == {} != reload._plain(written)
+    assert reload._plain(written | {"route_prefix": None})["route_prefix"] is None
+
+
 def test_a_changed_file_is_seen_once_and_not_between_delete_and_rename(tmp_path: Path) -> None:
     file = tmp_path / "fleet.yaml"
     file.write_text("one")
