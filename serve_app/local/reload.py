@@ -108,7 +108,7 @@ def _follow(
             if application is not None and application.status in _UNSETTLED:
                 starting = (ready["models"].get(name) or {}).get("starting") or []
                 phase = starting[-1]["phase"] if starting else application.status.lower()
-                if phases.get(name) != phase:
+                if changed.get(name, True) and phases.get(name) != phase:
                     phases[name] = phase
                     tell(f"{name}: {phase}")
                 continue
