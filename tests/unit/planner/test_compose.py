@@ -140,7 +140,7 @@ def test_pipeline_stages_that_are_asked_for_are_the_layout() -> None:
             "with an AWQ or GPTQ int4 checkpoint",
         ),
         ([LLAMA_8B, LLAMA_8B], ["H100"] * 2, {}, "is named twice; name it once"),
-        ([LLAMA_8B], ["H100"], {"gpu_memory_utilization": 2.0}, "gpu_memory_utilization is 2,"),
+        ([LLAMA_8B], ["H100"], {"gpu_memory_utilization": 2.0}, "gpu_memory_utilization is 2.0,"),
     ],
 )
 def test_what_does_not_fit_is_said_with_numbers(
