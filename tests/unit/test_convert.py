@@ -531,7 +531,7 @@ def test_what_each_field_becomes(
         ({"runtime_env": {"env_vars": {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}}},
          "runtime_env.env_vars.RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "not needed"),
         ({"callback_config": {"callback_class": "a.B"}}, "callback_config", "no counterpart"),
-        ({"engine_kwargs": {"hf_token": "x"}}, "engine_kwargs.hf_token", "environment"),
+        ({"engine_kwargs": {"hf_token": "x"}}, "engine_kwargs.hf_token", "set HF_TOKEN where"),
         ({"engine_kwargs": {"ssl_keyfile": "x"}}, "engine_kwargs.ssl_keyfile", "own server"),
     ],
 )  # fmt: skip
