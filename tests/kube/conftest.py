@@ -13,7 +13,7 @@ from harness.manifests import CRD
 from kube_api import KubeAPI
 from operator_model import Operator
 
-from serve_app.kuberay import cli
+from serve_app.cli import cli
 from serve_app.kuberay.live import follow, upgrade
 from serve_app.kuberay.validate import schema
 
@@ -52,7 +52,7 @@ def run(kubeconfig: Path) -> Callable[..., Result]:
 
     def run(command: str, *args: str) -> Result:
         return CliRunner().invoke(
-            getattr(cli, command),
+            cli.commands[command],
             [*args, "--kubeconfig", str(kubeconfig)],
             catch_exceptions=False,
         )

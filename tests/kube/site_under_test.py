@@ -22,8 +22,8 @@ from controllers import Refused, evict
 from harness.manifests import ROOT
 from operator_model import Operator
 
+from serve_app.cli import cli
 from serve_app.errors import UserError
-from serve_app.kuberay import cli
 from serve_app.kuberay.live import state
 from serve_app.kuberay.live.api_server import APIServer
 from serve_app.kuberay.live.target import Target
@@ -103,7 +103,7 @@ class Site:
     # --- commands ---
 
     def run(self, command: str, *args: str) -> Said:
-        result = CliRunner().invoke(getattr(cli, command), [*args, *self.options])
+        result = CliRunner().invoke(cli.commands[command], [*args, *self.options])
         if isinstance(result.exception, UserError):
             return Said(f"{result.output}{result.exception}", 2)
         if result.exception and not isinstance(result.exception, SystemExit):

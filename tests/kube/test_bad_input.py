@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 from harness.manifests import ROOT
 
+from serve_app.cli import cli
 from serve_app.errors import UserError
-from serve_app.kuberay import cli
 
 CONFIG = ROOT / "configs/llama70b.yaml"
 
@@ -19,7 +19,7 @@ CONFIG = ROOT / "configs/llama70b.yaml"
 def said(command: str, *args: str) -> str:
     """The one line with which a command refuses."""
     with pytest.raises(UserError) as caught:
-        CliRunner().invoke(getattr(cli, command), list(args), catch_exceptions=False)
+        CliRunner().invoke(cli.commands[command], list(args), catch_exceptions=False)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

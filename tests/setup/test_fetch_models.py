@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from serve_app import lifeline
 from serve_app.config.names import MANIFEST, repo_of
 from serve_app.fetch.folders import is_complete
 
@@ -148,6 +149,7 @@ def start(hub: Hub, root: Path, *arguments: str, **env: str) -> subprocess.Popen
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lifeline.interrupt_with_parent,
     )
 
 
