@@ -180,8 +180,9 @@ def _running() -> set[str]:
         except OSError:
             continue  # gone, or not ours to read
         if Path(first).name == "raylet":
-            marks = (argument.partition("--gcs-address=")[2] for argument in rest)
-            found |= {mark for mark in marks if mark}
+            # It also has whole commands for its workers as arguments, which name the address again.
+            flag = "--gcs-address="
+            found |= {one.removeprefix(flag) for one in rest if one.startswith(flag)}
     return found
 
 

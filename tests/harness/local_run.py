@@ -118,6 +118,7 @@ class Demo(Run):
         text = self.config.read_text()
         assert "port: 8000" in text
         self.config.write_text(text.replace("port: 8000", f"port: {self.port}"))
+        self.command = [str(BIN / "serve-app"), "run", str(self.config)]
         self.name = "all-minilm-l6-v2"
         self.out = checkout / "out-of-the-server"
         self.env = {}
