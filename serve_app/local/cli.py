@@ -140,7 +140,7 @@ def chat(
     if message is None and sys.stdin.isatty():
         converse(server, id, system)
     else:
-        once(server, id, system, sys.stdin.read() if message is None else message)
+        once(server, id, system, sys.stdin.read().strip() if message is None else message)
 
 
 def _endpoint_url(port: int | None) -> str:

@@ -137,7 +137,7 @@ def test_what_is_piped_in_is_asked_of_the_only_chat_model(
     assert said(monkeypatch, capsys, "--port", server.port, stdin="hi\n") == "Paris.\n"
     [asked] = server.asked
     assert (asked["model"], asked["stream"]) == ("smol", True)
-    assert asked["messages"] == [{"role": "user", "content": "hi\n"}]
+    assert asked["messages"] == [{"role": "user", "content": "hi"}]
 
 
 def test_a_message_a_system_prompt_and_a_named_model(
