@@ -39,6 +39,11 @@ def sentence_in(report: str) -> str:
     return " ".join((ours if len(ours) > 1 else lines or [""])[-1].split())
 
 
+def first_line(error: object) -> str:
+    """The first line of what another program said, for a sentence of ours."""
+    return (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+
+
 def envelope(
     message: str, type: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from serve_app.errors import UserError
+from serve_app.errors import UserError, first_line
 from serve_app.local import found
 
 
@@ -161,15 +161,11 @@ def _kubectl(resource: str) -> list[dict[str, Any]]:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"kubectl get {resource}: {_first_line(error)}") from None
+        raise UserError(f"kubectl get {resource}: {first_line(error)}") from None
     if done.returncode:
         raise UserError(f"kubectl get {resource}: {_last_line(done.stderr)}")
     items: list[dict[str, Any]] = json.loads(done.stdout).get("items") or []
     return items
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:200]
 
 
 def _last_line(text: str) -> str:

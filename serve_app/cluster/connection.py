@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from serve_app import addresses
 from serve_app.cluster import head
-from serve_app.errors import UserError
+from serve_app.errors import UserError, first_line
 
 _PATIENCE_S = 5.0
 """Seconds that a cluster has to answer. Ray itself would wait for minutes."""
@@ -75,7 +75,7 @@ class Connection:
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-            raise head.silent(self.address, self.given_by, _first_line(error)) from None
+            raise head.silent(self.address, self.given_by, first_line(error)) from None
         try:
             yield
         finally:
@@ -128,7 +128,7 @@ class Connection:
                 f"the Ray cluster at {self.address} ({self.given_by}) asks for a token that this "
                 "user does not have; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to it"
             )
-        why = _first_line(problems[0]) if problems else f"no answer in {seconds:.0f} s"
+        why = first_line(problems[0]) if problems else f"no answer in {seconds:.0f} s"
         raise head.silent(self.address, self.given_by, why)
 
     def _host(self) -> str:
@@ -146,15 +146,20 @@ class Connection:
         return self._is_loopback() or addresses.is_here(self._host())
 
 
+def by_environment() -> Connection | None:
+    """The cluster that RAY_ADDRESS names; None where it leaves the choice to whoever asks."""
+    given = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if given in ("", "auto", "local") else Connection(given, "RAY_ADDRESS")
+
+
 def at_hand() -> Connection | None:
     """The cluster of RAY_ADDRESS, of this machine's ``ray start``, or the one that runs here.
 
     Raises:
         UserError: several run here.
     """
-    given = os.environ.get("RAY_ADDRESS", "").strip()
-    if given not in ("", "auto", "local"):
-        return Connection(given, "RAY_ADDRESS")
+    if named := by_environment():
+        return named
     if recorded := head.recorded_address():
         found = Connection(recorded, head.RECORDED)
         with suppress(UserError):  # the record outlives its cluster
@@ -195,7 +200,3 @@ def token() -> str | None:
         return (Path(path) if path else Path.home() / ".ray" / "auth_token").read_text().strip()
     except (OSError, RuntimeError):
         return None
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0][:200]

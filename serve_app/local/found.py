@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from serve_app import addresses
-from serve_app.cluster.connection import Connection, at_hand
+from serve_app.cluster.connection import Connection, at_hand, by_environment
 from serve_app.errors import UserError
 from serve_app.local import instance, runs
 from serve_app.local.endpoint import Endpoint
@@ -72,8 +71,8 @@ def here(port: int | None = None) -> Server | None:
             there = ", ".join(str(run.port) for run in all_runs) or "none"
             raise UserError(f"no serve-app run has port {port} here (ports: {there})")
         return of(chosen[0])
-    if os.environ.get("RAY_ADDRESS", "").strip() not in ("", "auto", "local"):
-        return Server(None, at_hand())
+    if named := by_environment():
+        return Server(None, named)
     if len(all_runs) > 1:
         ports = ", ".join(str(run.port) for run in all_runs)
         raise UserError(f"{len(all_runs)} servers run here; name one by --port (ports: {ports})")
