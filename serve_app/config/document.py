@@ -61,6 +61,14 @@ class Fleet:
         """Whether the endpoint listens on IPv6, as in clusters whose pods have IPv6 addresses."""
         return self.host == ANY_IPV6
 
+    def require_gateway(self) -> None:
+        """Raise ConfigError if no client could reach a model."""
+        if self.gateway is None:
+            raise ConfigError(
+                f"{self.path}: there is no gateway; add an application with "
+                f"import_path {GATEWAY_IMPORT_PATH} and route_prefix /"
+            )
+
     def on_port(self, port: int) -> Fleet:
         """A copy with another ``http_options.port``."""
         options = self.http_options | {"port": port}

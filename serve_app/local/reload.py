@@ -47,10 +47,7 @@ def reload(
     Raises:
         UserError: the config cannot work, the server does not answer, or Serve refuses the config.
     """
-    if fleet.gateway is None:
-        raise UserError(
-            f"{fleet.path}: there is no gateway, so nobody could reach the models any more"
-        )
+    fleet.require_gateway()
     if check:
         check_model.refuse(fleet)
         if server.run is not None and server.run.ray_address is None:

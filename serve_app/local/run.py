@@ -59,11 +59,7 @@ def run(
             names a cluster that is silent or serves something, no model came up, or ``serve run``
             ended by itself.
     """
-    if fleet.gateway is None:
-        raise UserError(
-            f"{fleet.path}: there is no gateway; add an application with "
-            "import_path serve_app.gateway:app and route_prefix /"
-        )
+    fleet.require_gateway()
     if port is not None:
         fleet = fleet.on_port(port)
     cluster = named_cluster()
