@@ -28,6 +28,7 @@ OWNED = {
     "model_tag": "set `model` beside `engine`",
     "served_model_name": "the application's name is the model id; list further ids in `served_as`",
     "lora_modules": "list adapters in `adapters`",
+    "api_server_count": "set `frontends` beside `engine`",
     "api_key": "the model server is closed to everything but the gateway",
     "hf_token": "set HF_TOKEN where the server is started, so that the token is in no config",
     "host": "the model server binds to the node's address",
@@ -44,7 +45,7 @@ OWNED = {
 }
 # Arguments of vLLM's own HTTP server and process set-up, which does not run here.
 SERVER_ONLY = {
-    "help", "headless", "api_server_count", "config", "grpc", "uds", "uvicorn_log_level",
+    "help", "headless", "config", "grpc", "uds", "uvicorn_log_level",
     "disable_uvicorn_access_log", "disable_access_log_for_endpoints", "root_path", "middleware",
     "allow_credentials", "allowed_origins", "allowed_methods", "allowed_headers",
     "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "enable_ssl_refresh", "ssl_cert_reqs",
