@@ -30,6 +30,8 @@ class GPU:
     """Compute capability times ten: 90 for Hopper."""
     ray_name: str | None
     """Its name in ``resources.accelerator_type``."""
+    bandwidth: float = 0.0
+    """Bytes per second of its memory, as published; 0 where it is not known here."""
     measured: bool = False
     """Whether the planner's constants were measured on it."""
 
@@ -81,6 +83,7 @@ def gpus() -> dict[str, GPU]:
             memory_bytes=int(row["memory_gib"] * GIB),
             capability=row["capability"],
             ray_name=row.get("ray_name"),
+            bandwidth=row["bandwidth_gb_s"] * 1e9,
             measured=row.get("measured", False),
         )
         for row in rows

@@ -57,6 +57,9 @@ CONTEXT_BYTES = 527 * MIB
 """Memory of the CUDA context, taken before the first snapshot. It must be free beside the budget
 (vllm/v1/worker/utils.py:516)."""
 
+FRONT_END_BYTES = int(1.1 * GIB)
+"""Host memory of one more front end: 1.06 GiB in vLLM's API servers, mostly imports."""
+
 # ------------------------------------------------------------------------------------------------
 
 MLA_WORKSPACE_TOKENS = 64 * 1024  # mla_attention.py:2176
