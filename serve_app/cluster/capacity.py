@@ -41,6 +41,14 @@ def nodes() -> list[Node]:
     return sorted(found, key=lambda node: (-node.total.get("GPU", 0), node.name))
 
 
+def here() -> Resources:
+    """All that the node has on which this process runs, a replica's or an engine's."""
+    import ray
+
+    mine = ray.get_runtime_context().get_node_id()
+    return next((dict(it["Resources"]) for it in ray.nodes() if it["NodeID"] == mine), {})
+
+
 def may_grow() -> bool:
     """Whether something outside Ray may add nodes to this cluster (KubeRay, ``ray up``).
 

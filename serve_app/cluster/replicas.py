@@ -8,12 +8,24 @@ interface, but under HAProxy Serve refuses one for an application's only deploym
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ray.serve._private.common import DeploymentID
 from ray.serve._private.long_poll import LongPollClient, LongPollNamespace
 
-from serve_app.cluster import serve
+from serve_app.cluster import front_end_ids, serve
+
+
+def addresses(replica: str, metadata: Mapping[str, Any]) -> dict[str, tuple[str, int]]:
+    """``{front end id: (host, port)}`` of a replica.
+
+    Args:
+        metadata: what ``ModelServer.record_replica_metadata`` returned. Images before this one
+            have one front end, and no ``ports``.
+    """
+    ports = metadata.get("ports", [metadata["port"]])
+    return {front_end_ids.of(replica, n): (metadata["host"], port) for n, port in enumerate(ports)}
 
 
 class Board(Protocol):
@@ -25,7 +37,7 @@ class Board(Protocol):
         running: dict[str, tuple[str, int]],
         max_model_len: int | None = None,
     ) -> None:
-        """An application's replicas are now these: ``{replica id: (host, port)}``.
+        """An application's front ends are now these: ``{front end id: (host, port)}``.
 
         Args:
             max_model_len: the replicas' limit on a request's tokens; None where none reports it.
@@ -92,6 +104,10 @@ class Watcher:
         lengths = [length for it in running.values() if (length := it.get("max_model_len"))]
         self._board.publish(
             application,
-            {id: (it["host"], it["port"]) for id, it in running.items()},
+            {
+                id: at
+                for replica, it in running.items()
+                for id, at in addresses(replica, it).items()
+            },
             lengths[-1] if lengths else None,
         )

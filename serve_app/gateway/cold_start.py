@@ -15,10 +15,11 @@ from collections.abc import Sequence
 
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from serve_app.cluster.replicas import addresses
 from serve_app.gateway import models
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.errors import unavailable
-from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.replicas import Board, FrontEnd
 
 _LOOK_S = 0.25
 """Seconds between two looks at the list of replicas and at the directory."""
@@ -34,8 +35,8 @@ class ColdStartQueue:
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By model. A call holds the lock for long only while there is no live replica."""
 
-    async def live(self, model: Model) -> Sequence[Replica]:
-        """The model's live replicas, at least one. Starts one if the model is scaled to zero.
+    async def live(self, model: Model) -> Sequence[FrontEnd]:
+        """The model's live front ends, at least one. Starts one if the model is scaled to zero.
 
         Raises:
             GatewayError: 503 where none can start, or none does in time; 404 for a removed model.
@@ -53,7 +54,7 @@ class ColdStartQueue:
             retry_after_s=30,
         )
 
-    async def _wake(self, name: str) -> Sequence[Replica]:
+    async def _wake(self, name: str) -> Sequence[FrontEnd]:
         asking = asyncio.create_task(self._ask_serve(name))
         try:
             while not asking.done():
@@ -69,12 +70,12 @@ class ColdStartQueue:
                 await asyncio.wait([asking], timeout=_LOOK_S)
                 if live := self._board.live(name):
                     return live
-            return [asking.result()]
+            return asking.result()
         finally:
             asking.cancel()
 
-    async def _ask_serve(self, name: str) -> Replica:
-        """Wait until Serve names a replica that the board does not avoid."""
+    async def _ask_serve(self, name: str) -> Sequence[FrontEnd]:
+        """The front ends of the first replica that Serve names and the board does not avoid."""
         while True:
             try:
                 async with self._directory.handle(name).choose_replica() as chosen:
@@ -83,8 +84,7 @@ class ColdStartQueue:
                 raise unavailable(
                     f"The model '{name}' cannot start; GET /ready says why.", retry_after_s=30
                 ) from None
-            replica = self._board.add(name, chosen.replica_id, found["host"], found["port"])
-            if replica is not None:
-                return replica
+            if live := self._board.add(name, addresses(chosen.replica_id, found)):
+                return live
             # The board avoids this replica: it is dead and Serve has not noticed, or it recovers.
             await asyncio.sleep(0.1)

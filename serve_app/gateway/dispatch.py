@@ -1,4 +1,4 @@
-"""Sends an admitted call to one replica and, if that one fails, to another."""
+"""Sends an admitted call to one front end and, if that one fails, to another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger("ray.serve")
 
 
 class Dispatcher:
-    """Relays each call to the replica that the policy chooses."""
+    """Relays each call to the front end that the policy chooses."""
 
     def __init__(self, board: Board, queue: ColdStartQueue, policy: Policy, relay: Relay) -> None:
         self._board = board
@@ -24,22 +24,24 @@ class Dispatcher:
         self._relay = relay
 
     async def send(self, call: Call, answer: Answer, outcome: Outcome) -> int:
-        """Relay to one replica and, if it fails before its first byte, once to another.
+        """Relay to one replica and, if that fails before its first byte, once to another.
 
-        A sleeping replica does not count as failed; replicas that are awake are tried next.
+        A replica has failed when one of its front ends did and it has no other, or a second one
+        did. A sleeping replica does not count as failed; replicas that are awake are tried next.
         Returns the status that was sent.
 
         Raises:
             GatewayError: no replica was available, or their answers were lost.
         """
         name = call.model.name
+        failed: set[str] = set()
         while True:
             # No await between the choice and the relay's count of requests in flight.
-            replica = self._policy.choose(await self._queue.live(call.model), call)
+            front_end = self._policy.choose(await self._queue.live(call.model), call)
             try:
-                return await self._relay.send(replica, call.request, answer)
+                return await self._relay.send(front_end, call.request, answer)
             except Asleep:
-                self._board.asleep(replica)
+                self._board.asleep(front_end)
                 if self._board.all_asleep(name):
                     raise GatewayError(
                         503,
@@ -50,9 +52,12 @@ class Dispatcher:
                         headers={"retry-after": "30"},
                     ) from None
             except NotStarted as error:
-                logger.warning(f"request {call.request.id}: {name}, replica {replica.id}: {error}")
-                self._board.avoid(replica)
-                if outcome.retries:
+                logger.warning(
+                    f"request {call.request.id}: {name}, replica {front_end.id}: {error}"
+                )
+                self._board.avoid(front_end)
+                failed.add(front_end.replica.id)
+                if len(failed) > 1 or len(outcome.retries) > 1:
                     raise unavailable(
                         f"The model '{name}' lost two replicas that had this request; "
                         "please send it again."

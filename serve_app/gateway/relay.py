@@ -1,4 +1,4 @@
-"""Relays one request to one replica, and the answer back, as bytes.
+"""Relays one request to one front end of a replica, and the answer back, as bytes.
 
 The relay does not decode, batch or encode again. The client gets the replica's chunks as they
 come, as fast as it takes them. Event streams are cut after whole events only, so that a replica
@@ -21,7 +21,7 @@ from yarl import URL
 
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.gateway.errors import GatewayError
-from serve_app.gateway.replicas import Replica
+from serve_app.gateway.replicas import FrontEnd
 
 logger = logging.getLogger("ray.serve")
 
@@ -121,8 +121,8 @@ class Relay:
     async def close(self) -> None:
         await self._session.close()
 
-    async def send(self, replica: Replica, request: Request, answer: Answer) -> int:
-        """Send the request to ``replica`` and its answer to ``answer``; return the status.
+    async def send(self, front_end: FrontEnd, request: Request, answer: Answer) -> int:
+        """Send the request to ``front_end`` and its answer to ``answer``; return the status.
 
         The answer's head is held back until the first byte of the body has come. Until then the
         request can still go to another replica.
@@ -134,11 +134,11 @@ class Relay:
         """
         events: _Events | None = None
         begun = b""
-        replica.inflight += 1
+        front_end.began()
         try:
             async with self._session.request(
                 request.method,
-                URL(replica.base_url + request.target, encoded=True),
+                URL(front_end.base_url + request.target, encoded=True),
                 headers=_to_replica(request, self._credential),
                 data=request.body or None,
                 allow_redirects=False,
@@ -180,7 +180,7 @@ class Relay:
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             if answer.started_at is None:
                 raise _before_first_byte(error) from error
-            logger.warning(f"request {request.id}: replica {replica.id} lost: {error!r}")
+            logger.warning(f"request {request.id}: replica {front_end.id} lost: {error!r}")
             answer.cut = True
             lost = _lost()
             if events is None:
@@ -191,7 +191,7 @@ class Relay:
             await answer.send(_body(gap + lost.sse_event(request.path), more=False))
             return lost.status
         finally:
-            replica.inflight -= 1
+            front_end.ended()
 
 
 def _probed_socket(address: Any) -> socket.socket:

@@ -38,8 +38,8 @@ class Call:
     arrived: float
     """``time.perf_counter`` when the whole request had been read."""
 
-    replica: str | None = None
-    """The id of the only replica that can answer it; None where any can."""
+    front_end: str | None = None
+    """The id of the only front end that can answer it; None where any can."""
 
 
 @dataclass

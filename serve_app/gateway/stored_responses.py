@@ -1,8 +1,8 @@
-"""Sends requests that name a stored response to the replica that keeps it.
+"""Sends requests that name a stored response to the front end that keeps it.
 
 These requests are ``GET /v1/responses/{id}`` and ``POST /v1/responses/{id}/cancel``, which name no
-model, and ``POST /v1/responses`` with a ``previous_response_id``. The id contains the replica that
-made it (:mod:`serve_app.cluster.response_ids`). So every gateway can tell, even a new one.
+model, and ``POST /v1/responses`` with a ``previous_response_id``. The id contains the front end
+that made it (:mod:`serve_app.cluster.response_ids`). So every gateway can tell, even a new one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from serve_app.gateway.body import previous_response_in
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Request
-from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.replicas import Board, FrontEnd
 from serve_app.gateway.stages import Call, Outcome
 
 _CREATE = "/v1/responses"
@@ -52,19 +52,19 @@ class StoredResponses:
         maker = maker_of(id) if id else None
         if id and maker and self._board.application_of(maker) != call.model.name:
             raise _gone(id)
-        return replace(call, replica=maker) if maker else call
+        return replace(call, front_end=maker) if maker else call
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         pass
 
-    def choose(self, live: Sequence[Replica], call: Call) -> Replica:
-        if call.replica is None:
+    def choose(self, live: Sequence[FrontEnd], call: Call) -> FrontEnd:
+        if call.front_end is None:
             return self._policy.choose(live, call)
-        for replica in live:
-            if replica.id == call.replica:
-                return replica
+        for front_end in live:
+            if front_end.id == call.front_end:
+                return front_end
         id = _named_by(call.request) or ""
-        if self._board.application_of(call.replica) is None:
+        if self._board.application_of(call.front_end) is None:
             raise _gone(id)
         raise unavailable(
             f"The replica that keeps the response '{id}' failed a moment ago, or is asleep; please "

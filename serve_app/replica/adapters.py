@@ -17,6 +17,8 @@ from serve_app.errors import UserError
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from serve_app.replica.front_ends import FrontEnds
+
 logger = logging.getLogger("ray.serve")
 
 
@@ -28,11 +30,13 @@ class Adapters:
     loaded loads it.
     """
 
-    def __init__(self, llm: AsyncLLM, serving_models: Any) -> None:
+    def __init__(self, llm: AsyncLLM, front_ends: FrontEnds) -> None:
         self._llm = llm
-        self._serving_models = serving_models
+        self._front_ends = front_ends
+        # The other front ends ask this one for an adapter that they do not know.
+        self._serving_models = front_ends.first.serving_models
         self._wanted: dict[str, str] = {}
-        serving_models.lora_resolvers.append(self)
+        self._serving_models.lora_resolvers.append(self)
 
     async def apply(self, adapters: list[Adapter]) -> None:
         """Unload adapters that are gone or moved; load those that are new or whose files changed.
@@ -91,6 +95,7 @@ class Adapters:
             request = self._serving_models.lora_requests.pop(name, None)
             if request is None:
                 return
+            await self._front_ends.forget(name)
             await self._llm.remove_lora(request.lora_int_id)
             # vLLM's prefix cache knows adapters by name only. Without this reset, a new adapter of
             # the same name would reuse KV blocks that the old one computed.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import types
 from argparse import Namespace
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
@@ -30,7 +32,7 @@ class FrontEnd:
         """vLLM's record of the adapters that this front end knows."""
 
         self._guard = guard
-        self._server = uvicorn.Server(
+        self._server = _Server(
             uvicorn.Config(
                 guard,
                 log_level="warning",
@@ -48,25 +50,24 @@ class FrontEnd:
         self._serving: asyncio.Task[None] | None = None
 
     @classmethod
-    async def build(
-        cls, engine: Engine, args: Namespace, credential: bytes, replica: str
-    ) -> FrontEnd:
+    async def build(cls, engine: Engine, args: Namespace, credential: bytes, id: str) -> FrontEnd:
         """Make a front end for an engine. It accepts requests that carry this credential.
 
         Args:
             args: the engine's own arguments.
-            replica: Serve's id of this replica.
+            id: this front end's, of :func:`serve_app.cluster.front_end_ids.of`.
         """
-        app = await _build_app(engine.llm, args, replica)
+        app = await _build_app(engine.llm, args, id)
         return cls(app, Guard(app, credential, lambda: engine.dead, lambda: engine.asleep))
 
-    async def listen(self, host: str) -> None:
-        """Serve on a free port of ``host``.
+    async def listen(self, host: str, port: int = 0) -> None:
+        """Serve on a port of ``host``; 0 takes a free one.
 
         Raises:
             UserError: the server ended at once.
+            OSError: the port is taken.
         """
-        sock = socket.create_server((host, 0), family=addresses.family(host))
+        sock = socket.create_server((host, port), family=addresses.family(host))
         self.host, self.port = host, sock.getsockname()[1]
         self._serving = asyncio.create_task(self._server.serve(sockets=[sock]))
         while not self._server.started:
@@ -80,16 +81,6 @@ class FrontEnd:
         """Number of HTTP requests in flight."""
         return self._guard.running
 
-    async def drain(self, timeout_s: float) -> None:
-        """Wait until no request is in flight, ``timeout_s`` seconds at most."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        quiet = 0
-        # Gateways learn of the shutdown at slightly different times. A request that one of them
-        # sent before it knew must still find the port open.
-        while quiet < 5 and asyncio.get_running_loop().time() < deadline:
-            quiet = quiet + 1 if self.running == 0 else 0
-            await asyncio.sleep(0.1)
-
     async def close(self) -> None:
         """End the HTTP server, within 5 seconds."""
         self._server.should_exit = True
@@ -98,7 +89,26 @@ class FrontEnd:
             await asyncio.wait([self._serving], timeout=5)
 
 
-async def _build_app(llm: Any, args: Namespace, replica: str) -> Any:
+async def until_quiet(running: Callable[[], int], timeout_s: float) -> None:
+    """Wait until no request is in flight, ``timeout_s`` seconds at most."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    quiet = 0
+    # Gateways learn of a shutdown at slightly different times. A request that one of them sent
+    # before it knew must still find the port open.
+    while quiet < 5 and asyncio.get_running_loop().time() < deadline:
+        quiet = quiet + 1 if running() == 0 else 0
+        await asyncio.sleep(0.1)
+
+
+class _Server(uvicorn.Server):
+    """Ends when the replica says so. uvicorn's own would also end at a signal, and repeat that."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _build_app(llm: Any, args: Namespace, id: str) -> Any:
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app
 
@@ -110,7 +120,7 @@ async def _build_app(llm: Any, args: Namespace, replica: str) -> Any:
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
     if serving := getattr(app.state, "openai_serving_responses", None):
-        responses.mark(serving, replica)
+        responses.mark(serving, id)
     app.add_exception_handler(RequestValidationError, validation.refuse)
     paths = {getattr(route, "path", "") for route in app.routes}
     app.router.default = NoRoute(args.served_model_name[0], tasks, paths)

@@ -7,6 +7,8 @@ import logging
 import os
 
 from serve_app.replica.engine import Engine
+from serve_app.replica.front_ends import FrontEnds
+from serve_app.replica.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
@@ -17,7 +19,9 @@ the warm-up missed are compiled and tuned then. vLLM's own limit is as long."""
 _PERIOD_S = 0.2
 
 
-async def exit_with_engine(engine: Engine, hang_timeout_s: float) -> None:
+async def exit_with_engine(
+    engine: Engine, front_ends: FrontEnds, load: EngineLoad, hang_timeout_s: float
+) -> None:
     """End this process when the engine is dead, or busy for ``hang_timeout_s`` without a step.
 
     Serve replaces a replica at once when its process is gone. While the process lives, Serve first
@@ -31,9 +35,8 @@ async def exit_with_engine(engine: Engine, hang_timeout_s: float) -> None:
         if engine.dead:
             logger.error("the engine died; this replica exits so that Serve replaces it")
             os._exit(1)
-        load = engine.load
         # An idle engine owes no steps.
-        silent = silent + _PERIOD_S if engine.busy and load.last_step == seen else 0.0
+        silent = silent + _PERIOD_S if front_ends.busy and load.last_step == seen else 0.0
         seen = load.last_step
         first_s = 0.0 if load.first_request_done else FIRST_REQUEST_S
         if silent > max(hang_timeout_s, first_s):

@@ -14,16 +14,20 @@ import ray
 from ray import serve
 
 from serve_app import lifeline
+from serve_app.cluster import capacity
 from serve_app.cluster.credential import internal_credential
 from serve_app.config.document import DEPLOYMENT
 from serve_app.config.environment import environment
 from serve_app.config.settings import LiveConfig, ModelConfig, parse
 from serve_app.errors import UserError
-from serve_app.replica import gang, sleep
+from serve_app.planner import front_ends
+from serve_app.replica import gang
 from serve_app.replica.adapters import Adapters
-from serve_app.replica.engine import Engine, parse_args
-from serve_app.replica.front_end import FrontEnd
+from serve_app.replica.engine import Engine, configure, parse_args
+from serve_app.replica.front_ends import FrontEnds
 from serve_app.replica.health import exit_with_engine
+from serve_app.replica.load import EngineLoad
+from serve_app.replica.sleep import Sleep
 from serve_app.replica.start.supervision import supervised
 
 logger = logging.getLogger("ray.serve")
@@ -42,31 +46,43 @@ class ModelServer:
         # Before vLLM is imported, and in the replica: the variables depend on this node's cores.
         os.environ.update(environment(self._config))
         try:
-            self._engine, self._front_end = await self._start()
+            await self._start()
         except UserError:
             sys.tracebacklimit = 0
             raise
-        self._adapters = Adapters(self._engine.llm, self._front_end.serving_models)
+        self._sleep = Sleep(self._engine, self._front_ends)
+        self._adapters = Adapters(self._engine.llm, self._front_ends)
         self._health = asyncio.create_task(
-            exit_with_engine(self._engine, self._config.hang_timeout_s)
+            exit_with_engine(
+                self._engine, self._front_ends, self._load, self._config.hang_timeout_s
+            )
         )
 
-    async def _start(self) -> tuple[Engine, FrontEnd]:
+    async def _start(self) -> None:
         config, context = self._config, serve.get_replica_context()
         replica = context.replica_id.unique_id
         with supervised(config, context.app_name, replica):
             rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
             args = parse_args(config, _ids(config), rank)
-            engine = Engine.start(args)
-            front_end = await FrontEnd.build(engine, args, internal_credential(), replica)
-        await front_end.listen(ray.util.get_node_ip_address())
-        return engine, front_end
+            count = await asyncio.to_thread(_front_ends, config)
+            vllm_config = configure(args, count)
+            host = ray.util.get_node_ip_address()
+            ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
+            try:
+                self._load = EngineLoad(args.served_model_name[0])
+                self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
+                await ours.listen(self._engine)
+            except BaseException:
+                ours.kill()
+                raise
+        self._front_ends = ours
 
     def record_replica_metadata(self) -> dict[str, Any]:
-        """For the gateway: this replica's address, and what the gateway tells of its model."""
+        """For the gateway: where its front ends listen, and what the gateway tells of its model."""
         return {
-            "host": self._front_end.host,
-            "port": self._front_end.port,
+            "host": self._front_ends.first.host,
+            "port": self._front_ends.ports[0],
+            "ports": self._front_ends.ports,
             "ids": _ids(self._config),
             "max_model_len": self._engine.llm.model_config.max_model_len,
         }
@@ -90,36 +106,49 @@ class ModelServer:
     async def admin(self, action: str) -> tuple[str, str]:
         """One replica's part of ``serve-app admin``: its id, and what it did."""
         try:
-            said = await sleep.act(self._engine, self._front_end, action)
+            said = await self._sleep.act(action)
         except Exception as error:
             said = f"failed: {error}"
         return serve.get_replica_context().replica_id.unique_id, said
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`serve_app.cluster.autoscaling.LoadPolicy` decides on."""
-        return self._engine.load.stats(self._front_end.running)
+        return self._load.stats(self._front_ends.running)
 
     async def check_health(self) -> None:
-        """Raise when the engine is dead. With Serve's first call the start is over."""
+        """Raise when Serve must replace this replica. With its first call the start is over."""
         await self._engine.llm.check_health()
+        if self._front_ends.worn_out:
+            raise RuntimeError("its front ends ended too often")
         self._started = True
 
     async def __del__(self) -> None:
         """Called once by Serve when it stops the replica: drain, then end the engine."""
-        engine = getattr(self, "_engine", None)
-        if engine is None:
+        ours = getattr(self, "_front_ends", None)
+        if ours is None:
             await gang.drained(0)
             return
         began = time.monotonic()
-        await self._front_end.drain(self._config.graceful_shutdown_timeout_s)
+        await ours.drain(self._config.graceful_shutdown_timeout_s)
         left = self._config.graceful_shutdown_timeout_s - (time.monotonic() - began)
         with contextlib.suppress(Exception):  # the engine must end, also without the GCS
             await gang.drained(left)
         self._health.cancel()  # only now: an engine that died in the drain must end it
-        await self._front_end.close()
-        await engine.stop()
+        await ours.close()
+        await self._engine.stop()
 
 
 def _ids(config: ModelConfig) -> list[str]:
     """The model ids that the engine answers to, without adapters."""
     return [serve.get_replica_context().app_name, *config.served_as]
+
+
+def _front_ends(config: ModelConfig) -> int:
+    """How many front ends this replica gets, on the node that it is on."""
+    here = capacity.here()
+    accelerators = [k.partition(":")[2] for k in here if k.startswith("accelerator_type:")]
+    node = front_ends.Node(here.get("CPU", 1), int(here.get("GPU", 0)))
+    chosen = front_ends.how_many(config, node, accelerators[0] if accelerators else None)
+    if chosen.count > 1:
+        logger.info(f"{chosen.count} front ends: {chosen.why}")
+    return chosen.count

@@ -8,11 +8,11 @@ from typing import Any, cast
 import pytest
 from harness.scripted import GatewayProcess, reported
 
-from serve_app.cluster.replicas import Watcher
+from serve_app.cluster.replicas import Watcher, addresses
 from serve_app.gateway import directory, replicas
 from serve_app.gateway.directory import Model, read_details
 from serve_app.gateway.policy import FewestRequests
-from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.replicas import Board, FrontEnd
 
 CHAT = "/v1/chat/completions"
 
@@ -265,7 +265,7 @@ async def test_a_name_beats_an_alias() -> None:
         assert (await gateway.client.get("/v1/models/b")).json()["root"] == "right"
 
 
-# --- the board of replicas ---------------------------------------------------------------------
+# --- the board of front ends -------------------------------------------------------------------
 
 
 def board(*ids: str) -> Board:
@@ -274,11 +274,15 @@ def board(*ids: str) -> Board:
     return board
 
 
+def known(board: Board) -> dict[str, FrontEnd]:
+    return board._front_ends["m"]
+
+
 def chosen(board: Board, times: int = 50) -> set[str]:
     return {choose(board).id for _ in range(times)}
 
 
-def choose(board: Board) -> Replica:
+def choose(board: Board) -> FrontEnd:
     return FewestRequests().choose(board.live("m"), cast(Any, None))
 
 
@@ -289,25 +293,42 @@ def test_nothing_is_live_where_nothing_runs() -> None:
 
 def test_ties_are_broken_at_random() -> None:
     assert chosen(board("a", "b", "c"), 200) == {"a", "b", "c"}
+    assert chosen(board("a", "a-1", "b", "b-1"), 200) == {"a", "a-1", "b", "b-1"}
 
 
 def test_the_replica_with_the_fewest_requests_is_chosen() -> None:
     three = board("a", "b", "c")
-    for replica in three._replicas["m"].values():
-        replica.inflight = {"a": 2, "b": 1, "c": 3}[replica.id]
+    for id, requests in {"a": 2, "b": 1, "c": 3}.items():
+        for _ in range(requests):
+            known(three)[id].began()
     assert chosen(three) == {"b"}
+
+
+def test_of_its_front_ends_the_one_with_the_fewest_requests_is_chosen() -> None:
+    two = board("a", "a-1", "b")
+    known(two)["b"].began()
+    known(two)["b"].began()
+    known(two)["a"].began()
+    assert chosen(two) == {"a-1"}
+    known(two)["a-1"].began()  # now both replicas have two
+    assert chosen(two, 200) == {"a", "a-1"}
+    for front_end in ("a", "a-1"):
+        known(two)[front_end].ended()
+        known(two)[front_end].began()
+    known(two)["a"].began()
+    assert chosen(two) == {"b"}  # its front end has more than a-1, its engine less to do
 
 
 def test_what_is_running_is_remembered_when_the_list_changes() -> None:
     one = board("a", "b")
-    replica = next(r for r in one._replicas["m"].values() if r.id == "a")
-    replica.inflight = 5
+    front_end = known(one)["a"]
+    front_end.began()
     one.publish("m", {"a": ("127.0.0.1", 1), "c": ("127.0.0.1", 2)})
     assert chosen(one) == {"c"}
-    assert one._replicas["m"]["a"] is replica
+    assert known(one)["a"] is front_end
 
 
-def test_a_replica_that_failed_is_avoided_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_front_end_that_failed_is_avoided_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     two = board("a", "b")
     first = choose(two)
     two.avoid(first)
@@ -316,16 +337,49 @@ def test_a_replica_that_failed_is_avoided_for_a_while(monkeypatch: pytest.Monkey
     assert chosen(two) == {"a", "b"}
 
 
+def test_with_the_second_front_end_that_failed_the_replica_is_lost() -> None:
+    two = board("a", "a-1", "a-2", "b")
+    two.avoid(known(two)["a-1"])
+    assert chosen(two, 200) == {"a", "a-2", "b"}
+    two.avoid(known(two)["a-2"])
+    assert chosen(two) == {"b"}
+    assert two.application_of("a") == "m"
+
+
+def test_a_replica_that_sleeps_does_so_with_all_its_front_ends() -> None:
+    two = board("a", "a-1", "b")
+    two.asleep(known(two)["a-1"])
+    assert chosen(two) == {"b"}
+    assert not two.all_asleep("m")
+    two.asleep(known(two)["b"])
+    assert two.all_asleep("m")
+
+
 def test_the_only_replica_that_failed_is_avoided_too() -> None:
     one = board("a")
-    [replica] = one.live("m")
-    one.avoid(replica)
+    [front_end] = one.live("m")
+    one.avoid(front_end)
     assert one.live("m") == []
-    assert one.add("m", "a", "127.0.0.1", 1) is None
-    assert [one.add("m", "new", "127.0.0.1", 2)] == one.live("m")
+    assert one.add("m", {"a": ("127.0.0.1", 1)}) == []
+    added = one.add("m", {"new": ("127.0.0.1", 2), "new-1": ("127.0.0.1", 3)})
+    assert [it.id for it in added] == ["new", "new-1"]
+    assert added == one.live("m")
 
 
 def test_a_removed_application_has_no_replicas() -> None:
     one = board("a")
     one.forget("m")
     assert one.live("m") == []
+
+
+@pytest.mark.parametrize(
+    ("ports", "front_ends"),
+    [
+        ({"ports": [1, 5, 6]}, {"r": ("h", 1), "r-1": ("h", 5), "r-2": ("h", 6)}),
+        ({}, {"r": ("h", 1)}),  # of an image before front ends
+    ],
+)
+def test_each_front_end_of_a_replica_has_its_port(
+    ports: dict[str, Any], front_ends: dict[str, tuple[str, int]]
+) -> None:
+    assert addresses("r", {"host": "h", "port": 1, **ports}) == front_ends

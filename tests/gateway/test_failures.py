@@ -691,13 +691,13 @@ async def test_requests_go_to_the_replica_with_the_fewest_of_them() -> None:
         Upstream(script) as c,
         GatewayProcess(a, b, c) as gateway,
     ):
-        for replica in gateway.replicas:
-            replica.inflight = 0
+        for front_end in gateway.front_ends:
+            front_end.inflight = front_end.replica.inflight = 0
         asked = [asyncio.create_task(gateway.client.post(CHAT, json=ASK)) for _ in range(30)]
         assert await until(lambda: sum(len(u.exchanges) for u in (a, b, c)) == 30)
         assert [len(u.exchanges) for u in (a, b, c)] == [10, 10, 10]
         release.set()
         for task in asked:
             assert (await task).status_code == 200
-        for order, replica in enumerate(gateway.replicas):
-            replica.inflight += order  # as it was
+        for order, front_end in enumerate(gateway.front_ends):
+            front_end.inflight += order  # as it was

@@ -13,7 +13,7 @@ import pytest
 from harness.scripted import Exchange, GatewayProcess, Upstream, until
 
 from serve_app.gateway.errors import GatewayError
-from serve_app.gateway.replicas import Replica
+from serve_app.gateway.replicas import FrontEnd
 from serve_app.gateway.stages import Call, Caller, Outcome
 
 CHAT = "/v1/chat/completions"
@@ -226,7 +226,7 @@ async def test_a_policy_chooses_among_the_live_replicas_and_sees_the_call() -> N
     seen: list[tuple[list[str], Call]] = []
 
     class Last:
-        def choose(self, live: Sequence[Replica], call: Call) -> Replica:
+        def choose(self, live: Sequence[FrontEnd], call: Call) -> FrontEnd:
             seen.append(([replica.id for replica in live], call))
             return live[-1]
 

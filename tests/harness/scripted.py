@@ -29,7 +29,7 @@ from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
-from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Stage
 
 CREDENTIAL = "the-internal-credential"
@@ -200,9 +200,9 @@ class GatewayProcess:
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
         self.board.publish("m", {f"r{n}": place for n, place in enumerate(places)})
-        self.replicas: list[Replica] = list(self.board._replicas["m"].values())
-        for order, replica in enumerate(self.replicas):
-            replica.inflight = order
+        self.front_ends = list(self.board._front_ends["m"].values())
+        for order, front_end in enumerate(self.front_ends):
+            front_end.inflight = front_end.replica.inflight = order
         self._applications = applications or {"m": reported({"served_as": ["org/m:1.0"]})}
 
     async def __aenter__(self) -> Self:
@@ -252,8 +252,8 @@ class GatewayProcess:
         await self._relay.close()
 
     def inflight(self) -> list[int]:
-        """Requests that each replica is believed to have, by this gateway."""
-        return [r.inflight - order for order, r in enumerate(self.replicas)]
+        """Requests that each front end is believed to have, by this gateway."""
+        return [it.inflight - order for order, it in enumerate(self.front_ends)]
 
     def is_idle(self) -> bool:
         return not any(self.inflight())

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from serve_app import addresses
-from serve_app.gateway.replicas import Replica
+from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.replica import gang
 
 HOSTS = ["10.0.0.7", "::1", "2600:1f18:1234:5600::a", "fe80::1%eth0", "head-svc.serve-app.svc"]
@@ -26,8 +26,8 @@ def test_what_is_no_host_and_port_is_none(text: str) -> None:
 
 
 def test_a_replicas_url_has_its_ipv6_address_in_brackets() -> None:
-    assert Replica("r", "fd00::2", 8000).base_url == "http://[fd00::2]:8000"
-    assert Replica("r", "10.0.0.7", 8000).base_url == "http://10.0.0.7:8000"
+    assert FrontEnd("r", "fd00::2", 8000, Replica("r")).base_url == "http://[fd00::2]:8000"
+    assert FrontEnd("r", "10.0.0.7", 8000, Replica("r")).base_url == "http://10.0.0.7:8000"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])

@@ -18,14 +18,13 @@ from serve_app.replica import sleep
 
 
 class Replica:
-    """As much of an engine and its front end as sleeping takes, without a GPU."""
+    """As much of an engine and its front ends as sleeping takes, without a GPU."""
 
     def __init__(self, *, running: int = 0, fails: bool = False) -> None:
-        self.asleep = False
+        self.refuses = False
         self.llm = self
         model_config = SimpleNamespace(enable_sleep_mode=True)
         self.vllm_config = SimpleNamespace(model_config=model_config)
-        self.sleep_lock = asyncio.Lock()
         self.running = running
         self.done: list[str] = []
         self._drained = asyncio.Event()
@@ -35,8 +34,11 @@ class Replica:
         self.running = 0
         self._drained.set()
 
+    async def asleep(self, asleep: bool) -> None:
+        self.refuses = asleep
+
     async def drain(self, timeout_s: float) -> None:
-        assert self.asleep  # nothing new comes in
+        assert self.refuses  # nothing new comes in
         if self.running:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
@@ -54,14 +56,15 @@ class Replica:
 
 async def test_an_engine_falls_asleep_once_it_has_answered_what_it_has() -> None:
     engine: Any = Replica(running=2)
-    asked = asyncio.create_task(sleep.act(engine, engine, "sleep"))
-    woken = asyncio.create_task(sleep.act(engine, engine, "wake"))
+    its = sleep.Sleep(engine, engine)
+    asked = asyncio.create_task(its.act("sleep"))
+    woken = asyncio.create_task(its.act("wake"))
     await asyncio.sleep(0.05)
-    assert engine.asleep and not engine.done
+    assert engine.refuses and not engine.done
     engine.finish()
     assert (await asked, await woken) == ("asleep", "awake")
     assert engine.done == ["sleep", "wake"]  # one after the other
-    assert not engine.asleep
+    assert not engine.refuses
 
 
 async def test_an_engine_whose_requests_do_not_end_stays_awake(
@@ -69,16 +72,19 @@ async def test_an_engine_whose_requests_do_not_end_stays_awake(
 ) -> None:
     monkeypatch.setattr(sleep, "DRAIN_S", 0.05)
     engine: Any = Replica(running=2)
-    assert await sleep.act(engine, engine, "sleep") == "not asleep: 2 requests still run; try again"
-    assert not engine.asleep and not engine.done
+    assert (
+        await sleep.Sleep(engine, engine).act("sleep")
+        == "not asleep: 2 requests still run; try again"
+    )
+    assert not engine.refuses and not engine.done
 
 
 async def test_an_engine_that_cannot_sleep_serves_on() -> None:
     engine: Any = Replica(fails=True)
     with pytest.raises(RuntimeError, match="no host memory"):
-        await sleep.act(engine, engine, "sleep")
+        await sleep.Sleep(engine, engine).act("sleep")
     assert engine.done == ["sleep", "wake"]  # vLLM schedules nothing until it is woken
-    assert not engine.asleep
+    assert not engine.refuses
 
 
 def deployed(name: str, import_path: str, state: str) -> Application:

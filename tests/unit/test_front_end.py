@@ -11,7 +11,7 @@ import pytest
 
 from serve_app import addresses
 from serve_app.cluster.credential import CREDENTIAL_HEADER
-from serve_app.replica.front_end import FrontEnd
+from serve_app.replica.front_end import FrontEnd, until_quiet
 from serve_app.replica.guard import Guard
 
 HEADERS = {CREDENTIAL_HEADER.decode(): "secret"}
@@ -45,8 +45,8 @@ async def test_it_serves_the_gateway_until_it_is_closed(host: str) -> None:
         assert stranger.json()["error"]["code"] == "invalid_internal_credential"
         asked = asyncio.create_task(client.get("/", headers=HEADERS))
         await app.asked.wait()
-        await front_end.drain(0.05)  # not longer
-        drained = asyncio.create_task(front_end.drain(60))
+        await until_quiet(lambda: front_end.running, 0.05)  # not longer
+        drained = asyncio.create_task(until_quiet(lambda: front_end.running, 60))
         await asyncio.sleep(0.3)
         assert (front_end.running, drained.done()) == (1, False)
         app.may_answer.set()

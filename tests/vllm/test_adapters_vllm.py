@@ -15,9 +15,11 @@ from serve_app.replica import adapters
 
 
 class FakeEngine:
-    """As much of vLLM's engine and of its OpenAIServingModels as adapters are kept in."""
+    """As much of vLLM's engine, its OpenAIServingModels and a replica's front ends as adapters are
+    kept in."""
 
     def __init__(self) -> None:
+        self.first = SimpleNamespace(serving_models=self)
         self.vllm_config = SimpleNamespace(lora_config=object())
         self.lora_resolvers: list[Any] = []
         self.lora_requests: dict[str, Any] = {}
@@ -30,6 +32,10 @@ class FakeEngine:
             return SimpleNamespace(error=SimpleNamespace(message="no adapter_config.json"))
         self.put(request.lora_name, request.lora_path)
         return "Success"
+
+    async def forget(self, name: str) -> None:
+        assert name not in self.lora_requests  # else a front end that asks would get it again
+        self.did.append(f"forget {name}")
 
     def put(self, name: str, path: str) -> None:
         self.lora_requests[name] = SimpleNamespace(lora_int_id=path, lora_path=path)
@@ -53,7 +59,9 @@ async def test_an_adapter_that_changed_where_it_lies_takes_the_place_of_the_old_
     versions["s3://poet"] = "/cache/poet/2"
     engine.did.clear()
     await listed.apply(wanted)
-    assert engine.did == ["remove /cache/poet/1", "reset", "load /cache/poet/2"]
+    assert engine.did == [
+        "forget poet", "remove /cache/poet/1", "reset", "load /cache/poet/2",
+    ]  # fmt: skip
 
 
 async def test_an_adapter_whose_change_cannot_be_loaded_stays_as_it_was(
@@ -96,7 +104,7 @@ async def test_an_adapter_that_a_request_is_loading_is_unloaded_after_it() -> No
         await asyncio.sleep(0.05)
         engine.put("poet", "/poet")
     await applying
-    assert (engine.lora_requests, engine.did) == ({}, ["remove /poet", "reset"])
+    assert (engine.lora_requests, engine.did) == ({}, ["forget poet", "remove /poet", "reset"])
 
 
 async def test_a_request_for_one_that_cannot_be_read_is_not_an_error_of_the_server(
@@ -106,7 +114,8 @@ async def test_a_request_for_one_that_cannot_be_read_is_not_an_error_of_the_serv
         raise UserError(f"{path} cannot be read")
 
     monkeypatch.setattr(adapters, "fetch", fetch)
-    listed = adapters.Adapters(SimpleNamespace(), SimpleNamespace(lora_resolvers=[]))
+    engine: Any = FakeEngine()
+    listed = adapters.Adapters(engine, engine)
     address = "s3://adapters/team/novelist"
     listed._wanted = {"novelist": address}
     request = await listed.resolve_lora("base", "novelist")

@@ -29,7 +29,10 @@ async def test_vllm_loads_and_forgets_adapters_as_it_is_told() -> None:
         add_lora=AsyncMock(), remove_lora=AsyncMock(), reset_prefix_cache=AsyncMock()
     )
     models = OpenAIServingModels(llm, [BaseModelPath("m", "org/m")])
-    adapters = Adapters(llm, models)
+    front_ends: Any = SimpleNamespace(
+        first=SimpleNamespace(serving_models=models), forget=AsyncMock()
+    )
+    adapters = Adapters(llm, front_ends)
     await adapters.apply([Adapter(name="poet", path="/poet")])
     assert models.lora_requests["poet"].lora_path == "/poet"
     assert await models.resolve_lora("poet") is models.lora_requests["poet"]

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from serve_app import lifeline
+from serve_app.replica import clients
 
 START_FOLDER = "SERVE_APP_START_FOLDER"
 """Environment variable: the folder in which processes tell the replica of the engine's start."""
@@ -73,6 +74,7 @@ def prepare() -> None:
         lifeline.exit_with_parent()
         return
     lifeline.tie_children()
+    clients.prepare()
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(_FirstError(folder / REASON))
 
