@@ -99,9 +99,9 @@ def docstrings(described: type[BaseModel]) -> dict[str, str]:
 def _kind(key: str, field: dict[str, Any], schema: dict[str, Any]) -> str:
     """A field's type in words, with its unit and range."""
     options = [o for o in field.get("anyOf", [field]) if o.get("type") != "null"]
-    found = _type(options[0], schema)
+    found = " or ".join(_type(option, schema) for option in options)
     unit = next((name for suffix, name in _UNITS.items() if key.endswith(suffix)), "")
-    limits = [words.format(options[0][b]) for b, words in _BOUNDS if b in options[0]]
+    limits = [words.format(o[b]) for o in options for b, words in _BOUNDS if b in o]
     return ", ".join(filter(None, [f"{found}, {unit}" if unit else found, *limits]))
 
 
@@ -109,6 +109,8 @@ def _type(option: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in option:
         name = option["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"
+    if "const" in option:
+        return f"`{option['const']}`"
     if "enum" in option:
         return " or ".join(f"`{value}`" for value in option["enum"])
     if option.get("type") == "array":

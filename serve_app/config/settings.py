@@ -6,12 +6,21 @@ what is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from serve_app.config import engine_args, placeholders
 from serve_app.errors import ConfigError, did_you_mean
@@ -19,8 +28,8 @@ from serve_app.errors import ConfigError, did_you_mean
 # Serve keeps an application's name in a log file's path, and refuses a blank one.
 ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f]+$")]
 
-
 MAX_FRONTENDS = 16
+"""The most ``frontends`` of one replica."""
 
 
 class _Settings(BaseModel):
@@ -50,7 +59,8 @@ class Resources(_Settings):
     ``A100`` on both sizes of it; the rendered manifests declare ``A100-40G`` and ``A100-80G``."""
 
     num_cpus: float = Field(default=1.0, ge=0)
-    """CPU cores reserved on the replica's node, for the engine's front end."""
+    """CPU cores reserved on the replica's node, for the engine's front ends. Where it is set,
+    ``frontends: auto`` gives no more of them."""
 
     memory_gib: float | None = Field(default=None, gt=0)
     """Host memory reserved for the replica, in GiB."""
@@ -157,6 +167,17 @@ class ModelConfig(_Args):
     hang_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds without a step of a busy engine after which its replica is replaced; 300 at least
     until the engine has finished its first request, which may compile."""
+
+    @field_validator("frontends", mode="wrap")
+    @classmethod
+    def _frontends(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """One sentence for the two types; and ``true`` is not 1."""
+        if not isinstance(value, bool):
+            with contextlib.suppress(ValidationError):
+                return check(value)
+        raise ConfigError(
+            f"frontends is {value!r}; give a number from 1 to {MAX_FRONTENDS}, or auto"
+        )
 
     @field_validator("cache_dir")
     @classmethod

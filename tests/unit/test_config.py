@@ -291,6 +291,20 @@ def test_numbers_and_booleans_of_the_environment_are_text() -> None:
     assert ModelConfig.model_validate(args).env == {"A": "1", "B": "true", "C": "x", "D": "0.5"}
 
 
+@pytest.mark.parametrize("value", [0, -1, 17, 4.5, True, None, "Auto", "", [1]])
+def test_a_wrong_number_of_front_ends_is_one_sentence(value: Any) -> None:
+    why = f"frontends is {value!r}; give a number from 1 to 16, or auto"
+    assert refused_args(frontends=value) == why
+
+
+@pytest.mark.parametrize(
+    ("args", "read"),
+    [({}, "auto"), *(({"frontends": n}, n) for n in (1, 16, "auto")), ({"frontends": "4"}, 4)],
+)
+def test_front_ends_are_a_number_or_auto(args: dict[str, Any], read: Any) -> None:
+    assert ModelConfig.model_validate({"model": "m", **args}).frontends == read
+
+
 def test_a_key_of_vllms_own_in_the_environment_is_refused() -> None:
     with pytest.raises(ConfigError, match="VLLM_API_KEY is not yours to set: the model server is"):
         parse(ModelConfig, {"model": "m", "env": {"VLLM_API_KEY": "sk-x"}}, "args")
