@@ -97,6 +97,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
         return findings
     for name, config in fleet.models.items():
         findings += check_model.model(name, config)
+        findings += check_model.cores(name, config)
         if why := check_model.undeployable(config):
             fix = "mend the setting: a deployment would refuse it, or wait in vain"
             findings.append(Finding("placement", "fail", name, why, fix))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from serve_app.errors import UserError, first_line
+from serve_app.kuberay.validate.manifests import amount
 from serve_app.local import found
 
 
@@ -25,6 +26,8 @@ class Node:
     gpus: int
     is_head: bool = False
     gpu_type: str | None = None
+    cores: float = 0.0
+    """CPU cores that it gives to replicas; 0 where it does not say."""
 
 
 class Inventory(Protocol):
@@ -77,6 +80,7 @@ class RayInventory:
                     gpus=int(resources.get("GPU", 0)),
                     is_head="node:__internal_head__" in resources,
                     gpu_type=types[0] if types else None,
+                    cores=float(resources.get("CPU", 0)),
                 )
             )
         return found
@@ -118,6 +122,7 @@ class KubernetesInventory:
                     name=str((item.get("metadata") or {}).get("name")),
                     gpus=int(str(allocatable.get("nvidia.com/gpu") or 0)),
                     gpu_type=gpu,
+                    cores=amount(allocatable.get("cpu")) or 0.0,
                 )
             )
         return found

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from serve_app.check.checklist import gpus_needed
 from serve_app.check.inventory import Inventory, Node
 from serve_app.config.document import Fleet
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError, did_you_mean
 from serve_app.kuberay.validate.manifests import Document, Manifests, get, pods_of
-from serve_app.planner import hardware
+from serve_app.planner import check_model, front_ends, hardware
 from serve_app.planner.finding import Finding
+from serve_app.planner.hardware import GPU
 from serve_app.planner.vllm import defaults
 
 
@@ -33,6 +35,8 @@ def on_cluster(
             fix = "start it with --num-gpus 0 where other nodes have GPUs"
             findings.append(Finding("head node", "warn", node.name, said, fix))
     findings += _gpu_types(fleet, _by_type(nodes), about)
+    for name, config in fleet.models.items():
+        findings += check_model.too_few_cores(name, config, _with_room(config, nodes))
     if documents is not None:
         findings += _named_by(Manifests(documents), inventory, about)
     return findings
@@ -71,8 +75,7 @@ def _gpu_types(fleet: Fleet, there: dict[str, int], about: str) -> Iterator[Find
         except UserError as error:
             yield Finding("cluster", "fail", name, str(error), None)
             continue
-        same = {asked.lower(), gpu.name.lower(), (gpu.ec2_name or "").lower()}
-        sizes = [n for kind, n in there.items() if _plain(kind) in same or kind.lower() in same]
+        sizes = [n for kind, n in there.items() if _is(kind, gpu, asked)]
         tensor = defaults.parallelism(config.engine).tensor
         if not sizes:
             hint = did_you_mean(asked, there)
@@ -91,6 +94,29 @@ def _gpu_types(fleet: Fleet, there: dict[str, int], about: str) -> Iterator[Find
                 f"TP {tensor} needs that many {asked} on one node, the largest has {max(sizes)}",
                 "use larger machines, or pipeline_parallel_size",
             )
+
+
+def _with_room(config: ModelConfig, nodes: list[Node]) -> dict[str, front_ends.Node]:
+    """The nodes with GPUs for a replica, or for a tensor-parallel group of it, by name."""
+    asked, needed = config.resources.accelerator_type, config.tensor_parallel_size
+    if config.resources.device == "cpu":
+        fitting = nodes
+    elif asked is None:
+        fitting = [node for node in nodes if node.gpus >= needed]
+    else:
+        try:
+            gpu, _ = hardware.find(asked)
+        except UserError:
+            return {}  # for which there is another finding
+        of_type = [n for n in nodes if n.gpu_type and _is(n.gpu_type, gpu, asked)]
+        fitting = [node for node in of_type if node.gpus >= needed]
+    return {node.name: front_ends.Node(node.cores, node.gpus) for node in fitting if node.cores}
+
+
+def _is(kind: str, gpu: GPU, asked: str) -> bool:
+    """Whether a node's type of GPU, by whichever name, is the one that a config asks for."""
+    same = {asked.lower(), gpu.name.lower(), (gpu.ec2_name or "").lower()}
+    return _plain(kind) in same or kind.lower() in same
 
 
 def _plain(kind: str) -> str:

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 from serve_app.cluster import autoscaling, placement
 from serve_app.config.document import Fleet
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import choose, hardware, report
+from serve_app.planner import choose, front_ends, hardware, report
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB
 from serve_app.planner.loading import cpu_plan, load_model
@@ -52,6 +53,49 @@ def undeployable(config: ModelConfig) -> str | None:
     except ConfigError as error:
         return str(error)
     return None
+
+
+def cores(name: str, config: ModelConfig) -> Iterator[Finding]:
+    """Whether the config and EC2's machines have cores for the ``frontends`` that it sets."""
+    if config.frontends == "auto":
+        return
+    resources = config.resources
+    if "num_cpus" in resources.model_fields_set and resources.num_cpus < config.frontends:
+        yield Finding(
+            "front ends",
+            "warn",
+            name,
+            f"frontends is {config.frontends}, but resources.num_cpus reserves "
+            f"{resources.num_cpus:g}: each front end can keep a core busy",
+            f"set resources.num_cpus to {config.frontends}, or lower frontends",
+        )
+    if resources.device == "cpu" or resources.accelerator_type is None:
+        return
+    try:
+        known = hardware.with_accelerator(resources.accelerator_type, name)
+    except ConfigError:
+        return  # for which there is another finding
+    machines = [i for i in known if i.gpus >= config.tensor_parallel_size]
+    yield from too_few_cores(name, config, {i.name: front_ends.on_machine(i) for i in machines})
+
+
+def too_few_cores(
+    name: str, config: ModelConfig, places: Mapping[str, front_ends.Node]
+) -> Iterator[Finding]:
+    """A finding if none of the ``places`` has cores for the ``frontends`` that a config sets."""
+    if config.frontends == "auto" or not places:
+        return
+    left = {place: front_ends.cores_left(config, node) for place, node in places.items()}
+    place = max(left, key=left.__getitem__)
+    if left[place] < config.frontends:
+        yield Finding(
+            "front ends",
+            "warn",
+            name,
+            f"frontends is {config.frontends}, but a replica on {place} ({places[place]}) has "
+            f"{max(0, math.floor(left[place]))} cores for them beside its engine and Ray",
+            "lower frontends, or use machines with more cores per GPU",
+        )
 
 
 def model(name: str, config: ModelConfig) -> Iterator[Finding]:

@@ -199,7 +199,7 @@ def machines(
     Best is cheapest where prices are given, else fewest idle GPUs, then fewest machines.
     """
     parallel = found.parallel
-    cpu_m = 1000 * (config.resources.num_cpus if config else 1)
+    cpu_m = 1000 * (_own_cpus(config) if config else 1)
     host_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
     good: list[Machines] = []
     refused: list[RefusedInstance] = []
@@ -246,6 +246,12 @@ def machines(
         )
     )
     return good, refused
+
+
+def _own_cpus(config: ModelConfig) -> float:
+    """The cores that a replica asks for; ``frontends: auto`` asks for none."""
+    asked = config.resources.num_cpus
+    return asked if config.frontends == "auto" else max(asked, config.frontends)
 
 
 def read_prices(path: Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from rich.console import Console
 from serve_app.config.document import load
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.planner import check_model, choose, hardware, report
+from serve_app.planner import check_model, choose, front_ends, hardware, report
 from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.loading import cpu_plan, load_model
 from serve_app.planner.model import metadata
@@ -128,7 +128,8 @@ def _report(
 ) -> Report:
     if config.resources.device == "cpu" and gpu is None:
         on_cpu = cpu_plan(model, config)
-        return Report(name, on_cpu, typical_length, notes=report.notes_on(on_cpu))
+        found = front_ends.on_plan(config, on_cpu, None)
+        return Report(name, on_cpu, typical_length, found, notes=report.notes_on(on_cpu))
     arguments = choose.arguments_of(config)
     if gpu is None and config.resources.accelerator_type:
         gpu, _ = hardware.find(config.resources.accelerator_type)
@@ -148,10 +149,12 @@ def _report(
         why = refused[0].reason if refused else "it has other GPUs"
         plan = replace(plan, fits=False, reasons=(f"{instance.name}: {why}",))
     needed = smallest.plan.parallel.gpus if smallest.plan else 1 << 30
+    on = instance or (good[0].instance if good else None)
     return Report(
         name=name,
         plan=plan,
         typical_length=min(typical_length, plan.engine.max_model_len),
+        front_ends=front_ends.on_plan(config, plan, front_ends.on_machine(on) if on else None),
         smallest=smallest,
         choices=choices,
         lighter=choose.lighter(model, arguments, gpu, needed),

@@ -16,6 +16,7 @@ from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.planner import choose, hardware
+from serve_app.planner.hardware import Instance
 from serve_app.planner.loading import load_model
 from serve_app.planner.model import runner
 from serve_app.planner.vllm import defaults
@@ -54,6 +55,9 @@ class Node:
     cores: float
     gpus: int
 
+    def __str__(self) -> str:
+        return f"{self.cores:g} cores, {self.gpus} GPU{'s' * (self.gpus != 1)}"
+
 
 @dataclass(frozen=True)
 class FrontEnds:
@@ -68,6 +72,11 @@ class FrontEnds:
         return (self.count - 1) * FRONT_END_BYTES
 
 
+def on_machine(instance: Instance) -> Node:
+    """An EC2 machine as a node, without what its kubelet keeps."""
+    return Node(instance.allocatable_cpu_m / 1000, instance.gpus)
+
+
 def how_many(config: ModelConfig, node: Node, accelerator: str | None = None) -> FrontEnds:
     """The front ends of a replica on ``node``, for the replica itself. Never raises.
 
@@ -77,23 +86,26 @@ def how_many(config: ModelConfig, node: Node, accelerator: str | None = None) ->
     Args:
         accelerator: the node's type of GPU by Ray's name; None takes the config's.
     """
+    try:
+        return _estimated(config, node, accelerator or config.resources.accelerator_type)
+    except UserError as error:
+        return FrontEnds(1, f"the rate is not known ({error})")
+    except Exception as error:  # an estimate must not keep an engine from starting
+        return FrontEnds(1, f"the rate is not known ({type(error).__name__}: {error})")
+
+
+def _estimated(config: ModelConfig, node: Node, accelerator: str | None) -> FrontEnds:
     given = _given(config) or _pooling(config)
     if given is not None:
         return given
     most = allowed(config, node)
     if most == 1:
         return FrontEnds(1, _cores(config, node, most))
-    named = accelerator or config.resources.accelerator_type
-    if named is None:
+    if accelerator is None:
         return FrontEnds(1, "the rate is not known, because the type of GPU is not")
-    try:
-        gpu, _ = hardware.find(named)
-        plan = choose.plan_on(load_model(config), choose.arguments_of(config), gpu)
-        return on_plan(config, plan, node)
-    except UserError as error:
-        return FrontEnds(1, f"the rate is not known ({error})")
-    except Exception as error:  # an estimate must not keep an engine from starting
-        return FrontEnds(1, f"the rate is not known ({type(error).__name__}: {error})")
+    gpu, _ = hardware.find(accelerator)
+    plan = choose.plan_on(load_model(config), choose.arguments_of(config), gpu)
+    return on_plan(config, plan, node)
 
 
 def on_plan(config: ModelConfig, plan: Plan, node: Node | None) -> FrontEnds:
@@ -110,7 +122,7 @@ def on_plan(config: ModelConfig, plan: Plan, node: Node | None) -> FrontEnds:
         return FrontEnds(most, _cores(config, node, most))
     return FrontEnds(
         needed,
-        f"about {round(expected, -2):,.0f} tokens/s with {_requests(plan):.0f} requests at once",
+        f"about {round(expected, -2):,.0f} tokens/s of {_requests(plan):.0f} requests",
     )
 
 
@@ -197,4 +209,4 @@ def _cores(config: ModelConfig, node: Node | None, most: int) -> str:
     if _sets_num_cpus(config) and config.resources.num_cpus < most + 1:
         return f"resources.num_cpus is {config.resources.num_cpus:g}"
     assert node is not None
-    return f"the node has {node.cores:g} cores for {node.gpus} GPU{'s' * (node.gpus != 1)}"
+    return f"the node has {node}"

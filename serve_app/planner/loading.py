@@ -43,4 +43,5 @@ def cpu_plan(model: Model, config: ModelConfig) -> Plan:
         kv_gib = float(space)
     except ValueError:
         raise ConfigError(f"env.VLLM_CPU_KVCACHE_SPACE is {space!r}, not a number of GiB") from None
-    return memory.plan_on_cpu(model, engine, kv_gib, config.resources.memory_gib)
+    front_ends = 1 if config.frontends == "auto" else config.frontends
+    return memory.plan_on_cpu(model, engine, kv_gib, config.resources.memory_gib, front_ends)

@@ -14,6 +14,7 @@ from rich.text import Text
 from serve_app.errors import UserError
 from serve_app.planner import choose
 from serve_app.planner.choose import Choice, Lighter, Machines, RefusedInstance
+from serve_app.planner.front_ends import FrontEnds
 from serve_app.planner.hardware import GIB
 from serve_app.planner.model.tensors import PRECISION_BITS, parameter_bytes
 from serve_app.planner.vllm.memory import GPUMemory, Plan
@@ -40,6 +41,7 @@ class Report:
     name: str
     plan: Plan
     typical_length: int
+    front_ends: FrontEnds
     smallest: Choice | None = None
     """The smallest layout on the same GPU type; None on a CPU."""
     choices: list[Choice] = field(default_factory=list)
@@ -122,6 +124,11 @@ def as_json(report: Report) -> dict[str, Any]:
         "reasons": list(plan.reasons),
         "notes": report.notes,
         "metadata": {"source": plan.model.source, "exact": plan.model.exact},
+        "frontends": {
+            "count": report.front_ends.count,
+            "reason": report.front_ends.why,
+            "host_bytes": report.front_ends.host_bytes,
+        },
     }
     if report.smallest is not None:
         found["smallest"] = _choice_json(report.smallest)
@@ -298,8 +305,14 @@ def _numbers(report: Report) -> Table:
         )
     else:
         table.add_row("KV cache", "none (an encoder)")
+    table.add_row("front ends", _front_ends(report.front_ends))
     table.add_row("metadata", plan.model.source)
     return table
+
+
+def _front_ends(found: FrontEnds) -> str:
+    more = f" (+{found.host_bytes / GIB:.1f} GiB host)" if found.host_bytes else ""
+    return f"{found.count}{more}: {found.why}"
 
 
 def _lighter_table(lighter: list[Lighter]) -> Table | None:

@@ -61,6 +61,11 @@ def test_a_wrong_profile(tmp_path: Path, profile: str, says: str) -> None:
         ("tensor_parallel_size: 4", "tensor_parallel_size: four", "must be a whole number"),
         ("tensor_parallel_size: 4", "tensor_parallel_size: 3", "no H100 machine holds a pod"),
         ("num_cpus: 8", "num_cpus: 1000", "lower resources.num_cpus"),
+        (
+            "resources:",
+            "frontends: 16\n    resources:\n      memory_gib: 9000",
+            "lower frontends, resources.num_cpus or resources.memory_gib",
+        ),
         ("max_replicas: 2", "max_replicas: 0", "max_replicas is 0"),
         ("applications:", "applicatons:", "not a Serve config"),
         ("host: 0.0.0.0", "host: 5", "http_options.host is 5"),

@@ -403,7 +403,7 @@ def test_parallelism_becomes_pods(
             {},
             {"accelerator_type": "L4", "memory_gib": 2000},
             {},
-            "no L4 machine holds a pod with 1 GPUs, 2 cores and 2008 GiB",
+            "no L4 machine holds a pod with 1 GPUs, 2 cores and 2008 GiB; lower resources.num_cpus",
         ),
         (
             {},
@@ -437,6 +437,44 @@ def test_models_of_one_shape_share_the_machines_that_all_fit_on() -> None:
     assert group.min_pods == 2 and group.shape is not None
     assert "g6e.2xlarge" not in group.shape.instance_types
     assert group.memory_gib >= 158
+
+
+@pytest.mark.parametrize(
+    ("more", "smallest"),
+    [
+        ({}, "g6e.xlarge"),  # `auto` is then 1
+        ({"frontends": 1}, "g6e.xlarge"),
+        ({"frontends": 4}, "g6e.2xlarge"),  # 5 cores of 6
+        ({"frontends": 6}, "g6e.4xlarge"),
+        ({"frontends": 4, "num_cpus": 10}, "g6e.4xlarge"),  # the larger of both
+        # 55 GiB: with one front end 54, with three of `auto`'s 57.
+        ({"frontends": 1, "memory_gib": 46}, "g6e.2xlarge"),
+        ({"memory_gib": 46}, "g6e.4xlarge"),
+        ({"memory_gib": 46, "num_cpus": 1}, "g6e.2xlarge"),
+        ({"memory_gib": 46, "engine": {"runner": "pooling"}}, "g6e.2xlarge"),
+    ],
+)
+def test_a_pod_has_cores_and_memory_for_its_front_ends(more: dict[str, Any], smallest: str) -> None:
+    resources = {k: more[k] for k in ("num_cpus", "memory_gib") if k in more}
+    args = {k: v for k, v in more.items() if k == "frontends"}
+    one = one_model(
+        more.get("engine", {}), resources={"accelerator_type": "L40S", **resources}, **args
+    )
+    _gateway, group = groups_of(one, ClusterProfile())
+    assert group.shape is not None
+    assert group.shape.instance_types[0] == smallest
+
+
+def test_a_cpu_pod_grows_with_its_front_ends() -> None:
+    def pod(**args: Any) -> tuple[int, int]:
+        _gateway, group = groups_of(
+            one_model({}, resources={"device": "cpu"}, **args), ClusterProfile()
+        )
+        return group.cpu, group.memory_gib
+
+    cores, gib = pod()
+    assert pod(frontends=1) == (cores, gib) == (4, 16)
+    assert pod(frontends=6) == (7, gib + 6)  # 5 × 1.1 GiB
 
 
 def test_a_cpu_model_gets_a_pod_without_gpu_or_taint() -> None:

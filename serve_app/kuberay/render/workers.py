@@ -14,8 +14,9 @@ from serve_app.config.document import Fleet
 from serve_app.config.settings import GatewayConfig, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
-from serve_app.planner import hardware
-from serve_app.planner.hardware import Instance, with_accelerator
+from serve_app.planner import front_ends, hardware
+from serve_app.planner.hardware import GIB, Instance, with_accelerator
+from serve_app.planner.vllm.memory import FRONT_END_BYTES
 
 OBJECT_STORE_GIB = 1
 """Ray's object store in each pod. Ray's default is 30 % of memory; tokens never go there."""
@@ -32,7 +33,7 @@ _MEMORY_PER_GPU_GIB = 12
 """Least host memory of one rank: CUDA context, Python, and pinned buffers while loading."""
 
 _MEMORY_BASE_GIB = 8
-"""Host memory of the raylet, Serve's proxy, the API server and the engine's front end."""
+"""Host memory of the raylet, Serve's proxy, the API server and the engine's first front end."""
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,10 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
         )
     fitting = tuple(i for i in instances if _fits(i, gpus, model, profile))
     if not fitting:
+        cores = _cpus(model, gpus)
         raise ConfigError(
-            f"{where}: no {accelerator} machine holds a pod with {gpus} GPUs, {_cpus(model, gpus)} "
-            f"cores and {_memory_gib(model, gpus)} GiB; lower resources.num_cpus or "
-            "resources.memory_gib"
+            f"{where}: no {accelerator} machine holds a pod with {gpus} GPUs, {cores} cores and "
+            f"{_memory_gib(model, gpus, cores)} GiB; lower {_knobs(model)}"
         )
     return WorkerShape(accelerator, gpus, pods, tuple(i.name for i in fitting))
 
@@ -157,7 +158,7 @@ def _fits(instance: Instance, gpus: int, model: ModelConfig, profile: ClusterPro
     if instance.gpus % gpus:
         return False
     cpu, memory = _share(instance, gpus, profile)
-    return cpu >= _cpus(model, gpus) and memory >= _memory_gib(model, gpus)
+    return cpu >= _cpus(model, gpus) and memory >= _memory_gib(model, gpus, cpu)
 
 
 def _share(instance: Instance, gpus: int, profile: ClusterProfile) -> tuple[int, int]:
@@ -170,12 +171,30 @@ def _share(instance: Instance, gpus: int, profile: ClusterProfile) -> tuple[int,
 
 def _cpus(model: ModelConfig, gpus: int) -> int:
     """A pod's cores: one for each GPU's busy worker, the replica's own, one for Ray."""
-    return gpus + math.ceil(model.resources.num_cpus) + (1 if gpus > 1 else 0)
+    return gpus + _own_cpus(model) + (1 if gpus > 1 else 0)
 
 
-def _memory_gib(model: ModelConfig, gpus: int) -> int:
-    asked = math.ceil(model.resources.memory_gib or 0)
-    return max(asked, _MEMORY_PER_GPU_GIB * gpus) + _MEMORY_BASE_GIB
+def _own_cpus(model: ModelConfig) -> int:
+    """A replica's own cores; ``frontends: auto`` takes what a pod has."""
+    asked = 1 if model.frontends == "auto" else model.frontends
+    return max(asked, math.ceil(model.resources.num_cpus))
+
+
+def _memory_gib(model: ModelConfig, gpus: int, cores: int) -> int:
+    asked = max(math.ceil(model.resources.memory_gib or 0), _MEMORY_PER_GPU_GIB * gpus)
+    return asked + _MEMORY_BASE_GIB + _front_ends_gib(model, cores, gpus)
+
+
+def _front_ends_gib(model: ModelConfig, cores: int, gpus: int) -> int:
+    """Memory of the front ends beyond the first, as many as such a pod may have."""
+    most = front_ends.most_on(model, front_ends.Node(cores, gpus))
+    return math.ceil((most - 1) * FRONT_END_BYTES / GIB)
+
+
+def _knobs(model: ModelConfig) -> str:
+    """The settings that make a pod larger than its GPUs make it."""
+    knobs = "resources.num_cpus or resources.memory_gib"
+    return knobs if model.frontends == "auto" else f"frontends, {knobs}"
 
 
 def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
@@ -251,8 +270,11 @@ def _cpu_group(models: dict[str, ModelConfig]) -> WorkerGroup:
     """One group of CPU pods, each large enough for the most demanding model."""
     least = sum(replicas_of(model)[0] for model in models.values())
     most = sum(replicas_of(model)[1] for model in models.values())
-    cores = max(math.ceil(model.resources.num_cpus) for model in models.values())
-    memory = max(math.ceil(model.resources.memory_gib or 8) for model in models.values())
+    cores = max(_own_cpus(model) for model in models.values())
+    memory = max(
+        math.ceil(model.resources.memory_gib or 8) + _front_ends_gib(model, cores, 0)
+        for model in models.values()
+    )
     return WorkerGroup(
         name="cpu",
         role="cpu",

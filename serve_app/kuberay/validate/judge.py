@@ -115,6 +115,7 @@ def _service(service: Document, manifests: Manifests) -> Iterator[Finding]:
     if any(finding.status == "fail" for finding in impossible):
         return  # such a model's number of GPUs tells nothing
     yield from serving.capacity(service, fleet, manifests)
+    yield from serving.front_end_cores(service, fleet)
     yield from serving.stages(service, fleet)
     yield from serving.caches(service, fleet)
     yield from serving.drain(service, fleet, manifests)

@@ -28,7 +28,7 @@ from serve_app.kuberay.validate.manifests import (
     workers_of,
 )
 from serve_app.kuberay.validate.rule import Found, check, fail, warn
-from serve_app.planner import check_model, hardware
+from serve_app.planner import check_model, front_ends, hardware
 from serve_app.planner.loading import load_model
 from serve_app.planner.model import metadata
 
@@ -186,6 +186,17 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
     if manifests.gpu_limit is not None and not short:
         always = sum(p.gpus_by("minReplicas") for p in workers)
         yield from _node_pools(service, sum(most_asked.values()), always, manifests.gpu_limit)
+
+
+@check("front ends")
+def front_end_cores(service: Document, fleet: Fleet) -> Found:
+    """Has a pod cores for as many front ends as a model sets?"""
+    workers = workers_of(service)
+    for name, model in _on_gpus(fleet):
+        holding = _holding(_with_accelerator(workers, model.resources.accelerator_type), model)
+        pods = {f"a pod of '{p.name}'": front_ends.Node(p.ray_cores, p.gpus) for p in holding}
+        for finding in check_model.too_few_cores(name, model, pods):
+            yield warn(CONFIG, f"application '{name}': {finding.message}", finding.fix)
 
 
 def _idle(workers: list[Pods], asked: int) -> Found:

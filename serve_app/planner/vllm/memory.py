@@ -464,7 +464,13 @@ DEFAULT_CPU_KV_GIB = 1
 """VLLM_CPU_KVCACHE_SPACE that serve_app/config/environment.py sets where a config does not."""
 
 
-def plan_on_cpu(model: Model, engine: EngineArgs, kv_gib: float, memory_gib: float | None) -> Plan:
+def plan_on_cpu(
+    model: Model,
+    engine: EngineArgs,
+    kv_gib: float,
+    memory_gib: float | None,
+    front_ends: int = 1,
+) -> Plan:
     """The plan on vLLM's CPU engine, whose KV cache has ``kv_gib`` of host memory.
 
     ``memory_gib`` is the host memory reserved for the replica; None leaves that check out.
@@ -483,7 +489,7 @@ def plan_on_cpu(model: Model, engine: EngineArgs, kv_gib: float, memory_gib: flo
         total=int((memory_gib or 0) * GIB),
         requested=0,
         weights=sum(tensor_bytes(model, engine)),
-        non_torch=0,
+        non_torch=(front_ends - 1) * FRONT_END_BYTES,
         buffers=0,
         activation=activation_bytes(model.shape, engine, last=True),
         cudagraph=0,
@@ -498,7 +504,7 @@ def plan_on_cpu(model: Model, engine: EngineArgs, kv_gib: float, memory_gib: flo
         )
     if memory_gib and stage.requested > stage.total:
         reasons.append(
-            f"the engine needs about {stage.requested / GIB:.1f} GiB of host memory, but "
+            f"the replica needs about {stage.requested / GIB:.1f} GiB of host memory, but "
             f"resources.memory_gib is {memory_gib:g}"
         )
     cache = kv_cache.allocate(

@@ -103,6 +103,22 @@ def test_a_good_config_has_nothing_to_fix(tmp_path: Path) -> None:
         ({"engine": {"accelerator_type": "H100"}}, "engine arguments", "fail", "under resources"),
         ({"engine": {"chat_template": "no.jinja"}}, "chat template", "fail", "there is no file /"),
         ({"engine": {"chat_template": "/a/b.jinja"}}, "chat template", "warn", "/a/b.jinja"),
+        ({"frontends": 0}, "config", "fail", "frontends is 0; give a number from 1 to 16, or auto"),
+        (
+            {"frontends": 12}, "front ends", "warn",
+            "num_cpus reserves 8: each front end can keep a core busy set resources.num_cpus to 12",
+        ),
+        (
+            {"frontends": 12, "resources": {"accelerator_type": "A100-40G"},
+             "engine": {"tensor_parallel_size": 1}},
+            "front ends", "warn",
+            "a replica on p4d.24xlarge (95.69 cores, 8 GPUs) has 8 cores for them beside",
+        ),
+        (
+            {"frontends": 4, "model": "nobody/nothing", "resources": {"device": "cpu",
+             "num_cpus": 2}, "engine": {"tensor_parallel_size": 1}},
+            "front ends", "warn", "num_cpus reserves 2",
+        ),
         ({"model": "${MODEL}"}, "config", "fail", "model is '${MODEL}', but variables are not"),
         ({"model": "REPLACE_ME"}, "config", "fail", "model is 'REPLACE_ME', a placeholder"),
         (
@@ -418,6 +434,40 @@ def test_a_cluster_without(tmp_path: Path) -> None:
     other = FakeInventory(Node("other", 8, gpu_type="a10g"), classes={"CRD/rayservices.ray.io"})
     findings = on_cluster(fleet, other, None)
     assert "no node with H100" in find(findings, "cluster", "warn").message
+
+
+@pytest.mark.parametrize(
+    ("resources", "cores", "gpu_type", "words"),
+    [
+        ({"accelerator_type": "H100"}, 40, "NVIDIA-H100-80GB-HBM3", "gpu-1 (40 cores, 8 GPUs)"),
+        ({"accelerator_type": "H100"}, 60, "NVIDIA-H100-80GB-HBM3", None),
+        ({"accelerator_type": "H100"}, 0, "NVIDIA-H100-80GB-HBM3", None),  # it does not say
+        ({"accelerator_type": "H100"}, 40, "a10g", None),  # of another type
+        ({}, 40, "a10g", "has 14 cores for them"),
+        ({"device": "cpu"}, 4, "a10g", "has 2 cores for them"),
+    ],
+)
+def test_nodes_with_too_few_cores_for_the_front_ends(
+    tmp_path: Path, resources: dict[str, Any], cores: float, gpu_type: str, words: str | None
+) -> None:
+    path = write(tmp_path, resources=resources, frontends=15)
+    cluster = FakeInventory(Node("gpu-1", 8, gpu_type=gpu_type, cores=cores))
+    said = [f for f in on_cluster(load(path), cluster, None) if f.check == "front ends"]
+    assert [f.status for f in said] == ["warn"] * (words is not None)
+    assert words is None or words in said[0].message
+    auto = on_cluster(load(write(tmp_path, resources=resources)), cluster, None)
+    assert "front ends" not in {f.check for f in auto}
+
+
+def test_pods_with_too_few_cores_for_the_front_ends(tmp_path: Path) -> None:
+    path = write(tmp_path, replicas=2, frontends=8)
+    documents = rendered(path)
+    assert {f.status for f in checklist.static(path, documents)} == {"ok"}
+    group = part(documents, "RayService")["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]
+    group["resources"]["CPU"] = "12"
+    (finding,) = judge(documents)
+    assert (finding.check, finding.status) == ("front ends", "warn")
+    assert "a pod of 'h100-x4' (12 cores, 4 GPUs) has 6 cores for them" in finding.message
 
 
 @pytest.mark.parametrize("arguments", ["7", "[1]", "{engine: 5}", "{model: x, engine: [1]}"])

@@ -14,11 +14,12 @@ def test_ray_nodes_are_read() -> None:
     raw = [
         {"Alive": True, "NodeManagerHostname": "head", "Resources": {"node:__internal_head__": 1}},
         {"Alive": True, "NodeManagerHostname": "a", "Resources": {"GPU": 8.0,
-         "accelerator_type:H100": 1.0}},
+         "CPU": 192.0, "accelerator_type:H100": 1.0}},
         {"Alive": False, "NodeManagerHostname": "gone", "Resources": {"GPU": 8.0}},
     ]  # fmt: skip
     cluster = RayInventory(raw)
-    assert cluster.nodes() == [Node("head", 0, is_head=True), Node("a", 8, gpu_type="H100")]
+    gpus = Node("a", 8, gpu_type="H100", cores=192)
+    assert cluster.nodes() == [Node("head", 0, is_head=True), gpus]
     assert cluster.secrets() is None
 
 
@@ -26,7 +27,7 @@ def test_kubernetes_nodes_are_read() -> None:
     node = {
         "metadata": {"name": "ip-10", "labels": {
             "karpenter.k8s.aws/instance-gpu-name": "h100"}},
-        "status": {"allocatable": {"nvidia.com/gpu": "8"}},
+        "status": {"allocatable": {"nvidia.com/gpu": "8", "cpu": "191450m"}},
     }  # fmt: skip
     answers = {
         "nodes": [node],
@@ -35,7 +36,7 @@ def test_kubernetes_nodes_are_read() -> None:
         "customresourcedefinitions": [{"metadata": {"name": "rayservices.ray.io"}}],
     }
     cluster = KubernetesInventory(lambda resource: answers[resource])
-    assert cluster.nodes() == [Node("ip-10", 8, gpu_type="h100")]
+    assert cluster.nodes() == [Node("ip-10", 8, gpu_type="h100", cores=191.45)]
     assert cluster.secrets() == {"hf"}
     assert cluster.classes() == {"StorageClass/gp3", "CRD/rayservices.ray.io"}
 

@@ -63,6 +63,11 @@ def plan_70b(tp: int = 4, pp: int = 1, gpu: str = "H100") -> Any:
     return choose.plan_on(kept(LLAMA_70B), SHORT, hardware.gpus()[gpu], Parallelism(tp, pp))
 
 
+def plan_8b() -> Any:
+    of = kept("meta-llama/Llama-3.1-8B-Instruct")
+    return choose.plan_on(of, SHORT, hardware.gpus()["L40S"])
+
+
 def test_machines_count_idle_gpus_and_say_why_not() -> None:
     good, refused = choose.machines(plan_70b(), None)
     assert [(m.instance.name, m.count, m.stranded_gpus) for m in good] == [("p5.48xlarge", 1, 4)]
@@ -78,6 +83,12 @@ def test_machines_must_hold_the_replica_beside_its_gpus() -> None:
     good, refused = choose.machines(plan_70b(4, 1, "L40S"), wide)
     assert "g6e.12xlarge" not in {m.instance.name for m in good}
     assert any("64 CPUs" in r.reason for r in refused)
+    many = ModelConfig(model="x", frontends=6)
+    good, refused = choose.machines(plan_8b(), many)
+    assert "g6e.xlarge" not in {m.instance.name for m in good}
+    assert any(r.name == "g6e.xlarge" and "asks for 6 CPUs" in r.reason for r in refused)
+    good, _ = choose.machines(plan_8b(), ModelConfig(model="x"))  # `auto` takes what there is
+    assert good[0].instance.name == "g6e.xlarge"
 
 
 def test_prices_come_only_from_the_user(tmp_path: Path) -> None:

@@ -52,6 +52,25 @@ def test_json_has_what_the_issue_names() -> None:
     assert {g["gpu"] for g in found["gpu_types"] if not g["fits"]} == {"V100"}
 
 
+def test_the_number_of_front_ends_is_shown_with_its_reason(tmp_path: Path) -> None:
+    shown = run(plan, ONE_MODEL).stdout
+    said = [line.split() for line in shown.splitlines() if line.startswith("front ends")]
+    assert [" ".join(words) for words in said] == [
+        "front ends 2 (+1.1 GiB host): about 11,100 tokens/s of 256 requests"
+    ]
+    found = as_json(ONE_MODEL)["frontends"]
+    assert found["count"] == 2 and "11,100 tokens/s" in found["reason"]
+    assert found["host_bytes"] == pytest.approx(1.1 * 2**30, rel=0.01)
+    set_ = tmp_path / "set.yaml"
+    set_.write_text(
+        Path(ONE_MODEL).read_text().replace("resources:", "frontends: 8\n    resources:")
+    )
+    assert "8 (+7.7 GiB host): as set" in run(plan, str(set_)).stdout
+    # A machine alone bounds it: g6e.xlarge has 4 cores for its GPU.
+    small = as_json("Qwen/Qwen3-30B-A3B", "-e", "quantization=fp8", "--gpu", "g6e.xlarge")
+    assert small["frontends"]["count"] == 1 and small["frontends"]["host_bytes"] == 0
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_plans_without_network(
     config: Path, monkeypatch: pytest.MonkeyPatch
