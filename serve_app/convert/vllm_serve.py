@@ -30,6 +30,8 @@ def convert(whole: Part) -> Draft:
             draft.top.setdefault("http_options", {})[plain] = part.value
         elif plain == "allowed_origins":
             draft.gateway["cors_allow_origins"] = part.value
+        elif plain == "api_server_count":
+            model.args["frontends"] = part.value
         elif plain == "lora_modules":
             model.args["adapters"] = [_adapter(part, text) for text in _listed(by_name, plain)]
         elif plain == "api_key":

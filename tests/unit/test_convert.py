@@ -648,6 +648,7 @@ served-model-name: [llama, meta-llama/Llama-3.1-8B-Instruct]
 host: 127.0.0.1
 port: 6379
 uvicorn-log-level: info
+api-server-count: 4
 api-key: literal-key
 tensor-parallel-size: 2
 max-model-len: 16k
@@ -674,6 +675,7 @@ def test_a_config_of_vllm_serve_is_one_model(tmp_path: Path) -> None:
         ("tone", "org/tone"),
     ]
     assert fleet.http_options == {"host": "127.0.0.1", "port": 6379}
+    assert model.frontends == 4
     assert fleet.gateway is not None
     assert fleet.gateway.cors_allow_origins == ["https://chat.example.com"]
     assert "own server" in said(result, "uvicorn-log-level")
