@@ -80,7 +80,7 @@ class EngineLoad:
         self._config = vllm_config
         return self
 
-    def stats(self, answering: int = 0) -> dict[str, float]:
+    def stats(self, answering: int = 0, *, busy: bool = True) -> dict[str, float]:
         """What ``record_autoscaling_stats`` returns; see :mod:`serve_app.cluster.autoscaling`.
 
         ``running`` and ``waiting`` are requests in the engine. ``in_front_end`` are those of the
@@ -88,8 +88,13 @@ class EngineLoad:
         adapter's download or the tokenizer. ``capacity`` is ``max_num_seqs``, ``kv_cache_usage``
         goes from 0 to 1, ``preemptions`` are all so far, and ``tokens_per_s`` is the rate of
         generation since the previous call.
+
+        An engine whose last requests were aborted makes no further step, which would report that
+        none runs; ``busy`` tells whether any front end has a request in it.
         """
         now = self._clock()
+        if not busy:
+            self._running = self._waiting = 0
         before, tokens = self._asked
         self._asked = (now, self._tokens)
         capacity = self._config.scheduler_config.max_num_seqs if self._config else 0

@@ -113,7 +113,8 @@ class ModelServer:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`serve_app.cluster.autoscaling.LoadPolicy` decides on."""
-        return self._load.stats(self._front_ends.running)
+        ours = self._front_ends
+        return self._load.stats(ours.running, busy=ours.busy)
 
     async def check_health(self) -> None:
         """Raise when Serve must replace this replica. With its first call the start is over."""
@@ -147,7 +148,9 @@ def _front_ends(config: ModelConfig) -> int:
     """How many front ends this replica gets, on the node that it is on."""
     here = capacity.here()
     accelerators = [k.partition(":")[2] for k in here if k.startswith("accelerator_type:")]
-    node = front_ends.Node(here.get("CPU", 1), int(here.get("GPU", 0)))
+    # A pod may have fewer cores than its machine, which only Ray was told.
+    cores = min(here.get("CPU", 1), len(os.sched_getaffinity(0)))
+    node = front_ends.Node(cores, int(here.get("GPU", 0)))
     chosen = front_ends.how_many(config, node, accelerators[0] if accelerators else None)
     if chosen.count > 1:
         logger.info(f"{chosen.count} front ends: {chosen.why}")

@@ -58,6 +58,7 @@ def demo_args(name: str) -> dict[str, Any]:
 def chat_application() -> dict[str, Any]:
     ours = {
         "served_as": list(CHAT_ALIASES),
+        "frontends": 2,
         "env": {"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
     }
     return application(CHAT, **demo_args("smollm2-135m") | ours)
@@ -230,6 +231,11 @@ class ModelPort:
         self.base_url = base_url
         self.credential = credential
 
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """Ask as the gateway would."""
+        headers = {"x-serve-app-credential": self.credential}
+        return httpx.post(f"{self.base_url}{path}", json=body, headers=headers, timeout=180)
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples on the replica's /metrics."""
         answer = httpx.get(
@@ -244,13 +250,13 @@ class ModelPort:
         )
 
 
-def model_ports(name: str) -> dict[str, ModelPort]:
-    """The ports of a model's replicas, by replica id; needs :meth:`Cluster.ray`."""
+def front_ends(name: str) -> list[dict[str, ModelPort]]:
+    """The ports of each of a model's replicas, by front end; needs :meth:`Cluster.ray`."""
     import ray
     from ray.serve._private.common import DeploymentID
     from ray.serve._private.long_poll import LongPollNamespace
 
-    from serve_app.cluster import serve
+    from serve_app.cluster import replicas, serve
     from serve_app.cluster.credential import internal_credential
 
     key = (
@@ -261,12 +267,23 @@ def model_ports(name: str) -> dict[str, ModelPort]:
     assert controller is not None
     reported = ray.get(controller.listen_for_change.remote({key: -1}), timeout=30)
     credential = internal_credential().decode()
-    ports = {}
-    for replica in reported[key].object_snapshot.running_replicas:
-        where = replica.replica_metadata
-        base_url = f"http://{addresses.join(where['host'], where['port'])}"
-        ports[replica.replica_id.unique_id] = ModelPort(base_url, credential)
-    return ports
+    return [
+        {
+            id: ModelPort(f"http://{addresses.join(host, port)}", credential)
+            for id, (host, port) in replicas.addresses(
+                replica.replica_id.unique_id, replica.replica_metadata
+            ).items()
+        }
+        for replica in reported[key].object_snapshot.running_replicas
+    ]
+
+
+def model_ports(name: str) -> dict[str, ModelPort]:
+    """The port of the first front end of each of a model's replicas, by replica id.
+
+    Its metrics are the engine's, whichever front end a request came through.
+    """
+    return {id: port for ports in front_ends(name) for id, port in list(ports.items())[:1]}
 
 
 def model_port(name: str) -> ModelPort:
