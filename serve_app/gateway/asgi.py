@@ -23,10 +23,11 @@ from serve_app.gateway.dispatch import Dispatcher
 from serve_app.gateway.errors import GatewayError, invalid
 from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import FewestRequests, Policy
-from serve_app.gateway.relay import Answer, Headers, Relay, Request, Send
+from serve_app.gateway.relay import Answer, Relay, Request, Send
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Stage
 from serve_app.gateway.stored_responses import StoredResponses
+from serve_app.gateway.upstream import Headers
 
 logger = logging.getLogger("ray.serve")
 

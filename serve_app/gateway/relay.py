@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-import aiohttp
-from yarl import URL
-
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.replicas import FrontEnd
+from serve_app.gateway.upstream import (
+    Connection,
+    Headers,
+    NoConnection,
+    Pool,
+    Silent,
+    UpstreamError,
+)
 
 logger = logging.getLogger("ray.serve")
 
-Headers = list[tuple[bytes, bytes]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 # Hop-by-hop headers (RFC 9110 §7.6.1), and those that the HTTP library on either side sets.
@@ -94,32 +97,16 @@ class Asleep(NotStarted):
 
 
 class Relay:
-    """This gateway's pool of HTTP connections to all replicas."""
+    """Relays over this gateway's pool of connections to all replicas."""
 
     def __init__(
         self, credential: bytes, connect_timeout_s: float, silence_timeout_s: float | None
     ) -> None:
-        self._credential = credential.decode()
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=300, socket_factory=_probed_socket
-            ),
-            timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=connect_timeout_s, sock_read=silence_timeout_s
-            ),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            # A slow client makes the gateway hold at most two of these buffers.
-            read_bufsize=2**16,
-            # A replica may repeat a client's header in its answer. A header that aiohttp does not
-            # accept would count as the replica's failure.
-            max_line_size=2**17,
-            max_field_size=2**17,
-        )
+        self._credential = credential
+        self._pool = Pool(connect_timeout_s, silence_timeout_s)
 
-    async def close(self) -> None:
-        await self._session.close()
+    def close(self) -> None:
+        self._pool.close()
 
     async def send(self, front_end: FrontEnd, request: Request, answer: Answer) -> int:
         """Send the request to ``front_end`` and its answer to ``answer``; return the status.
@@ -136,48 +123,53 @@ class Relay:
         begun = b""
         front_end.began()
         try:
-            async with self._session.request(
+            with await self._pool.ask(
+                front_end.host,
+                front_end.port,
                 request.method,
-                URL(front_end.base_url + request.target, encoded=True),
-                headers=_to_replica(request, self._credential),
-                data=request.body or None,
-                allow_redirects=False,
-            ) as response:
-                if ASLEEP_HEADER.decode() in response.headers:
+                request.target,
+                _to_replica(request, self._credential),
+                request.body,
+            ) as upstream:
+                kind = dict(upstream.headers)
+                if ASLEEP_HEADER in kind:
                     raise Asleep("asleep")
-                if not 200 <= response.status < 600:
-                    raise NotStarted(f"status {response.status}")
-                headers = _to_client(response.raw_headers)
-                if "content-encoding" in response.headers:
+                if not 200 <= upstream.status < 600:
+                    raise NotStarted(f"status {upstream.status}")
+                headers = _to_client(upstream.headers)
+                if b"content-encoding" in kind:
                     pass  # compressed: relayed as it is
-                elif response.content_type == "text/event-stream":
+                elif _media_type(kind.get(b"content-type", b"")) == b"text/event-stream":
                     events = _Events()
                     # The stream may end with the gateway's error event, which this length lacks.
                     headers = [(k, v) for k, v in headers if k != b"content-length"]
-                elif response.status >= 400:
-                    begun = await _up_to(_MAX_ERROR, response.content)
-                    if response.content.at_eof():
-                        await _send_error(response, begun, headers, request, answer)
-                        return response.status
+                elif upstream.status >= 400:
+                    begun = await _up_to(_MAX_ERROR, upstream)
+                    if upstream.ended:
+                        await _send_error(upstream, begun, headers, request, answer)
+                        return upstream.status
                 head = {
                     "type": "http.response.start",
-                    "status": response.status,
+                    "status": upstream.status,
                     "headers": headers,
                 }
                 if begun:
                     await answer.send(head)
                     await answer.send(_body(begun, more=True))
-                async for chunk in response.content.iter_any():
-                    if events is not None and not (chunk := events.take(chunk)):
+                while True:
+                    # All that waits here goes out at once; nothing waits for more.
+                    chunk = await upstream.read()
+                    ended = upstream.ended
+                    if events is not None:
+                        chunk = events.take(chunk) if not ended else events.rest(chunk)
+                    if not chunk and not ended:
                         continue
                     if answer.started_at is None:
                         await answer.send(head)
-                    await answer.send(_body(chunk, more=True))
-                if answer.started_at is None:
-                    await answer.send(head)
-                await answer.send(_body(bytes(events.held) if events else b"", more=False))
-                return response.status
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                    await answer.send(_body(chunk, more=not ended))
+                    if ended:
+                        return upstream.status
+        except UpstreamError as error:
             if answer.started_at is None:
                 raise _before_first_byte(error) from error
             logger.warning(f"request {request.id}: replica {front_end.id} lost: {error!r}")
@@ -192,24 +184,6 @@ class Relay:
             return lost.status
         finally:
             front_end.ended()
-
-
-def _probed_socket(address: Any) -> socket.socket:
-    """A socket whose connection fails after the other node's kernel was silent for 25 s.
-
-    A node that loses its power or network closes no connection, so a request to it would wait for
-    ever. TCP keep-alive probes find it: the kernel of a live node answers them even while its
-    engine is silent.
-    """
-    family, kind, protocol, *_ = address
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    # The same for data not yet acknowledged: while there is some, no probes are sent.
-    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000)
-    return made
 
 
 _EVENT_ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
@@ -246,26 +220,26 @@ class _Events:
         del self.held[:end]
         return whole
 
+    def rest(self, chunk: bytes) -> bytes:
+        """All that is left after the last ``chunk`` has come, whole events or not."""
+        return bytes(self.held) + chunk
+
 
 _MAX_ERROR = 2**20
 """Bytes up to which a replica's error is held. vLLM repeats wrong input many times in its error, so
 a client decides how long that is. A longer one is relayed as it is."""
 
 
-async def _up_to(limit: int, content: aiohttp.StreamReader) -> bytes:
+async def _up_to(limit: int, upstream: Connection) -> bytes:
     """Read until the end, or until a little over ``limit`` bytes have come."""
     read = bytearray()
-    while len(read) <= limit and (chunk := await content.readany()):
-        read += chunk
+    while len(read) <= limit and not upstream.ended:
+        read += await upstream.read()
     return bytes(read)
 
 
 async def _send_error(
-    response: aiohttp.ClientResponse,
-    body: bytes,
-    headers: Headers,
-    request: Request,
-    answer: Answer,
+    upstream: Connection, body: bytes, headers: Headers, request: Request, answer: Answer
 ) -> None:
     """Send the replica's error: unchanged if it has an envelope, else wrapped into one.
 
@@ -278,9 +252,11 @@ async def _send_error(
         shown = body.decode("utf-8", "replace")
     if not (isinstance(shown, dict) and "error" in shown):
         text = str((shown.get("detail") if isinstance(shown, dict) else shown) or "")[:2000]
-        kind = "invalid_request_error" if response.status < 500 else "server_error"
-        message = f"{text or response.reason} ({request.method} {request.path[:200]})"
-        body = GatewayError(response.status, message, kind).body(request.path)
+        kind = "invalid_request_error" if upstream.status < 500 else "server_error"
+        message = (
+            f"{text or upstream.reason.decode('latin-1')} ({request.method} {request.path[:200]})"
+        )
+        body = GatewayError(upstream.status, message, kind).body(request.path)
     elif request.path.startswith("/v1/messages") and "type" not in shown:
         body = json.dumps({"type": "error", **shown}).encode()
     if body is not sent:
@@ -289,7 +265,7 @@ async def _send_error(
         headers.append((b"content-type", b"application/json"))
         headers.append((b"content-length", b"%d" % len(body)))
     await answer.send(
-        {"type": "http.response.start", "status": response.status, "headers": headers}
+        {"type": "http.response.start", "status": upstream.status, "headers": headers}
     )
     await answer.send(_body(body, more=False))
 
@@ -307,11 +283,9 @@ def _lost() -> GatewayError:
     )
 
 
-def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
+def _before_first_byte(error: UpstreamError) -> NotStarted | GatewayError:
     """The error to raise for a failure before the client got a byte."""
-    if isinstance(error, aiohttp.ServerTimeoutError) and not isinstance(
-        error, aiohttp.ConnectionTimeoutError
-    ):
+    if isinstance(error, Silent):
         # The replica works on the request. A second replica would do the same work again.
         return GatewayError(
             504,
@@ -319,28 +293,24 @@ def _before_first_byte(error: Exception) -> NotStarted | GatewayError:
             "server_error",
             code="timeout",
         )
-    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
-        return NotStarted("no connection")
-    return NotStarted("connection closed")
+    return NotStarted("no connection" if isinstance(error, NoConnection) else "connection closed")
 
 
-def _to_replica(request: Request, credential: str) -> list[tuple[str, str]]:
+def _to_replica(request: Request, credential: bytes) -> Headers:
     drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
-    # aiohttp writes headers as UTF-8; this decoding preserves their bytes.
-    kept = [
-        (k.decode("latin-1"), v.decode("utf-8", "replace"))
-        for k, v in request.headers
-        if k not in drop
-    ]
-    kept.append((CREDENTIAL_HEADER.decode(), credential))
-    kept.append(("x-request-id", request.id))
+    kept = [(k, v) for k, v in request.headers if k not in drop]
+    kept.append((CREDENTIAL_HEADER, credential))
+    kept.append((b"x-request-id", request.id.encode()))
     return kept
 
 
-def _to_client(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
-    kept = [(k.lower(), v) for k, v in headers]
-    drop = _NOT_TO_CLIENT | _named_by_connection(kept)
-    return [(k, v) for k, v in kept if k not in drop and not k.startswith(_CORS)]
+def _to_client(headers: Headers) -> Headers:
+    drop = _NOT_TO_CLIENT | _named_by_connection(headers)
+    return [(k, v) for k, v in headers if k not in drop and not k.startswith(_CORS)]
+
+
+def _media_type(content_type: bytes) -> bytes:
+    return content_type.partition(b";")[0].strip().lower()
 
 
 def _named_by_connection(headers: Headers) -> set[bytes]:

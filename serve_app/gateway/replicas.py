@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from serve_app import addresses
 from serve_app.cluster import front_end_ids
 
 Address = tuple[str, int]
@@ -35,10 +34,6 @@ class FrontEnd:
     replica: Replica
     inflight: int = 0
     """This gateway's requests in flight at the front end."""
-
-    @property
-    def base_url(self) -> str:
-        return f"http://{addresses.join(self.host, self.port)}"
 
     def began(self) -> None:
         """A request is sent to it."""

@@ -9,9 +9,12 @@ import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness.scripted import CREDENTIAL, Exchange, GatewayProcess, Upstream, until
+from harness.scripted import CREDENTIAL, Exchange, GatewayProcess, Upstream, connections_to, until
+
+from serve_app.gateway.relay import Answer, Request
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -349,6 +352,40 @@ async def test_an_event_too_large_to_be_held_is_sent_on_in_pieces() -> None:
     assert got == half + b"y\n\n"
 
 
+async def test_events_that_wait_while_the_client_is_busy_go_on_in_one_message() -> None:
+    """And one that comes alone goes on alone, as the test of each event shows."""
+    events = [b"data: %d\n\n" % n for n in range(100)]
+    busy, free, written = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    messages: list[bytes] = []
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.sse(events[0])
+        await busy.wait()
+        for event in events[1:]:
+            await exchange.chunk(event)
+            await asyncio.sleep(0)
+        written.set()
+        await free.wait()
+        await exchange.chunk(b"")
+
+    async def send(message: Any) -> None:
+        messages.append(message.get("body", b""))
+        if len(messages) == 2:
+            busy.set()
+            await free.wait()
+
+    async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
+        request = Request("r", "POST", CHAT, b"", [], b"{}")
+        sending = gateway._relay.send(gateway.replicas[0], request, Answer(send))
+        relaying = asyncio.create_task(sending)
+        await written.wait()
+        await asyncio.sleep(0.2)  # until all is in this process
+        free.set()
+        assert await relaying == 200
+    assert messages[:3] == [b"", events[0], b"".join(events[1:])]
+    assert b"".join(messages) == b"".join(events)
+
+
 # --- connections -----------------------------------------------------------------------------
 
 
@@ -495,11 +532,8 @@ async def test_a_client_that_goes_away_while_its_body_comes_is_not_relayed() -> 
 async def test_a_connection_notices_a_node_that_is_gone() -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         await gateway.client.post(CHAT, json=ASK)
-        connector = gateway._relay._session.connector
-        assert connector
-        [[(kept, _)]] = connector._conns.values()
-        assert kept.transport
-        option = kept.transport.get_extra_info("socket").getsockopt
+        [kept] = connections_to(upstream.port)
+        option = kept.getsockopt
         assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         tcp = socket.IPPROTO_TCP
         probes = option(tcp, socket.TCP_KEEPCNT) * option(tcp, socket.TCP_KEEPINTVL)

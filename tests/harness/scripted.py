@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -249,7 +250,7 @@ class GatewayProcess:
             assert await until(self.is_idle), f"requests still counted: {self.inflight()}"
         self._server.should_exit = self._server.force_exit = True
         await self._serving
-        await self._relay.close()
+        self._relay.close()
 
     def inflight(self) -> list[int]:
         """Requests that each front end is believed to have, by this gateway."""
@@ -286,6 +287,20 @@ class _CancelledOnDisconnect:
                 raise
         finally:
             listening.cancel()
+
+
+def connections_to(port: int) -> list[socket.socket]:
+    """This process's own connections to a port, as duplicates."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            seen = socket.socket(fileno=int(name))  # raises for what is no socket
+            try:
+                if seen.family != socket.AF_UNIX and seen.getpeername()[1] == port:
+                    found.append(seen.fileno())
+            finally:
+                seen.detach()
+    return [socket.socket(fileno=os.dup(fd)) for fd in found]
 
 
 async def until(what: Callable[[], Any], within_s: float = 10.0) -> Any:
