@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes lint bench-quick lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes lint bench-quick bench-relay lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -95,6 +95,9 @@ lint: venv  ## format, types, and which room imports which (docs/architecture.md
 bench-quick: venv  ## bare vLLM, this gateway and Ray Serve LLM in turn, on this CPU
 	@$(UV) pip install -q --no-deps --python $(BIN)/python pyarrow==25.0.1  # Ray Serve LLM imports it
 	@$(BIN)/python -m benchmarks.quick $(BENCH)
+
+bench-relay: venv  ## the gateway's CPU per event and request, beside the least there is (BENCH="--before TREE")
+	@$(BIN)/python -m benchmarks.relay $(BENCH)
 
 LOCK := $(UV) pip compile -q --no-emit-index-url --generate-hashes --custom-compile-command "make lock"
 # What comes with one build of torch and not with the other.

@@ -73,11 +73,11 @@ def throughput(records: list[Record], titles: dict[str, str]) -> str:
     rows = []
     for arm in _arms(records):
         mine = [r for r in records if r["arm"] == arm]
-        cells = [_spread([r["load"][c]["tokens_per_s"] for r in mine if c in r["load"]], "{:.0f}")
+        cells = [spread([r["load"][c]["tokens_per_s"] for r in mine if c in r["load"]], "{:.0f}")
                  for c in levels]  # fmt: skip
         ttft = [r["first_token"]["ttft_p50_ms"] for r in mine if r.get("first_token")]
-        rows.append([titles[arm] + _mark(mine), *cells, _spread(ttft, "{:.1f}")])
-    return _table(header, rows)
+        rows.append([titles[arm] + _mark(mine), *cells, spread(ttft, "{:.1f}")])
+    return table(header, rows)
 
 
 def ratios(records: list[Record], titles: dict[str, str]) -> str:
@@ -96,9 +96,9 @@ def ratios(records: list[Record], titles: dict[str, str]) -> str:
     by_round = {(r["arm"], r["round"]): r for r in records}
     rows = []
     for ours, other in pairs:
-        cells = [_spread(list(_paired(by_round, ours, other, c)), "{:.2f}") for c in levels]
+        cells = [spread(list(_paired(by_round, ours, other, c)), "{:.2f}") for c in levels]
         rows.append([f"{ours} / {other}", *cells])
-    return _table(["ratio of the same round", *(f"c={c}" for c in levels)], rows)
+    return table(["ratio of the same round", *(f"c={c}" for c in levels)], rows)
 
 
 def _paired(
@@ -146,7 +146,8 @@ def _mark(records: list[Record]) -> str:
     return f" ({', '.join(marks)})" if marks else ""
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
+    """Lowest, median and highest, each in this format."""
     if not values:
         return "-"
     if len(values) == 1:
@@ -154,7 +155,8 @@ def _spread(values: list[float], form: str) -> str:
     return "-".join(form.format(v) for v in (min(values), statistics.median(values), max(values)))
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """In Markdown, aligned."""
     lines = [header, ["---"] * len(header), *rows]
     widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
     return "\n".join(

@@ -1,0 +1,1 @@
+"""What the gateway costs for each event and each request: ``python -m benchmarks.relay``."""
