@@ -66,16 +66,23 @@ class Load:
     """CPU that wrk itself took, in cores."""
 
 
-def run_wrk(port: int, concurrency: int, seconds: float, body: Path, waves: int = 3) -> Load:
+def run_wrk(
+    port: int, concurrency: int, seconds: float, body: Path, waves: int = 3,
+    path: str = PATH, prompt_tokens: int = 0,
+) -> Load:  # fmt: skip
     """Keep ``concurrency`` requests running for about ``seconds`` seconds.
+
+    Args:
+        prompt_tokens: random token ids that take the place of ``"@PROMPT@"`` in the body, others
+            for each request; 0 sends the body as it is.
 
     Raises:
         UserError: the load did not finish; what wrk said.
     """
     command = [
         require_wrk(), "-t1", f"-c{concurrency}", f"-d{_LONGEST_S}s", "--timeout", "300s",
-        "-s", str(_SCRIPT), f"http://127.0.0.1:{port}{PATH}", "--",
-        str(body), str(concurrency), str(seconds), str(waves),
+        "-s", str(_SCRIPT), f"http://127.0.0.1:{port}{path}", "--",
+        str(body), str(concurrency), str(seconds), str(waves), str(prompt_tokens),
     ]  # fmt: skip
     wrk = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     patience = threading.Timer(_LONGEST_S - 10, wrk.kill)

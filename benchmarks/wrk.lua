@@ -26,6 +26,17 @@ function init(args)
   file:close()
   wrk.headers["Content-Type"] = "application/json"
   concurrency, seconds, waves = tonumber(args[2]), tonumber(args[3]), tonumber(args[4])
+  local length = tonumber(args[5])
+  if length > 0 then
+    -- A prompt of its own for each request, so that no prefix cache helps.
+    math.randomseed(os.time() + tonumber(args[2]))
+    local before, after = wrk.body:match('^(.*)"@PROMPT@"(.*)$')
+    request = function()
+      local ids = {}
+      for n = 1, length do ids[n] = math.random(1000, 30000) end
+      return wrk.format(nil, nil, nil, before .. "[" .. table.concat(ids, ",") .. "]" .. after)
+    end
+  end
 end
 
 local function events_in(body)

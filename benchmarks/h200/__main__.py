@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.h200 import failures
+from benchmarks.h200 import failures, front_ends
 from benchmarks.h200.server import (
     HAPROXY,
     MODEL,
@@ -141,6 +141,32 @@ def _ratios(rounds: list[dict[str, Any]]) -> dict[str, Any]:
             spread = min(pairs), statistics.median(pairs), max(pairs)
             found.setdefault(load, {})[figure] = [round(ratio, 3) for ratio in spread]
     return found
+
+
+ONE_B = {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True}
+"""What makes Llama 3.1's shape of 8B that of Llama 3.2's 1B, but for its feed-forward layers."""
+
+
+def front_ends_1b(at: Machine) -> dict[str, Any]:
+    """A 1B shape, where the front end limits: bare and ours, with one and with four."""
+    model = shaped(at.model, at.model / "config.json", at.folder, **ONE_B, intermediate_size=8192)
+    engine = {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.15,
+        "kv_cache_memory_bytes": 8 << 30,
+    }  # fmt: skip
+    names = ["bare-1", "bare-4", "ours-1", "ours-4"]
+    return front_ends.measure(model, at.folder, at.port, engine, at.deadline, names)
+
+
+def front_ends_8b(at: Machine) -> dict[str, Any]:
+    """The 8B shape: two servers have room on a GPU of 80 GB, three on one of 141 GB."""
+    large = min(gpu_memory_mib("total")) > 100_000
+    engine = {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.25,
+        "kv_cache_memory_bytes": 20 << 30,
+    }  # fmt: skip
+    names = ["bare-1", "bare-4", "ours-4"] if large else ["bare-1", "ours-4"]
+    return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
 
 
 def start(at: Machine) -> dict[str, Any]:
@@ -298,7 +324,9 @@ def refusals(at: Machine) -> dict[str, Any]:
 
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
-    for step in (compare, start, sleep, large, tp2, pp2, dp2, pair, refusals)
+    for step in (
+        front_ends_1b, front_ends_8b, compare, start, sleep, large, tp2, pp2, dp2, pair, refusals,
+    )
 }  # fmt: skip
 
 
