@@ -34,8 +34,12 @@ BACK_S = 180.0
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """SmolLM2 twice, ready for adapters; its first step under load takes more than 8 s here."""
-    args = servers.demo_args("smollm2-135m") | {"replicas": 2, "hang_timeout_s": 30}
+    """SmolLM2 twice, each with two front ends and ready for adapters.
+
+    Its first step under load takes more than 8 s here.
+    """
+    ours = {"replicas": 2, "hang_timeout_s": 30, "frontends": 2}
+    args = servers.demo_args("smollm2-135m") | ours
     args["engine"] |= {"enable_lora": True, "max_lora_rank": 8}
     config = servers.document(free_port(), servers.application(CHAT, **args))
     cluster = Cluster.start(config, tmp_path_factory.mktemp("pair"), "haproxy")
@@ -52,6 +56,12 @@ def engine_of(replica: int) -> int:
     """The pid of a replica's EngineCore."""
     [engine] = [pid for pid in descendants(replica) if title(pid).startswith("VLLM::EngineCore")]
     return engine
+
+
+def front_end_of(replica: int) -> int | None:
+    """The pid of a replica's second front end; None while there is none."""
+    found = [pid for pid in descendants(replica) if title(pid).startswith("VLLM::FrontEnd_1")]
+    return found[0] if found else None
 
 
 def measured(what: str, load: Load, since: float, back: float) -> None:
@@ -101,13 +111,73 @@ def fails(pair: Cluster, what: str, hit: int, number: signal.Signals, replica: i
 @pytest.mark.parametrize("victim", ["engine", "replica"])
 def test_a_kill_under_load_costs_only_the_streams_that_it_cuts(pair: Cluster, victim: str) -> None:
     replica = next(iter(pair.replicas(CHAT).values()))
-    engine = engine_of(replica)
+    engine, front_end = engine_of(replica), front_end_of(replica)
+    assert front_end
     hit = replica if victim == "replica" else engine
     load = fails(pair, f"kill -9 of the {victim}", hit, signal.SIGKILL, replica)
     lost = only_begun_streams_were_lost(load)
     assert lost, "the kill met no stream in its middle"
     assert {json.loads(r.text)["error"]["code"] for r in lost} == {"replica_lost"}
     assert not title(engine)
+    assert not title(front_end)
+
+
+def test_a_killed_front_end_costs_its_streams_only_and_comes_back(pair: Cluster) -> None:
+    before = pair.replicas(CHAT)
+    replica = next(iter(before.values()))
+    front_end, engine = front_end_of(replica), engine_of(replica)
+    assert front_end
+    with Load(pair.base_url, CHAT, streaming=12, whole=0) as load:
+        assert eventually(lambda: load.streaming_now == 12, 60)
+        since = time.monotonic()
+        os.kill(front_end, signal.SIGKILL)
+        assert eventually(lambda: front_end_of(replica) not in (None, front_end), BACK_S, 0.2)
+        back = time.monotonic()
+    measured("kill -9 of a front end", load, since, back)
+    assert eventually(lambda: serves(pair, replica), BACK_S, 1)
+    lost = only_begun_streams_were_lost(load)
+    assert 0 < len(lost) < 12, "of four front ends one was killed"
+    assert {json.loads(r.text)["error"]["code"] for r in lost} == {"replica_lost"}
+    assert pair.replicas(CHAT) == before
+    assert engine_of(replica) == engine
+
+
+def serves(pair: Cluster, replica: int) -> bool:
+    """Whether all front ends of a replica answer."""
+    [id] = [id for id, pid in pair.replicas(CHAT).items() if pid == replica]
+    with pair.ray():
+        [ports] = [ports for ports in servers.front_ends(CHAT) if id in ports]
+        try:
+            body = {"model": CHAT, "prompt": "x", "max_tokens": 1}
+            return all(p.post("/v1/completions", **body).is_success for p in ports.values())
+        except httpx.ConnectError:
+            return False
+
+
+def test_the_requests_of_a_killed_front_end_end_in_the_engine(pair: Cluster) -> None:
+    replica = next(iter(pair.replicas(CHAT).values()))
+    front_end = front_end_of(replica)
+    assert front_end
+    [id] = [id for id, pid in pair.replicas(CHAT).items() if pid == replica]
+    with pair.ray():
+        [ports] = [ports for ports in servers.front_ends(CHAT) if id in ports]
+    first, second = ports.values()
+    endless = {"model": CHAT, "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(second.post, "/v1/completions", **endless)
+        assert eventually(lambda: first.metric("vllm:num_requests_running") == 1, 60)
+        os.kill(front_end, signal.SIGKILL)
+        with pytest.raises(httpx.HTTPError):
+            asked.result()
+    # The engine says how many it runs when it makes a step, so it is given one to make.
+    one = {"model": CHAT, "prompt": "x", "max_tokens": 1}
+
+    def alone() -> bool:
+        first.post("/v1/completions", **one)
+        return first.metric("vllm:num_requests_running") == 0
+
+    assert eventually(alone, 10, 0.5)
+    assert eventually(lambda: serves(pair, replica), BACK_S, 1)
 
 
 def test_a_rolling_update_under_load_fails_nothing(pair: Cluster) -> None:
