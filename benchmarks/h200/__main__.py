@@ -151,10 +151,10 @@ def front_ends_1b(at: Machine) -> dict[str, Any]:
     """A 1B shape, where the front end limits: bare and ours, with one and with four."""
     model = shaped(at.model, at.model / "config.json", at.folder, **ONE_B, intermediate_size=8192)
     engine = {
-        "max_model_len": 8192, "gpu_memory_utilization": 0.15,
+        "max_model_len": 8192, "gpu_memory_utilization": 0.12,
         "kv_cache_memory_bytes": 8 << 30,
     }  # fmt: skip
-    names = ["bare-1", "bare-4", "ours-1", "ours-4"]
+    names = ["bare-1", "bare-4", "ours-1", "ours-4", "ours-4-ray"]
     return front_ends.measure(model, at.folder, at.port, engine, at.deadline, names)
 
 

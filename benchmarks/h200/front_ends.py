@@ -44,6 +44,12 @@ def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[s
         ours = application(MODEL, model, engine, frontends=count)
         command = serve_run(folder, port + len(found), ours, gateways=gateways)
         found[f"ours-{count}"] = command, HAPROXY
+    on_ray = {
+        **engine,
+        "distributed_executor_backend": "ray",
+    }  # a worker process, as with more GPUs
+    ours = application(MODEL, model, on_ray, frontends=4)
+    found["ours-4-ray"] = serve_run(folder, port + len(found), ours, gateways=3), HAPROXY
     return found
 
 
