@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import load
 from benchmarks.h200.server import HAPROXY, MODEL, Server, application, bare, serve_run
+from serve_app.local.instance import Instance
 
 PROMPT = 512
 TOKENS = 128
@@ -40,16 +41,15 @@ def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[s
     for count in (1, 4):
         argv = bare(model, port + len(found), api_server_count=count, **loaded)
         found[f"bare-{count}"] = argv, {}
-    for count, gateways in ((1, 1), (4, 3)):
-        ours = application(MODEL, model, engine, frontends=count)
+    on_ray = {"distributed_executor_backend": "ray"}  # a worker process, as with more GPUs
+    for name, count, gateways, more in (
+        ("ours-1", 1, 1, {}),
+        ("ours-4", 4, 3, {}),
+        ("ours-4-ray", 4, 3, on_ray),
+    ):
+        ours = application(MODEL, model, {**engine, **more}, frontends=count)
         command = serve_run(folder, port + len(found), ours, gateways=gateways)
-        found[f"ours-{count}"] = command, HAPROXY
-    on_ray = {
-        **engine,
-        "distributed_executor_backend": "ray",
-    }  # a worker process, as with more GPUs
-    ours = application(MODEL, model, on_ray, frontends=4)
-    found["ours-4-ray"] = serve_run(folder, port + len(found), ours, gateways=3), HAPROXY
+        found[name] = command, HAPROXY
     return found
 
 
@@ -62,6 +62,10 @@ def measure(
         servers = {}
         for number, (name, (command, env)) in enumerate(chosen.items()):
             if name in names:
+                if env:  # ports and folders that no other Ray of this machine has
+                    instance = Instance(port + number)
+                    stack.callback(instance.close, keep=False)
+                    env = instance.environment() | env
                 log = folder / f"front-ends-{name}.log"
                 servers[name] = Server(command, port + number, log, **env)
                 stack.callback(servers[name].stop)
