@@ -23,6 +23,7 @@ from serve_app.gateway.upstream import (
     Headers,
     NoConnection,
     Pool,
+    Sender,
     Silent,
     UpstreamError,
 )
@@ -86,6 +87,10 @@ class Answer:
         if self.started_at is None:
             self.started_at = time.perf_counter()
         await self._send(message)
+
+    def send_more(self, data: bytes) -> Awaitable[None]:
+        """The same for a part of the body that is neither its first nor its last."""
+        return self._send(_body(data, more=True))
 
 
 class NotStarted(Exception):
@@ -169,6 +174,7 @@ class Relay:
                     await answer.send(_body(chunk, more=not ended))
                     if ended:
                         return upstream.status
+                    await upstream.pass_on(events.to(answer) if events else answer.send_more)
         except UpstreamError as error:
             if answer.started_at is None:
                 raise _before_first_byte(error) from error
@@ -219,6 +225,15 @@ class _Events:
         whole = bytes(self.held[:end])
         del self.held[:end]
         return whole
+
+    def to(self, answer: Answer) -> Sender:
+        """Sends on what can be sent on after a chunk has come."""
+
+        def send(chunk: bytes) -> Awaitable[None] | None:
+            whole = self.take(chunk)
+            return answer.send_more(whole) if whole else None
+
+        return send
 
     def rest(self, chunk: bytes) -> bytes:
         """All that is left after the last ``chunk`` has come, whole events or not."""

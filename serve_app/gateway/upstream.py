@@ -7,9 +7,12 @@ is only httptools here, uvicorn's own parser, and no stream reader, task or time
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import socket
-from typing import Self, cast
+import types
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Self, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
@@ -17,6 +20,7 @@ from serve_app import addresses
 
 Headers = list[tuple[bytes, bytes]]
 Address = tuple[str, int]
+Sender = Callable[[bytes], Awaitable[None] | None]
 
 _IDLE_S = 300
 """Seconds after which a connection that is not used is closed. Replicas keep them for longer."""
@@ -90,6 +94,8 @@ class Connection(asyncio.Protocol):
         self._held = self._framing = 0
         self._paused = self._complete = self._keep = self._until_closed = False
         self._error: UpstreamError | None = None
+        self._send: Sender | None = None
+        self._begun: Awaitable[None] | None = None
         try:
             self._expect_within(self._silence_s)
             self._transport.writelines((self._head(method, target, headers, body), body))
@@ -111,6 +117,50 @@ class Connection(asyncio.Protocol):
             if self._error is not None:
                 raise self._error
             await self._more()
+        return self._take()
+
+    async def pass_on(self, send: Sender) -> None:
+        """Call ``send`` with what comes, as soon as it comes; return before the last of it.
+
+        What ``send`` returns begins to run where the bytes came in, not in this task; if it has to
+        wait, this task goes on with it. So an event costs no turn of the loop unless the client is
+        slow. ``send`` must not ask which task it is in before it waits.
+
+        Raises:
+            Lost, Silent: instead of the end.
+        """
+        while not self._complete:
+            if self._error is not None:
+                raise self._error
+            if self._pieces:
+                self._begin(send)
+            else:
+                self._send = send
+                try:
+                    await self._more()
+                finally:
+                    self._send = None
+            if self._begun is not None:
+                begun, self._begun = self._begun, None
+                await begun
+
+    def _begin(self, send: Sender) -> None:
+        """Send what has come; what then has to wait, or has failed, is in ``_begun``."""
+        if (sending := send(self._take())) is None:
+            return
+        steps = sending.__await__()
+        try:
+            waits_for = next(steps)
+        except StopIteration:
+            pass
+        except BaseException as error:
+            self._begun = self._loop.create_future()
+            self._begun.set_exception(error)
+        else:
+            self._begun = _rest_of(steps, waits_for)
+
+    def _take(self) -> bytes:
+        """All that waits here."""
         pieces = self._pieces
         data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         pieces.clear()
@@ -133,7 +183,7 @@ class Connection(asyncio.Protocol):
 
     def release(self) -> None:
         """Have no more to do with this request: let another use the connection, or close it."""
-        self._parser = None
+        self._parser = self._begun = None
         rests = self._complete and self._keep and not self.closing
         if rests and not self._transport.get_write_buffer_size():
             self._expect_within(_IDLE_S)
@@ -233,12 +283,18 @@ class Connection(asyncio.Protocol):
             return
         if self._complete:
             self._deadline = math.inf
-        elif self._pieces and self._held > _MAX_HELD:
-            self._paused = True
-            self._transport.pause_reading()
-            self._deadline = math.inf  # the client is slow, not the replica
-        elif self._silence_s is not None:
-            self._deadline = self._loop.time() + self._silence_s
+        else:
+            if self._silence_s is not None:
+                self._deadline = self._loop.time() + self._silence_s
+            if self._send is not None and self._pieces:
+                self._begin(self._send)
+                if self._begun is None:
+                    return
+                self._send = None
+            if self._pieces and self._held > _MAX_HELD:
+                self._paused = True
+                self._transport.pause_reading()
+                self._deadline = math.inf  # the client is slow, not the replica
         self._wake()
 
     def pause_writing(self) -> None:
@@ -305,6 +361,19 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self.status:
             self._complete = True
+
+
+@types.coroutine
+def _rest_of(steps: Generator[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """What is left of an awaitable whose first step, outside of a task, said what it waits for."""
+    with contextlib.suppress(StopIteration):
+        while True:
+            try:
+                value = yield waits_for
+            except BaseException as error:  # the task is cancelled, for one
+                waits_for = steps.throw(error)
+            else:
+                waits_for = steps.send(value)
 
 
 class Pool:

@@ -88,8 +88,8 @@ class Wire(asyncio.Transport):
 class Answer:
     """What came of an answer in these pieces, of which the last ends the connection if ``eof``."""
 
-    def __init__(self, method: str = "POST") -> None:
-        self.method = method
+    def __init__(self, method: str = "POST", *, passed_on: bool = False) -> None:
+        self.method, self.passed_on = method, passed_on
         self.status, self.headers, self.body = 0, NONE, b""
         self.error: UpstreamError | None = None
         self.used_again = False
@@ -119,10 +119,17 @@ class Answer:
             await connection.ask(self.method, "/", NONE, b"")
             self.status, self.headers = connection.status, connection.headers
             with connection:
+                if self.passed_on:
+                    await connection.pass_on(self._send)
                 while not connection.ended:
                     self.body += await connection.read()
         except UpstreamError as error:
             self.error = error
+
+    async def _send(self, data: bytes) -> None:
+        for _ in range(random.choice([0, 0, 1, 3])):
+            await asyncio.sleep(0)
+        self.body += data
 
 
 CHUNKED = (
@@ -149,7 +156,7 @@ async def test_an_answer_may_be_cut_anywhere(whole: bytes) -> None:
 @pytest.mark.parametrize("whole", [CHUNKED, HINTED, SIZED])
 async def test_an_answer_that_stops_anywhere_is_lost(whole: bytes) -> None:
     for at in range(len(whole)):
-        got = await Answer().of([whole[:at]], eof=True)
+        got = await Answer(passed_on=at % 2 == 1).of([whole[:at]], eof=True)
         assert isinstance(got.error, Lost)
         assert b"hello, replica!".startswith(got.body)  # what came before is not withheld
 
@@ -277,11 +284,12 @@ def cases(number: int) -> Iterator[random.Random]:
         yield random.Random(seed)
 
 
-async def test_any_framing_in_any_pieces_gives_the_body() -> None:
+@pytest.mark.parametrize("passed_on", [False, True])
+async def test_any_framing_in_any_pieces_gives_the_body(passed_on: bool) -> None:
     for dice in cases(300):
         body = dice.randbytes(dice.choice([0, 1, 100, 10_000]))
         whole, until_closed = framed(body, dice)
-        got = await Answer().of(in_pieces(whole, dice), eof=until_closed)
+        got = await Answer(passed_on=passed_on).of(in_pieces(whole, dice), eof=until_closed)
         assert (got.error, got.status, got.body) == (None, 200, body)
 
 
@@ -529,6 +537,107 @@ async def test_events_that_wait_are_read_at_once(pool: Pool) -> None:
             assert connection.ended
 
 
+async def an_event_stream(pool: Pool) -> Connection:
+    """A connection on which an answer has begun."""
+    connection = Connection(pool, (HOST, 1))
+    connection.connection_made(Wire())
+    asking = asyncio.create_task(connection.ask("POST", "/", NONE, b""))
+    await asyncio.sleep(0)
+    connection.data_received(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+    await asking
+    return connection
+
+
+async def test_an_event_goes_on_where_it_comes_in_and_without_a_turn_of_the_loop(
+    pool: Pool,
+) -> None:
+    sent: list[bytes] = []
+
+    async def send(data: bytes) -> None:
+        sent.append(data)
+
+    connection = await an_event_stream(pool)
+    passing = asyncio.create_task(connection.pass_on(send))
+    await asyncio.sleep(0)
+    for _ in range(3):
+        connection.data_received(b"2\r\nab\r\n")
+    assert sent == [b"ab"] * 3
+    connection.data_received(b"2\r\ncd\r\n0\r\n\r\n")
+    await passing
+    assert sent == [b"ab"] * 3
+    assert await connection.read() == b"cd"
+    assert connection.ended
+
+
+async def test_a_send_that_waits_is_gone_on_with_in_the_task_and_what_comes_meanwhile_waits(
+    pool: Pool,
+) -> None:
+    sent: list[bytes] = []
+    free = asyncio.Event()
+
+    async def send(data: bytes) -> None:
+        await free.wait()
+        assert asyncio.current_task() is passing
+        await asyncio.sleep(0)
+        sent.append(data)
+
+    connection = await an_event_stream(pool)
+    passing = asyncio.create_task(connection.pass_on(send))
+    await asyncio.sleep(0)
+    for piece in (b"a", b"b", b"c"):
+        connection.data_received(b"1\r\n%b\r\n" % piece)
+        await asyncio.sleep(0)
+    assert sent == []
+    free.set()
+    assert await until(lambda: sent == [b"a", b"bc"])
+    connection.data_received(b"0\r\n\r\n")
+    await passing
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_send_that_fails_fails_in_the_task(pool: Pool, waits: bool) -> None:
+    async def send(data: bytes) -> None:
+        if waits:
+            await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+    connection = await an_event_stream(pool)
+    passing = asyncio.create_task(connection.pass_on(send))
+    await asyncio.sleep(0)
+    connection.data_received(b"1\r\na\r\n")
+    with pytest.raises(ZeroDivisionError):
+        await passing
+
+
+@pytest.mark.parametrize("seen", [False, True])
+async def test_a_send_that_waits_is_cancelled_with_the_task(pool: Pool, seen: bool) -> None:
+    ended: list[bool] = []
+
+    async def send(data: bytes) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def relay() -> None:
+        with await an_event_stream(pool) as connection:
+            connections.append(connection)
+            await connection.pass_on(send)
+
+    connections: list[Connection] = []
+    relaying = asyncio.create_task(relay())
+    assert await until(lambda: connections and connections[0]._send)
+    connections[0].data_received(b"1\r\na\r\n")
+    if seen:
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    relaying.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await relaying
+    assert connections.pop().closing
+    assert ended == [True]
+
+
 @pytest.mark.parametrize("phase", ["connecting", "sending", "head", "body", "slow"])
 async def test_a_request_that_is_cancelled_leaves_no_connection(pool: Pool, phase: str) -> None:
     async def script(exchange: Exchange) -> None:
@@ -558,9 +667,12 @@ async def test_a_request_that_is_cancelled_leaves_no_connection(pool: Pool, phas
             port = {"connecting": hangs, "sending": stuck_port}.get(phase, server.port)
             before = len(connections_to(port))
             asking = asyncio.create_task(request())
-            await asyncio.sleep(0.3)
+            if phase != "connecting":
+                assert await until(lambda: len(connections_to(port)) == before + 1)
+            if phase not in ("connecting", "sending"):
+                assert await until(lambda: server.exchanges)
+            await asyncio.sleep(0.2)
             assert not asking.done()
-            assert len(connections_to(port)) == before + (phase != "connecting")
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asking
