@@ -154,7 +154,7 @@ def front_ends_1b(at: Machine) -> dict[str, Any]:
         "max_model_len": 8192, "gpu_memory_utilization": 0.12,
         "kv_cache_memory_bytes": 8 << 30,
     }  # fmt: skip
-    names = ["bare-1", "bare-4", "ours-1", "ours-4", "ours-4-ray"]
+    names = ["bare-1", "bare-4", "ours-1", "ours-4"]
     return front_ends.measure(model, at.folder, at.port, engine, at.deadline, names)
 
 

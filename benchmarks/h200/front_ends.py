@@ -41,11 +41,11 @@ def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[s
     for count in (1, 4):
         argv = bare(model, port + len(found), api_server_count=count, **loaded)
         found[f"bare-{count}"] = argv, {}
-    on_ray = {"distributed_executor_backend": "ray"}  # a worker process, as with more GPUs
+    alone = {"distributed_executor_backend": "uni"}  # without a worker process
     for name, count, gateways, more in (
         ("ours-1", 1, 1, {}),
         ("ours-4", 4, 3, {}),
-        ("ours-4-ray", 4, 3, on_ray),
+        ("ours-4-uni", 4, 3, alone),
     ):
         ours = application(MODEL, model, {**engine, **more}, frontends=count)
         command = serve_run(folder, port + len(found), ours, gateways=gateways)

@@ -131,25 +131,16 @@ def of(config: ModelConfig) -> Placement:
                 "engine.distributed_executor_backend is 'ray', which vLLM cannot do on CPUs; "
                 "remove it"
             )
-        defaults = {"distributed_executor_backend": "mp"} if stages * per_stage > 1 else {}
-        return Placement(own, {}, ranks=ranks, in_process=True, engine_defaults=defaults)
+        backend = {"distributed_executor_backend": "mp"} if stages * per_stage > 1 else {}
+        return Placement(own, {}, ranks=ranks, in_process=True, engine_defaults=backend)
     type_of_node: dict[str, float] = {}
     if resources.accelerator_type:
         # Not the node label ray.io/accelerator-type: a cluster autoscaler that scales a worker
         # group up from zero reads the group's resources.
         type_of_node[TYPE + resources.accelerator_type] = _EPSILON
-    backend = engine.get("distributed_executor_backend")
-    if backend is None and stages * per_stage * ranks == 1:
-        backend = "uni"  # one GPU needs no worker of its own, which each step would wait for
-    if backend in _IN_PROCESS:
+    if engine.get("distributed_executor_backend") in _IN_PROCESS:
         world = {"GPU": float(stages * per_stage), **type_of_node}
-        return Placement(
-            own | world,
-            world,
-            ranks=ranks,
-            in_process=True,
-            engine_defaults={"distributed_executor_backend": backend},
-        )
+        return Placement(own | world, world, ranks=ranks, in_process=True)
     stage = {"GPU": float(per_stage), **type_of_node}
     return Placement(
         own | stage,

@@ -39,12 +39,8 @@ def gpus(*free: float, of: float | None = None, cpus: float = 64, kind: str = ""
 # What is asked for
 
 
-def test_one_gpu_belongs_to_the_replica_itself() -> None:
-    """No worker of Ray's stands between EngineCore and the GPU; who wants one, sets it."""
-    found = place()
-    assert found.options() == {"ray_actor_options": {"num_cpus": 1.0, "num_gpus": 1.0}}
-    assert found.engine_defaults == {"distributed_executor_backend": "uni"}
-    options = place(distributed_executor_backend="ray").options()
+def test_one_gpu_is_one_bundle_and_the_replica_itself_takes_none() -> None:
+    options = place().options()
     assert options["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 1.0}]
     assert options["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0}
 
