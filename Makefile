@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
-PORT := 8000
+PORT ?= 8000
 
 # The newest supported Python that is here. Each is run: a pyenv has commands for versions that it
 # has not been told to use, and they only print so.
