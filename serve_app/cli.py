@@ -86,9 +86,9 @@ def run(
     it is printed first. All runs on a Ray of its own, unless RAY_ADDRESS names one that serves
     nothing yet.
     """
+    from serve_app.local import judge, named
     from serve_app.local.from_models import keep
     from serve_app.local.run import Terminal, run
-    from serve_app.planner.check_model import refuse
     from serve_app.planner.targets import is_config
 
     if watch and not any(map(is_config, targets)):
@@ -98,7 +98,7 @@ def run(
     if text:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
     if not no_check:
-        refuse(fleet)
+        judge.refuse(fleet, here=named.address() is None)
     if save is not None:
         keep(text, save)
     options = {"verbose": verbose, "check": not no_check, "watch": watch}

@@ -21,7 +21,8 @@ from serve_app.kuberay.render.workers import replicas_of
 from serve_app.kuberay.validate.judge import judge
 from serve_app.kuberay.validate.manifests import Document, Manifests, get, mapping, read
 from serve_app.kuberay.validate.serving import CONFIG
-from serve_app.planner import check_model
+from serve_app.local import judge as on_this_machine
+from serve_app.planner import check_machine, check_model
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.model import runner, templates
 from serve_app.planner.vllm import defaults
@@ -102,6 +103,8 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
             fix = "mend the setting: a deployment would refuse it, or wait in vain"
             findings.append(Finding("placement", "fail", name, why, fix))
         findings += _chat_template(name, config)
+    if not gpus_needed(fleet)[1]:  # then it is for a machine such as this one
+        findings += check_machine.lacks(fleet, on_this_machine.limits(fleet, all_memory=True))
     if fleet.gateway is None:
         fix = "add an application with import_path serve_app.gateway:app and route_prefix /"
         findings.append(Finding("gateway", "fail", str(path), "no client can reach a model", fix))

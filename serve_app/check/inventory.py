@@ -28,6 +28,8 @@ class Node:
     gpu_type: str | None = None
     cores: float = 0.0
     """CPU cores that it gives to replicas; 0 where it does not say."""
+    cpus: float | None = None
+    """Cores, where no further node will come."""
 
 
 class Inventory(Protocol):
@@ -51,6 +53,8 @@ class RayInventory:
 
     def __init__(self, raw_nodes: list[dict[str, Any]]) -> None:
         self._nodes = raw_nodes
+        # As serve_app.cluster.capacity.may_grow: KubeRay and `ray up` name their groups.
+        self._grows = any("ray.io/node-group" in (n.get("Labels") or {}) for n in raw_nodes)
 
     @classmethod
     def connect(cls) -> RayInventory:
@@ -81,6 +85,7 @@ class RayInventory:
                     is_head="node:__internal_head__" in resources,
                     gpu_type=types[0] if types else None,
                     cores=float(resources.get("CPU", 0)),
+                    cpus=None if self._grows else resources.get("CPU", 0.0),
                 )
             )
         return found

@@ -34,6 +34,7 @@ def on_cluster(
             said = f"Ray's head has {node.gpus} GPUs"
             fix = "start it with --num-gpus 0 where other nodes have GPUs"
             findings.append(Finding("head node", "warn", node.name, said, fix))
+    findings += _cores(fleet, nodes)
     findings += _gpu_types(fleet, _by_type(nodes), about)
     for name, config in fleet.models.items():
         findings += check_model.too_few_cores(name, config, _with_room(config, nodes))
@@ -54,6 +55,16 @@ def _reach(about: str, least: int, most: int, there: int, elastic: bool) -> Find
     if elastic:
         return Finding("cluster", "warn", about, text, "Karpenter must be able to add them")
     return Finding("cluster", "fail", about, text, "add GPU nodes or lower min_replicas")
+
+
+def _cores(fleet: Fleet, nodes: list[Node]) -> Iterator[Finding]:
+    """Replicas that no node has the cores for."""
+    cores = [node.cpus for node in nodes if node.cpus is not None]
+    for name, config in fleet.models.items():
+        asked = config.resources.num_cpus
+        if cores and asked > max(cores):
+            said = f"resources.num_cpus is {asked:g}, and the largest node has {max(cores):g}"
+            yield Finding("cluster", "fail", name, said, "lower it")
 
 
 def _by_type(nodes: list[Node]) -> dict[str, int]:

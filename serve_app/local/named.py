@@ -37,6 +37,12 @@ class NamedCluster:
     http_options: dict[str, Any] | None
 
 
+def address() -> str | None:
+    """The address in RAY_ADDRESS; None where a run starts a Ray of its own."""
+    given = os.environ.get("RAY_ADDRESS", "").strip()
+    return None if given in ("", "local") else given
+
+
 def named_cluster() -> NamedCluster | None:
     """The cluster that RAY_ADDRESS names; None where this run starts a Ray of its own.
 
@@ -44,12 +50,12 @@ def named_cluster() -> NamedCluster | None:
         UserError: the cluster does not answer, or already serves something, which ``serve run``
             would replace and Ctrl-C would end.
     """
-    given = os.environ.get("RAY_ADDRESS", "").strip()
-    if given in ("", "local"):
+    given = address()
+    if given is None:
         return None
     try:
         head.refuse_gone(given, "RAY_ADDRESS")
-        address, http_options, applications = _ask(given)
+        gcs, http_options, applications = _ask(given)
     except UserError as error:
         raise UserError(f"{error}, or unset it for a Ray of this run's own") from None
     if applications:
@@ -58,8 +64,8 @@ def named_cluster() -> NamedCluster | None:
             "which this run would replace; add the models there with serve deploy, or unset "
             "RAY_ADDRESS for a Ray of this run's own"
         )
-    found = addresses.split(address)
-    return NamedCluster(found[0] if found else address, http_options)
+    found = addresses.split(gcs)
+    return NamedCluster(found[0] if found else gcs, http_options)
 
 
 def _ask(given: str) -> tuple[str, dict[str, Any] | None, list[str]]:

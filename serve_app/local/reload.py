@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from serve_app.config import notices
 from serve_app.config.document import Fleet
 from serve_app.errors import UserError
-from serve_app.local import weights
+from serve_app.local import judge
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.found import Server
-from serve_app.planner import check_model
 
 if TYPE_CHECKING:
     from serve_app.cluster.serve import Application
@@ -39,7 +38,7 @@ def reload(
 ) -> bool:
     """Deploy ``fleet``, follow each model until it is up, and tell what was done to it.
 
-    Without ``check``, models are not looked for before.
+    Without ``check``, also what cannot work is deployed.
 
     Returns:
         Whether every application runs; False also where ``stopped`` ended the waiting.
@@ -47,11 +46,10 @@ def reload(
     Raises:
         UserError: the config cannot work, the server does not answer, or Serve refuses the config.
     """
-    fleet.require_gateway()
     if check:
-        check_model.refuse(fleet)
-        if server.run is not None and server.run.ray_address is None:
-            weights.refuse_missing(fleet)
+        here = server.run is not None and server.run.ray_address is None
+        judge.refuse(fleet, here=here, replaces=True)
+    fleet.require_gateway()
     connection = server.reached()
     client = connection.serve()  # imports Ray, with what it has to know of this cluster
     from serve_app.cluster import serve

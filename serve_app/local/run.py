@@ -28,7 +28,7 @@ from serve_app.config import notices
 from serve_app.config.document import RUN_ID, Fleet, load
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
-from serve_app.local import found, reasons, runs, serve_process, weights
+from serve_app.local import found, reasons, runs, serve_process
 from serve_app.local.door import Door
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.first_request import how_to_ask
@@ -51,13 +51,12 @@ def run(
 
     It runs on a Ray of its own, unless RAY_ADDRESS names one. ``port`` replaces
     ``http_options.port``. Ray's and vLLM's own output goes to a log file, or to the terminal with
-    ``verbose``. Without ``check`` the models are not looked for before the start. With ``watch``
-    each change of the config's file is applied.
+    ``verbose``. With ``watch`` each change of the config's file is applied; with ``check`` only
+    what can work.
 
     Raises:
-        UserError: no engine is installed, the port is taken, there is nothing to load, RAY_ADDRESS
-            names a cluster that is silent or serves something, no model came up, or ``serve run``
-            ended by itself.
+        UserError: no engine is installed, the port is taken, RAY_ADDRESS names a cluster that is
+            silent or serves something, no model came up, or ``serve run`` ended by itself.
     """
     fleet.require_gateway()
     if port is not None:
@@ -71,8 +70,6 @@ def run(
     endpoint = _endpoint(fleet, cluster)
     for sentence in _notices(fleet, cluster):
         console.print(f"note: {sentence}", soft_wrap=True, markup=False, highlight=False)
-    if check and cluster is None:  # another machine may have other files
-        weights.refuse_missing(fleet)
     instance = Instance(endpoint.port)
     ours = secrets.token_hex(8) if cluster is None else None
     env = _environment(instance, endpoint, ours)

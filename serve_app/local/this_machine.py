@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from serve_app.errors import UserError
@@ -25,12 +26,31 @@ def look() -> Machine:
     Raises:
         UserError: the driver is there and does not answer.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return Machine(
-        gpus=gpus_in(_nvidia_smi(), visible),
+        gpus=gpus(),
         cores=len(os.sched_getaffinity(0)),
-        free_memory_bytes=_free_memory_bytes(),
+        free_memory_bytes=free_memory_bytes(),
     )
+
+
+def gpus() -> tuple[GPU, ...]:
+    """The GPUs that this process may use; raises as :func:`look` does."""
+    return gpus_in(_nvidia_smi(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def free_memory_bytes() -> int:
+    """Host memory that is free or can be freed at once, within this process's cgroups."""
+    return _memory_bytes("MemAvailable", _held)
+
+
+def memory_bytes() -> int:
+    """Host memory in all, within this process's cgroups."""
+    return _memory_bytes("MemTotal", lambda group: 0)
+
+
+def may_have_others() -> bool:
+    """Whether GPUs may be here that ``nvidia-smi`` does not list: AMD's, or NVIDIA's without it."""
+    return any(map(os.path.exists, ("/dev/kfd", "/dev/nvidiactl", "/dev/dxg")))
 
 
 def _nvidia_smi() -> str:
@@ -99,15 +119,17 @@ def _gpu(name: str, memory: int, capability: int) -> GPU:
     return GPU(short, None, 0, int(memory * _CUDA_SHARE), capability, None)
 
 
-def _free_memory_bytes() -> int:
-    """Host memory that is free or can be freed at once, within this process's cgroup."""
+def _memory_bytes(field: str, held: Callable[[Path], int]) -> int:
+    """Host memory by a field of /proc/meminfo, within this process's cgroups.
+
+    ``held`` is what of a cgroup's limit is not to be counted.
+    """
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([free, *_left_in_cgroups()])
+    return min([int(fields[field].split()[0]) * 1024, *_left_in_cgroups(held)])
 
 
-def _left_in_cgroups() -> list[int]:
-    """What each cgroup (v2) around this process still allows; empty where none limits it."""
+def _left_in_cgroups(held: Callable[[Path], int]) -> list[int]:
+    """What each cgroup (v2) around this process allows; empty where none limits it."""
     left = []
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         if not line.startswith("0::/"):
@@ -117,7 +139,7 @@ def _left_in_cgroups() -> list[int]:
             try:
                 limit = (group / "memory.max").read_text().strip()
                 if limit != "max":
-                    left.append(int(limit) - _held(group))
+                    left.append(int(limit) - held(group))
             except (OSError, ValueError):
                 continue
     return left

@@ -6,27 +6,33 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from serve_app.cluster import autoscaling, placement
 from serve_app.config.document import Fleet
+from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import choose, front_ends, hardware, report
-from serve_app.planner.finding import Finding
-from serve_app.planner.hardware import GIB
-from serve_app.planner.loading import cpu_plan, load_model
-from serve_app.planner.model import metadata
+from serve_app.planner import check_machine, choose, front_ends, hardware, report
+from serve_app.planner.check_machine import Limits
+from serve_app.planner.finding import Finding, Status
+from serve_app.planner.hardware import GIB, GPU
+from serve_app.planner.loading import cpu_plan, load_known, load_model
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY
 from serve_app.planner.vllm import defaults, parallelism
 from serve_app.planner.vllm.memory import Plan
 
+_SKIP = "(--no-check skips this)"
 
-def refuse(fleet: Fleet) -> None:
-    """Refuse a config that certainly cannot work, before ``serve-app run`` starts anything.
 
-    Needs no network: a model whose metadata is not on this machine passes.
+def refuse(fleet: Fleet, here: Limits | None = None) -> None:
+    """Refuse a config that cannot work, before ``serve-app run`` starts or changes anything.
+
+    ``here`` is what the machine has that it is to run on; None where it may be any machine. Needs
+    no network: a model whose metadata is not on this machine passes.
 
     Raises:
         ConfigError: the first model that cannot start, and what to change.
@@ -34,14 +40,23 @@ def refuse(fleet: Fleet) -> None:
     for name, config in fleet.models.items():
         if why := undeployable(config):
             raise ConfigError(f"{fleet.path}: application '{name}': {why}")
-        if config.engine.keys() & metadata.OTHER_CONFIG:
-            continue
-        try:
-            known = load_model(config, offline=True)
-        except UserError:
-            continue
-        if why := impossible(config, known):
-            raise ConfigError(f"{fleet.path}: application '{name}': {why} (--no-check skips this)")
+    for name, why in _reasons(fleet, here):
+        raise ConfigError(f"{fleet.path}: application '{name}': {why} {_SKIP}")
+
+
+def _reasons(fleet: Fleet, here: Limits | None) -> Iterator[tuple[str, str]]:
+    """Applications that cannot run, and why: what only the config can mend comes first."""
+    known = {name: load_known(config) for name, config in fleet.models.items()}
+    models = [(name, fleet.models[name], model) for name, model in known.items() if model]
+    for name, config, model in models:
+        if why := malformed(config, model):
+            yield name, why
+    for finding in check_machine.lacks(fleet, here) if here else ():
+        yield finding.about, finding.text
+    gpu = max(here.gpus, key=lambda one: one.memory_bytes) if here and here.gpus else None
+    for name, config, model in models:
+        if why := impossible(config, model, gpu):
+            yield name, why
 
 
 def undeployable(config: ModelConfig) -> str | None:
@@ -148,33 +163,57 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
     yield from _context(name, config, plan)
 
 
+def malformed(config: ModelConfig, model: Model) -> str | None:
+    """What no machine can do with the model: sizes that do not divide it, too long a context."""
+    for why, remedy in parallelism.remedies(model.shape, defaults.parallelism(config.engine)):
+        return f"engine.{why}; {remedy}"
+    asked = count(config.engine.get("max_model_len"), "max_model_len", least=-1) or -1
+    if asked > model.shape.max_position_embeddings and not _allows_longer(config):
+        return "; ".join(_too_long(model, asked))
+    return None
+
+
 _OFFLOADS = ("cpu_offload_gb", "cpu_offload_params", "offload_group_size", "offload_params")
 
 
-def impossible(config: ModelConfig, model: Model) -> str | None:
-    """Why the model could not start on any machine; None where it might.
+def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str | None:
+    """Why the model could not start; None where it might.
 
-    Unlike :func:`checked`, this uses no estimates. Weights that exceed the GPU are a reason;
-    estimated activations, the KV cache and EC2's offers are not.
+    These are the failures of :func:`checked`, without those by EC2's offers, and without memory
+    that is missing by less than the planner's own error. ``gpu`` is what the model gets where it
+    asks for no type; None if that is not known.
     """
-    arguments = choose.arguments_of(config)
-    for why, remedy in parallelism.remedies(model.shape, defaults.parallelism(arguments)):
-        return f"engine.{why}; {remedy}"
-    asked = config.resources.accelerator_type
-    if asked is None or config.resources.device == "cpu":
-        return None
+    if why := malformed(config, model):
+        return why
+    if config.resources.device == "cpu":
+        plan = cpu_plan(model, config)
+        return None if plan.fits else _memory_finding("", config, plan, None).text
+    asked, arguments = config.resources.accelerator_type, choose.arguments_of(config)
     try:
-        gpu, _ = hardware.find(asked)
+        gpu = hardware.find(asked)[0] if asked else gpu
+        if gpu is None:
+            return None
         plan = choose.plan_on(model, arguments, gpu)
+        larger = replace(gpu, memory_bytes=int(gpu.memory_bytes * (1 + report.TIGHT_SHARE)))
+        might = choose.plan_on(model, arguments, larger).fits
+        if not model.shape.known:  # then only the weights are not guessed
+            might = max(stage.weights for stage in plan.stages) < gpu.memory_bytes
     except UserError:
         return None  # a GPU that the planner's tables lack may still be enough
     refused = choose.refusal(plan.engine.quantization, plan.engine, gpu)
-    if refused or any(map(arguments.get, _OFFLOADS)):
+    if refused or might or any(map(arguments.get, _OFFLOADS)):
         return refused
-    if max(stage.weights for stage in plan.stages) < gpu.memory_bytes:
-        return None
-    found = _memory_finding("", config, plan, choose.smallest(model, arguments, gpu))
-    return f"{found.message}; {found.fix}"
+    return _memory_finding("", config, plan, choose.smallest(model, arguments, gpu)).text
+
+
+def _too_long(model: Model, asked: int) -> tuple[str, str]:
+    """What is wrong with a ``max_model_len`` beyond the model's own, and what to do."""
+    longest = model.shape.max_position_embeddings
+    return f"max_model_len {asked} is above the model's {longest}", f"set it to {longest} or less"
+
+
+def _allows_longer(config: ModelConfig) -> bool:
+    return (os.environ | config.env).get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") in ("1", "true")
 
 
 def _parallelism(name: str, model: Model, plan: Plan) -> Iterator[Finding]:
@@ -242,7 +281,11 @@ def _memory_finding(
     stage = plan.tightest
     if not plan.fits:
         fix = None
-        if smallest and smallest.plan:
+        if plan.gpu.name == "CPU":
+            short = "VLLM_CPU_KVCACHE_SPACE" in plan.reasons[0]
+            lower = "lower engine.max_model_len, or raise env.VLLM_CPU_KVCACHE_SPACE"
+            fix = lower if short else "raise resources.memory_gib"
+        elif smallest and smallest.plan:
             fix = f"the smallest that fits on {plan.gpu.name} is {smallest.plan.parallel}"
         elif smallest:
             fix = f"no layout fits on {plan.gpu.name}: {smallest.refused}"
@@ -285,14 +328,8 @@ def _memory_finding(
 def _context(name: str, config: ModelConfig, plan: Plan) -> Iterator[Finding]:
     longest, asked = plan.model.shape.max_position_embeddings, plan.engine.max_model_len
     if asked > longest:
-        allowed = config.env.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") in ("1", "true")
-        yield Finding(
-            "context length",
-            "warn" if allowed else "fail",
-            name,
-            f"max_model_len {asked} is above the model's {longest}",
-            f"set it to {longest} or less",
-        )
+        status: Status = "warn" if _allows_longer(config) else "fail"
+        yield Finding("context length", status, name, *_too_long(plan.model, asked))
     elif not plan.fits:
         return  # _memory_finding reports it
     elif not plan.groups:

@@ -20,7 +20,7 @@ from serve_app.config.yaml_files import note
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import choose
 from serve_app.planner.hardware import GIB, GPU, MIB, Machine
-from serve_app.planner.loading import cpu_plan, load_model
+from serve_app.planner.loading import cpu_bytes, cpu_plan, load_model
 from serve_app.planner.model import metadata, runner
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.report import TIGHT_SHARE
@@ -32,10 +32,6 @@ _GATEWAY = "gateway"
 _USEFUL_LENGTH = 8192
 """Tokens of one request that a shortened ``max_model_len`` should still hold: fewer are of little
 use for a chat."""
-
-_PROCESS_GIB = 1.5
-"""Host memory of a replica on the CPU engine beside weights, activations and KV cache: an
-estimate."""
 
 _SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
 
@@ -316,7 +312,7 @@ def _on_cpu(
             "the CPU"
         )
     named = [replace(of, arguments=_cpu_engine(of) | of.arguments) for of in named]
-    least = [_cpu_bytes(_cpu_plan(of, DEFAULT_CPU_KV_GIB)) for of in named]
+    least = [cpu_bytes(_cpu_plan(of, DEFAULT_CPU_KV_GIB)) for of in named]
     free = machine.free_memory_bytes
     if sum(least) > free:
         raise _too_large_for_memory(named, least, free)
@@ -338,10 +334,6 @@ def _cpu_plan(of: _Named, kv_gib: int, **arguments: Any) -> Plan:
         env={"VLLM_CPU_KVCACHE_SPACE": str(kv_gib)},
     )
     return cpu_plan(of.loaded, config)
-
-
-def _cpu_bytes(plan: Plan) -> int:
-    return plan.tightest.requested + int(_PROCESS_GIB * GIB)
 
 
 def _too_large_for_memory(named: list[_Named], least: list[int], free: int) -> UserError:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import choose, hardware
+from serve_app.planner.hardware import GIB
 from serve_app.planner.model import metadata
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.vllm import defaults, memory
@@ -31,6 +32,26 @@ def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
         return replace(model, draft=metadata.load(draft.model, offline=offline))
     except UserError:
         return model  # the report's notes say so
+
+
+def load_known(config: ModelConfig) -> Model | None:
+    """The metadata, where it is on this machine and is surely that which vLLM would read."""
+    if config.engine.keys() & metadata.OTHER_CONFIG:
+        return None
+    try:
+        return load_model(config, offline=True)
+    except UserError:
+        return None
+
+
+_PROCESS_GIB = 1.5
+"""Host memory of a replica on the CPU engine beside weights, activations and KV cache: an
+estimate."""
+
+
+def cpu_bytes(plan: Plan) -> int:
+    """Host memory that a replica on the CPU engine takes, about."""
+    return plan.tightest.requested + int(_PROCESS_GIB * GIB)
 
 
 def cpu_plan(model: Model, config: ModelConfig) -> Plan:

@@ -77,6 +77,18 @@ def test_reload_says_what_it_did(run: Run, tmp_path: Path) -> None:
     second.write_text(yaml.safe_dump(document))
     [line] = typed("serve-app", "reload", str(second), status=2).splitlines()
     assert "engine.max_model_length is not an argument of vLLM" in line
+    # What would take a working model down for one that cannot come up.
+    del model["args"]["engine"]["max_model_length"]
+    for wrong, told in (
+        ({"engine": {"max_model_len": 100_000_000}}, "is above the model's 256; set it to 256"),
+        ({"resources": {"device": "cpu", "num_cpus": 5000}}, "num_cpus is 5000, and this machine"),
+        ({"resources": {"device": "gpu"}}, "this machine has none; set resources.device: cpu"),
+    ):
+        changed = {**model, "args": {**model["args"], **wrong}}
+        second.write_text(yaml.safe_dump({**document, "applications": [changed, gateway]}))
+        [line] = typed("serve-app", "reload", str(second), status=2).splitlines()
+        assert told in line
+    assert run.embeds() == 384
 
 
 def test_a_changed_file_is_applied_by_itself(run: Run) -> None:

@@ -24,6 +24,8 @@ from serve_app.planner.hardware import GIB, Machine
 def two_l4(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = (hardware.gpus()["L4"],) * 2
     monkeypatch.setattr(this_machine, "look", lambda: Machine(gpus, 16, 64 * GIB))
+    monkeypatch.setattr(this_machine, "gpus", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
 
 
 @pytest.fixture

@@ -124,3 +124,7 @@ def test_a_cgroup_s_limit_counts_without_files_that_can_go(tmp_path: Path) -> No
     (tmp_path / "memory.current").write_text("1000\n")
     (tmp_path / "memory.stat").write_text("anon 600\ninactive_file 300\nactive_file 100\n")
     assert this_machine._held(tmp_path) == 700
+
+
+def test_what_is_free_is_part_of_what_there_is() -> None:
+    assert 0 < this_machine.free_memory_bytes() < this_machine.memory_bytes()

@@ -499,8 +499,8 @@ def plan_on_cpu(
     reasons = []
     if groups and longest < engine.max_model_len:
         reasons.append(
-            f"VLLM_CPU_KVCACHE_SPACE is {kv_gib:g} GiB, which holds {longest} tokens of one "
-            f"request, but max_model_len is {engine.max_model_len}"
+            f"the KV cache has {kv_gib:g} GiB (env.VLLM_CPU_KVCACHE_SPACE), which holds {longest} "
+            f"tokens of one request, but max_model_len is {engine.max_model_len}"
         )
     if memory_gib and stage.requested > stage.total:
         reasons.append(

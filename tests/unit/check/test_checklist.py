@@ -470,6 +470,22 @@ def test_pods_with_too_few_cores_for_the_front_ends(tmp_path: Path) -> None:
     assert "a pod of 'h100-x4' (12 cores, 4 GPUs) has 6 cores for them" in finding.message
 
 
+def test_a_replica_that_no_node_has_the_cores_for(tmp_path: Path) -> None:
+    fleet = load(write(tmp_path, resources={"device": "cpu", "num_cpus": 8}))
+    small = on_cluster(fleet, FakeInventory(Node("a", 0, cpus=2.0), Node("b", 0, cpus=4.0)), None)
+    assert find(small, "cluster", "fail").text == (
+        "resources.num_cpus is 8, and the largest node has 4; lower it"
+    )
+    for cpus in (8.0, None):  # None: nodes may come
+        findings = on_cluster(fleet, FakeInventory(Node("c", 0, cpus=cpus)), None)
+        assert {f.status for f in findings} == {"ok"}
+
+
+def test_a_fleet_without_gpus_is_held_against_this_machine(tmp_path: Path) -> None:
+    path = write(tmp_path, resources={"device": "cpu", "num_cpus": 5000})
+    assert "num_cpus is 5000" in find(checklist.static(path, None), "this machine", "fail").message
+
+
 @pytest.mark.parametrize("arguments", ["7", "[1]", "{engine: 5}", "{model: x, engine: [1]}"])
 def test_args_that_are_no_mapping_are_a_finding(tmp_path: Path, arguments: str) -> None:
     config = tmp_path / "config.yaml"

@@ -14,12 +14,14 @@ def test_ray_nodes_are_read() -> None:
     raw = [
         {"Alive": True, "NodeManagerHostname": "head", "Resources": {"node:__internal_head__": 1}},
         {"Alive": True, "NodeManagerHostname": "a", "Resources": {"GPU": 8.0,
-         "CPU": 192.0, "accelerator_type:H100": 1.0}},
+         "CPU": 16.0, "accelerator_type:H100": 1.0}},
         {"Alive": False, "NodeManagerHostname": "gone", "Resources": {"GPU": 8.0}},
     ]  # fmt: skip
     cluster = RayInventory(raw)
-    gpus = Node("a", 8, gpu_type="H100", cores=192)
-    assert cluster.nodes() == [Node("head", 0, is_head=True), gpus]
+    assert cluster.nodes() == [
+        Node("head", 0, is_head=True, cpus=0),
+        Node("a", 8, gpu_type="H100", cpus=16, cores=16),
+    ]
     assert cluster.secrets() is None
 
 
