@@ -41,7 +41,7 @@ def config_for(
         )
     if check:
         for model in models:
-            weights.refuse_absent(model)
+            weights.refuse_absent(model, engine)
     machine = this_machine.look()
     document = compose.compose(models, engine, machine, port=port)
     header = (

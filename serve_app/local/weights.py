@@ -10,6 +10,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from serve_app.config import caches
 from serve_app.config.document import Fleet
@@ -36,20 +37,25 @@ def refuse_missing(fleet: Fleet) -> None:
                 raise ConfigError(
                     f"{fleet.path}: application '{name}': {setting} is '{value}', but {why}"
                 )
+        if why := _without_weights(config.model, config.engine):
+            at = f"{fleet.path}: application '{name}': model is '{config.model}'"
+            raise ConfigError(f"{at}, but {why}")
         if why := templates.missing(config.engine.get("chat_template")):
             at = f"{fleet.path}: application '{name}': engine.chat_template"
             raise ConfigError(f"{at}: {why}; correct it")
 
 
-def refuse_absent(model: str) -> None:
+def refuse_absent(model: str, engine: Mapping[str, Any]) -> None:
     """Refuse a model that is neither a folder nor in the cache, and that the hub does not have.
+
+    ``engine`` are the engine arguments that the command line gives.
 
     Raises:
         UserError: where it was looked for, and what to do.
     """
     if why := _no_streamer(model):
         raise UserError(why)
-    if why := _missing(model, os.environ):
+    if why := _missing(model, os.environ) or _without_weights(model, engine):
         raise UserError(f"{model}: {why}")
 
 
@@ -88,6 +94,26 @@ def _missing(value: str, environment: Mapping[str, str]) -> str | None:
     if hub is None:
         return None
     return f"{nowhere}, and as a hub id it cannot be had: {hub}"
+
+
+_FORMATS = (None, "auto", "hf", "safetensors", "pt")
+"""Values of ``load_format`` with which vLLM takes the weights from the folder's files."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt")
+
+
+def _without_weights(model: str, engine: Mapping[str, Any]) -> str | None:
+    """Why a model's folder cannot be loaded although its config.json is there."""
+    folder = metadata.as_folder(model)
+    asked = engine.get("load_format")
+    if not (folder / "config.json").is_file() or asked not in _FORMATS:
+        return None
+    if any(file.suffix in _WEIGHTS and file.exists() for file in folder.iterdir()):
+        return None
+    return (
+        f"the folder {folder.absolute()} has no weights (*{', *'.join(_WEIGHTS)}); copy or fetch "
+        "the whole model (set engine.load_format where they are of another kind)"
+    )
 
 
 _OTHERWISE = "or copy the model here and give its folder (--no-check starts all the same)"

@@ -358,6 +358,7 @@ def _model(model: str, **args: Any) -> dict[str, Any]:
         ({"model": "/no/such/model"}, "model is '/no/such/model', but there is no folder /no/such"),
         ({"model": "./here"}, "there is no folder {cwd}/here; correct it, or give a hub id"),
         ({"model": "empty"}, "the folder {cwd}/empty is empty"),
+        ({"model": "bare"}, "model is 'bare', but the folder {cwd}/bare has no weights (*.safe"),
         ({"model": "gpt3"}, "no folder {cwd}/gpt3, and as a hub id it cannot be had"),
         ({"model": "~nobody-of-that-name/x"}, "there is no folder {cwd}/~nobody-of-that-name/x"),
         ({"model": "models/mine"}, "no folder {cwd}/models/mine, and as a hub id it cannot be had"),
@@ -387,6 +388,9 @@ def test_what_is_nowhere_is_said_at_once_with_where_it_was_looked_for(
     (tmp_path / "empty").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").write_text("{}")
+    (tmp_path / "full/pytorch_model.bin").touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text("{}")
     fleet = fleet_of(tmp_path, _model(**args), host="127.0.0.1", port=free_port())
     [line] = refusal("run", str(fleet.path))
     assert told.format(cwd=tmp_path) in line
@@ -397,6 +401,9 @@ def test_what_is_there_is_let_through(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/config.json").write_text("{}")
+    (tmp_path / "full/pytorch_model.bin").touch()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text("{}")
     (tmp_path / "cache/huggingface/hub/models--org--cached").mkdir(parents=True)
     template = {"chat_template": "{{ messages }}"}
     weights.refuse_missing(
@@ -405,6 +412,7 @@ def test_what_is_there_is_let_through(tmp_path: Path, monkeypatch: pytest.Monkey
             _model("full", engine=template) | {"name": "a"},
             _model("s3://bucket/model") | {"name": "b"},
             _model("full", engine={"speculative_config": {"model": "ngram"}}) | {"name": "d"},
+            _model("bare", engine={"load_format": "dummy"}) | {"name": "f"},
             _model("org/elsewhere", engine={"download_dir": "/models"}) | {"name": "e"},
             _model("org/cached", cache_dir=str(tmp_path / "cache")) | {"name": "c"},
         )

@@ -36,6 +36,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("One", "Two"):
         Path(name).mkdir()
         Path(name, "config.json").write_text(json.dumps(LLAMA))
+        Path(name, "pytorch_model.bin").touch()
     return ["One", "./Two"]
 
 
@@ -111,6 +112,11 @@ def test_a_file_is_not_overwritten(models: list[str], started: list[Fleet]) -> N
             "HF_HUB_OFFLINE is set; unset it, or copy the model here and give its folder "
             "(--no-check starts all the same)",
         ),
+        (
+            ["./Bare"],
+            "Bare has no weights (*.safetensors, *.bin, *.pt); copy or fetch the whole model (set "
+            "engine.load_format where they are of another kind)",
+        ),
         (["s3://bucket/model"], "install serve-app[gpu], which has it, or copy the model here"),
     ],
 )
@@ -118,6 +124,8 @@ def test_what_cannot_be_run_is_one_sentence(
     models: list[str], arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    Path("Bare").mkdir()
+    Path("Bare/config.json").write_text(json.dumps(LLAMA))
     [line] = refusal("run", *arguments)
     assert told in line
 
