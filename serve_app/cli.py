@@ -155,7 +155,7 @@ def fetch(models: tuple[str, ...], into: Path) -> None:
 
 
 @cli.command()
-@click.argument("name", required=False, type=kuberay.Name())
+@click.argument("name", metavar="[MODEL|NAME]", required=False)
 @local.port_option
 @kuberay.namespace_option
 @kuberay.kubeconfig_option
@@ -169,16 +169,18 @@ def status(
     kubeconfig: Path | None,
     context: str | None,
 ) -> None:
-    """The server of this machine: its models, replicas, phases, GPU memory, address.
+    """The server of this machine, or one MODEL of it: replicas, phases, GPU memory, address.
 
-    With NAME, or where nothing runs here: the RayService on Kubernetes, with its applications, pods
-    and troubles. Exit status 1 until all is ready.
+    Where nothing runs here, or NAME is given and there is a kubeconfig: the RayService on
+    Kubernetes, with its applications, pods and troubles. Exit status 1 until all is ready.
     """
-    remote = name or context or kubeconfig or _namespace_given(click_context)
-    if not remote and (local.serves_here(port) or not kuberay.has_kubeconfig()):
-        local.show_status(port)
-    else:
-        kuberay.show_status(name, namespace, kubeconfig, context)
+    there = kuberay.has_kubeconfig()
+    remote = context or kubeconfig or _namespace_given(click_context) or (name and there)
+    if not remote and (local.serves_here(port) or not (name or there)):
+        local.show_status(port, name)
+        return
+    service = None if name is None else kuberay.Name().convert(name, None, None)
+    kuberay.show_status(service, namespace, kubeconfig, context)
 
 
 @cli.command()

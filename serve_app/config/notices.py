@@ -21,6 +21,8 @@ HTTP_OPTIONS: dict[str, Any] = {
 }
 """Serve 2.60's ``HTTPOptionsSchema`` with its defaults; Serve drops every other key silently."""
 
+_SHUT_DOWN = "set what it has, or shut it down first (serve shutdown)"
+
 HEALTH_CHECK_TIMEOUT_S = 30.0
 """Seconds that Serve waits by default for the answer to one health check."""
 
@@ -41,11 +43,14 @@ def notices(fleet: Fleet) -> list[str]:
     return [*_of_http(fleet), *_of_deployments(fleet)]
 
 
-def ignored_by_running_serve(fleet: Fleet, running: Mapping[str, Any]) -> list[str]:
+def ignored_by_running_serve(
+    fleet: Fleet, running: Mapping[str, Any], again: str | None = None
+) -> list[str]:
     """One sentence where the config's ``http_options`` differ from ``running``.
 
     ``running`` are the options of the Serve that runs already, which keeps them. Options that it
-    was not given are left out.
+    was not given are left out. ``again`` says what to do about it, if not
+    ``serve shutdown``.
     """
     options = fleet.http_options
     there = HTTP_OPTIONS | dict(running)
@@ -53,10 +58,7 @@ def ignored_by_running_serve(fleet: Fleet, running: Mapping[str, Any]) -> list[s
     if not differ:
         return []
     keys = ", ".join(f"http_options.{key} ({there[key]!r} there)" for key in differ)
-    return [
-        f"the Serve that runs already ignores {keys}; set what it has, or shut it down first "
-        "(serve shutdown)"
-    ]
+    return [f"the Serve that runs already ignores {keys}; {again or _SHUT_DOWN}"]
 
 
 def _of_http(fleet: Fleet) -> Iterator[str]:

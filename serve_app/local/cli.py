@@ -56,7 +56,8 @@ def reload(config: Path | None, port: int | None, no_check: bool, wait: bool) ->
         config = server.run.config
     if server.run is not None:
         os.chdir(server.run.working_folder)  # the config's own paths are relative to it
-        fleet = load(config).on_port(server.run.port)
+        fleet = load(config)
+        fleet = fleet.on_port(server.run.port) if server.run.port_given else fleet
     else:
         fleet = load(config)
     sys.exit(0 if apply(fleet, server, tell=click.echo, wait=wait, check=not no_check) else 1)
@@ -105,7 +106,7 @@ def env(port: int | None) -> None:
 @click.option("--address", help="Of the Ray cluster; the one here where it is left out.")
 @port_option
 def admin(model: str, action: str, address: str | None, port: int | None) -> None:
-    """Run ACTION on every replica of MODEL; one line each.
+    """Run ACTION on every replica of MODEL; one line each. Exit status 1 where one refuses.
 
     Asleep, a replica has given its GPU memory back; its weights wait in host memory.
     """
@@ -114,8 +115,12 @@ def admin(model: str, action: str, address: str | None, port: int | None) -> Non
     from serve_app.local.admin import broadcast
 
     named = Connection(address, "--address") if address else None
-    for replica, said in broadcast(model, action, named or found.server(port).reached()):
+    results = broadcast(model, action, named or found.server(port).reached())
+    for replica, said in results:
         click.echo(f"{replica}: {said}")
+    # As serve_app.replica.sleep answers.
+    undone = any(said.startswith(("refused: ", "not ")) for _, said in results)
+    sys.exit(1 if undone else 0)
 
 
 @click.command()
@@ -151,13 +156,13 @@ def _endpoint_url(port: int | None) -> str:
     return found[0].endpoint.url if len(found) == 1 else f"http://127.0.0.1:{port or 8000}"
 
 
-def show_status(port: int | None) -> None:
-    """Print what runs here; exit status 1 until all of it is ready."""
+def show_status(port: int | None, model: str | None = None) -> None:
+    """Print what runs here, or one model of it; exit status 1 until all of that is ready."""
     from rich.console import Console
 
     from serve_app.local import found, status
 
-    sys.exit(0 if status.show(found.server(port), Console()) else 1)
+    sys.exit(0 if status.show(found.server(port), Console(), model) else 1)
 
 
 def show_logs(model: str | None, *, port: int | None, tail: int, follow: bool) -> None:

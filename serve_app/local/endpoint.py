@@ -61,7 +61,7 @@ class Endpoint:
         if error.errno == errno.EADDRINUSE:
             return (
                 f"port {self.port} is taken; stop what uses it, or choose another with --port or "
-                "http_options.port (left over from a killed run? make clean-processes ends it)"
+                "http_options.port (left over from a killed run? serve-app clean-processes ends it)"
             )
         if error.errno == errno.EACCES:
             return f"port {self.port} is for root only; choose one above 1023 with --port"

@@ -6,6 +6,7 @@ before and after.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,7 +58,9 @@ def reload(
     details = client.get_serve_details()
     endpoint = server.endpoint(details)
     before = serve.applications(details)
-    for sentence in notices.ignored_by_running_serve(fleet, details.get("http_options") or {}):
+    running = details.get("http_options") or {}
+    said = notices.ignored_by_running_serve(fleet, running, again=_again(server, fleet))
+    for sentence in [*notices.notices(fleet), *said]:
         tell(f"note: {sentence}")
     wanted = {application["name"]: application for application in fleet.document["applications"]}
     changed = {
@@ -66,17 +69,36 @@ def reload(
     }
     gone = before.keys() - wanted.keys()
     if not any(changed.values()) and not gone:
-        tell("nothing changed")
-        return True
-    try:
-        client.deploy_applications(fleet.document)
-    except RuntimeError as error:  # Ray's client has no narrower one
-        raise UserError(f"Serve refuses {fleet.path}: {error}") from None
+        going_on = [name for name, application in before.items() if _is_unsettled(application)]
+        if not going_on:
+            tell("nothing changed")
+            return True
+        tell(f"nothing changed since the change before, which goes on: {', '.join(going_on)}")
+        changed |= dict.fromkeys(going_on, True)
+    else:
+        try:
+            client.deploy_applications(fleet.document)
+        except RuntimeError as error:  # Ray's client has no narrower one
+            raise UserError(f"Serve refuses {fleet.path}: {error}") from None
     if not wait:
         for name in (*wanted, *gone):
             tell(f"{name}: {_intent(name, before, changed)}")
         return True
-    return _follow(client, endpoint, before, changed, tell, stopped)
+    try:
+        return _follow(client, endpoint, before, changed, tell, stopped)
+    except KeyboardInterrupt:
+        tell("the change goes on; serve-app status shows it")
+        raise
+
+
+def _again(server: Server, fleet: Fleet) -> str | None:
+    """How options that a running Serve keeps come to count; None for a Serve of another's."""
+    command = f"`serve-app run {shlex.quote(str(fleet.path))}`"
+    return f"the file's take effect after `serve-app stop` and {command}" if server.run else None
+
+
+def _is_unsettled(application: Application) -> bool:
+    return application.status in _UNSETTLED
 
 
 def _follow(
@@ -100,7 +122,7 @@ def _follow(
             if name in told:
                 continue
             application = now.get(name)
-            if application is not None and application.status in _UNSETTLED:
+            if application is not None and _is_unsettled(application):
                 starting = (ready["models"].get(name) or {}).get("starting") or []
                 phase = starting[-1]["phase"] if starting else application.status.lower()
                 if changed.get(name, True) and phases.get(name) != phase:
@@ -132,6 +154,8 @@ def _outcome(
     if not changed:
         return "kept", True
     old, new = ({r.id for r in application.replicas} for application in (before, now))
+    if not old and new:
+        return "started", True
     if not old or old & new:
         count = f"{len(old)} to {len(new)} replicas" if len(old) != len(new) else "same replicas"
         return f"updated in place ({count})", True

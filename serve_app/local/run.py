@@ -29,6 +29,7 @@ from serve_app.config.document import RUN_ID, Fleet, load
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
 from serve_app.local import found, reasons, runs, serve_process
+from serve_app.local import instance as instances
 from serve_app.local.door import Door
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.first_request import how_to_ask
@@ -77,7 +78,14 @@ def run(
     log = None if verbose else instance.log
     stop = _Stop()
     asked = False
-    run = _recorded(fleet, instance, endpoint, own=cluster is None, logs=not verbose)
+    run = _recorded(
+        fleet,
+        instance,
+        endpoint,
+        own=cluster is None,
+        logs=not verbose,
+        port_given=port is not None,
+    )
     door = _door(run) if cluster is None else None
     serve = serve_process.start(fleet, instance, env, log)
     try:
@@ -109,7 +117,13 @@ def run(
 
 
 def _recorded(
-    fleet: Fleet, instance: Instance, endpoint: Endpoint, *, own: bool, logs: bool
+    fleet: Fleet,
+    instance: Instance,
+    endpoint: Endpoint,
+    *,
+    own: bool,
+    logs: bool,
+    port_given: bool,
 ) -> Run:
     """What the other commands find this run by."""
     run = Run(
@@ -121,6 +135,7 @@ def _recorded(
         config=fleet.path.resolve() if fleet.path.is_file() else None,
         working_folder=Path.cwd(),
         logs=logs,
+        port_given=port_given,
     )
     runs.record(run)
     return run
@@ -170,6 +185,7 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
         # A running Serve keeps the options that it started with.
         endpoint = Endpoint(cluster.http_options["host"], cluster.http_options["port"])
     elif cluster is None or addresses.is_here(cluster.host):
+        _refuse_own(endpoint.port)
         endpoint.refuse_if_taken()
     if cluster is not None and not addresses.is_here(cluster.host):
         if endpoint.host in ("localhost", "127.0.0.1", "::1") and endpoint.host == endpoint.bound:
@@ -179,6 +195,15 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
             )
         endpoint = dataclasses.replace(endpoint, bound=cluster.host)
     return endpoint
+
+
+def _refuse_own(port: int) -> None:
+    """Say of a port that is taken by another run of this user how that is changed."""
+    if any(other.port == port for other in runs.running(instances.bases())):
+        raise UserError(
+            f"port {port} is another serve-app run's; choose another with --port, or change that "
+            f"one: serve-app reload CONFIG --port {port}"
+        )
 
 
 def _notices(fleet: Fleet, cluster: NamedCluster | None) -> list[str]:

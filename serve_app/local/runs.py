@@ -38,6 +38,9 @@ class Run:
     logs: bool
     """Whether Ray's and vLLM's output goes to ``serve.log``; with ``--verbose`` it does not."""
 
+    port_given: bool = False
+    """Whether ``--port`` took the place of the config's own port."""
+
     @property
     def port(self) -> int:
         return int(self.folder.name)

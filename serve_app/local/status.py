@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from serve_app.config.document import MODEL_IMPORT_PATH
+from serve_app.errors import UserError, did_you_mean
 from serve_app.local.found import Server
 
 if TYPE_CHECKING:
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
 _COLORS = {"ready": "green", "failed": "red"}
 
 
-def show(server: Server, console: Console) -> bool:
-    """Print the address, each model and the GPUs; whether all is ready.
+def show(server: Server, console: Console, only: str | None = None) -> bool:
+    """Print the address, each model (or ``only`` one) and the GPUs; whether all of it is ready.
 
     Raises:
-        UserError: the server does not answer.
+        UserError: the server does not answer, or has no such model.
     """
     if server.run is not None:
         endpoint = server.run.endpoint
@@ -43,7 +44,14 @@ def show(server: Server, console: Console) -> bool:
         endpoint = server.endpoint(details)
         ready = endpoint.ready()
         models = (ready or {}).get("models") or _models(serve.applications(details))
+    if only is not None:
+        if only not in models:
+            there = did_you_mean(only, models) or f" (there are: {', '.join(models) or 'none'})"
+            raise UserError(f"the server of this machine has no model '{only}'{there}")
+        models = {only: models[only]}
     waiting = set(ready["waiting_for"]) if ready else set(models)
+    if only is not None:
+        waiting &= {only}
     console.print(f"{endpoint.url}/v1 ({started_by})", highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("model", "status", "replicas", ""):

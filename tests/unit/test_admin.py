@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from harness.command import refusal
 
+from serve_app.cli import cli
 from serve_app.cluster.serve import Application, ReplicaStatus
 from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH
 from serve_app.errors import UserError
@@ -121,3 +123,16 @@ def test_a_cluster_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     [line] = refusal("admin", "m", "sleep")
     assert line.startswith("serve-app: no Ray cluster answers at 127.0.0.1:9 (RAY_ADDRESS)")
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [("asleep", 0), ("refused: sleep needs engine.enable_sleep_mode: true", 1),
+     ("not asleep: 2 requests still run; try again", 1)],
+)  # fmt: skip
+def test_the_command_ends_as_its_replicas_do(
+    monkeypatch: pytest.MonkeyPatch, said: str, status: int
+) -> None:
+    monkeypatch.setattr(admin, "broadcast", lambda *_: [("r1", "asleep"), ("r2", said)])
+    done = CliRunner().invoke(cli, ["admin", "m", "sleep", "--address", "127.0.0.1:1"])
+    assert (done.exit_code, done.output) == (status, f"r1: asleep\nr2: {said}\n")

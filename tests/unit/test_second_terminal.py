@@ -6,26 +6,31 @@ tests/cluster/test_second_terminal.py.
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import io
 import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from click.testing import CliRunner
 from harness.command import refusal
 from harness.processes import free_port
 from rich.console import Console
 
-from serve_app.cluster import connection
+from serve_app.cli import cli
+from serve_app.cluster import connection, serve
 from serve_app.cluster.connection import Connection
 from serve_app.cluster.serve import Application, ReplicaStatus
+from serve_app.config.document import GATEWAY_IMPORT_PATH, parse_document
 from serve_app.errors import UserError
 from serve_app.local import door, found, instance, logs, reload, runs, status
 from serve_app.local.door import Door
@@ -283,6 +288,32 @@ def test_status_says_of_each_model_what_it_does(
     ]
 
 
+def test_status_of_one_model(base: Path) -> None:
+    with answering(Gateway) as port:
+        record(base, port)
+        for model, status_ in (("smollm", 0), ("llama", 1)):
+            shown = CliRunner().invoke(cli, ["status", model])
+            assert shown.exit_code == status_
+            assert [line.split()[0] for line in shown.output.splitlines()[2:3]] == [model]
+        [line] = refusal("status", "lama")
+    assert line == (
+        "serve-app: the server of this machine has no model 'lama'; did you mean 'llama'?"
+    )
+
+
+def test_a_run_s_port_is_not_taken_by_a_stranger(base: Path, tmp_path: Path) -> None:
+    with answering(Gateway) as port:
+        record(base, port)
+        config = tmp_path / "own.yaml"
+        own = {"http_options": {"host": "127.0.0.1", "port": port}, "applications": [GATEWAY]}
+        config.write_text(yaml.safe_dump(own))
+        [line] = refusal("run", str(config))
+    assert line == (
+        f"serve-app: port {port} is another serve-app run's; choose another with --port, or change "
+        f"that one: serve-app reload CONFIG --port {port}"
+    )
+
+
 def test_status_of_a_run_that_does_not_answer_yet(base: Path) -> None:
     record(base, free_port())
     out = io.StringIO()
@@ -366,6 +397,7 @@ def application(status: str = "RUNNING", *replicas: str, message: str = "") -> A
             True,
             ("replaced", True),
         ),
+        (application("DEPLOY_FAILED"), application("RUNNING", "b"), True, ("started", True)),
         (
             application("RUNNING", "a"),
             application("DEPLOY_FAILED", "a", message="no such model"),
@@ -379,6 +411,105 @@ def test_what_a_reload_did_is_told_by_the_replicas(
     before: Application | None, now: Application | None, changed: bool, said: tuple[str, bool]
 ) -> None:
     assert reload._outcome(before, now, changed) == said
+
+
+class Serve:
+    """A connection and its client, whose applications become ``later`` ones with each look."""
+
+    def __init__(self, *later: dict[str, Application], **http_options: Any) -> None:
+        self.later, self.http_options = list(later), http_options
+        self.deployed: list[Any] = []
+
+    def serve(self) -> Serve:
+        return self
+
+    def get_serve_details(self) -> dict[str, Any]:
+        return {"http_options": self.http_options}
+
+    def deploy_applications(self, document: Any) -> None:
+        self.deployed.append(document)
+
+    def applications(self, details: object) -> dict[str, Application]:
+        return self.later.pop(0) if len(self.later) > 1 else self.later[0]
+
+
+@pytest.fixture
+def reloaded(base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What a reload of the running config tells, beside a server that does as it is scripted."""
+
+    def reloaded(connection: Serve, told: list[str] | None = None, **options: Any) -> list[str]:
+        told = [] if told is None else told
+        monkeypatch.setattr(serve, "applications", connection.applications)
+        monkeypatch.setattr(reload, "_POLL_S", 0.0)
+        document = {
+            "http_options": options,
+            "applications": [{"name": "gateway", "import_path": GATEWAY_IMPORT_PATH}],
+        }
+        fleet = parse_document(document, Path("fleet.yaml"))
+        server = found.Server(record(base, free_port()), connection)  # type: ignore[arg-type]
+        reload.reload(fleet, server, tell=told.append, check=False)
+        return told
+
+    return reloaded
+
+
+GATEWAY = {"name": "gateway", "import_path": GATEWAY_IMPORT_PATH}
+
+
+def gateway(status: str, *replicas: str) -> dict[str, Application]:
+    one = application(status, *replicas)
+    return {"gateway": dataclasses.replace(one, name="gateway", config=GATEWAY)}
+
+
+def test_a_change_that_goes_on_is_followed(reloaded: Callable[..., list[str]]) -> None:
+    connection = Serve(gateway("DEPLOYING", "a"), gateway("DEPLOYING"), gateway("RUNNING", "b"))
+    assert reloaded(connection) == [
+        "nothing changed since the change before, which goes on: gateway",
+        "gateway: deploying",
+        "gateway: replaced",
+    ]
+    assert not connection.deployed
+    assert reloaded(Serve(gateway("RUNNING", "b"))) == ["nothing changed"]
+
+
+def test_ctrl_c_ends_the_waiting_and_says_so(
+    reloaded: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reload.time, "sleep", interrupted)
+    told: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        reloaded(Serve(gateway("DEPLOYING", "a")), told)
+    assert told[-1] == "the change goes on; serve-app status shows it"
+
+
+def test_options_that_wait_for_the_next_start_are_said(
+    reloaded: Callable[..., list[str]],
+) -> None:
+    there = {"host": "127.0.0.1", "port": 8830}
+    assert reloaded(Serve(gateway("RUNNING", "a"), **there), **there) == ["nothing changed"]
+    told = reloaded(Serve(gateway("RUNNING", "a"), **there), port=8831, hots="127.0.0.1")
+    assert told == [
+        "note: http_options.hots is no option of Serve, which ignores it; did you mean 'host'?",
+        "note: the Serve that runs already ignores http_options.port (8830 there); the file's take "
+        "effect after `serve-app stop` and `serve-app run fleet.yaml`",
+        "nothing changed",
+    ]
+
+
+def test_a_port_that_was_given_stays(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base.mkdir()
+    config = base / "fleet.yaml"
+    config.write_text(yaml.safe_dump({"http_options": {"port": 1}, "applications": [GATEWAY]}))
+    monkeypatch.chdir(base)  # to which the command goes too
+    monkeypatch.setattr(reload, "reload", lambda fleet, *_, **__: ports.append(fleet.port))
+    ports: list[int] = []
+    for given in (True, False):
+        run = record(base, 8801 + given, port_given=given, config=config)
+        CliRunner().invoke(cli, ["reload", "--port", str(run.port)])
+    assert ports == [8802, 1]
 
 
 def test_an_application_that_was_deployed_by_code_has_no_config_to_compare() -> None:
