@@ -39,6 +39,13 @@ def recognize(document: Any) -> str | None:
     return None
 
 
+def resembles_vllm_serve(document: Any) -> bool:
+    """Whether most of its keys are those of ``vllm serve``, of which a few may be misspelled."""
+    if not isinstance(document, dict) or not document or "applications" in document:
+        return False
+    return 2 * sum(map(_is_vllms, document)) >= len(document)
+
+
 def is_rayservice(document: Any) -> bool:
     """Whether it is a RayService with a config of Ray Serve in it."""
     spec = document.get("spec") if isinstance(document, dict) else None

@@ -56,6 +56,8 @@ def draft_of(file: Path) -> Draft:
     }
     whole = source.read(file)
     program = foreign.recognize(whole.value)
+    if program is None and foreign.resembles_vllm_serve(whole.value):
+        program = foreign.VLLM_SERVE  # its mistakes are told one by one
     if program is None:
         raise ConfigError(f"{file}: {_unknown(whole.value)}")
     return formats[program](whole)

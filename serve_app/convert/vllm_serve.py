@@ -15,10 +15,14 @@ def convert(whole: Part) -> Draft:
     """One model and a gateway.
 
     Raises:
-        ConfigError: a value is not what ``vllm serve`` takes.
+        ConfigError: no model is named, or a value is not what ``vllm serve`` takes.
     """
     draft, model = Draft(program=VLLM_SERVE), Model()
     by_name = {key.replace("-", "_"): part for key, part in whole.items()}
+    if not by_name.keys() & {"model", "model_tag"}:
+        raise whole.wrong(
+            "names no model, which `vllm serve` then takes from its command line; add model: ID"
+        )
     weights = by_name["model"] if "model" in by_name else by_name["model_tag"]
     model.args["model"] = weights.text()
     for id in _listed(by_name, "served_model_name") or [model.args["model"]]:

@@ -728,6 +728,12 @@ def test_a_config_of_vllm_serve_is_one_model(tmp_path: Path) -> None:
         ("model: [a]\nport: 1", "1: model is ['a'], but must be text"),
         ("model: a/b\nport: zero", "http_options.port is 'zero', but must be 1 to 65535"),
         ("model: a/b\nlora-modules: ['{']", "2: lora-modules has '{', which is not JSON"),
+        ("model: a/b\ngpu-memory-utilisation: 0.9\ndtype: auto",
+         "engine.gpu_memory_utilisation is not an argument of vLLM 0.29.0; did you mean "
+         "'gpu_memory_utilization'?"),
+        ("tensor-parallel-size: 2\nport: 8000",
+         "1: the file names no model, which `vllm serve` then takes from its command line; add "
+         "model: ID"),
         ("applications: []", "a Serve config already; only one of Ray Serve LLM's can be"),
     ],
 )  # fmt: skip
