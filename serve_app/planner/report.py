@@ -68,8 +68,8 @@ def notes_on(plan: Plan) -> list[str]:
         notes.append("the draft model's metadata is not at hand; its memory is left out")
     if plan.gpu.name != "CPU" and not plan.gpu.measured:
         notes.append(
-            f"no start on {plan.gpu.name} GPUs has been compared with the planner: non-torch "
-            "memory and CUDA graphs are an estimate"
+            f"non-torch memory and CUDA graphs are an estimate on {plan.gpu.name}: measured on an "
+            "H200"
         )
     if plan.parallel.gpus > 1:
         notes.append("buffers for communication between GPUs are an estimate")
