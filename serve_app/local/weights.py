@@ -155,7 +155,7 @@ def _ask_hub(name: str, environment: Mapping[str, str]) -> str | None:
                 said.append("the hub has no such model; correct it")
             else:
                 said.append(
-                    f"the hub cannot be reached ({status or type(error).__name__}); set "
+                    f"the hub cannot be reached ({metadata.why_unreachable(error)}); set "
                     f"HF_ENDPOINT to one that can, {_OTHERWISE}"
                 )
 

@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from serve_app.errors import UserError, did_you_mean
+from serve_app.errors import UserError, did_you_mean, first_line
 from serve_app.planner.model import derive, shape, tensors
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.shape import ModelShape
@@ -333,8 +333,20 @@ def _hub_error(name: str, error: Exception) -> UserError:
         return UserError(f"{name}: the repository has no config.json")
     if kind in ("SafetensorsParsingError",):
         return UserError(f"{name}: its safetensors metadata is damaged")
-    hint = did_you_mean(name, kept_models())
     return UserError(
-        f"{name}: the hub cannot be reached ({kind}); give a local folder, or one of the models "
-        f"whose metadata is kept here{hint} (`serve-app plan --list`)"
+        f"{name}: the hub cannot be reached ({why_unreachable(error)}); give a local folder, or "
+        "one of the models whose metadata is kept here (`serve-app plan --list`)"
     )
+
+
+def why_unreachable(error: Exception) -> str:
+    """What an error of the hub's HTTP client means, in a few words."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kind = type(error).__name__
+    if status:
+        return f"status {status}"
+    if "Timeout" in kind:
+        return "no answer in time"
+    if "Connect" in kind:
+        return "no connection"
+    return "HF_HUB_OFFLINE is set" if kind == "OfflineModeIsEnabled" else first_line(error)

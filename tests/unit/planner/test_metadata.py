@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from harness.models import LLAMA, plan
 
@@ -250,7 +251,6 @@ def test_a_sentence_transformer_has_the_context_of_its_own_config(hub: Hub, fold
 
 
 def http_error(kind: str) -> Exception:
-    import httpx
     from huggingface_hub import errors
 
     request = httpx.Request("GET", "https://hub/someone/something")
@@ -280,3 +280,13 @@ def test_a_misspelt_model_is_recognised(hub: Hub) -> None:
     hub.error = http_error("RepositoryNotFoundError")
     with pytest.raises(UserError, match="did you mean 'Qwen/Qwen3-32B-FP8'"):
         metadata.load("Qwen/Qwen3-32B-FP9")
+
+
+def test_a_hub_that_does_not_answer_is_said_in_words_and_no_other_name_is_proposed() -> None:
+    refused = metadata._hub_error("Qwen/Qwen3-8B", httpx.ConnectError("[Errno 111] refused"))
+    assert str(refused) == (
+        "Qwen/Qwen3-8B: the hub cannot be reached (no connection); give a local folder, or one of "
+        "the models whose metadata is kept here (`serve-app plan --list`)"
+    )
+    assert metadata.why_unreachable(httpx.ReadTimeout("timed out")) == "no answer in time"
+    assert metadata.why_unreachable(OSError("no route to host")) == "no route to host"
