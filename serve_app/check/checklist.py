@@ -12,7 +12,13 @@ import yaml
 
 from serve_app import __version__
 from serve_app.config import caches, engine_args, yaml_files
-from serve_app.config.document import MODEL_IMPORT_PATH, Fleet, parse_document, refuse_foreign
+from serve_app.config.document import (
+    MODEL_IMPORT_PATH,
+    Fleet,
+    parse_document,
+    refuse_foreign,
+    refuse_shapeless,
+)
 from serve_app.config.notices import notices
 from serve_app.config.secrets import in_plain_text, instead, looks_like_one
 from serve_app.config.settings import ModelConfig, engine_problems
@@ -87,14 +93,14 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
     """
     document = yaml_files.read(path)
     refuse_foreign(document, path)
-    if not isinstance(document, dict) or not isinstance(document.get("applications"), list):
-        raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
+    refuse_shapeless(document, path)
     findings = list(_engine_arguments(document))
     try:
         fleet = parse_document(document, path)
     except ConfigError as error:
         if all(finding.status != "fail" for finding in findings):
-            findings.append(Finding("config", "fail", str(path), str(error), "mend the config"))
+            said = str(error).removeprefix(f"{path}: ")
+            findings.append(Finding("config", "fail", str(path), said))
         return findings
     for name, config in fleet.models.items():
         findings += check_model.model(name, config)

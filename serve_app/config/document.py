@@ -110,8 +110,7 @@ def parse_document(document: Any, path: Path) -> Fleet:
     Its own keys that start with ``x-`` (pieces to refer to, as in docker compose) are left out.
     """
     refuse_foreign(document, path)
-    if not isinstance(document, dict) or "applications" not in document:
-        raise ConfigError(f"{path}: not a Serve config: it has no 'applications' list")
+    refuse_shapeless(document, path)
     document = {key: value for key, value in document.items() if not str(key).startswith("x-")}
     for key in document:
         if key not in _DOCUMENT_KEYS:
@@ -119,8 +118,6 @@ def parse_document(document: Any, path: Path) -> Fleet:
             raise ConfigError(f"{path}: '{key}' is not a key of a Serve config{hint}")
     _check_http_options(path, document.get("http_options"))
     applications = document["applications"]
-    if not isinstance(applications, list) or not applications:
-        raise ConfigError(f"{path}: 'applications' must be a list with at least one model")
     models: dict[str, ModelConfig] = {}
     answering: dict[str, ModelConfig] = {}
     gateway: GatewayConfig | None = None
@@ -142,6 +139,25 @@ def parse_document(document: Any, path: Path) -> Fleet:
                 raise ConfigError(f"{where}: the gateway needs 'route_prefix: /'")
     refuse_shared_ids(answering, where=str(path))
     return Fleet(path, document, models, gateway)
+
+
+def refuse_shapeless(document: Any, path: Path) -> None:
+    """Refuse what is no config at all, before its parts are looked at.
+
+    Raises:
+        ConfigError: there is no list of applications in it.
+    """
+    if document is None:
+        raise ConfigError(f"{path}: the file is empty; `serve-app run MODEL --save` writes one")
+    if not isinstance(document, dict) or "applications" not in document:
+        keys = map(str, document) if isinstance(document, dict) else ()
+        hints = (f" (there is '{key}'{did_you_mean(key, _DOCUMENT_KEYS)})" for key in keys
+                 if did_you_mean(key, ["applications"]))  # fmt: skip
+        raise ConfigError(
+            f"{path}: not a Serve config: it has no 'applications' list{next(hints, '')}"
+        )
+    if not isinstance(document["applications"], list) or not document["applications"]:
+        raise ConfigError(f"{path}: 'applications' must be a list with at least one model")
 
 
 def refuse_foreign(document: Any, path: Path) -> None:

@@ -388,6 +388,10 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
         return f"{key} is empty; give it a value or remove it"
     if kind == "string_type":
         return f"{key} is {value!r}, but must be text; put it in quotes, or remove it"
+    if kind == "list_type":
+        return f"{key} is {value!r}, but must be a list, such as [{value!r}]"
+    if kind in ("int_parsing", "int_type", "int_from_float"):
+        return f"{key} is {value!r}, but must be a whole number"
     if kind == "float_parsing":
         return f"{key} is {value!r}, but must be a number, without a unit"
     if kind == "value_error":

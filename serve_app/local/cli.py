@@ -21,6 +21,9 @@ from serve_app.errors import UserError
 _STOP_S = 150.0
 """Seconds that a stopping run gets: it gives `serve run` 60, and Ray's processes some more."""
 
+_SAY_S = 2.0
+"""Seconds after which a stop that is still under way is said to be."""
+
 port_option = click.option(
     "--port", type=click.IntRange(1, 65535), help="Of the serve-app run, where several run here."
 )
@@ -69,15 +72,22 @@ def stop(port: int | None) -> None:
     """End the serve-app run of this machine, as Ctrl-C does, and wait until it is gone."""
     from serve_app.local import found
 
-    run = found.server(port).run
+    server = found.here(port)
+    if server is None:
+        raise UserError("nothing runs here")
+    run = server.run
     if run is None:
         raise UserError(
             "no serve-app run is here; what `serve run` or `ray start` started ends by Ctrl-C "
             "there, by `serve shutdown` or by `ray stop`"
         )
     os.kill(run.pid, signal.SIGINT)
-    deadline = time.monotonic() + _STOP_S
+    asked = time.monotonic()
+    deadline, told = asked + _STOP_S, False
     while run.lives():
+        if not told and time.monotonic() > asked + _SAY_S:
+            told = True
+            click.echo(f"stopping the server of port {run.port}", err=True)
         if time.monotonic() > deadline:
             raise UserError(f"it has not ended in {_STOP_S:.0f} s (pid {run.pid})")
         time.sleep(0.1)

@@ -31,13 +31,17 @@ def config_for(
     YAML. Without ``check`` the weights are not looked for.
 
     Raises:
-        UserError: ``save`` is there already, weights or metadata are missing, or the models do
-            not fit on this machine.
+        UserError: ``save`` is there already or its folder is not, weights or metadata are missing,
+            or the models do not fit on this machine.
     """
     if save is not None and save.exists():
         raise UserError(
             f"{save} is there already; name another file with --save, or run it: "
             f"serve-app run {shlex.quote(str(save))}"
+        )
+    if save is not None and not save.absolute().parent.is_dir():
+        raise UserError(
+            f"{save}: there is no folder {save.absolute().parent}; make it, or correct it"
         )
     if check:
         for model in models:

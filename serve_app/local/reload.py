@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,8 @@ def reload(
             return True
         tell(f"nothing changed since the change before, which goes on: {', '.join(going_on)}")
         changed |= dict.fromkeys(going_on, True)
+        # Which of their replicas were there before that change is not known any more.
+        before |= {name: replace(before[name], replicas=()) for name in going_on}
     else:
         try:
             client.deploy_applications(fleet.document)

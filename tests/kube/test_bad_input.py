@@ -28,7 +28,7 @@ def said(command: str, *args: str) -> str:
     ("profile", "says"),
     [
         ("[a, b]", "a profile is a mapping of settings, such as 'max_gpus: 16'"),
-        ("max_gpus: many", "max_gpus is 'many', but should be a valid integer"),
+        ("max_gpus: many", "max_gpus is 'many', but must be a whole number"),
         ("upgrade: NewCluster", "upgrade is 'NewCluster', but must be a mapping with some of"),
         ("upgrade: {strategy: none}", "upgrade.strategy is 'none', but should be 'NewCluster'"),
         ("redis: localhost", "redis is 'localhost', but must be a mapping with some of: address"),
@@ -42,7 +42,7 @@ def said(command: str, *args: str) -> str:
         ("client_cidrs: ['fd00::1/56']", "'fd00::1/56' is no network"),
         ("client_cidrs: [everywhere]", "client_cidrs.0: 'everywhere' is no network"),
         ("client_cidrs: []", "client_cidrs is []"),  # in a NetworkPolicy: from anywhere
-        ("zones: us-east-1a", "zones is 'us-east-1a', but should be a valid list"),
+        ("zones: us-east-1a", "zones is 'us-east-1a', but must be a list, such as ['us-east-1a']"),
         ("instance_types: [p5.48xlrge]", "'p5.48xlrge' is no EC2 type with a GPU"),
         ("max_gpus: 4", "takes 8 GPUs when every model is at its most"),
     ],

@@ -62,9 +62,17 @@ def refused_args(**args: Any) -> str:
 # --- the document ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("content", [None, [], "text", 5, {}, {"applicatons": []}])
+@pytest.mark.parametrize("content", [[], "text", 5, {}, {"https": 1}])
 def test_what_is_no_serve_config_is_refused(content: Any) -> None:
     assert refusal(content) == "not a Serve config: it has no 'applications' list"
+
+
+def test_an_empty_file_and_a_misspelled_list_are_told_as_such() -> None:
+    assert refusal(None) == "the file is empty; `serve-app run MODEL --save` writes one"
+    assert refusal({"aplications": []}) == (
+        "not a Serve config: it has no 'applications' list (there is 'aplications'; did you mean "
+        "'applications'?)"
+    )
 
 
 @pytest.mark.parametrize("applications", [None, [], {}, "m"])
@@ -210,11 +218,11 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
         ({"modle": "x"}, "'modle' is not a setting; did you mean 'model'? (known: model, "),
         ({"model": None}, "model is None, but must be text; put it in quotes, or remove it"),
         ({"model": ""}, "model is empty; give it a value or remove it"),
-        ({"served_as": "z"}, "served_as is 'z', but should be a valid list"),
+        ({"served_as": "z"}, "served_as is 'z', but must be a list, such as ['z']"),
         ({"served_as": ["a b"]}, "served_as.0 is 'a b'"),
         ({"served_as": [""]}, "served_as.0 is empty; give it a value or remove it"),
         ({"replicas": 0}, "replicas is 0, but should be greater than or equal to 1"),
-        ({"replicas": "two"}, "replicas is 'two', but should be a valid integer"),
+        ({"replicas": "two"}, "replicas is 'two', but must be a whole number"),
         (
             {"replicas": 1, "autoscaling": {}},
             "replicas and autoscaling exclude each other; keep one",
@@ -606,7 +614,7 @@ def test_pieces_to_refer_to_are_allowed_and_do_not_reach_serve(tmp_path: Path) -
         (GATEWAY | {"args": {"request_timeout_s": 0}}, "request_timeout_s is 0"),
         (
             GATEWAY | {"args": {"cors_allow_origins": "*"}},
-            "cors_allow_origins is '*', but should be a valid list",
+            "cors_allow_origins is '*', but must be a list, such as ['*']",
         ),
         (GATEWAY | {"route_prefix": None}, "the gateway needs 'route_prefix: /'"),
     ],

@@ -84,6 +84,15 @@ def test_tensor_parallel_size_is_an_engine_argument(
     assert started[0].models["one"].tensor_parallel_size == 2
 
 
+def test_a_folder_for_the_config_must_be_there(models: list[str], started: list[Fleet]) -> None:
+    [line] = refusal("run", *models, "--save", "new/fleet.yaml")  # before the config is printed
+    folder = Path("new").absolute()
+    assert line == (
+        f"serve-app: new/fleet.yaml: there is no folder {folder}; make it, or correct it"
+    )
+    assert started == []
+
+
 def test_a_file_is_not_overwritten(models: list[str], started: list[Fleet]) -> None:
     Path("fleet.yaml").write_text("mine")
     [line] = refusal("run", *models, "--save", "fleet.yaml")
@@ -137,5 +146,5 @@ def test_a_hub_that_is_not_there_is_no_mistake_in_the_id(
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     [line] = refusal("run", "Qwen/Qwen3-8B")
-    assert "the hub cannot be reached (ConnectError); set HF_ENDPOINT to one that can, or" in line
+    assert "the hub cannot be reached (no connection); set HF_ENDPOINT to one that can, or" in line
     assert "correct it" not in line

@@ -191,7 +191,7 @@ def test_of_several_runs_one_is_named_by_its_port(base: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("status",), ("logs",), ("reload",), ("stop",), ("env",), ("admin", "m", "wake")],
+    [("status",), ("logs",), ("reload",), ("env",), ("admin", "m", "wake")],
     ids=lambda command: command[0],
 )
 def test_a_command_without_a_server_says_how_to_start_one(
@@ -201,6 +201,11 @@ def test_a_command_without_a_server_says_how_to_start_one(
     assert refusal(*command) == [
         "serve-app: nothing is served here; start it: serve-app run CONFIG"
     ]
+
+
+def test_what_does_not_run_is_not_to_be_started_to_be_stopped(base: Path) -> None:
+    base.mkdir()
+    assert refusal("stop") == ["serve-app: nothing runs here"]
 
 
 def test_a_ray_that_listens_and_says_nothing_is_not_waited_for(
@@ -466,7 +471,7 @@ def test_a_change_that_goes_on_is_followed(reloaded: Callable[..., list[str]]) -
     assert reloaded(connection) == [
         "nothing changed since the change before, which goes on: gateway",
         "gateway: deploying",
-        "gateway: replaced",
+        "gateway: started",
     ]
     assert not connection.deployed
     assert reloaded(Serve(gateway("RUNNING", "b"))) == ["nothing changed"]
