@@ -34,6 +34,12 @@ class _Group(click.Group):
             raise click.UsageError(f"there is no command '{args[0]}'{hint}")
         return super().resolve_command(ctx, args)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, but with each command's whole first sentence."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(n, c.get_short_help_str(limit=200)) for n, c in commands if c])
+
 
 def _files_and_models(
     context: click.Context, parameter: click.Parameter, typed: str

@@ -255,11 +255,13 @@ def bars(plan: Plan, *, width: int) -> RenderableType:
             bar.append("█" * (round(edge) - drawn), style=colour)
             drawn = max(drawn, round(edge))
         bar.append("░" * (width - drawn), style="dim")
-        bar.append(f" {full / GIB:.0f} GiB")
+        bar.append(f" {full / GIB:.{0 if full >= 10 * GIB else 1}f} GiB")
         lines.append(bar)
     for row in (PARTS[:3], PARTS[3:]):  # a terminal of 80 columns has room for three
         legend = Text(" " * 9)
         for part, name, colour in row:
+            if plan.gpu.name == "CPU" and not getattr(plan.tightest, part):
+                continue  # it has no CUDA
             size = max(0, getattr(plan.tightest, part))
             legend.append("█ ", style=colour)
             legend.append(f"{name} {size / GIB:.1f}  ")
@@ -281,7 +283,8 @@ def _numbers(report: Report) -> Table:
     precision = engine.quantization.label if engine.quantization else engine.dtype
     weights = sum(stage.weights for stage in plan.stages) * plan.parallel.tensor
     table.add_row("parameters", f"{plan.model.parameters / 1e9:.2f} B, {precision}")
-    table.add_row("weights over all GPUs", f"{weights / GIB:.1f} GiB")
+    on_cpu = plan.gpu.name == "CPU"
+    table.add_row("weights" if on_cpu else "weights over all GPUs", f"{weights / GIB:.1f} GiB")
     table.add_row(
         "in other precisions",
         ", ".join(
@@ -296,12 +299,17 @@ def _numbers(report: Report) -> Table:
         table.add_row(
             "KV cache",
             f"{plan.kv_cache_tokens:,} tokens ({engine.kv_dtype}, "
-            f"{plan.kv_bytes_per_token / 1024:g} KiB per token and GPU)",
+            f"{plan.kv_bytes_per_token / 1024:g} KiB per token"
+            f"{'' if on_cpu else ' and GPU'})",
         )
         table.add_row(
             "requests at once",
-            f"{plan.concurrency():.1f} with {engine.max_model_len:,} tokens each, "
-            f"{plan.concurrency(report.typical_length):.0f} with {report.typical_length:,}",
+            f"{plan.concurrency():.1f} with {engine.max_model_len:,} tokens each"
+            + (
+                f", {plan.concurrency(report.typical_length):.0f} with {report.typical_length:,}"
+                if report.typical_length != engine.max_model_len
+                else ""
+            ),
         )
     else:
         table.add_row("KV cache", "none (an encoder)")

@@ -67,3 +67,11 @@ def test_the_script_says_where_to_put_it(shell: str, command: Path) -> None:
     if shutil.which(shell):  # the script is the shell's own language
         check = [shell, "--no-execute" if shell == "fish" else "-n"]
         subprocess.run(check, input=result.output, text=True, check=True, timeout=60)
+
+
+def test_help_shows_each_command_s_whole_sentence() -> None:
+    shown = CliRunner().invoke(cli, ["--help"]).output
+    assert "..." not in shown.partition("Commands:")[2]
+    assert "Talk to MODEL of a running server; to its only chat model where none is named." in (
+        " ".join(shown.split())
+    )

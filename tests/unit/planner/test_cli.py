@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,10 @@ def test_run_checks_before_it_starts_unless_told_not_to(
     assert not started
     assert run(cli, "run", "--no-check", str(config)).exit_code == 0
     assert len(started) == 1
+
+
+def test_a_plan_on_a_cpu_has_no_words_of_gpus(tmp_path: Path) -> None:
+    shown = run(cli, "plan", str(ROOT / "configs/demo.yaml")).output
+    for word in ("GPU", "CUDA", " 0 GiB"):
+        assert word not in shown
+    assert re.search(r"11\.\d with 2,048 tokens each\n", re.sub(r" +\n", "\n", shown))
