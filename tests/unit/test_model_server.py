@@ -14,7 +14,9 @@ TYPO = {"adaptors": [{"name": "poet", "path": "p"}]}
 
 
 class FakeEngine:
-    """As much of an engine and its adapters as Serve's calls reach."""
+    """As much of an engine, its adapters and front ends as Serve's calls reach."""
+
+    worn_out = False
 
     def __init__(self) -> None:
         self.applied: list[list[Adapter]] = []
@@ -37,7 +39,7 @@ def replica() -> Any:
     # Without its __del__, which is a coroutine that Serve awaits.
     kind = type("Replica", (deployment.func_or_class,), {"__del__": lambda self: None})
     server: Any = kind.__new__(kind)
-    server._engine = server._adapters = FakeEngine()
+    server._engine = server._adapters = server._front_ends = FakeEngine()
     return server
 
 
@@ -65,3 +67,9 @@ async def test_what_is_not_the_users_fault_is_not_hidden(replica: Any) -> None:
     replica._engine.refuses = RuntimeError("the engine is dead")
     with pytest.raises(RuntimeError):
         await replica.reconfigure({"adapters": []})
+
+
+async def test_a_replica_whose_front_ends_end_too_often_is_replaced(replica: Any) -> None:
+    replica._front_ends.worn_out = True
+    with pytest.raises(RuntimeError, match="its front ends ended too often"):
+        await replica.check_health()
