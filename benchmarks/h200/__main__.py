@@ -154,18 +154,29 @@ def front_ends_1b(at: Machine) -> dict[str, Any]:
         "max_model_len": 8192, "gpu_memory_utilization": 0.12,
         "kv_cache_memory_bytes": 8 << 30,
     }  # fmt: skip
-    names = ["bare-1", "bare-4", "ours-1", "ours-4"]
+    names = dict.fromkeys(("bare-1", "bare-4", "ours-1", "ours-4"), "0")
     return front_ends.measure(model, at.folder, at.port, engine, at.deadline, names)
 
 
 def front_ends_8b(at: Machine) -> dict[str, Any]:
-    """The 8B shape: two servers have room on a GPU of 80 GB, three on one of 141 GB."""
-    large = min(gpu_memory_mib("total")) > 100_000
+    """The 8B shape on a GPU of 80 GB, which two servers share; a second GPU has two more."""
     engine = {
         "max_model_len": 8192, "gpu_memory_utilization": 0.25,
         "kv_cache_memory_bytes": 20 << 30,
     }  # fmt: skip
-    names = ["bare-1", "bare-4", "ours-4"] if large else ["bare-1", "ours-4"]
+    names = {"bare-1": "0", "ours-4": "0"}
+    if len(gpu_memory_mib()) > 1:
+        names |= {"bare-4": "1", "ours-2": "1"}
+    return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
+
+
+def front_ends_tp2(at: Machine) -> dict[str, Any]:
+    """The 8B shape as one tensor-parallel group of two GPUs."""
+    engine = {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.2, "tensor_parallel_size": 2,
+        "kv_cache_memory_bytes": 12 << 30,
+    }  # fmt: skip
+    names = dict.fromkeys(("bare-1", "bare-4", "ours-4"), "0,1")
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
 
 
@@ -325,7 +336,8 @@ def refusals(at: Machine) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
-        front_ends_1b, front_ends_8b, compare, start, sleep, large, tp2, pp2, dp2, pair, refusals,
+        front_ends_1b, front_ends_8b, front_ends_tp2, compare,
+        start, sleep, large, tp2, pp2, dp2, pair, refusals,
     )
 }  # fmt: skip
 

@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import load
+from benchmarks.h200 import first_tokens
 from benchmarks.h200.server import HAPROXY, MODEL, Server, application, bare, serve_run
 from serve_app.local.instance import Instance
 
@@ -27,9 +25,6 @@ PROMPT = 512
 TOKENS = 128
 CONCURRENCY = {64: 4.0, 256: 6.0}
 """Requests at once, and the least seconds to measure for."""
-
-FIRST_TOKENS = 40
-"""Requests of one client, one after the other, for the TTFT."""
 
 Command = tuple[list[str], dict[str, str]]
 
@@ -41,22 +36,26 @@ def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[s
     for count in (1, 4):
         argv = bare(model, port + len(found), api_server_count=count, **loaded)
         found[f"bare-{count}"] = argv, {}
-    alone = {"distributed_executor_backend": "uni"}  # without a worker process
-    for name, count, gateways, more in (
-        ("ours-1", 1, 1, {}),
-        ("ours-4", 4, 3, {}),
-        ("ours-4-uni", 4, 3, alone),
-    ):
-        ours = application(MODEL, model, {**engine, **more}, frontends=count)
+    for name, count, gateways in (("ours-1", 1, 1), ("ours-2", 2, 2), ("ours-4", 4, 3)):
+        ours = application(MODEL, model, engine, frontends=count)
         command = serve_run(folder, port + len(found), ours, gateways=gateways)
         found[name] = command, HAPROXY
     return found
 
 
 def measure(
-    model: Path, folder: Path, port: int, engine: dict[str, Any], deadline: float, names: list[str]
+    model: Path,
+    folder: Path,
+    port: int,
+    engine: dict[str, Any],
+    deadline: float,
+    names: dict[str, str],
 ) -> dict[str, Any]:
-    """Start the arms of these names, and measure them in turn until ``deadline``."""
+    """Start some arms, and measure them in turn until ``deadline``.
+
+    Args:
+        names: the arms, each with its ``CUDA_VISIBLE_DEVICES``.
+    """
     chosen = arms(model, folder, port, engine)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         servers = {}
@@ -66,6 +65,7 @@ def measure(
                     instance = Instance(port + number)
                     stack.callback(instance.close, keep=False)
                     env = instance.environment() | env
+                env = env | {"CUDA_VISIBLE_DEVICES": names[name]}
                 log = folder / f"front-ends-{name}.log"
                 servers[name] = Server(command, port + number, log, **env)
                 stack.callback(servers[name].stop)
@@ -86,8 +86,7 @@ def measure(
                     found[name][f"c{concurrency}"] = _wrk(
                         servers[name].port, folder, concurrency, seconds
                     )
-            for name in order * 2:
-                found[name].setdefault("ttft_ms", []).append(_ttft(servers[name].port, folder))
+            found["ttft"] = first_tokens.measure(servers, folder)
             rounds.append(found)
             print(json.dumps(found), flush=True)
             longest = time.monotonic() - began
@@ -116,32 +115,6 @@ def _wrk(port: int, folder: Path, concurrency: int, seconds: float) -> dict[str,
     }
 
 
-def _ttft(port: int, folder: Path) -> float:
-    """Median of one client's, in ms, in a process of its own."""
-    code = (
-        "import http.client, json, random, statistics, sys, time\n"
-        "port, count, body = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])\n"
-        "c = http.client.HTTPConnection('127.0.0.1', port)\n"
-        "took = []\n"
-        "for _ in range(count):\n"
-        f"    body['prompt'] = [random.randrange(1000, 30000) for _ in range({PROMPT})]\n"
-        "    sent = json.dumps(body)\n"
-        "    began = time.perf_counter()\n"
-        "    c.request('POST', '/v1/completions', sent, {'content-type': 'application/json'})\n"
-        "    answer = c.getresponse()\n"
-        "    answer.readline()\n"
-        "    took.append(time.perf_counter() - began)\n"
-        "    answer.read()\n"
-        "print(1000 * statistics.median(took[5:]))\n"
-    )
-    body = json.dumps(_body("") | {"max_tokens": 8})
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(port), str(FIRST_TOKENS), body],
-        capture_output=True, text=True, check=True, cwd=folder, env=os.environ,
-    )  # fmt: skip
-    return round(float(run.stdout), 2)
-
-
 def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Min, median and max of each arm, and of its ratio to each bare one in the same round."""
 
@@ -152,7 +125,7 @@ def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         return lambda one: float(one[arm][load]["tokens_per_s"])
 
     found: dict[str, Any] = {}
-    names = list(rounds[0])
+    names = [name for name in rounds[0] if name != "ttft"]
     bares = [name for name in names if name.startswith("bare")]
     for name in names:
         its: dict[str, Any] = found.setdefault(name, {})
@@ -162,6 +135,12 @@ def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
                 if other != name:
                     ratios = [figure(load_, name)(o) / figure(load_, other)(o) for o in rounds]
                     its[f"{load_} over {other}"] = spread(ratios)
-        its["ttft_ms"] = spread([t for one in rounds for t in one[name]["ttft_ms"]])
         its["errors"] = sum(one[name][f"c{c}"]["errors"] for one in rounds for c in CONCURRENCY)
+    found["ttft_ms"] = {
+        hop: {
+            figure_: spread([one["ttft"][hop][figure_][1] for one in rounds])
+            for figure_ in ("ms", "over_the_first")
+        }
+        for hop in rounds[0]["ttft"]
+    }
     return found

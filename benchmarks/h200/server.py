@@ -96,7 +96,7 @@ class Server:
     """A started server; ``seconds`` until it answered its first request."""
 
     def __init__(self, command: list[str], port: int, log: Path, **env: str) -> None:
-        self.port, self.log = port, log
+        self.port, self.log, self.env = port, log, env
         self._began = time.monotonic()
         with log.open("wb") as out:
             self.process = subprocess.Popen(

@@ -376,7 +376,7 @@ async def test_events_that_wait_while_the_client_is_busy_go_on_in_one_message() 
 
     async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
         request = Request("r", "POST", CHAT, b"", [], b"{}")
-        sending = gateway._relay.send(gateway.replicas[0], request, Answer(send))
+        sending = gateway._relay.send(gateway.front_ends[0], request, Answer(send))
         relaying = asyncio.create_task(sending)
         await written.wait()
         await asyncio.sleep(0.2)  # until all is in this process
