@@ -170,6 +170,16 @@ def front_ends_8b(at: Machine) -> dict[str, Any]:
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
 
 
+def executor_8b(at: Machine) -> dict[str, Any]:
+    """The 8B shape: what Ray's executor costs beside EngineCore that does the worker's part."""
+    engine = {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.25,
+        "kv_cache_memory_bytes": 6 << 30,
+    }  # fmt: skip
+    names = dict.fromkeys(("bare-1", "ours-4", "ours-4-uni"), "0")
+    return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names, most=64)
+
+
 def front_ends_tp2(at: Machine) -> dict[str, Any]:
     """The 8B shape as one tensor-parallel group of two GPUs."""
     engine = {
@@ -336,7 +346,7 @@ def refusals(at: Machine) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
-        front_ends_1b, front_ends_8b, front_ends_tp2, compare,
+        front_ends_1b, front_ends_8b, executor_8b, front_ends_tp2, compare,
         start, sleep, large, tp2, pp2, dp2, pair, refusals,
     )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""TTFT of one client, request by request in turn: at each server, and at each hop of ours."""
+"""TTFT and TPOT of one client, request by request in turn: at each server and hop of ours."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ from benchmarks.h200.server import MODEL, Server
 from serve_app.cluster.connection import Connection
 from serve_app.cluster.credential import CREDENTIAL_HEADER
 
-REQUESTS = 60
-"""To each target; the first five are not counted."""
+TOKENS = 17
+"""Of each answer: enough steps for a TPOT."""
+
+REQUESTS = 40
+"""To each target."""
+
+WARM = 5
+"""The first of them, which are not counted."""
 
 PROMPT = 512
 
@@ -35,7 +41,7 @@ with Connection(sys.argv[1], "this benchmark").entered():
 _CLIENT = f"""
 import http.client, json, random, sys, time
 targets, count, body = json.load(sys.stdin)
-took = {{name: [] for name in targets}}
+took = {{name: {{"ttft_ms": [], "tpot_ms": []}} for name in targets}}
 clients = {{n: http.client.HTTPConnection(t["host"], t["port"]) for n, t in targets.items()}}
 for _ in range(count):
     for name in random.sample(sorted(targets), len(targets)):
@@ -46,10 +52,12 @@ for _ in range(count):
         clients[name].request("POST", "/v1/completions", sent, headers)
         answer = clients[name].getresponse()
         answer.readline()
-        took[name].append(1000 * (time.perf_counter() - began))
+        first = time.perf_counter()
         assert answer.status == 200, (name, answer.status)
         answer.read()
-print(json.dumps({{name: ms[5:] for name, ms in took.items()}}))
+        took[name]["ttft_ms"].append(1000 * (first - began))
+        took[name]["tpot_ms"].append(1000 * (time.perf_counter() - first) / ({TOKENS} - 1))
+print(json.dumps(took))
 """
 
 
@@ -62,26 +70,32 @@ class Target(TypedDict):
 
 
 def measure(servers: dict[str, Server], folder: Path) -> dict[str, Any]:
-    """Min, median and max of each target in ms, and of its difference to the first one's."""
+    """Min, median and max of each target, and of its difference to the first one's."""
     targets: dict[str, Target] = {}
     for name, server in servers.items():
         targets[name] = {"host": "127.0.0.1", "port": server.port, "headers": {}}
         if name.startswith("ours"):
             targets |= {f"{name}: {hop}": target for hop, target in _hops(server).items()}
-    body = {"model": MODEL, "max_tokens": 8, "ignore_eos": True, "temperature": 0, "stream": True}
+    body = {
+        "model": MODEL,
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
     run = subprocess.run(
         [sys.executable, "-c", _CLIENT], input=json.dumps([targets, REQUESTS, body]),
         capture_output=True, text=True, check=True, cwd=folder,
     )  # fmt: skip
-    took: dict[str, list[float]] = json.loads(run.stdout)
+    took: dict[str, dict[str, list[float]]] = json.loads(run.stdout)
     first = next(iter(took.values()))
-    return {
-        name: {
-            "ms": _spread(ms),
-            "over_the_first": _spread([a - b for a, b in zip(ms, first, strict=True)]),
-        }
-        for name, ms in took.items()
-    }
+    found: dict[str, Any] = {}
+    for name, figures in took.items():
+        for figure, ms in figures.items():
+            over = [one - other for one, other in zip(ms, first[figure], strict=True)]
+            spreads = {figure: _spread(ms[WARM:]), f"{figure} over": _spread(over[WARM:])}
+            found.setdefault(name, {}).update(spreads)
+    return found
 
 
 def _spread(values: list[float]) -> list[float]:

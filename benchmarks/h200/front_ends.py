@@ -36,8 +36,14 @@ def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[s
     for count in (1, 4):
         argv = bare(model, port + len(found), api_server_count=count, **loaded)
         found[f"bare-{count}"] = argv, {}
-    for name, count, gateways in (("ours-1", 1, 1), ("ours-2", 2, 2), ("ours-4", 4, 3)):
-        ours = application(MODEL, model, engine, frontends=count)
+    alone = {"distributed_executor_backend": "uni"}  # without a worker process
+    for name, count, gateways, more in (
+        ("ours-1", 1, 1, {}),
+        ("ours-2", 2, 2, {}),
+        ("ours-4", 4, 3, {}),
+        ("ours-4-uni", 4, 3, alone),
+    ):
+        ours = application(MODEL, model, engine | more, frontends=count)
         command = serve_run(folder, port + len(found), ours, gateways=gateways)
         found[name] = command, HAPROXY
     return found
@@ -50,12 +56,15 @@ def measure(
     engine: dict[str, Any],
     deadline: float,
     names: dict[str, str],
+    most: int = 256,
 ) -> dict[str, Any]:
     """Start some arms, and measure them in turn until ``deadline``.
 
     Args:
         names: the arms, each with its ``CUDA_VISIBLE_DEVICES``.
+        most: requests at once that the KV cache has room for.
     """
+    loads = {n: seconds for n, seconds in CONCURRENCY.items() if n <= most}
     chosen = arms(model, folder, port, engine)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         servers = {}
@@ -73,7 +82,7 @@ def measure(
         starts = {name: server.seconds for name, server in servers.items()}
         print("started", json.dumps(starts), flush=True)
         for server in servers.values():
-            _wrk(server.port, folder, 256, 2.0)  # kernels, connections
+            _wrk(server.port, folder, most, 2.0)  # kernels, connections
         rounds: list[dict[str, Any]] = []
         longest = 0.0
         while len(rounds) < 5 and time.monotonic() + longest < deadline:
@@ -81,12 +90,12 @@ def measure(
             order = list(servers)
             random.shuffle(order)
             found: dict[str, Any] = {name: {} for name in servers}
-            for concurrency, seconds in CONCURRENCY.items():
+            for concurrency, seconds in loads.items():
                 for name in order:
                     found[name][f"c{concurrency}"] = _wrk(
                         servers[name].port, folder, concurrency, seconds
                     )
-            found["ttft"] = first_tokens.measure(servers, folder)
+            found["c1"] = first_tokens.measure(servers, folder)
             rounds.append(found)
             print(json.dumps(found), flush=True)
             longest = time.monotonic() - began
@@ -125,22 +134,19 @@ def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
         return lambda one: float(one[arm][load]["tokens_per_s"])
 
     found: dict[str, Any] = {}
-    names = [name for name in rounds[0] if name != "ttft"]
+    names = [name for name in rounds[0] if name != "c1"]
     bares = [name for name in names if name.startswith("bare")]
     for name in names:
         its: dict[str, Any] = found.setdefault(name, {})
-        for load_ in (f"c{c}" for c in CONCURRENCY):
+        for load_ in rounds[0][name]:
             its[load_] = spread([figure(load_, name)(one) for one in rounds])
             for other in bares:
                 if other != name:
                     ratios = [figure(load_, name)(o) / figure(load_, other)(o) for o in rounds]
                     its[f"{load_} over {other}"] = spread(ratios)
-        its["errors"] = sum(one[name][f"c{c}"]["errors"] for one in rounds for c in CONCURRENCY)
-    found["ttft_ms"] = {
-        hop: {
-            figure_: spread([one["ttft"][hop][figure_][1] for one in rounds])
-            for figure_ in ("ms", "over_the_first")
-        }
-        for hop in rounds[0]["ttft"]
+        its["errors"] = sum(load["errors"] for one in rounds for load in one[name].values())
+    found["c1"] = {
+        hop: {of: spread([one["c1"][hop][of][1] for one in rounds]) for of in figures}
+        for hop, figures in rounds[0]["c1"].items()
     }
     return found

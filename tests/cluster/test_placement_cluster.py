@@ -361,7 +361,7 @@ def its_place_in_serve_is_read(
         return board
 
     board = asyncio.run(fed())
-    live = board._replicas[application].values()
+    live = board.live(application)
     assert {r.id for r in live} == {r.id for r in found.replicas}
     assert sorted((r.host, r.port) for r in live) == [("127.0.0.1", 1), ("127.0.0.1", 2)]
     assert board.max_model_len == {application: 4}
