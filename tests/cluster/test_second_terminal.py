@@ -112,7 +112,7 @@ def test_stop_ends_it(run: Run) -> None:
     stopped = f"stopped the server of port {run.port}"
 
     def stop() -> None:
-        assert typed("serve-app", "stop").splitlines()[-1] == stopped  # before it, where it is slow
+        assert stopped in typed("serve-app", "stop").splitlines()
 
     left = run.left_by(stop)
     assert left == {}
