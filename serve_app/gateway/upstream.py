@@ -130,10 +130,10 @@ class Connection(asyncio.Protocol):
             Lost, Silent: instead of the end.
         """
         while not self._complete:
-            if self._error is not None:
-                raise self._error
             if self._pieces:
                 self._begin(send)
+            elif self._error is not None:
+                raise self._error
             else:
                 self._send = send
                 try:

@@ -594,6 +594,29 @@ async def test_a_send_that_waits_is_gone_on_with_in_the_task_and_what_comes_mean
     await passing
 
 
+async def test_what_came_while_the_client_was_slow_goes_on_before_the_loss_is_told(
+    pool: Pool,
+) -> None:
+    sent: list[bytes] = []
+    free = asyncio.Event()
+
+    async def send(data: bytes) -> None:
+        await free.wait()
+        sent.append(data)
+
+    connection = await an_event_stream(pool)
+    passing = asyncio.create_task(connection.pass_on(send))
+    await asyncio.sleep(0)
+    for piece in (b"a", b"b", b"c"):
+        connection.data_received(b"1\r\n%b\r\n" % piece)
+        await asyncio.sleep(0)
+    connection.connection_lost(ConnectionResetError())
+    free.set()
+    with pytest.raises(Lost):
+        await passing
+    assert sent == [b"a", b"bc"]
+
+
 @pytest.mark.parametrize("waits", [False, True])
 async def test_a_send_that_fails_fails_in_the_task(pool: Pool, waits: bool) -> None:
     async def send(data: bytes) -> None:
