@@ -16,6 +16,10 @@ class Lost(Exception):
     """The other process has ended, or this one has closed the channel."""
 
 
+class Failed(Exception):
+    """The other process did not answer: what went wrong there, in words."""
+
+
 class Channel:
     """One end. Messages arrive in the order in which the other end sent them.
 
@@ -53,6 +57,7 @@ class Channel:
 
         Raises:
             Lost: there will be none.
+            Failed: the handler raised.
         """
         if not self._open:
             raise Lost
@@ -88,23 +93,41 @@ class Channel:
         except (EOFError, OSError):
             self._end()
             return
-        if name == _ANSWER:
+        if name in (_ANSWER, _FAILURE):
             future = self._asked.get(number)
-            if future is not None and not future.done():
+            if future is None or future.done():
+                return
+            if name == _ANSWER:
                 future.set_result(*args)
+            else:
+                future.set_exception(Failed(*args))
             return
-        answer = self._handlers[name](*args)
+        try:
+            answer = self._handlers[name](*args)
+        except Exception as error:
+            self._fail(name, number, error)
+            return
         if asyncio.iscoroutine(answer):
-            task = self._loop.create_task(self._answer(number, answer))
+            task = self._loop.create_task(self._answer(name, number, answer))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif number is not None:
             self._send((_ANSWER, number, (answer,)))
 
-    async def _answer(self, number: int | None, answer: Any) -> None:
-        result = await answer
+    async def _answer(self, name: str, number: int | None, answer: Any) -> None:
+        try:
+            result = await answer
+        except Exception as error:
+            self._fail(name, number, error)
+            return
         if number is not None:
             self._send((_ANSWER, number, (result,)))
+
+    def _fail(self, name: str, number: int | None, error: Exception) -> None:
+        """Whoever asked must not wait for ever. Not every exception can be pickled."""
+        logger.error(f"a message '{name}' of another front end failed", exc_info=error)
+        if number is not None:
+            self._send((_FAILURE, number, (f"{type(error).__name__}: {error}",)))
 
     def _end(self) -> None:
         if self._open:
@@ -112,4 +135,4 @@ class Channel:
             self._lost()
 
 
-_ANSWER = "answer"
+_ANSWER, _FAILURE = "answer", "failure"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.replica.channel import Channel, Lost
+from serve_app.replica.channel import Channel, Failed, Lost
 
 
 class End:
@@ -68,3 +68,29 @@ async def test_the_end_of_the_other_process_is_told_once_and_to_all_who_wait() -
     with pytest.raises(Lost):
         await one.channel.ask("never")
     assert (one.lost, other.lost) == (1, 0)
+
+
+async def test_who_asks_what_the_other_end_fails_at_is_told_so() -> None:
+    class Unpicklable(Exception):
+        def __init__(self, why: str, more: object) -> None:
+            super().__init__(why, more)
+
+    def fail(why: str) -> None:
+        raise Unpicklable(why, lambda: None)
+
+    async def fail_later(why: str) -> None:
+        await asyncio.sleep(0)
+        raise OSError(why)
+
+    one, other = ends(fail=fail, fail_later=fail_later)
+    async with asyncio.timeout(5):
+        with pytest.raises(Failed, match=r"Unpicklable: .*no space"):
+            await one.channel.ask("fail", "no space")
+        with pytest.raises(Failed, match="OSError: no space"):
+            await one.channel.ask("fail_later", "no space")
+        one.channel.tell("fail", "nobody asked")
+        one.channel.tell("hear", "and it goes on")
+        assert await one.channel.ask("hear", "") is None
+    assert other.heard == ["and it goes on", ""]
+    one.channel.close()
+    other.channel.close()
