@@ -91,6 +91,11 @@ async def _serve(
 
         def sleep(asleep: bool) -> None:
             engine.asleep = asleep
+            # Before the answer: whoever drains next must know of requests that came just before.
+            report()
+
+        def report() -> None:
+            channel.tell("report", front_end.running, engine.busy, recorder.take())
 
         def learn(name: str, request: Any) -> None:
             adapters[name] = request
