@@ -6,6 +6,7 @@ It does what the replica's own process (:mod:`serve_app.replica.server`) tells i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -17,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from serve_app.cluster import front_end_ids
-from serve_app.replica.channel import Channel
+from serve_app.replica.channel import Channel, Failed
 from serve_app.replica.clients import Client
 from serve_app.replica.engine import Engine
 from serve_app.replica.front_end import FrontEnd
@@ -134,7 +135,9 @@ async def _report(
     while True:
         records, state = recorder.take(), (front_end.running, engine.busy)
         if records or state != said or quiet >= SIGN_OF_LIFE_S:
-            channel.tell("report", *state, records)
+            # One at a time: while that process is busy, a full pipe would hold up this one, too.
+            with contextlib.suppress(Failed):  # it is logged there
+                await channel.ask("report", *state, records)
             said, quiet = state, 0.0
         await asyncio.sleep(REPORT_S)
         quiet += REPORT_S
