@@ -185,10 +185,17 @@ class FrontEnds:
             one.listening.exception()  # it is told where it is awaited
 
     def _reported(self, one: Further, running: int, busy: bool, records: list[Any]) -> None:
+        from vllm.v1.metrics.stats import SchedulerStats
+
+        was_busy = self.busy
         one.running, one.busy, one.reported = running, busy, time.monotonic()
         manager = self._engine.llm.logger_manager
         for scheduler, iteration, cache, engine_index in records:
             manager.record(scheduler, iteration, cache, engine_index)
+        if (records or was_busy) and not self.busy:
+            # These steps may be older than the one recorded before them, in which the last request
+            # ended. No step follows that would correct what they say of the engine.
+            manager.record(SchedulerStats(), None)
 
     async def _resolve(self, one: Further, name: str) -> Any:
         from vllm.lora.request import LoRARequest
