@@ -34,6 +34,7 @@ from serve_app.cluster.autoscaling import (
 from serve_app.config.settings import Autoscaling, ModelConfig
 from serve_app.replica import load as load_module
 from serve_app.replica.load import EngineLoad, Limits, PreemptionWatch, preemption_warning
+from serve_app.replica.recorder import Recorder
 
 
 def context(*, target: int, running: int, queued: float = 0.0, **metrics: float) -> Any:
@@ -363,7 +364,7 @@ def test_it_is_what_vllm_calls() -> None:
     )
     wanted = {node.name for node in base.body if isinstance(node, ast.FunctionDef)}
     assert {"record", "log"} <= wanted
-    assert wanted <= set(dir(EngineLoad))
+    assert wanted <= set(dir(EngineLoad)) and wanted <= set(dir(Recorder))
 
 
 def test_preemptions_warn_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,3 +56,15 @@ async def test_it_serves_the_gateway_until_it_is_closed(host: str) -> None:
         await front_end.close()
         with pytest.raises(httpx.ConnectError):
             await httpx.AsyncClient(base_url=url).get("/", headers=HEADERS)
+
+
+async def test_a_signal_stays_the_process_s_own() -> None:
+    """uvicorn, whose private ``capture_signals`` is replaced, would end its server at one."""
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in handled]
+    front_end = FrontEnd(App(), Guard(App(), b"secret", lambda: False, lambda: False))
+    await front_end.listen("127.0.0.1")
+    try:
+        assert [signal.getsignal(number) for number in handled] == before
+    finally:
+        await front_end.close()
