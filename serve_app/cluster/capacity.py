@@ -49,6 +49,18 @@ def here() -> Resources:
     return next((dict(it["Resources"]) for it in ray.nodes() if it["NodeID"] == mine), {})
 
 
+def cores() -> float:
+    """The CPU cores of the cluster, by Ray's count; without one (``serve build``), this machine's.
+
+    A node that may still come is not in it.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        return float(os.cpu_count() or 1)
+    return sum(node.total.get("CPU", 0.0) for node in nodes())
+
+
 def may_grow() -> bool:
     """Whether something outside Ray may add nodes to this cluster (KubeRay, ``ray up``).
 

@@ -171,13 +171,8 @@ class ModelConfig(_Args):
     @field_validator("frontends", mode="wrap")
     @classmethod
     def _frontends(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        """One sentence for the two types; and ``true`` is not 1."""
-        if not isinstance(value, bool):
-            with contextlib.suppress(ValidationError):
-                return check(value)
-        raise ConfigError(
-            f"frontends is {value!r}; give a number from 1 to {MAX_FRONTENDS}, or auto"
-        )
+        numbers = f"a number from 1 to {MAX_FRONTENDS}"
+        return _number_or_auto("frontends", numbers, value, check)
 
     @field_validator("cache_dir")
     @classmethod
@@ -235,6 +230,16 @@ class ModelConfig(_Args):
         return int(self.engine.get("pipeline_parallel_size") or 1)
 
 
+def _number_or_auto(
+    name: str, numbers: str, value: Any, check: ValidatorFunctionWrapHandler
+) -> Any:
+    """One sentence for the two types; and ``true`` is not 1."""
+    if not isinstance(value, bool):
+        with contextlib.suppress(ValidationError):
+            return check(value)
+    raise ConfigError(f"{name} is {value!r}; give {numbers}, or auto")
+
+
 def engine_problems(engine: dict[str, Any], env: Mapping[str, Any]) -> Iterator[str]:
     """Each reason why a model's ``engine`` cannot work, in one sentence.
 
@@ -284,8 +289,10 @@ def _as_text(value: Any) -> Any:
 class GatewayConfig(_Args):
     """The ``args`` of the gateway's application."""
 
-    replicas: int = Field(default=1, ge=1)
-    """Gateway processes; one relays a few thousand tokens per second and core."""
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    """Gateway processes; one relays 20,000 to 30,000 streamed tokens per second. ``auto``: one for
+    every 100 requests at once, as they come and go, but no more than one for every 5 of the
+    cluster's cores, and 8 in all. On Kubernetes a number."""
 
     num_cpus: float = Field(default=1.0, ge=0)
     """CPU cores reserved for each gateway process."""
@@ -315,6 +322,25 @@ class GatewayConfig(_Args):
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as
     ``https://chat.example.com``; ``*`` is any page. By default no page may."""
+
+    @field_validator("replicas", mode="wrap")
+    @classmethod
+    def _replicas(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        return _number_or_auto("replicas", "a whole number, at least 1", value, check)
+
+    @property
+    def pods(self) -> int:
+        """``replicas`` on Kubernetes, where each gateway has a pod of its own.
+
+        Raises:
+            ConfigError: it is ``auto``, and the number of these pods is fixed.
+        """
+        if self.replicas == "auto":
+            raise ConfigError(
+                "the gateway's replicas is auto, but on Kubernetes each gateway has a pod of its "
+                "own, and the number of these pods is fixed; give a number, such as 2"
+            )
+        return self.replicas
 
     @model_validator(mode="after")
     def _one_body_has_room(self) -> GatewayConfig:

@@ -18,6 +18,7 @@ from serve_app.config import environment
 from serve_app.config.document import DEPLOYMENT, GATEWAY_DEPLOYMENT
 from serve_app.config.settings import GatewayConfig, parse
 from serve_app.errors import ConfigError
+from serve_app.gateway import scaling
 
 # Each streaming request occupies one of Serve's slots. vLLM bounds the load, so Serve need not.
 _UNBOUNDED = 1_000_000
@@ -35,11 +36,13 @@ def app(args: dict[str, Any]) -> serve.Application:
     """
     try:
         config = parse(GatewayConfig, args, "args")
+        nodes = os.environ.get(NODES_ENV)
+        number = {"num_replicas": config.pods} if nodes else scaling.options(config)
     except ConfigError:
         sys.tracebacklimit = 0  # as in serve_app.model: the sentence, without our frames
         raise
     options: dict[str, Any] = {
-        "num_replicas": config.replicas,
+        **number,
         "max_ongoing_requests": _UNBOUNDED,
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
         "logging_config": {"enable_access_log": False},
@@ -52,7 +55,7 @@ def app(args: dict[str, Any]) -> serve.Application:
             ),
         },
     }
-    if nodes := os.environ.get(NODES_ENV):
+    if nodes:
         label, _, value = nodes.partition("=")
         options["ray_actor_options"]["label_selector"] = {label: value}
         # Else the first node to come up takes all gateways, and the other nodes serve nothing.

@@ -84,7 +84,8 @@ def _cores(fleet: Fleet, counted: dict[str, ModelConfig], limits: Limits) -> Ite
         name = application["name"]
         of_gateway = application["import_path"] == GATEWAY_IMPORT_PATH
         if of_gateway and fleet.gateway and not _overridden(fleet, name):
-            each[name] = (fleet.gateway.replicas, fleet.gateway.num_cpus, "")
+            fewest = 1 if fleet.gateway.replicas == "auto" else fleet.gateway.replicas
+            each[name] = (fewest, fleet.gateway.num_cpus, "")
     there = f"this machine has {limits.cores} core{'s' * (limits.cores > 1)}"
     wrong = False
     for name, (_, cpus, where) in each.items():

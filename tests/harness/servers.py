@@ -68,7 +68,9 @@ def embed_application() -> dict[str, Any]:
     return application(EMBED, **demo_args("all-minilm-l6-v2") | {"served_as": list(EMBED_ALIASES)})
 
 
-def document(port: int, *models: dict[str, Any], gateways: int = 1) -> dict[str, Any]:
+def document(
+    port: int, *models: dict[str, Any], gateways: int | Literal["auto"] = 1
+) -> dict[str, Any]:
     """A config with these models and a gateway."""
     gateway = {
         "name": "gateway",

@@ -67,6 +67,11 @@ def test_a_wrong_profile(tmp_path: Path, profile: str, says: str) -> None:
             "lower frontends, resources.num_cpus or resources.memory_gib",
         ),
         ("max_replicas: 2", "max_replicas: 0", "max_replicas is 0"),
+        (
+            "    replicas: 2",
+            "    replicas: auto",
+            "the number of these pods is fixed; give a number",
+        ),
         ("applications:", "applicatons:", "not a Serve config"),
         ("host: 0.0.0.0", "host: 5", "http_options.host is 5"),
         ("  args:\n    replicas: 2", "  deployments: [{name: Gate}]", "names 'Gate'"),

@@ -313,6 +313,19 @@ def test_front_ends_are_a_number_or_auto(args: dict[str, Any], read: Any) -> Non
     assert ModelConfig.model_validate({"model": "m", **args}).frontends == read
 
 
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, None, "Auto", "", [1]])
+def test_a_wrong_number_of_gateways_is_one_sentence(value: Any) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(GatewayConfig, {"replicas": value}, "args")
+    told = f"args: replicas is {value!r}; give a whole number, at least 1, or auto"
+    assert str(raised.value) == told
+
+
+def test_gateways_are_a_number_or_auto() -> None:
+    read = [GatewayConfig(replicas=n).replicas for n in (1, 16, "auto")]
+    assert (GatewayConfig().replicas, read) == (1, [1, 16, "auto"])
+
+
 def test_a_key_of_vllms_own_in_the_environment_is_refused() -> None:
     with pytest.raises(ConfigError, match="VLLM_API_KEY is not yours to set: the model server is"):
         parse(ModelConfig, {"model": "m", "env": {"VLLM_API_KEY": "sk-x"}}, "args")

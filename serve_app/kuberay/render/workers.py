@@ -204,11 +204,11 @@ def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
     place.
 
     Raises:
-        ConfigError: a model that fits on no machine.
+        ConfigError: a model that fits on no machine, or gateways without a number.
     """
     groups: list[WorkerGroup] = []
     if fleet.gateway is not None:
-        groups.append(_gateway_group(fleet.gateway, profile))
+        groups.append(_gateway_group(str(fleet.path), fleet.gateway, profile))
     on_cpu = {n: m for n, m in fleet.models.items() if m.resources.device == "cpu"}
     if on_cpu:
         groups.append(_cpu_group(on_cpu))
@@ -253,15 +253,19 @@ def _gpu_group(
     return group
 
 
-def _gateway_group(gateway: GatewayConfig, profile: ClusterProfile) -> WorkerGroup:
+def _gateway_group(where: str, gateway: GatewayConfig, profile: ClusterProfile) -> WorkerGroup:
+    try:
+        pods = gateway.pods
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     cores = math.ceil(gateway.num_cpus) or 1
     return WorkerGroup(
         name="gateway",
         role="gateway",
         cpu=cores,
         memory_gib=profile.gateway.memory_gib,
-        min_pods=gateway.replicas,
-        max_pods=gateway.replicas + SPARE,
+        min_pods=pods,
+        max_pods=pods + SPARE,
         shm_gib=OBJECT_STORE_GIB + 1,
     )
 

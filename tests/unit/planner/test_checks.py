@@ -207,6 +207,13 @@ def test_a_gateway_s_cores_count_too(tmp_path: Path) -> None:
     )
 
 
+def test_gateways_that_come_and_go_count_as_the_one_that_stays(tmp_path: Path) -> None:
+    fleet = fleet_of(tmp_path, {"resources": CPU}, gateway={"num_cpus": 1.5, "replicas": "auto"})
+    assert not [*lacks(fleet, machine(cores=3))]
+    [found] = lacks(fleet, machine(cores=2))
+    assert found.text.startswith("all replicas together reserve 2.5 CPU cores")
+
+
 @pytest.mark.parametrize(
     ("model", "here"),
     [
