@@ -32,13 +32,15 @@ MAX_FRONTENDS = 16
 """The most ``frontends`` of one replica."""
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """What a person may write: it refuses what it does not know."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
 
-class _Args(_Settings):
+class _Args(Settings):
     """The ``args`` of an application of ours."""
 
     @model_validator(mode="before")
@@ -48,7 +50,7 @@ class _Args(_Settings):
         return args
 
 
-class Resources(_Settings):
+class Resources(Settings):
     """What one replica needs beyond the GPUs that its parallelism implies."""
 
     device: Literal["gpu", "cpu"] = "gpu"
@@ -66,7 +68,7 @@ class Resources(_Settings):
     """Host memory reserved for the replica, in GiB."""
 
 
-class Autoscaling(_Settings):
+class Autoscaling(Settings):
     """Replicas follow the load that the engine reports."""
 
     min_replicas: int = Field(default=1, ge=0)
@@ -102,7 +104,7 @@ class Autoscaling(_Settings):
         return self
 
 
-class Adapter(_Settings):
+class Adapter(Settings):
     """A LoRA adapter, served under a model id of its own."""
 
     name: ModelId
@@ -112,7 +114,7 @@ class Adapter(_Settings):
     """A local folder, a hub id or an ``s3://`` address."""
 
 
-class LiveConfig(_Settings):
+class LiveConfig(Settings):
     """The ``user_config`` of a model's deployment: what can change without a restart."""
 
     adapters: list[Adapter] = []
@@ -286,6 +288,22 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
+class KeySource(Settings):
+    """Where the API keys are listed: exactly one of the two."""
+
+    file: str | None = Field(default=None, min_length=1)
+    """A YAML file on each gateway's node. It is read again within 5 s of a change."""
+
+    secret_env: str | None = Field(default=None, min_length=1)
+    """An environment variable with such a file's text."""
+
+    @model_validator(mode="after")
+    def _one(self) -> KeySource:
+        if (self.file is None) == (self.secret_env is None):
+            raise ValueError("give 'file' or 'secret_env', one of the two")
+        return self
+
+
 class GatewayConfig(_Args):
     """The ``args`` of the gateway's application."""
 
@@ -318,6 +336,9 @@ class GatewayConfig(_Args):
 
     graceful_shutdown_timeout_s: float = Field(default=600.0, ge=0)
     """Seconds that running requests get to finish when a gateway is stopped."""
+
+    keys: KeySource | None = None
+    """The API keys that clients must send; None lets everybody in who reaches the endpoint."""
 
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as

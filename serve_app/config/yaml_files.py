@@ -40,29 +40,43 @@ def read(path: Path) -> Any:
     Raises:
         ConfigError: no such file, unreadable, or not YAML, with line and column.
     """
-    documents = read_all(path)
-    if len(documents) > 1:
-        raise ConfigError(f"{path}: has {len(documents)} YAML documents (---), but must be one")
-    return documents[0] if documents else None
+    return _one(read_all(path), path)
+
+
+def parse(text: str, where: str) -> Any:
+    """The one document of a text; raises as :func:`read` does, with ``where`` for the path."""
+    return _one(_load(text, where), where)
 
 
 def read_all(path: Path) -> list[Any]:
     """The documents of a file; raises as :func:`read` does."""
     try:
-        return list(yaml.load_all(path.read_text(), _Loader))
+        text = path.read_text()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: cannot be read (not UTF-8 text)") from None
+    return _load(text, path)
+
+
+def _one(documents: list[Any], where: Path | str) -> Any:
+    if len(documents) > 1:
+        raise ConfigError(f"{where}: has {len(documents)} YAML documents (---), but must be one")
+    return documents[0] if documents else None
+
+
+def _load(text: str, where: Path | str) -> list[Any]:
+    try:
+        return list(yaml.load_all(text, _Loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
         if "found character '\\t'" in problem:
             problem = "there is a tab, which YAML refuses; use spaces"
-        raise ConfigError(f"{path}:{at} {problem}") from None
+        raise ConfigError(f"{where}:{at} {problem}") from None
 
 
 WIDTH = 96

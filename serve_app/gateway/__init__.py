@@ -73,6 +73,7 @@ class GatewayServer:
         from serve_app.cluster.replicas import Watcher
         from serve_app.gateway.asgi import build
         from serve_app.gateway.directory import Directory
+        from serve_app.gateway.keyring import Keyring
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
 
@@ -82,9 +83,12 @@ class GatewayServer:
         self._relay = Relay(
             internal_credential(), config.connect_timeout_s, config.request_timeout_s
         )
-        self._app = build(config, self._directory, board, self._relay)
+        keyring = Keyring(config.keys) if config.keys else None
+        self._app = build(config, self._directory, board, self._relay, keyring=keyring)
         await self._directory.refresh()
-        self._refreshing = asyncio.create_task(self._directory.run())
+        self._refreshing = [asyncio.create_task(self._directory.run())]
+        if keyring:
+            self._refreshing.append(asyncio.create_task(keyring.run()))
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -92,5 +96,6 @@ class GatewayServer:
     async def __del__(self) -> None:
         refreshing = getattr(self, "_refreshing", None)
         if refreshing is not None:
-            refreshing.cancel()
+            for task in refreshing:
+                task.cancel()
             self._relay.close()

@@ -17,8 +17,10 @@ from pydantic import BaseModel, Field
 from serve_app import __version__
 from serve_app.config.document import RUN_ID
 from serve_app.gateway import models
+from serve_app.gateway.callers import Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.routes import RELAYED, Route
 from serve_app.gateway.versions import versions
@@ -90,6 +92,9 @@ class Readiness(BaseModel):
     run: str | None = None
     """Which run of ``serve-app run`` this is; absent elsewhere."""
 
+    keys: str | None = None
+    """Why the API keys in force are not those of their file; for an admin's key."""
+
     status: Literal["ready", "not ready"]
     waiting_for: list[str]
     models: dict[str, ModelStatus]
@@ -115,9 +120,17 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+CALLER = "serve_app.caller"
+"""Where an ASGI scope has the :class:`Caller`, or None where the gateway has no keys."""
+
+OPEN = ("/health", "/ready")
+"""Routes that answer without a key: probes have none. They then tell nothing of the models."""
+
+
 def build(
     directory: Directory,
     board: Board,
+    keyring: Keyring | None,
     answer_error: Callable[[Request, Exception], Coroutine[Any, Any, Response]],
 ) -> FastAPI:
     """The app. ``answer_error`` makes an error's answer, as it is elsewhere in the gateway."""
@@ -150,19 +163,21 @@ def build(
         response_model_exclude_unset=True,
         responses=not_ready,
     )
-    async def ready(response: Response) -> Readiness:
-        readiness = _readiness(directory)
+    async def ready(request: Request, response: Response) -> Readiness:
+        readiness = _readiness(directory, keyring, request.scope[CALLER])
         response.status_code = 200 if readiness.status == "ready" else 503
         return readiness
 
     @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models", summary="List the models", tags=_OWN)
-    async def list_models() -> ModelList:
-        return ModelList(data=[_card(directory, board, id) for id in directory.ids()])
+    async def list_models(request: Request) -> ModelList:
+        caller = request.scope[CALLER]
+        listed = models.ids(directory, caller)
+        return ModelList(data=[_card(directory, board, id, caller) for id in listed])
 
     @app.get("/v1/models/{id:path}", summary="Describe a model", tags=_OWN, responses=absent)
-    async def retrieve_model(id: str) -> ModelCard:
-        return _card(directory, board, id)
+    async def retrieve_model(id: str, request: Request) -> ModelCard:
+        return _card(directory, board, id, request.scope[CALLER])
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -173,14 +188,21 @@ def build(
     return app
 
 
-def _readiness(directory: Directory) -> Readiness:
+def _readiness(directory: Directory, keyring: Keyring | None, caller: Caller | None) -> Readiness:
+    """The status is that of the whole fleet; the rest is what this caller may know of it."""
     found = directory.models()
     waiting_for = [m.name for m in found if m.must_be_up and not m.up]
+    ready = bool(found) and not waiting_for
+    if caller is not None:
+        found = [m for m in found if caller.may_use(m.name, m)]
+    known = {m.name for m in found}
+    problem = keyring.problem if keyring and caller and caller.admin else ""
     run = os.environ.get(RUN_ID)
     return Readiness(
         **({"run": run} if run else {}),
-        status="ready" if found and not waiting_for else "not ready",
-        waiting_for=waiting_for,
+        **({"keys": problem} if problem else {}),
+        status="ready" if ready else "not ready",
+        waiting_for=[name for name in waiting_for if name in known],
         models={
             m.name: ModelStatus(
                 status=m.status,
@@ -193,8 +215,8 @@ def _readiness(directory: Directory) -> Readiness:
     )
 
 
-def _card(directory: Directory, board: Board, id: str) -> ModelCard:
-    model = models.find(directory, id)
+def _card(directory: Directory, board: Board, id: str, caller: Caller | None) -> ModelCard:
+    model = models.find(directory, id, caller)
     return ModelCard(
         id=id,
         created=model.created,

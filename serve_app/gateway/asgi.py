@@ -17,10 +17,12 @@ from starlette.routing import Match
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import api, metrics, models, routes, stages
 from serve_app.gateway import body as request_body
+from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.cold_start import ColdStartQueue
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
 from serve_app.gateway.errors import GatewayError, invalid
+from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import FewestRequests, Policy
 from serve_app.gateway.relay import Answer, Relay, Request, Send
@@ -43,18 +45,22 @@ def build(
     board: Board,
     relay: Relay,
     *,
+    keyring: Keyring | None = None,
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
     """The whole ASGI app: the gateway, inside a CORS middleware if any origin is allowed.
 
-    ``stages`` run inside the metrics stage, so that their time and refusals are counted too.
+    ``keyring`` has the keys that let callers in; None lets everybody in. ``stages`` run inside the
+    metrics stage, so that their time and refusals are counted too.
     """
     queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
     stored = StoredResponses(board, policy or FewestRequests())
     dispatcher = Dispatcher(board, queue, stored, relay)
-    own = api.build(directory, board, _error_of_own_route)
-    gateway = Gateway(config, directory, own, dispatcher, stored, (Metrics(), stored, *stages))
+    own = api.build(directory, board, keyring, _error_of_own_route)
+    gateway = Gateway(
+        config, directory, keyring, own, dispatcher, stored, (Metrics(), stored, *stages)
+    )
     if not config.cors_allow_origins:
         return gateway
     return CORSMiddleware(
@@ -73,12 +79,14 @@ class Gateway:
         self,
         config: GatewayConfig,
         directory: Directory,
+        keyring: Keyring | None,
         own: fastapi.FastAPI,
         dispatcher: Dispatcher,
         stored: StoredResponses,
         stages: Sequence[Stage],
     ) -> None:
         self._directory = directory
+        self._keyring = keyring
         self._own = own
         self._send = dispatcher.send
         self._stored = stored
@@ -100,13 +108,14 @@ class Gateway:
         call: Call | None = None
         try:
             async with contextlib.AsyncExitStack() as held:
+                caller = self._caller(scope, path)
                 if _is_relayed(scope, path):
-                    call = await self._call(scope, path.removesuffix("/"), receive, held)
+                    call = await self._call(scope, path.removesuffix("/"), receive, held, caller)
                     await stages.run(
                         self._stages, call, answer, lambda c, so_far: self._send(c, answer, so_far)
                     )
                 else:
-                    await self._answer_own(scope, path, receive, answer)
+                    await self._answer_own({**scope, api.CALLER: caller}, path, receive, answer)
         except Exception as error:
             if answer.started_at is not None:
                 raise  # the server then closes the connection, the only signal left
@@ -117,6 +126,21 @@ class Gateway:
             if call is None:
                 metrics.count_refused(error.status)
             await _send_error(answer, error, path)
+
+    def _caller(self, scope: Any, path: str) -> Caller | None:
+        """Who asks; None where everybody may, as on the routes that probes ask without a key.
+
+        Raises:
+            GatewayError: 401, on every other route, before anything of the body is read.
+        """
+        if self._keyring is None:
+            return None
+        try:
+            return self._keyring.caller(dict(scope["headers"]))
+        except GatewayError:
+            if path in api.OPEN:
+                return NOBODY
+            raise
 
     async def _answer_own(self, scope: Any, path: str, receive: Receive, answer: Answer) -> None:
         method = scope["method"]
@@ -129,7 +153,12 @@ class Gateway:
         await self._own(as_get, receive, answer.send)
 
     async def _call(
-        self, scope: Any, path: str, receive: Receive, held: contextlib.AsyncExitStack
+        self,
+        scope: Any,
+        path: str,
+        receive: Receive,
+        held: contextlib.AsyncExitStack,
+        caller: Caller | None,
     ) -> Call:
         """Read the whole request. Its body counts as held until ``held`` is closed."""
         headers = dict(scope["headers"])
@@ -147,9 +176,9 @@ class Gateway:
         named = self._stored.model_in(path) or request_body.model_in(
             headers.get(b"content-type", b""), query, body
         )
-        model = models.find(self._directory, named)
+        model = models.find(self._directory, named, caller)
         request = Request(id, scope["method"], path, query, scope["headers"], body)
-        return Call(request, model, caller=None, arrived=time.perf_counter())
+        return Call(request, model, caller, arrived=time.perf_counter())
 
 
 def _is_relayed(scope: Any, path: str) -> bool:

@@ -123,7 +123,11 @@ class _Names(msgspec.Struct):
 
     model: Any = None
     previous_response_id: Any = None
+    kv_transfer_params: Any = None
+    vllm_xargs: Any = None
 
+
+_KV = "kv_transfer_params"
 
 _decoder = msgspec.json.Decoder(_Names)
 
@@ -138,7 +142,9 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     if kind == b"multipart/form-data":
         model: Any = _in_multipart(options.get(b"boundary"), body)
     elif body.strip():
-        model = _in_json(body).model
+        fields = _in_json(body)
+        _refuse_kv_transfer(fields)
+        model = fields.model
     else:
         model = None
     if model is None:
@@ -153,6 +159,17 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     if not isinstance(model, str):
         raise invalid("'model' must be a string.", param="model", code="invalid_type")
     return model
+
+
+def _refuse_kv_transfer(fields: _Names) -> None:
+    """Whoever can name blocks of a KV cache gets answers to the prompts of others (vllm#52234)."""
+    xargs = fields.vllm_xargs
+    if fields.kv_transfer_params is not None or (isinstance(xargs, dict) and _KV in xargs):
+        raise invalid(
+            f"'{_KV}' is not for clients: a KV cache holds the prompts of others; leave it out.",
+            param=_KV,
+            code="not_for_clients",
+        )
 
 
 def model_in_query(query: bytes) -> str | None:

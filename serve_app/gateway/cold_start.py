@@ -58,7 +58,7 @@ class ColdStartQueue:
         asking = asyncio.create_task(self._ask_serve(name))
         try:
             while not asking.done():
-                model = models.find(self._directory, name)
+                model = models.find(self._directory, name, caller=None)
                 if model.name != name:
                     raise unavailable(
                         f"The model '{name}' has just been replaced; please send the request again."

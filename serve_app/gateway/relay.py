@@ -37,16 +37,20 @@ _HOP_BY_HOP = {
     b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization",
     b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
-_NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect", CREDENTIAL_HEADER,
-                                 b"authorization", b"x-request-id",
+_NOT_TO_REPLICA = _HOP_BY_HOP | {b"host", b"content-length", b"expect",
+                                 b"authorization", b"x-api-key", b"x-request-id",
+                                 # Who is served first, and by which rank, is not for clients.
+                                 b"x-vllm-priority", b"x-data-parallel-rank",
                                  # With it vLLM adds the engine's load to its answer's headers.
                                  b"endpoint-load-metrics-format"}  # fmt: skip
 # Serve sets these on every answer itself.
-_NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id", CREDENTIAL_HEADER,
+_NOT_TO_CLIENT = _HOP_BY_HOP | {b"date", b"server", b"x-request-id",
                                 # No route redirects; a replica's address is not for clients.
                                 b"location"}  # fmt: skip
 # The gateway decides which origins are allowed (cors_allow_origins); vLLM allows all.
 _CORS = b"access-control-"
+_OURS = b"x-serve-app-"
+"""Headers between gateway and replicas, which no client may send or see."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +317,7 @@ def _before_first_byte(error: UpstreamError) -> NotStarted | GatewayError:
 
 def _to_replica(request: Request, credential: bytes) -> Headers:
     drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
-    kept = [(k, v) for k, v in request.headers if k not in drop]
+    kept = [(k, v) for k, v in request.headers if k not in drop and not k.startswith(_OURS)]
     kept.append((CREDENTIAL_HEADER, credential))
     kept.append((b"x-request-id", request.id.encode()))
     return kept
@@ -321,7 +325,7 @@ def _to_replica(request: Request, credential: bytes) -> Headers:
 
 def _to_client(headers: Headers) -> Headers:
     drop = _NOT_TO_CLIENT | _named_by_connection(headers)
-    return [(k, v) for k, v in headers if k not in drop and not k.startswith(_CORS)]
+    return [(k, v) for k, v in headers if k not in drop and not k.startswith((_CORS, _OURS))]
 
 
 def _media_type(content_type: bytes) -> bytes:

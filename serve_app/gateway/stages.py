@@ -12,18 +12,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from serve_app.gateway.callers import Caller
 from serve_app.gateway.directory import Model
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.relay import Answer, Request
 
 logger = logging.getLogger("ray.serve")
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who sent a request."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Call:
     request: Request
     model: Model
     caller: Caller | None
-    """None where no stage has identified the caller."""
+    """None where the gateway has no keys, and everybody may call."""
 
     arrived: float
     """``time.perf_counter`` when the whole request had been read."""

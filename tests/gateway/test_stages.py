@@ -12,9 +12,10 @@ import httpx
 import pytest
 from harness.scripted import Exchange, GatewayProcess, Upstream, until
 
+from serve_app.gateway.callers import Caller
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.replicas import FrontEnd
-from serve_app.gateway.stages import Call, Caller, Outcome
+from serve_app.gateway.stages import Call, Outcome
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": "org/m:1.0"}

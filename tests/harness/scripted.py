@@ -28,6 +28,7 @@ from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import directory
 from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board
@@ -216,6 +217,7 @@ class GatewayProcess:
             self.directory,
             self.board,
             self._relay,
+            keyring=Keyring(self.config.keys) if self.config.keys else None,
             stages=self._stages,
             policy=self._policy,
         )

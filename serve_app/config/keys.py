@@ -1,0 +1,99 @@
+"""API keys as a file lists them: names and digests, never the keys themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from serve_app.config.settings import Settings, parse
+from serve_app.errors import ConfigError
+
+PREFIX = "sk-"
+"""What every key begins with, so that scanners for secrets know it."""
+
+_BYTES = 32
+"""Of randomness in a key. From 16 on a plain SHA-256 suffices: nobody can try them all."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+_HASH = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class Key(Settings):
+    """One entry of a keys file."""
+
+    name: str
+    """Whose key it is; it stands in logs and metrics."""
+
+    hash: str
+    """What ``serve-app keys new`` printed for the key."""
+
+    models: list[str] = Field(default=["*"], min_length=1)
+    """The ids that it may name, adapters included; ``*`` stands for any characters."""
+
+    expires: datetime | None = None
+    """From then on it is refused; a date alone means its first moment in UTC."""
+
+    admin: bool = False
+    """Whether it also sees what concerns all keys."""
+
+    @field_validator("name")
+    @classmethod
+    def _short(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError("has up to 64 letters, digits and . _ @ -")
+        return name
+
+    @field_validator("hash")
+    @classmethod
+    def _digest(cls, hash: str) -> str:
+        if not _HASH.fullmatch(hash):  # and is not repeated here: it may be the key itself
+            raise ValueError("is not 'sha256:' and 64 digits, as `serve-app keys new` prints it")
+        return hash
+
+    @field_validator("expires")
+    @classmethod
+    def _in_utc(cls, expires: datetime | None) -> datetime | None:
+        return expires.replace(tzinfo=UTC) if expires and not expires.tzinfo else expires
+
+
+def parse_all(entries: Any, where: str) -> list[Key]:
+    """The keys of a file's document.
+
+    Raises:
+        ConfigError: what is wrong with which entry, prefixed with ``where``.
+    """
+    if entries is None:
+        return []
+    if not isinstance(entries, list):
+        raise ConfigError(f"{where}: must be a list of keys, not a {type(entries).__name__}")
+    keys: list[Key] = []
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{where}: key {number} must be a mapping with a name and a hash")
+        keys.append(parse(Key, entry, f"{where}: key {entry.get('name', number)}"))
+    names: set[str] = set()
+    hashes: dict[str, str] = {}
+    for key in keys:
+        if key.name in names:
+            raise ConfigError(f"{where}: key {key.name} is there twice; keep one")
+        if other := hashes.get(key.hash):
+            raise ConfigError(f"{where}: key {key.name} has the same hash as {other}; keep one")
+        names.add(key.name)
+        hashes[key.hash] = key.name
+    return keys
+
+
+def new() -> tuple[str, str]:
+    """A key, and the ``hash`` to keep of it."""
+    key = PREFIX + secrets.token_urlsafe(_BYTES)
+    return key, digest(key.encode())
+
+
+def digest(key: bytes) -> str:
+    """The ``hash`` of a key."""
+    return "sha256:" + hashlib.sha256(key).hexdigest()

@@ -1,0 +1,120 @@
+"""The API keys that let callers in, read again when their file changes."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from serve_app.config import keys, yaml_files
+from serve_app.config.keys import Key
+from serve_app.config.settings import KeySource
+from serve_app.errors import ConfigError
+from serve_app.gateway.callers import Caller
+from serve_app.gateway.errors import GatewayError
+
+logger = logging.getLogger("ray.serve")
+
+REFRESH_S = 2.0
+"""Seconds between two looks at the file."""
+
+OPERATOR_ENV = "SERVE_APP_OPERATOR_HASH"
+"""Environment variable with the hash of a key that ``serve-app run`` made for the commands beside
+it. It is an admin's, and ends with the run."""
+
+
+class Keyring:
+    """The keys in force. :attr:`problem` says why they are not those of the file."""
+
+    def __init__(self, source: KeySource) -> None:
+        self._source = source
+        self._stamp: object = None
+        self._keys: dict[str, Key] = {}
+        self.problem = ""
+        operator = os.environ.get(OPERATOR_ENV)
+        self._operator = [Key(name="operator", hash=operator, admin=True)] if operator else []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the file if it has changed. A broken one leaves the keys as they were."""
+        stamp = self._stamp_now()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            found = self._read()
+        except ConfigError as error:
+            self.problem = f"{error}; the keys read last stay in force"
+            logger.error(self.problem)
+            return
+        self.problem = ""
+        self._keys = {key.hash: key for key in [*found, *self._operator]}
+        logger.info(f"{len(found)} API keys are in force")
+
+    async def run(self) -> None:
+        """Refresh for ever."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            await asyncio.to_thread(self.refresh)
+
+    def caller(self, headers: Mapping[bytes, bytes]) -> Caller:
+        """Whose key a request carries, in ``Authorization: Bearer`` or ``x-api-key``.
+
+        Raises:
+            GatewayError: 401 without a key, and for one that is unknown or has expired.
+        """
+        given = _given(headers)
+        if not given:
+            raise _refused(
+                "You must provide an API key, as 'Authorization: Bearer <key>' or 'x-api-key: "
+                "<key>'.",
+                "missing_api_key",
+            )
+        hash = keys.digest(given)
+        key = self._keys.get(hash)
+        # The lookup is by digest, so its time tells nothing of a key; the comparison's neither.
+        if key is None or not hmac.compare_digest(key.hash, hash):
+            raise _refused("The API key is not known here; check it.", "invalid_api_key")
+        if key.expires and datetime.now(UTC) >= key.expires:
+            raise _refused(
+                f"The API key '{key.name}' expired at {key.expires:%Y-%m-%d %H:%M} UTC; ask for a "
+                "new one.",
+                "expired_api_key",
+            )
+        return Caller(key.name, tuple(key.models), key.admin)
+
+    def _stamp_now(self) -> object:
+        if not self._source.file:
+            return "the environment does not change"
+        try:
+            found = os.stat(self._source.file)
+        except OSError as error:
+            return error.errno
+        # A mounted Secret is replaced by another file, whose time may be the same.
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+    def _read(self) -> list[Key]:
+        if self._source.file:
+            return keys.parse_all(yaml_files.read(Path(self._source.file)), self._source.file)
+        name = self._source.secret_env or ""
+        text = os.environ.get(name)
+        if text is None:
+            raise ConfigError(f"the environment variable {name} is not set")
+        return keys.parse_all(yaml_files.parse(text, name), name)
+
+
+def _given(headers: Mapping[bytes, bytes]) -> bytes:
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() == b"bearer" and token.strip():
+        return token.strip()
+    return headers.get(b"x-api-key", b"").strip()
+
+
+def _refused(message: str, code: str) -> GatewayError:
+    return GatewayError(
+        401, message, "authentication_error", code=code, headers={"www-authenticate": "Bearer"}
+    )

@@ -1,0 +1,235 @@
+"""API keys: who gets in, what each key sees, and what no client may say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from harness.scripted import GatewayProcess, Upstream, reported
+
+from serve_app.config import keys
+from serve_app.gateway.callers import Caller
+from serve_app.gateway.routes import RELAYED
+
+KEY, HASH = keys.new()
+OTHER, OTHER_HASH = keys.new()
+CHAT = "/v1/chat/completions"
+MODELS = {
+    "m": reported({"served_as": ["org/m:1.0"]}),
+    "secret": reported({}),
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return write(tmp_path / "keys.yaml", {"name": "team-a", "hash": HASH, "models": ["m"]})
+
+
+def write(file: Path, *entries: dict[str, Any]) -> Path:
+    beside = file.with_suffix(".new")
+    beside.write_text(yaml.safe_dump(list(entries)))
+    beside.replace(file)
+    return file
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def gateway(file: Path) -> Callable[..., GatewayProcess]:
+    def started(*upstreams: Upstream, **more: Any) -> GatewayProcess:
+        return GatewayProcess(*upstreams, applications=MODELS, keys={"file": str(file)}, **more)
+
+    return started
+
+
+async def test_no_route_answers_without_a_key(gateway: Any) -> None:
+    """But the two that probes ask, and those tell nothing of the models."""
+    async with Upstream() as upstream, gateway(upstream) as at:
+        paths = [(r.method, r.path.replace("{response_id}", "resp_1")) for r in RELAYED]
+        own = [("GET", p) for p in ("/v1/models", "/v1/models/m", "/openapi.json", "/nothing")]
+        for method, path in [*paths, *own]:
+            answer = await at.client.request(method, path, json={"model": "m"})
+            assert (answer.status_code, path) == (401, path)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json()["error"]["code"] == "missing_api_key"
+        assert (await at.client.get("/health")).json() == {"status": "ok"}
+        ready = await at.client.get("/ready")
+        assert ready.json() == {"status": "ready", "waiting_for": [], "models": {}}
+        assert upstream.exchanges == []
+
+
+@pytest.mark.parametrize("header", ["authorization", "x-api-key"])
+async def test_a_key_lets_in_and_stays_in_the_gateway(gateway: Any, header: str) -> None:
+    value = f"bearer  {KEY}" if header == "authorization" else KEY
+    async with Upstream() as upstream, gateway(upstream) as at:
+        answer = await at.client.post(CHAT, json={"model": "m"}, headers={header: value})
+        assert answer.json() == {"ok": True}
+        (request,) = upstream.exchanges
+        assert KEY not in str(request.headers)
+
+
+async def test_the_answer_to_a_wrong_key_is_in_the_words_of_the_api(gateway: Any) -> None:
+    async with Upstream() as upstream, gateway(upstream) as at:
+        answer = await at.client.post(CHAT, json={"model": "m"}, headers=bearer(OTHER))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert OTHER not in answer.text
+        headers = {"x-api-key": OTHER}
+        answer = await at.client.post("/v1/messages", json={"model": "m"}, headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["type"] == "error"
+        assert answer.json()["error"]["type"] == "authentication_error"
+
+
+async def test_a_key_sees_its_models_alone(gateway: Any) -> None:
+    async with Upstream() as upstream, gateway(upstream) as at:
+        listed = await at.client.get("/v1/models", headers=bearer(KEY))
+        assert [card["id"] for card in listed.json()["data"]] == ["m", "org/m:1.0"]
+        assert list((await at.client.get("/ready", headers=bearer(KEY))).json()["models"]) == ["m"]
+        for named in ("secret", "not there"):  # so nobody learns which of them exists
+            answer = await at.client.post(CHAT, json={"model": named}, headers=bearer(KEY))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (
+                403,
+                "model_not_allowed",
+            )
+            assert answer.json()["error"]["message"] == (
+                f"The API key 'team-a' may not use the model '{named}'. It may use: m, org/m:1.0."
+            )
+        answer = await at.client.get("/v1/models/secret", headers=bearer(KEY))
+        assert answer.status_code == 403
+        answer = await at.client.post(CHAT, json={"model": "org/m:1.0"}, headers=bearer(KEY))
+        assert answer.status_code == 200
+        assert len(upstream.exchanges) == 1
+
+
+async def test_a_changed_file_counts_and_a_broken_one_does_not(gateway: Any, file: Path) -> None:
+    async with Upstream() as upstream, gateway(upstream) as at:
+        ring = at.app._keyring
+
+        async def status(key: str) -> int:
+            answer = await at.client.get("/v1/models", headers=bearer(key))
+            return int(answer.status_code)
+
+        assert (await status(KEY), await status(OTHER)) == (200, 401)
+        admin = {"name": "boss", "hash": OTHER_HASH, "admin": True}
+        write(file, admin)
+        ring.refresh()
+        assert (await status(KEY), await status(OTHER)) == (401, 200)
+        write(file, {"name": "boss", "hsah": OTHER_HASH})
+        ring.refresh()
+        assert (await status(KEY), await status(OTHER)) == (401, 200)
+        said = (await at.client.get("/ready", headers=bearer(OTHER))).json()["keys"]
+        assert "key boss: 'hash' is missing (there is 'hsah'; did you mean 'hash'?)" in said
+        assert said.endswith("the keys read last stay in force")
+        await asyncio.to_thread(file.unlink)
+        ring.refresh()
+        assert await status(OTHER) == 200
+        write(file, admin)
+        ring.refresh()
+        assert "keys" not in (await at.client.get("/ready", headers=bearer(OTHER))).json()
+
+
+async def test_an_expired_key_says_so(gateway: Any, file: Path) -> None:
+    write(file, {"name": "old", "hash": HASH, "expires": "2026-01-31"})
+    async with Upstream() as upstream, gateway(upstream) as at:
+        answer = await at.client.get("/v1/models", headers=bearer(KEY))
+        assert answer.status_code == 401
+        assert answer.json()["error"]["message"] == (
+            "The API key 'old' expired at 2026-01-31 00:00 UTC; ask for a new one."
+        )
+        assert upstream.exchanges == []
+
+
+async def test_without_a_readable_file_nobody_gets_in(tmp_path: Path) -> None:
+    async with GatewayProcess(keys={"file": str(tmp_path / "none.yaml")}) as at:
+        answer = await at.client.get("/v1/models", headers=bearer(KEY))
+        assert answer.status_code == 401
+
+
+async def test_keys_from_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEAM_KEYS", yaml.safe_dump([{"name": "a", "hash": HASH}]))
+    async with GatewayProcess(keys={"secret_env": "TEAM_KEYS"}) as at:
+        assert (await at.client.get("/v1/models", headers=bearer(KEY))).status_code == 200
+
+
+async def test_an_upload_without_a_key_is_refused_before_it_is_read(gateway: Any) -> None:
+    async with Upstream() as upstream, gateway(upstream, max_body_mib=1) as at:
+        answer = await at.client.post(CHAT, content=b"x" * 2_000_000)
+        assert answer.status_code == 401  # not 413
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b'{"model": "m", "kv_transfer_params": {"do_remote_prefill": true}}',
+        b'{"model": "m", "kv_transfer_p\\u0061rams": {}}',
+        b'{"model": "m", "vllm_xargs": {"kv_transfer_params": 1}}',
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/invocations"])
+async def test_kv_transfer_params_are_not_for_clients(said: bytes, path: str) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as at:
+        headers = {"content-type": "application/json"}
+        answer = await at.client.post(path, content=said, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_for_clients")
+        answer = await at.client.post(path + "?model=m", content=said, headers=headers)
+        assert answer.status_code == 400
+        assert upstream.exchanges == []
+
+
+async def test_headers_that_steer_an_engine_are_not_for_clients() -> None:
+    steering = {"X-Vllm-Priority": "-9", "X-data-parallel-rank": "1", "x-serve-app-asleep": "1"}
+    async with Upstream() as upstream, GatewayProcess(upstream) as at:
+        headers = {**steering, "x-kept": "yes"}
+        await at.client.post(CHAT, json={"model": "m"}, headers=headers)
+        (request,) = upstream.exchanges
+        names = {name.lower() for name, _ in request.headers}
+        assert "x-kept" in names
+        assert not names & {name.lower() for name in steering}
+
+
+def test_which_models_a_caller_may_use() -> None:
+    model: Any = type("M", (), {"ids": ("llama", "org/llama", "poet"), "adapters": ("poet",)})()
+    assert Caller("a", ("llama",)).may_use("org/llama", model)
+    assert not Caller("a", ("llama",)).may_use("poet", model)
+    assert Caller("a", ("po*",)).may_use("poet", model)
+    assert not Caller("a", ("po*",)).may_use("llama", model)
+    assert Caller("a").may_use("anything", None)
+    assert not Caller("a", ("llama",)).may_use("other", None)
+
+
+def test_a_new_key_is_long_and_its_hash_is_that_of_the_file() -> None:
+    made = {keys.new()[0] for _ in range(100)}
+    assert len(made) == 100
+    assert all(len(key) == len("sk-") + 43 for key in made)
+    assert keys.digest(KEY.encode()) == HASH
+    assert json.dumps(HASH).startswith('"sha256:')
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"a": 1}, "k: must be a list of keys, not a dict"),
+        (["a"], "k: key 1 must be a mapping with a name and a hash"),
+        ([{"name": "a"}], "k: key a: 'hash' is missing"),
+        ([{"name": "a b", "hash": HASH}], "k: key a b: name: has up to 64 letters"),
+        ([{"name": "a", "hash": KEY}], "k: key a: hash: is not 'sha256:'"),
+        ([{"name": "a", "hash": HASH, "models": []}], "k: key a: models"),
+        ([{"name": "a", "hash": HASH}] * 2, "k: key a is there twice; keep one"),
+        (
+            [{"name": "a", "hash": HASH}, {"name": "b", "hash": HASH}],
+            "k: key b has the same hash as a; keep one",
+        ),
+    ],
+)
+def test_a_wrong_entry_is_named(entries: Any, said: str) -> None:
+    with pytest.raises(keys.ConfigError) as error:
+        keys.parse_all(entries, "k")
+    assert str(error.value).startswith(said)
+    assert KEY not in str(error.value)
