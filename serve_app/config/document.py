@@ -27,6 +27,13 @@ GATEWAY_DEPLOYMENT = "Gateway"
 RUN_ID = "SERVE_APP_RUN_ID"
 """Environment variable with the id of a ``serve-app run``, which its GET /ready repeats."""
 
+OPERATOR_HASH = "SERVE_APP_OPERATOR_HASH"
+"""Environment variable with the hash of a key that ``serve-app run`` makes for itself and for the
+commands beside it. It is an admin's, and ends with the run."""
+
+API_KEY = "SERVE_APP_API_KEY"
+"""Environment variable with the key that commands send to a server of which they have none."""
+
 
 @dataclass(frozen=True)
 class Fleet:

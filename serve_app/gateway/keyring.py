@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from serve_app.config import keys, yaml_files
+from serve_app.config.document import OPERATOR_HASH
 from serve_app.config.keys import Key
 from serve_app.config.settings import KeySource
 from serve_app.errors import ConfigError
@@ -22,10 +23,6 @@ logger = logging.getLogger("ray.serve")
 REFRESH_S = 2.0
 """Seconds between two looks at the file."""
 
-OPERATOR_ENV = "SERVE_APP_OPERATOR_HASH"
-"""Environment variable with the hash of a key that ``serve-app run`` made for the commands beside
-it. It is an admin's, and ends with the run."""
-
 
 class Keyring:
     """The keys in force. :attr:`problem` says why they are not those of the file."""
@@ -35,7 +32,7 @@ class Keyring:
         self._stamp: object = None
         self._keys: dict[str, Key] = {}
         self.problem = ""
-        operator = os.environ.get(OPERATOR_ENV)
+        operator = os.environ.get(OPERATOR_HASH)
         self._operator = [Key(name="operator", hash=operator, admin=True)] if operator else []
         self.refresh()
 

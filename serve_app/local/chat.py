@@ -11,11 +11,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from serve_app.errors import UserError, did_you_mean
+from serve_app.local.endpoint import authorization
 from serve_app.planner.model import runner
 
 Message = dict[str, str]
@@ -33,15 +34,17 @@ class Server:
     """An OpenAI endpoint. ``base`` is its URL with ``/v1`` and without a slash at the end."""
 
     base: str
+    key: str = field(default="", repr=False)
+    """The API key to send; that of SERVE_APP_API_KEY where it is empty."""
 
     @classmethod
-    def at(cls, url: str) -> Server:
+    def at(cls, url: str, key: str = "") -> Server:
         """The server at a URL with or without ``/v1``."""
         url = url if "://" in url else f"http://{url}"
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(f"--url is {url}, but must be like http://127.0.0.1:8000/v1")
         base = url.rstrip("/")
-        return cls(base if base.endswith("/v1") else f"{base}/v1")
+        return cls(base if base.endswith("/v1") else f"{base}/v1", key)
 
     def chat_model(self, named: str | None) -> str:
         """The id of the model to talk to: the one named, else the only one that writes text.
@@ -105,7 +108,9 @@ class Server:
         self, path: str, body: dict[str, Any] | None = None, timeout: float | None = None
     ) -> http.client.HTTPResponse:
         data = None if body is None else json.dumps(body).encode()
-        headers = {"content-type": "application/json"} if data else {}
+        headers = authorization(self.key)
+        if data:
+            headers["content-type"] = "application/json"
         request = urllib.request.Request(self.base + path, data, headers)
         try:
             answer: http.client.HTTPResponse = self._opener().open(request, timeout=timeout)

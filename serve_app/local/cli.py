@@ -1,4 +1,4 @@
-"""``serve-app chat | reload | stop | env | admin``.
+"""``serve-app chat | reload | stop | env | admin | keys``.
 
 :func:`show_status` and :func:`show_logs` are what ``serve-app status`` and ``logs`` do on this
 machine.
@@ -12,11 +12,16 @@ import shlex
 import signal
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from serve_app.errors import UserError
+
+if TYPE_CHECKING:
+    from serve_app.local.chat import Server
 
 _STOP_S = 150.0
 """Seconds that a stopping run gets: it gives `serve run` 60, and Ray's processes some more."""
@@ -31,7 +36,7 @@ port_option = click.option(
 
 def register(group: click.Group) -> None:
     """Add every command of this module to ``group``."""
-    for command in (chat, reload, stop, env, admin):
+    for command in (chat, reload, stop, env, admin, keys):
         group.add_command(command)
 
 
@@ -150,7 +155,7 @@ def chat(
 
     if url and port:
         raise click.UsageError("give --url or --port, not both")
-    server = Server.at(url or _endpoint_url(port))
+    server = Server.at(url) if url else _server(port)
     id = server.chat_model(model)
     if message is None and sys.stdin.isatty():
         converse(server, id, system)
@@ -158,12 +163,72 @@ def chat(
         once(server, id, system, sys.stdin.read().strip() if message is None else message)
 
 
-def _endpoint_url(port: int | None) -> str:
+@click.group()
+def keys() -> None:
+    """API keys: make, list and revoke them (gateway.args.keys.file names their file)."""
+
+
+_file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--models", metavar="IDS", help="What it may name: ids or patterns, with commas.")
+@click.option("--expires", type=click.DateTime(["%Y-%m-%d"]), help="The day it ends, in UTC.")
+@click.option("--admin", is_flag=True, help="It also sees what concerns all keys.")
+@click.option(
+    "--file", type=click.Path(path_type=Path, dir_okay=False), help="Put the entry into it."
+)
+def new(
+    name: str, models: str | None, expires: datetime | None, admin: bool, file: Path | None
+) -> None:
+    """Print a new key, which is shown this once, and its entry for the file."""
+    from serve_app.config import keys
+    from serve_app.local import keys_file
+
+    key, hash = keys.new()
+    named = tuple(id.strip() for id in models.split(",") if id.strip()) if models else ()
+    entry = keys_file.entry(name, hash, named, expires, admin)
+    if file:
+        keys_file.add(file, entry)
+    click.echo(key)
+    click.echo(f"its entry is in {file}" if file else entry.rstrip(), err=file is not None)
+
+
+@keys.command("list")
+@_file_argument
+def list_keys(file: Path) -> None:
+    """List the keys of FILE."""
+    from serve_app.local import keys_file
+
+    for key in keys_file.listed(file):
+        said = [key.name, ", ".join(key.models), *(["admin"] if key.admin else [])]
+        if key.expires:
+            word = "expired" if keys_file.expired(key) else "expires"
+            said.append(f"{word} {key.expires:%Y-%m-%d}")
+        click.echo("  ".join(said))
+
+
+@keys.command()
+@_file_argument
+@click.argument("name")
+def revoke(file: Path, name: str) -> None:
+    """Take the key of NAME out of FILE; running gateways refuse it within 5 s."""
+    from serve_app.local import keys_file
+
+    keys_file.revoke(file, name)
+    click.echo(f"revoked {name}")
+
+
+def _server(port: int | None) -> Server:
     """That of the run here; else what the usual host and port make."""
     from serve_app.local import instance, runs
+    from serve_app.local.chat import Server
 
     found = [r for r in runs.running(instance.bases()) if port in (None, r.port)]
-    return found[0].endpoint.url if len(found) == 1 else f"http://127.0.0.1:{port or 8000}"
+    if len(found) == 1:
+        return Server.at(found[0].endpoint.url, found[0].key)
+    return Server.at(f"http://127.0.0.1:{port or 8000}")
 
 
 def show_status(port: int | None, model: str | None = None) -> None:

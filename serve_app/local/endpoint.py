@@ -9,11 +9,11 @@ import os
 import socket
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from serve_app import addresses
-from serve_app.config.document import Fleet
+from serve_app.config.document import API_KEY, Fleet
 from serve_app.errors import UserError
 
 # Requests to this machine never use a proxy, whatever HTTP_PROXY says.
@@ -26,6 +26,8 @@ class Endpoint:
 
     bound: str
     port: int
+    key: str = field(default="", repr=False)
+    """The API key to send, where the gateway asks for one; else that of SERVE_APP_API_KEY."""
 
     @classmethod
     def of(cls, fleet: Fleet) -> Endpoint:
@@ -81,7 +83,8 @@ class Endpoint:
         (:data:`serve_app.config.document.RUN_ID`). The answer of any other server is ignored.
         """
         try:
-            with _open(f"{self.url}/ready", timeout=5) as answer:
+            request = urllib.request.Request(f"{self.url}/ready", headers=authorization(self.key))
+            with _open(request, timeout=5) as answer:
                 body = json.load(answer)
         except urllib.error.HTTPError as error:
             try:
@@ -93,6 +96,12 @@ class Endpoint:
         if not isinstance(body, dict) or not isinstance(body.get("models"), dict):
             return None
         return body if run is None or body.get("run") == run else None
+
+
+def authorization(key: str = "") -> dict[str, str]:
+    """The header with an API key, or with that of SERVE_APP_API_KEY; empty where there is none."""
+    key = key or os.environ.get(API_KEY, "")
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def without_proxy(*hosts: str) -> dict[str, str]:

@@ -24,8 +24,8 @@ from serve_app import addresses
 from serve_app.addresses import V6_IS_V4
 from serve_app.cluster import haproxy
 from serve_app.cluster.connection import token
-from serve_app.config import notices
-from serve_app.config.document import RUN_ID, Fleet, load
+from serve_app.config import keys, notices
+from serve_app.config.document import OPERATOR_HASH, RUN_ID, Fleet, load
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
 from serve_app.local import found, reasons, runs, serve_process
@@ -68,12 +68,13 @@ def run(
             "no engine is installed in this environment; install serve-app[gpu], or serve-app[cpu] "
             "on a machine without a GPU (docs/install.md)"
         )
-    endpoint = _endpoint(fleet, cluster)
+    key, hash = keys.new() if cluster is None else ("", "")
+    endpoint = dataclasses.replace(_endpoint(fleet, cluster), key=key)
     for sentence in _notices(fleet, cluster):
         console.print(f"note: {sentence}", soft_wrap=True, markup=False, highlight=False)
     instance = Instance(endpoint.port)
     ours = secrets.token_hex(8) if cluster is None else None
-    env = _environment(instance, endpoint, ours)
+    env = _environment(instance, endpoint, {RUN_ID: ours, OPERATOR_HASH: hash} if ours else {})
     started = time.monotonic()
     log = None if verbose else instance.log
     stop = _Stop()
@@ -136,6 +137,7 @@ def _recorded(
         working_folder=Path.cwd(),
         logs=logs,
         port_given=port_given,
+        key=endpoint.key,
     )
     runs.record(run)
     return run
@@ -212,11 +214,12 @@ def _notices(fleet: Fleet, cluster: NamedCluster | None) -> list[str]:
     return [*notices.notices(fleet), *ignored]
 
 
-def _environment(instance: Instance, endpoint: Endpoint, ours: str | None) -> dict[str, str]:
+def _environment(instance: Instance, endpoint: Endpoint, ours: dict[str, str]) -> dict[str, str]:
+    """``ours`` is for a Ray of our own, and empty for a named one."""
     proxy = endpoints.without_proxy(endpoint.host)
-    if ours is None:
+    if not ours:
         return os.environ | proxy
-    return haproxy.environment() | instance.environment() | proxy | {RUN_ID: ours}
+    return haproxy.environment() | instance.environment() | proxy | ours
 
 
 class Terminal(Console):

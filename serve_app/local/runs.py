@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from serve_app.local.endpoint import Endpoint
@@ -41,6 +41,9 @@ class Run:
     port_given: bool = False
     """Whether ``--port`` took the place of the config's own port."""
 
+    key: str = field(default="", repr=False)
+    """The API key of its operator, where its gateway asks for one."""
+
     @property
     def port(self) -> int:
         return int(self.folder.name)
@@ -51,7 +54,7 @@ class Run:
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(self.host, self.port)
+        return Endpoint(self.host, self.port, self.key)
 
     @property
     def gcs(self) -> str | None:
