@@ -40,6 +40,14 @@ def is_here(host: str) -> bool:
     return True
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address or name."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def join(host: str, port: int) -> str:
     """``host:port`` as in URLs: an IPv6 address is in brackets."""
     return f"[{host}]:{port}" if is_ipv6(host) else f"{host}:{port}"

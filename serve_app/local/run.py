@@ -211,7 +211,16 @@ def _refuse_own(port: int) -> None:
 def _notices(fleet: Fleet, cluster: NamedCluster | None) -> list[str]:
     running = cluster.http_options if cluster else None
     ignored = [] if running is None else notices.ignored_by_running_serve(fleet, running)
-    return [*notices.notices(fleet), *ignored]
+    return [*_open_to_all(fleet), *notices.notices(fleet), *ignored]
+
+
+def _open_to_all(fleet: Fleet) -> list[str]:
+    if (fleet.gateway and fleet.gateway.keys) or addresses.is_loopback(fleet.host):
+        return []
+    return [
+        f"whoever reaches {fleet.host} may use the models: there are no API keys "
+        "(gateway.args.keys; serve-app keys new)"
+    ]
 
 
 def _environment(instance: Instance, endpoint: Endpoint, ours: dict[str, str]) -> dict[str, str]:

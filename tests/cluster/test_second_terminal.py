@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from harness.command import typed
@@ -22,7 +23,8 @@ from harness.servers import EMBED
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     # Without RAY_AUTH_MODE, as a user has it: Ray makes a token then. (The harness sets it.)
-    run = Run(tmp_path_factory.mktemp("run"), RAY_AUTH_MODE="", options=("--watch",))
+    folder = tmp_path_factory.mktemp("run")
+    run = Run(folder, RAY_AUTH_MODE="", options=("--watch",), with_keys=True)
     run.start()
     try:
         run.wait_until_ready()
@@ -36,6 +38,22 @@ def test_serve_status_and_serve_deploy_reach_it(run: Run) -> None:
     assert {a["status"] for a in report["applications"].values()} == {"RUNNING"}
     typed("serve", "deploy", str(run.config))
     assert run.embeds() == 384
+
+
+def test_its_gateway_asks_for_a_key_and_its_commands_have_one(run: Run) -> None:
+    url = f"http://127.0.0.1:{run.port}"
+    assert httpx.get(f"{url}/v1/models", trust_env=False).status_code == 401
+    assert httpx.get(f"{url}/ready", trust_env=False).json()["models"] == {}
+    assert run.models() == [EMBED]
+    added = typed("serve-app", "keys", "new", "ann", "--file", str(run.folder / "keys.yaml"))
+    headers = {"x-api-key": added.split()[0]}
+
+    def lets_in() -> bool:
+        return httpx.get(f"{url}/v1/models", headers=headers, trust_env=False).status_code == 200
+
+    assert eventually(lets_in, 30, 0.2)
+    typed("serve-app", "keys", "revoke", str(run.folder / "keys.yaml"), "ann")
+    assert eventually(lambda: not lets_in(), 30, 0.2)
 
 
 def test_env_is_for_every_other_command_of_ray(run: Run) -> None:

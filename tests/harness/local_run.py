@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,22 @@ from harness.processes import (
 )
 from harness.servers import BIN, EMBED
 from serve_app import lifeline
+from serve_app.config import keys
 
 
 class Run:
     """A `serve-app run` of the embedding model."""
 
+    headers: Mapping[str, str] = {}
+    """What requests need to be let in."""
+
     def __init__(
-        self, folder: Path, name: str = EMBED, options: tuple[str, ...] = (), **env: str
+        self,
+        folder: Path,
+        name: str = EMBED,
+        options: tuple[str, ...] = (),
+        with_keys: bool = False,
+        **env: str,
     ) -> None:
         self.port = free_port()
         application = servers.embed_application() | {"name": name}
@@ -37,7 +46,13 @@ class Run:
         application["args"]["model"] = str(REPO / application["args"]["model"])
         self.folder = folder
         self.config = folder / "config.yaml"
-        self.config.write_text(servers.as_yaml(servers.document(self.port, application)))
+        document = servers.document(self.port, application)
+        if with_keys:
+            key, hash = keys.new()
+            self.headers = {"authorization": f"Bearer {key}"}
+            (folder / "keys.yaml").write_text(f"- name: tests\n  hash: {hash}\n")
+            document["applications"][-1]["args"]["keys"] = {"file": "keys.yaml"}
+        self.config.write_text(servers.as_yaml(document))
         self.command = [str(BIN / "serve-app"), "run", str(self.config), *options]
         self.name = name
         self.out = folder / "out"
@@ -74,7 +89,12 @@ class Run:
         return self.out.read_text()
 
     def models(self) -> list[str]:
-        answer = httpx.get(f"http://127.0.0.1:{self.port}/v1/models", trust_env=False, timeout=30)
+        answer = httpx.get(
+            f"http://127.0.0.1:{self.port}/v1/models",
+            headers=self.headers,
+            trust_env=False,
+            timeout=30,
+        )
         return [model["id"] for model in answer.json()["data"]]
 
     def embeds(self) -> int:
@@ -82,6 +102,7 @@ class Run:
         answer = httpx.post(
             f"http://127.0.0.1:{self.port}/v1/embeddings",
             json={"model": self.name, "input": "Paris"},
+            headers=self.headers,
             trust_env=False,
             timeout=60,
         )
