@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import shutil
 import subprocess
@@ -640,3 +641,65 @@ def test_validate_prints_every_problem_and_ends_with_the_first(tmp_path: Path) -
     path.write_text(path.read_text().replace("{a: x, b: y}", "{a: REPLACE_ME}"))
     done = runner.invoke(cli.validate, [str(path)], catch_exceptions=False)
     assert done.output == "1 manifests, no error\n"
+
+
+def with_keys(**source: str) -> Any:
+    one = one_model({"max_model_len": 8192}, model="Qwen/Qwen3-8B")
+    document = copy.deepcopy(one.document)
+    document["applications"][1]["args"] = {"keys": source}
+    return parse_document(document, Path("one.yaml"))
+
+
+SECRET = {"name": "serve-app-keys", "key": "keys.yaml"}
+
+
+def rendered_with_keys(**source: str) -> list[dict[str, Any]]:
+    settings = ClusterProfile.model_validate({"max_gpus": 8, "keys": SECRET})
+    files = render(with_keys(**source), settings)
+    return [
+        d for path, text in files.items() if "kustom" not in path for d in yaml.safe_load_all(text)
+    ]
+
+
+def test_the_gateways_pods_alone_have_the_api_keys() -> None:
+    documents = rendered_with_keys(file="/etc/serve_app/keys.yaml")
+    [document] = [d for d in documents if d["kind"] == "RayService"]
+    for name, group in worker_groups(document).items():
+        pod = pod_spec(group)
+        mounts = {m["mountPath"]: m["name"] for m in pod["containers"][0]["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        assert ("/etc/serve_app" in mounts) == (name == "gateway")
+        if name == "gateway":
+            # A whole folder: a file that is mounted alone never changes.
+            assert volumes[mounts["/etc/serve_app"]]["secret"] == {
+                "secretName": "serve-app-keys",
+                "items": [{"key": "keys.yaml", "path": "keys.yaml"}],
+            }
+    [template] = [
+        d for d in documents if d["kind"] == "Secret" and d["metadata"]["name"] == SECRET["name"]
+    ]
+    assert template["stringData"] == {"keys.yaml": "REPLACE_ME"}
+
+
+def test_api_keys_in_a_variable_come_from_the_secret() -> None:
+    [document] = [d for d in rendered_with_keys(secret_env="KEYS") if d["kind"] == "RayService"]
+    env = {
+        e["name"]: e for e in pod_spec(worker_groups(document)["gateway"])["containers"][0]["env"]
+    }
+    assert env["KEYS"]["valueFrom"]["secretKeyRef"] == SECRET
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "said"),
+    [
+        ({"file": "/etc/serve_app/keys.yaml"}, {}, "which no pod has; name the Secret"),
+        ({"secret_env": "KEYS"}, {}, "the gateway's keys are in the variable KEYS"),
+        ({"file": "keys.yaml"}, {"keys": SECRET}, "a pod needs an absolute path"),
+        ({"file": "/tmp/keys.yaml"}, {"keys": SECRET}, "in a folder of its own"),
+    ],
+)
+def test_api_keys_that_no_pod_could_read(
+    source: dict[str, str], settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        render(with_keys(**source), ClusterProfile.model_validate({"max_gpus": 8, **settings}))

@@ -22,7 +22,14 @@ from typing import Any
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import dump, note, plain
 from serve_app.errors import ConfigError
-from serve_app.kuberay.render import disruption, karpenter, namespace, network, rayservice
+from serve_app.kuberay.render import (
+    api_keys,
+    disruption,
+    karpenter,
+    namespace,
+    network,
+    rayservice,
+)
 from serve_app.kuberay.render.monitoring import pod_monitors, prometheus_rules
 from serve_app.kuberay.render.names import MAX_NAME, instance_name
 from serve_app.kuberay.render.profile import ClusterProfile
@@ -123,6 +130,8 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
             "all of IPv4, from which no pod of an IPv6 cluster is reached; add the VPC's IPv6 "
             "network, such as 2600:1f18:1234:5600::/56"
         )
+    if problem := api_keys.why_unreadable(fleet, profile):
+        raise ConfigError(f"{fleet.path}: {problem}")
     for id, model in fleet.models.items():
         if not model.model.startswith("/") and Path(model.model).is_dir():
             raise ConfigError(

@@ -76,7 +76,8 @@ def cache_claim(profile: ClusterProfile) -> dict[str, Any]:
 
 def secrets_template(profile: ClusterProfile) -> list[dict[str, Any]]:
     """The Secrets that must exist, without their values. No kustomization includes them."""
-    wanted = [profile.hf_token, profile.redis.password if profile.redis else None]
+    redis = profile.redis.password if profile.redis else None
+    wanted = [profile.hf_token, redis, profile.keys]
     return [
         {
             "apiVersion": "v1",

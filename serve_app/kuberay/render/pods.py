@@ -9,6 +9,7 @@ from serve_app.cluster import haproxy
 from serve_app.config import caches
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import note
+from serve_app.kuberay.render import api_keys
 from serve_app.kuberay.render.names import ROLE_LABEL, instance_name, labels
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.kuberay.render.workers import OBJECT_STORE_GIB, WorkerGroup
@@ -106,6 +107,9 @@ def worker_spec(
         "volumeMounts": _mounts(profile, loads_models=loads_models),
         "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", _drain_script(drain)]}}},
     }
+    if group.role == "gateway":
+        container["env"] += api_keys.env(fleet, profile)
+        container["volumeMounts"] += api_keys.mounts(fleet)
     if group.role == "gateway" or incremental:
         # KubeRay's default readiness probe asks Serve's proxy: right for pods that get traffic. An
         # incremental upgrade ignores serveService and sends traffic to every pod with a proxy.
@@ -123,7 +127,7 @@ def worker_spec(
             "replica's front end has not: the peers of a multi-node replica would never be "
             "Ready (kuberay#4994).",
         )
-    return _pod_spec(
+    spec = _pod_spec(
         profile,
         [container, _log_shipper()],
         shm_gib=group.shm_gib,
@@ -135,6 +139,9 @@ def worker_spec(
             f"({profile.replacement_s} s), then the longest answer.",
         ),
     )
+    if group.role == "gateway":
+        spec["volumes"] += api_keys.volumes(fleet, profile)
+    return spec
 
 
 def _drain_script(drain_s: int) -> str:

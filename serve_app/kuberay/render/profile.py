@@ -195,6 +195,9 @@ class ClusterProfile(_Profile):
     hf_token: SecretKey | None = SecretKey(name="hf-token", key="token")
     """Where the hub's token for gated models is; None needs no Secret."""
 
+    keys: SecretKey | None = None
+    """Where the API keys' file is that the gateway's ``keys`` ask for."""
+
     cache: Cache = Cache()
     """The volume for weights and compiled kernels."""
 

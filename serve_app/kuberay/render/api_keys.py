@@ -1,0 +1,66 @@
+"""The API keys' Secret in the gateway's pods: a file that changes with it, or a variable."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from serve_app.config.document import Fleet
+from serve_app.kuberay.render.profile import ClusterProfile
+
+_VOLUME = "api-keys"
+_TAKEN = ("/", "/dev", "/dev/shm", "/etc", "/home", "/opt", "/tmp", "/usr", "/var")
+"""Folders that a pod needs, and that a mounted Secret would hide."""
+
+
+def why_unreadable(fleet: Fleet, profile: ClusterProfile) -> str:
+    """Why a gateway's pod could not read the keys that the config asks for; empty if it can."""
+    source = fleet.gateway.keys if fleet.gateway else None
+    if source is None:
+        return ""
+    if profile.keys is None:
+        what = source.file or f"the variable {source.secret_env}"
+        return (
+            f"the gateway's keys are in {what}, which no pod has; name the Secret with them in the "
+            "profile, such as keys: {name: serve-app-keys, key: keys.yaml}"
+        )
+    if source.file:
+        path = PurePosixPath(source.file)
+        if not path.is_absolute() or ".." in path.parts or str(path.parent) in _TAKEN:
+            return (
+                f"the gateway's keys.file is {source.file}, but a pod needs an absolute path in a "
+                "folder of its own, such as /etc/serve_app/keys.yaml"
+            )
+    return ""
+
+
+def env(fleet: Fleet, profile: ClusterProfile) -> list[Any]:
+    """What a gateway's container gets as a variable."""
+    source = fleet.gateway.keys if fleet.gateway else None
+    if source is None or not source.secret_env or profile.keys is None:
+        return []
+    return [
+        {
+            "name": source.secret_env,
+            "valueFrom": {"secretKeyRef": profile.keys.model_dump()},
+        }
+    ]
+
+
+def mounts(fleet: Fleet) -> list[dict[str, Any]]:
+    """Where a gateway's container has the file."""
+    source = fleet.gateway.keys if fleet.gateway else None
+    if source is None or not source.file:
+        return []
+    # The folder and not the file alone: Kubernetes never changes a file that is mounted by itself.
+    folder = str(PurePosixPath(source.file).parent)
+    return [{"name": _VOLUME, "mountPath": folder, "readOnly": True}]
+
+
+def volumes(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
+    """The volume behind :func:`mounts`."""
+    source = fleet.gateway.keys if fleet.gateway else None
+    if source is None or not source.file or profile.keys is None:
+        return []
+    item = {"key": profile.keys.key, "path": PurePosixPath(source.file).name}
+    return [{"name": _VOLUME, "secret": {"secretName": profile.keys.name, "items": [item]}}]
