@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from serve_app.config import settings
+from serve_app.config import keys, settings
 from serve_app.config.notices import HTTP_OPTIONS
 from serve_app.kuberay.render import profile
 
@@ -26,7 +26,7 @@ CLASSES: dict[str, type[BaseModel]] = {
     each.__name__: each
     for each in (
         settings.ModelConfig, settings.Resources, settings.Autoscaling, settings.Adapter,
-        settings.LiveConfig, settings.GatewayConfig,
+        settings.LiveConfig, settings.GatewayConfig, settings.KeySource, keys.Key,
         profile.ClusterProfile, profile.Head, profile.GatewayPods, profile.Cache, profile.Redis,
         profile.Ingress, profile.Upgrade, profile.SecretKey,
     )

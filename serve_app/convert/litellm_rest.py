@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _NONE = "no counterpart"
-_LIMITS = "no counterpart yet: API keys and limits come with a later version"
+_LIMITS = "no counterpart yet: limits for each key come with a later version"
 _USAGE = "no counterpart yet: usage accounting comes with a later version"
 CALLBACKS = "no counterpart yet: traces and callbacks come with a later version"
 _FALLBACKS = (
@@ -45,8 +45,8 @@ _WHY_SECTION = {
 }
 
 _WHY_SETTING = {
-    "master_key": "no counterpart yet: whoever reaches the gateway may use it, so let it be "
-    "reached by those only who may (API keys come with a later version)",
+    "master_key": "make keys with `serve-app keys new NAME --file keys.yaml`, and name the file in "
+    "the gateway's args, keys: {file: keys.yaml}",
     **dict.fromkeys(("max_parallel_requests", "global_max_parallel_requests", "max_budget",
                      "budget_duration", "max_user_budget", "max_end_user_budget",
                      "default_internal_user_params", "default_team_settings", "custom_auth",

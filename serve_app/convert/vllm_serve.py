@@ -10,6 +10,11 @@ from serve_app.convert import engine
 from serve_app.convert.draft import Draft, Model
 from serve_app.convert.source import Part
 
+_KEYS = (
+    "make keys with `serve-app keys new NAME --file keys.yaml`, and name the file in the gateway's "
+    "args, keys: {file: keys.yaml}"
+)
+
 
 def convert(whole: Part) -> Draft:
     """One model and a gateway.
@@ -39,7 +44,7 @@ def convert(whole: Part) -> Draft:
         elif plain == "lora_modules":
             model.args["adapters"] = [_adapter(part, text) for text in _listed(by_name, plain)]
         elif plain == "api_key":
-            draft.leave_out(part, "no counterpart yet: API keys come with a later version")
+            draft.leave_out(part, _KEYS)
         else:
             engine.add(model, part, plain)
     draft.models.append(model)

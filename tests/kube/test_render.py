@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.config import caches
-from serve_app.config.document import parse_document
+from serve_app.config.document import load, parse_document
 from serve_app.config.yaml_files import Note, dump, note, plain
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay import cli
@@ -643,26 +643,26 @@ def test_validate_prints_every_problem_and_ends_with_the_first(tmp_path: Path) -
     assert done.output == "1 manifests, no error\n"
 
 
-def with_keys(**source: str) -> Any:
-    one = one_model({"max_model_len": 8192}, model="Qwen/Qwen3-8B")
-    document = copy.deepcopy(one.document)
+def with_keys(folder: Path, **source: str) -> Any:
+    document = copy.deepcopy(one_model({"max_model_len": 8192}, model="Qwen/Qwen3-8B").document)
     document["applications"][1]["args"] = {"keys": source}
-    return parse_document(document, Path("one.yaml"))
+    (folder / "one.yaml").write_text(yaml.safe_dump(document))
+    return load(folder / "one.yaml")
 
 
 SECRET = {"name": "serve-app-keys", "key": "keys.yaml"}
 
 
-def rendered_with_keys(**source: str) -> list[dict[str, Any]]:
+def rendered_with_keys(folder: Path, **source: str) -> list[dict[str, Any]]:
     settings = ClusterProfile.model_validate({"max_gpus": 8, "keys": SECRET})
-    files = render(with_keys(**source), settings)
+    files = render(with_keys(folder, **source), settings)
     return [
         d for path, text in files.items() if "kustom" not in path for d in yaml.safe_load_all(text)
     ]
 
 
-def test_the_gateways_pods_alone_have_the_api_keys() -> None:
-    documents = rendered_with_keys(file="/etc/serve_app/keys.yaml")
+def test_the_gateways_pods_alone_have_the_api_keys(tmp_path: Path) -> None:
+    documents = rendered_with_keys(tmp_path, file="/etc/serve_app/keys.yaml")
     [document] = [d for d in documents if d["kind"] == "RayService"]
     for name, group in worker_groups(document).items():
         pod = pod_spec(group)
@@ -681,8 +681,10 @@ def test_the_gateways_pods_alone_have_the_api_keys() -> None:
     assert template["stringData"] == {"keys.yaml": "REPLACE_ME"}
 
 
-def test_api_keys_in_a_variable_come_from_the_secret() -> None:
-    [document] = [d for d in rendered_with_keys(secret_env="KEYS") if d["kind"] == "RayService"]
+def test_api_keys_in_a_variable_come_from_the_secret(tmp_path: Path) -> None:
+    [document] = [
+        d for d in rendered_with_keys(tmp_path, secret_env="KEYS") if d["kind"] == "RayService"
+    ]
     env = {
         e["name"]: e for e in pod_spec(worker_groups(document)["gateway"])["containers"][0]["env"]
     }
@@ -699,7 +701,10 @@ def test_api_keys_in_a_variable_come_from_the_secret() -> None:
     ],
 )
 def test_api_keys_that_no_pod_could_read(
-    source: dict[str, str], settings: dict[str, Any], said: str
+    tmp_path: Path, source: dict[str, str], settings: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(said)):
-        render(with_keys(**source), ClusterProfile.model_validate({"max_gpus": 8, **settings}))
+        render(
+            with_keys(tmp_path, **source),
+            ClusterProfile.model_validate({"max_gpus": 8, **settings}),
+        )
