@@ -100,7 +100,7 @@ def filled_in(command: Command) -> str:
 
 # --- ours -----------------------------------------------------------------------------------
 
-_FILES = {"plan", "check", "render", "validate", "convert", "completion", "fetch"}
+_FILES = {"keys", "plan", "check", "render", "validate", "convert", "completion", "fetch"}
 _AT_A_SERVER = {"status", "logs", "reload", "stop", "admin", "chat", "env"}
 _RAY_AT_A_SERVER = {("serve", "status"), ("serve", "config"), ("ray", "status")}
 

@@ -191,7 +191,7 @@ def test_what_has_no_counterpart_is_said_with_its_line(tmp_path: Path) -> None:
     assert said(result, "litellm_params.rpm").startswith("13: ")
     assert "no counterpart yet" in said(result, "litellm_params.rpm")
     assert said(result, "router_settings.model_group_alias.gpt-5").startswith("38: ")
-    assert "API keys" in said(result, "general_settings.master_key")
+    assert "serve-app keys new" in said(result, "general_settings.master_key")
     assert "another replica" in said(result, "litellm_settings.num_retries")
     for part in ("litellm_settings.fallbacks", "environment_variables"):
         assert "no counterpart" in said(result, part)
@@ -679,7 +679,7 @@ def test_a_config_of_vllm_serve_is_one_model(tmp_path: Path) -> None:
     assert fleet.gateway is not None
     assert fleet.gateway.cors_allow_origins == ["https://chat.example.com"]
     assert "own server" in said(result, "uvicorn-log-level")
-    assert "API keys" in said(result, "api-key")
+    assert "serve-app keys new" in said(result, "api-key")
     assert "literal" not in result.output
 
 
