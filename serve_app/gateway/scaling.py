@@ -22,7 +22,7 @@ CORES = 5
 there are front ends, an engine, HAProxy and Ray to run."""
 
 MOST = 8
-"""The most that ``auto`` gives. Further ones would wait for HAProxy, of which a node has one."""
+"""The most that ``auto`` gives: 800 requests at once. More than three have not been measured."""
 
 UPSCALE_DELAY_S = 5.0
 """Seconds for which the requests must be too many: a process is ready a few seconds later."""
