@@ -458,7 +458,8 @@ def _probed_socket(host: str) -> socket.socket:
 
     A node that loses its power or network closes no connection, so a request to it would wait for
     ever. TCP keep-alive probes find it: the kernel of a live node answers them even while its
-    engine is silent.
+    engine is silent. A process that reads nothing for as long while a body fills its window counts
+    as lost too; it cannot have begun with a request that it has not read.
     """
     made = socket.socket(addresses.family(host))
     made.setblocking(False)

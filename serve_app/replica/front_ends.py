@@ -26,6 +26,9 @@ logger = logging.getLogger("ray.serve")
 HANG_S = 60.0
 """Seconds without a sign of life after which a further front end is ended and started again."""
 
+START_S = 300.0
+"""Seconds that one which is started again may take until it listens."""
+
 SHORT_LIFE_S = 60.0
 """A front end that ends sooner than this is started again after a pause."""
 
@@ -238,10 +241,15 @@ class FrontEnds:
     async def _watch(self) -> None:
         """End a further front end that hangs: it is then replaced."""
         while True:
+            began = time.monotonic()
             await asyncio.sleep(HANG_S / 10)
+            now = time.monotonic()
+            if now - began > HANG_S / 5:
+                continue  # this process stood still, and their reports have not been read
             for one in self.further:
-                if one.listening.done() and time.monotonic() - one.reported > HANG_S:
-                    logger.error(f"front end {one.index} gave no sign of life for {HANG_S:.0f} s")
+                limit = HANG_S if one.listening.done() else START_S
+                if now - one.reported > limit:
+                    logger.error(f"front end {one.index} gave no sign of life for {limit:.0f} s")
                     one.reported = time.monotonic()
                     one.process.kill()
 
