@@ -708,3 +708,15 @@ def test_api_keys_that_no_pod_could_read(
             with_keys(tmp_path, **source),
             ClusterProfile.model_validate({"max_gpus": 8, **settings}),
         )
+
+
+def test_a_public_load_balancer_wants_api_keys(tmp_path: Path) -> None:
+    public = {"scheme": "internet-facing"}
+    without = {"max_gpus": 8, "ingress": public}
+    one = with_keys(tmp_path, file="/etc/serve_app/keys.yaml")
+    assert render(one, ClusterProfile.model_validate({**without, "keys": SECRET}))
+    open_ = replace(one, gateway=one.gateway.model_copy(update={"keys": None}))
+    with pytest.raises(ConfigError, match="internet-facing, and the gateway asks for no API keys"):
+        render(open_, ClusterProfile.model_validate(without))
+    for ingress in (public | {"public_without_keys": True}, public | {"kind": "none"}, {}):
+        assert render(open_, ClusterProfile.model_validate(without | {"ingress": ingress}))

@@ -34,6 +34,19 @@ def why_unreadable(fleet: Fleet, profile: ClusterProfile) -> str:
     return ""
 
 
+def why_open(fleet: Fleet, profile: ClusterProfile) -> str:
+    """Why the endpoint would be open to strangers; empty if it is not, or is meant to be."""
+    ingress = profile.ingress
+    public = ingress.kind == "alb" and ingress.scheme == "internet-facing"
+    if not public or ingress.public_without_keys or (fleet.gateway and fleet.gateway.keys):
+        return ""
+    return (
+        "the profile's ingress is internet-facing, and the gateway asks for no API keys; name them "
+        "in the gateway's args (keys: {file: /etc/serve_app/keys.yaml}), or set "
+        "public_without_keys: true in the ingress"
+    )
+
+
 def env(fleet: Fleet, profile: ClusterProfile) -> list[Any]:
     """What a gateway's container gets as a variable."""
     source = fleet.gateway.keys if fleet.gateway else None

@@ -130,7 +130,7 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
             "all of IPv4, from which no pod of an IPv6 cluster is reached; add the VPC's IPv6 "
             "network, such as 2600:1f18:1234:5600::/56"
         )
-    if problem := api_keys.why_unreadable(fleet, profile):
+    if problem := api_keys.why_unreadable(fleet, profile) or api_keys.why_open(fleet, profile):
         raise ConfigError(f"{fleet.path}: {problem}")
     for id, model in fleet.models.items():
         if not model.model.startswith("/") and Path(model.model).is_dir():

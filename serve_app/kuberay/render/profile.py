@@ -95,7 +95,10 @@ class Ingress(_Profile):
     """``alb`` renders an AWS load balancer; ``none`` leaves the way in to you."""
 
     scheme: Literal["internal", "internet-facing"] = "internal"
-    """``internet-facing`` opens it to ``client_cidrs``. The gateway asks for no API key yet."""
+    """``internet-facing`` opens it to ``client_cidrs``, and needs a gateway with ``keys``."""
+
+    public_without_keys: bool = False
+    """Whether it may be ``internet-facing`` all the same where the gateway asks for no API keys."""
 
     host: str | None = None
     """The host name that requests must have; None takes any."""
