@@ -77,6 +77,8 @@ def _load(text: str, where: Path | str) -> list[Any]:
         if "found character '\\t'" in problem:
             problem = "there is a tab, which YAML refuses; use spaces"
         raise ConfigError(f"{where}:{at} {problem}") from None
+    except ValueError as error:  # such as a date in a month that there is not
+        raise ConfigError(f"{where}: {error}") from None
 
 
 WIDTH = 96

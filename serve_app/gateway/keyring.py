@@ -44,8 +44,9 @@ class Keyring:
         self._stamp = stamp
         try:
             found = self._read()
-        except ConfigError as error:
-            self.problem = f"{error}; the keys read last stay in force"
+        except Exception as error:  # whatever is in the file, the next one is to be read
+            said = error if isinstance(error, ConfigError) else f"the API keys: {error!r}"
+            self.problem = f"{said}; the keys read last stay in force"
             logger.error(self.problem)
             return
         self.problem = ""
@@ -91,8 +92,8 @@ class Keyring:
             found = os.stat(self._source.file)
         except OSError as error:
             return error.errno
-        # A mounted Secret is replaced by another file, whose time may be the same.
-        return found.st_mtime_ns, found.st_ino, found.st_size
+        # A mounted Secret is replaced by another file. The time is that of rights, too.
+        return found.st_ctime_ns, found.st_ino, found.st_size
 
     def _read(self) -> list[Key]:
         if self._source.file:

@@ -127,6 +127,10 @@ async def test_a_changed_file_counts_and_a_broken_one_does_not(gateway: Any, fil
         said = (await at.client.get("/ready", headers=bearer(OTHER))).json()["keys"]
         assert "key boss: 'hash' is missing (there is 'hsah'; did you mean 'hash'?)" in said
         assert said.endswith("the keys read last stay in force")
+        for broken in ("- {name: a, expires: 2027-13-45}", "[" * 100_000, "\0", "a: b", "- {1: 2}"):
+            await asyncio.to_thread(file.write_text, broken)
+            ring.refresh()
+            assert (ring.problem != "", await status(OTHER)) == (True, 200)
         await asyncio.to_thread(file.unlink)
         ring.refresh()
         assert await status(OTHER) == 200
