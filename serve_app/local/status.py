@@ -49,7 +49,7 @@ def show(server: Server, console: Console, only: str | None = None) -> bool:
             there = did_you_mean(only, models) or f" (there are: {', '.join(models) or 'none'})"
             raise UserError(f"the server of this machine has no model '{only}'{there}")
         models = {only: models[only]}
-    waiting = set(ready["waiting_for"]) if ready else set(models)
+    waiting = _waiting(ready, models)
     if only is not None:
         waiting &= {only}
     console.print(f"{endpoint.url}/v1 ({started_by})", highlight=False, soft_wrap=True)
@@ -63,6 +63,15 @@ def show(server: Server, console: Console, only: str | None = None) -> bool:
     for line in gpu_lines():
         console.print(line, highlight=False)
     return bool(models) and not waiting
+
+
+def _waiting(ready: dict[str, Any] | None, models: Mapping[str, dict[str, Any]]) -> set[str]:
+    """The models that are to be up and are not yet."""
+    if ready is None:
+        return set(models)
+    if models and not ready["models"]:  # it tells nothing without an API key; Serve has told them
+        return {name for name, model in models.items() if model["status"] != "RUNNING"}
+    return set(ready["waiting_for"])
 
 
 def _models(applications: Mapping[str, Application]) -> dict[str, dict[str, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ from serve_app.cluster.connection import Connection
 from serve_app.cluster.serve import Application, ReplicaStatus
 from serve_app.config.document import GATEWAY_IMPORT_PATH, parse_document
 from serve_app.errors import UserError
-from serve_app.local import door, found, instance, logs, reload, runs, status
+from serve_app.local import door, found, instance, logs, reload, run, runs, status
 from serve_app.local.door import Door
 from serve_app.local.runs import Run
 
@@ -532,3 +533,24 @@ def test_a_changed_file_is_seen_once_and_not_between_delete_and_rename(tmp_path:
     assert not watch.changed()
     file.write_text("two")
     assert watch.changed() and not watch.changed()
+
+
+def test_a_server_that_tells_nothing_without_a_key_is_asked_by_serve() -> None:
+    models = {"up": {"status": "RUNNING"}, "new": {"status": "DEPLOYING"}}
+    silent = {"status": "not ready", "waiting_for": [], "models": {}}
+    assert status._waiting(silent, models) == {"new"}
+    assert status._waiting(silent | {"models": models, "waiting_for": ["up"]}, models) == {"up"}
+    assert status._waiting(None, models) == {"up", "new"}
+
+
+def test_a_run_on_a_cluster_with_keys_ends_its_waiting() -> None:
+    reports = iter(["not ready", "ready"])
+    answers: Any = SimpleNamespace(
+        ready=lambda ours: {"status": next(reports), "waiting_for": [], "models": {}}
+    )
+    fleet: Any = SimpleNamespace(models={"m": None})
+    lives: Any = SimpleNamespace(poll=lambda: None)
+    goes_on: Any = SimpleNamespace(asked=False)
+    console = Console(file=io.StringIO())
+    assert run._wait_until_ready(fleet, answers, None, lives, goes_on, console, 0.0)
+    assert list(reports) == []
