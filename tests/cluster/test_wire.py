@@ -7,6 +7,7 @@ import openai
 import pytest
 from harness.servers import CHAT, Cluster
 
+from serve_app.cluster import front_end_ids
 from serve_app.cluster.response_ids import maker_of
 
 
@@ -28,7 +29,8 @@ def test_a_stored_response_is_found_by_its_id_alone(
     cluster: Cluster, client: openai.OpenAI
 ) -> None:
     made = client.responses.create(model=CHAT, input="My name is Ada.", max_output_tokens=8)
-    assert maker_of(made.id) in cluster.replicas(CHAT)
+    maker = maker_of(made.id)
+    assert maker and front_end_ids.replica_of(maker) in cluster.replicas(CHAT)
     assert client.responses.retrieve(made.id).output_text == made.output_text
     after = client.responses.create(
         model=CHAT, input="What is my name?", previous_response_id=made.id, max_output_tokens=8
