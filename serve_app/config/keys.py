@@ -44,6 +44,8 @@ class Key(Settings):
     @field_validator("name")
     @classmethod
     def _short(cls, name: str) -> str:
+        if name.startswith(PREFIX):  # and is not repeated: names stand in logs
+            raise ValueError("is a key; write whose it is, and the key's hash under 'hash'")
         if not _NAME.fullmatch(name):
             raise ValueError("has up to 64 letters, digits and . _ @ -")
         return name
@@ -75,7 +77,9 @@ def parse_all(entries: Any, where: str) -> list[Key]:
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
             raise ConfigError(f"{where}: key {number} must be a mapping with a name and a hash")
-        keys.append(parse(Key, entry, f"{where}: key {entry.get('name', number)}"))
+        name = entry.get("name", number)
+        named = number if str(name).startswith(PREFIX) else name
+        keys.append(parse(Key, entry, f"{where}: key {named}"))
     names: set[str] = set()
     hashes: dict[str, str] = {}
     for key in keys:

@@ -223,6 +223,7 @@ def test_a_new_key_is_long_and_its_hash_is_that_of_the_file() -> None:
         (["a"], "k: key 1 must be a mapping with a name and a hash"),
         ([{"name": "a"}], "k: key a: 'hash' is missing"),
         ([{"name": "a b", "hash": HASH}], "k: key a b: name: has up to 64 letters"),
+        ([{"name": KEY, "hash": HASH}], "k: key 1: name: is a key; write whose it is"),
         ([{"name": "a", "hash": KEY}], "k: key a: hash: is not 'sha256:'"),
         ([{"name": "a", "hash": HASH, "models": []}], "k: key a: models"),
         ([{"name": "a", "hash": HASH}] * 2, "k: key a is there twice; keep one"),

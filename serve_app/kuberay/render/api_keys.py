@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from serve_app.config.document import Fleet
+from serve_app.config.settings import KeySource
 from serve_app.kuberay.render.profile import ClusterProfile
 
 _VOLUME = "api-keys"
@@ -15,7 +16,7 @@ _TAKEN = ("/", "/dev", "/dev/shm", "/etc", "/home", "/opt", "/tmp", "/usr", "/va
 
 def why_unreadable(fleet: Fleet, profile: ClusterProfile) -> str:
     """Why a gateway's pod could not read the keys that the config asks for; empty if it can."""
-    source = fleet.gateway.keys if fleet.gateway else None
+    source = _source(fleet)
     if source is None:
         return ""
     if profile.keys is None:
@@ -38,7 +39,7 @@ def why_open(fleet: Fleet, profile: ClusterProfile) -> str:
     """Why the endpoint would be open to strangers; empty if it is not, or is meant to be."""
     ingress = profile.ingress
     public = ingress.kind == "alb" and ingress.scheme == "internet-facing"
-    if not public or ingress.public_without_keys or (fleet.gateway and fleet.gateway.keys):
+    if not public or ingress.public_without_keys or _source(fleet):
         return ""
     return (
         "the profile's ingress is internet-facing, and the gateway asks for no API keys; name them "
@@ -49,7 +50,7 @@ def why_open(fleet: Fleet, profile: ClusterProfile) -> str:
 
 def env(fleet: Fleet, profile: ClusterProfile) -> list[Any]:
     """What a gateway's container gets as a variable."""
-    source = fleet.gateway.keys if fleet.gateway else None
+    source = _source(fleet)
     if source is None or not source.secret_env or profile.keys is None:
         return []
     return [
@@ -62,7 +63,7 @@ def env(fleet: Fleet, profile: ClusterProfile) -> list[Any]:
 
 def mounts(fleet: Fleet) -> list[dict[str, Any]]:
     """Where a gateway's container has the file."""
-    source = fleet.gateway.keys if fleet.gateway else None
+    source = _source(fleet)
     if source is None or not source.file:
         return []
     # The folder and not the file alone: Kubernetes never changes a file that is mounted by itself.
@@ -72,8 +73,12 @@ def mounts(fleet: Fleet) -> list[dict[str, Any]]:
 
 def volumes(fleet: Fleet, profile: ClusterProfile) -> list[dict[str, Any]]:
     """The volume behind :func:`mounts`."""
-    source = fleet.gateway.keys if fleet.gateway else None
+    source = _source(fleet)
     if source is None or not source.file or profile.keys is None:
         return []
     item = {"key": profile.keys.key, "path": PurePosixPath(source.file).name}
     return [{"name": _VOLUME, "secret": {"secretName": profile.keys.name, "items": [item]}}]
+
+
+def _source(fleet: Fleet) -> KeySource | None:
+    return fleet.gateway.keys if fleet.gateway else None
