@@ -62,14 +62,8 @@ def cluster(
         servers.embed_application(),
         gateways=2 if proxy == "haproxy" else 1,
     )
-    cluster = Cluster.start(config, tmp_path_factory.mktemp(proxy), proxy)
-    try:
-        cluster.wait_until_ready()
-        with cluster.ray():
-            yield cluster
-    finally:
-        left = cluster.interrupt()
-    assert not left, f"Ctrl-C left {left}"
+    with servers.running(config, tmp_path_factory.mktemp(proxy), proxy) as cluster:
+        yield cluster
     assert "Controller failed to shut down" not in cluster.tail()  # Serve gave up, after 30 s
     assert processes.is_port_free(cluster.port)
 

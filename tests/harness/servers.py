@@ -88,6 +88,19 @@ def as_yaml(config: dict[str, Any]) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
+@contextmanager
+def running(config: dict[str, Any], folder: Path, proxy: Proxy) -> Iterator[Cluster]:
+    """A ready cluster, with this process as a driver of its Ray; nothing of it is left after."""
+    cluster = Cluster.start(config, folder, proxy)
+    try:
+        cluster.wait_until_ready()
+        with cluster.ray():
+            yield cluster
+    finally:
+        left = cluster.interrupt()
+    assert not left, f"Ctrl-C left {left}"
+
+
 class Cluster:
     """A running `serve run`, and what a test wants to know of it."""
 

@@ -42,14 +42,8 @@ def growing(
     path = tiny_model(folder / "model", Console(quiet=True))
     model = servers.application(MODEL, model=str(path), engine=engine)
     config = servers.document(free_port(), model, gateways="auto")
-    cluster = Cluster.start(config, folder, request.param)
-    try:
-        cluster.wait_until_ready()
-        with cluster.ray():
-            yield cluster
-    finally:
-        left = cluster.interrupt()
-    assert not left, f"Ctrl-C left {left}"
+    with servers.running(config, folder, request.param) as cluster:
+        yield cluster
 
 
 def gateways(cluster: Cluster) -> dict[str, int]:

@@ -46,14 +46,8 @@ def scaled(model: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> I
     scaling = {"min_replicas": 0, "max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 5}
     args = model | {"served_as": [ALIAS], "autoscaling": scaling}
     config = servers.document(free_port(), servers.application(SCALED, **args))
-    cluster = Cluster.start(config, tmp_path_factory.mktemp("scaled"), "python")
-    try:
-        cluster.wait_until_ready()
-        with cluster.ray():
-            yield cluster
-    finally:
-        left = cluster.interrupt()
-    assert not left, f"Ctrl-C left {left}"
+    with servers.running(config, tmp_path_factory.mktemp("scaled"), "python") as cluster:
+        yield cluster
 
 
 def count(cluster: Cluster, name: str, number: int) -> float:
