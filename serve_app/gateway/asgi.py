@@ -23,6 +23,7 @@ from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
 from serve_app.gateway.errors import GatewayError, invalid
 from serve_app.gateway.keyring import Keyring
+from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import FewestRequests, Policy
 from serve_app.gateway.relay import Answer, Relay, Request, Send
@@ -46,20 +47,28 @@ def build(
     relay: Relay,
     *,
     keyring: Keyring | None = None,
+    ledger: Ledger | None = None,
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
     """The whole ASGI app: the gateway, inside a CORS middleware if any origin is allowed.
 
-    ``keyring`` has the keys that let callers in; None lets everybody in. ``stages`` run inside the
-    metrics stage, so that their time and refusals are counted too.
+    ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
+    for each call. ``stages`` run inside it and the metrics stage, so that their time and refusals
+    are counted too.
     """
     queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
     stored = StoredResponses(board, policy or FewestRequests())
     dispatcher = Dispatcher(board, queue, stored, relay)
     own = api.build(directory, board, keyring, _error_of_own_route)
     gateway = Gateway(
-        config, directory, keyring, own, dispatcher, stored, (Metrics(), stored, *stages)
+        config,
+        directory,
+        keyring,
+        own,
+        dispatcher,
+        stored,
+        (Metrics(), ledger or Ledger([]), stored, *stages),
     )
     if not config.cors_allow_origins:
         return gateway
@@ -178,7 +187,8 @@ class Gateway:
         )
         model = models.find(self._directory, named, caller)
         request = Request(id, scope["method"], path, query, scope["headers"], body)
-        return Call(request, model, caller, arrived=time.perf_counter())
+        arrived = time.perf_counter()
+        return Call(uuid.uuid4().hex, request, model, named, caller, arrived=arrived)
 
 
 def _is_relayed(scope: Any, path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from serve_app.gateway.cold_start import ColdStartQueue
 from serve_app.gateway.errors import GatewayError, unavailable
@@ -37,7 +38,10 @@ class Dispatcher:
         failed: set[str] = set()
         while True:
             # No await between the choice and the relay's count of requests in flight.
+            waits = time.perf_counter()
             front_end = self._policy.choose(await self._queue.live(call.model), call)
+            outcome.queued_s += time.perf_counter() - waits
+            outcome.front_end = front_end.id
             try:
                 return await self._relay.send(front_end, call.request, answer)
             except Asleep:

@@ -24,8 +24,14 @@ logger = logging.getLogger("ray.serve")
 class Call:
     """One request on its way, as stages and policies see it."""
 
+    id: str
+    """Made by this gateway, and no other call's; ``request.id`` may be the client's choice."""
+
     request: Request
     model: Model
+    model_id: str
+    """The id that the client named it by."""
+
     caller: Caller | None
     """None where the gateway has no keys, and everybody may call."""
 
@@ -51,6 +57,12 @@ class Outcome:
 
     retries: list[str] = field(default_factory=list)
     """One reason for each retry: what the replica did that failed before its first byte."""
+
+    front_end: str = ""
+    """The id of the front end that had the call last; empty where none got it."""
+
+    queued_s: float = 0.0
+    """Seconds that it waited for a replica."""
 
     first_byte: float | None = None
     """``time.perf_counter`` at the first byte of the replica's answer; None without one."""

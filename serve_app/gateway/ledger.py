@@ -1,0 +1,171 @@
+"""The ledger: one entry for each request, once it has ended and its replica has told what it took.
+
+Only the replica knows the tokens, and only the gateway the rest. Whoever wants both (limits, the
+usage database, the access log, metrics) listens here and is told once for each request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from serve_app.gateway.stages import Call, Outcome
+
+logger = logging.getLogger("ray.serve")
+
+PATIENCE_S = 30.0
+"""Seconds after a request's end for which its replica's report is waited for. Reports come within
+milliseconds; none comes from a replica that was lost."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What engines did for one request, as their front end counted it."""
+
+    prompt_tokens: int = 0
+    """Tokens of all its prompts that engines computed or found in the KV cache."""
+
+    cached_tokens: int = 0
+    """Those found in the KV cache."""
+
+    completion_tokens: int = 0
+    """Generated tokens, of an aborted request too."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One request, from its arrival to its end."""
+
+    id: str
+    """Made by the gateway; no two requests have the same."""
+
+    request_id: str
+    """The client's, or one that was made for it."""
+
+    key: str
+    """The name of its API key; empty where the gateway has no keys."""
+
+    model: str
+    """The application's name."""
+
+    model_id: str
+    """The id that the client named: the model's, an alias or an adapter's."""
+
+    path: str
+    replica: str
+    """The id of the front end that had it last; empty where none got it."""
+
+    end: str
+    """See :class:`serve_app.gateway.stages.Outcome`, as for ``status``."""
+
+    status: int
+    arrived: float
+    """Seconds since the epoch."""
+
+    queued_s: float
+    """Seconds that it waited in the gateway for a replica."""
+
+    first_byte_s: float | None
+    """Seconds from its arrival to the first byte of its answer; None without one."""
+
+    duration_s: float
+    """Seconds from its arrival to its end."""
+
+    retries: int
+    usage: Usage | None
+    """None where no replica reported: none had the request, or the one that had it was lost."""
+
+
+class Listener(Protocol):
+    """Whoever wants to know of every request."""
+
+    def entered(self, entry: Entry) -> None:
+        """Called once for each request that named a model, in the event loop. Must not raise."""
+        ...
+
+
+@dataclass
+class _Open:
+    entry: Entry | None = None
+    """Set at the request's end."""
+
+    reported: tuple[str, Usage] | None = None
+    """The front end that reported last, and what."""
+
+
+class Ledger:
+    """The stage that opens an entry for each call; :meth:`report` and the call's end close it."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self._listeners = list(listeners)
+        self._open: dict[str, _Open] = {}
+
+    def listen(self, listener: Listener) -> None:
+        """Tell ``listener`` of every further entry."""
+        self._listeners.append(listener)
+
+    async def admit(self, call: Call) -> Call:
+        self._open[call.id] = _Open()
+        return call
+
+    def ended(self, call: Call, outcome: Outcome) -> None:
+        first = outcome.first_byte
+        entry = Entry(
+            id=call.id,
+            request_id=call.request.id,
+            key=call.caller.name if call.caller else "",
+            model=call.model.name,
+            model_id=call.model_id,
+            path=call.request.path,
+            replica=outcome.front_end,
+            end=outcome.end,
+            status=outcome.status,
+            arrived=time.time() - (outcome.ended - call.arrived),
+            queued_s=outcome.queued_s,
+            first_byte_s=None if first is None else first - call.arrived,
+            duration_s=outcome.ended - call.arrived,
+            retries=len(outcome.retries),
+            usage=None,
+        )
+        known = self._open[call.id]
+        known.entry = entry
+        if not entry.replica:
+            self._close(entry)
+        elif known.reported and known.reported[0] == entry.replica:
+            self._close(replace(entry, usage=known.reported[1]))
+        else:
+            asyncio.get_running_loop().call_later(PATIENCE_S, self._give_up, call.id)
+
+    def report(self, id: str, front_end: str, usage: Usage) -> bool:
+        """Take a front end's report; return False for a request that is not open here.
+
+        A request that was given to a second replica counts as that one reports it.
+        """
+        known = self._open.get(id)
+        if known is None:
+            return False
+        known.reported = (front_end, usage)
+        if known.entry and known.entry.replica == front_end:
+            self._close(replace(known.entry, usage=usage))
+        return True
+
+    def _give_up(self, id: str) -> None:
+        known = self._open.get(id)
+        if known and known.entry:
+            self._close(known.entry)
+
+    def _close(self, entry: Entry) -> None:
+        del self._open[entry.id]
+        self.enter(entry)
+
+    def enter(self, entry: Entry) -> None:
+        """Tell all listeners of an entry."""
+        for listener in self._listeners:
+            try:
+                listener.entered(entry)
+            except Exception:
+                logger.exception(f"request {entry.request_id}: its entry was not taken")
