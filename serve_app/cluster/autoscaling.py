@@ -84,7 +84,9 @@ def total_load(metrics: Mapping[str, Mapping[Any, float]], queued: float) -> flo
         + of("in_front_end", replica) / capacity
         for replica, capacity in capacities.items()
     ]
-    return sum(loads) + queued / (sum(capacities.values()) / len(capacities))
+    # Gateways tell each replica of all that wait in them, so that no one counts twice.
+    in_gateways = max(of("in_gateways", replica) for replica in capacities)
+    return sum(loads) + (queued + in_gateways) / (sum(capacities.values()) / len(capacities))
 
 
 def engine_load(running: float, waiting: float, capacity: float, kv_cache_usage: float) -> float:

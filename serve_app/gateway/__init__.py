@@ -73,7 +73,9 @@ class GatewayServer:
         from serve_app.cluster.replicas import Watcher
         from serve_app.gateway.asgi import build
         from serve_app.gateway.directory import Directory
+        from serve_app.gateway.exchange import Exchange
         from serve_app.gateway.keyring import Keyring
+        from serve_app.gateway.ledger import Ledger
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
 
@@ -84,11 +86,14 @@ class GatewayServer:
             internal_credential(), config.connect_timeout_s, config.request_timeout_s
         )
         keyring = Keyring(config.keys) if config.keys else None
-        self._app = build(config, self._directory, board, self._relay, keyring=keyring)
+        ledger = Ledger()
+        exchange = Exchange(board, ledger, internal_credential(), lambda model: 0)
+        self._app = build(
+            config, self._directory, board, self._relay, keyring=keyring, ledger=ledger
+        )
         await self._directory.refresh()
-        self._refreshing = [asyncio.create_task(self._directory.run())]
-        if keyring:
-            self._refreshing.append(asyncio.create_task(keyring.run()))
+        running = [self._directory.run(), exchange.run(), *([keyring.run()] if keyring else [])]
+        self._refreshing = [asyncio.create_task(it) for it in running]
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

@@ -14,6 +14,7 @@ import fastapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
+from serve_app.cluster.exchange import Called
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import api, metrics, models, routes, stages
 from serve_app.gateway import body as request_body
@@ -22,6 +23,7 @@ from serve_app.gateway.cold_start import ColdStartQueue
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
 from serve_app.gateway.errors import GatewayError, invalid
+from serve_app.gateway.exchange import GATEWAY
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.metrics import Metrics
@@ -68,7 +70,7 @@ def build(
         own,
         dispatcher,
         stored,
-        (Metrics(), ledger or Ledger([]), stored, *stages),
+        (Metrics(), ledger or Ledger(), stored, *stages),
     )
     if not config.cors_allow_origins:
         return gateway
@@ -186,9 +188,12 @@ class Gateway:
             headers.get(b"content-type", b""), query, body
         )
         model = models.find(self._directory, named, caller)
-        request = Request(id, scope["method"], path, query, scope["headers"], body)
-        arrived = time.perf_counter()
-        return Call(uuid.uuid4().hex, request, model, named, caller, arrived=arrived)
+        number, arrived = uuid.uuid4().hex, time.perf_counter()
+        called = Called(
+            number, GATEWAY, caller.name if caller else "", model.name, named, path, time.time()
+        )
+        request = Request(id, scope["method"], path, query, scope["headers"], body, called.header())
+        return Call(number, request, model, named, caller, arrived=arrived)
 
 
 def _is_relayed(scope: Any, path: str) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from serve_app.cluster.exchange import Called, Report, Usage
 from serve_app.gateway.stages import Call, Outcome
 
 logger = logging.getLogger("ray.serve")
@@ -20,20 +20,6 @@ logger = logging.getLogger("ray.serve")
 PATIENCE_S = 30.0
 """Seconds after a request's end for which its replica's report is waited for. Reports come within
 milliseconds; none comes from a replica that was lost."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What engines did for one request, as their front end counted it."""
-
-    prompt_tokens: int = 0
-    """Tokens of all its prompts that engines computed or found in the KV cache."""
-
-    cached_tokens: int = 0
-    """Those found in the KV cache."""
-
-    completion_tokens: int = 0
-    """Generated tokens, of an aborted request too."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,8 @@ class Entry:
     """The id of the front end that had it last; empty where none got it."""
 
     end: str
-    """See :class:`serve_app.gateway.stages.Outcome`, as for ``status``."""
+    """See :class:`serve_app.gateway.stages.Outcome`, as for ``status``. ``orphaned``, with status
+    0: its front end reported it, and the gateway that had it is gone."""
 
     status: int
     arrived: float
@@ -96,12 +83,15 @@ class _Open:
     reported: tuple[str, Usage] | None = None
     """The front end that reported last, and what."""
 
+    waits: bool = False
+    """Whether its engine still works on it, though it has been answered."""
+
 
 class Ledger:
     """The stage that opens an entry for each call; :meth:`report` and the call's end close it."""
 
-    def __init__(self, listeners: Sequence[Listener]) -> None:
-        self._listeners = list(listeners)
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
         self._open: dict[str, _Open] = {}
 
     def listen(self, listener: Listener) -> None:
@@ -140,22 +130,27 @@ class Ledger:
         else:
             asyncio.get_running_loop().call_later(PATIENCE_S, self._give_up, call.id)
 
-    def report(self, id: str, front_end: str, usage: Usage) -> bool:
-        """Take a front end's report; return False for a request that is not open here.
+    def report(self, report: Report, front_end: str) -> None:
+        """Take a front end's report.
 
-        A request that was given to a second replica counts as that one reports it.
+        A request that was given to a second replica counts as that one reports it. One of a gateway
+        that is gone, or that was given up here, gets an entry of what its front end knows.
         """
-        known = self._open.get(id)
+        known = self._open.get(report.called.id)
         if known is None:
-            return False
-        known.reported = (front_end, usage)
-        if known.entry and known.entry.replica == front_end:
-            self._close(replace(known.entry, usage=usage))
-        return True
+            if report.usage:
+                self.enter(_orphan(report.called, front_end, report.usage))
+        elif report.usage is None:
+            known.waits = True
+        else:
+            known.reported = (front_end, report.usage)
+            if known.entry and known.entry.replica == front_end:
+                self._close(replace(known.entry, usage=report.usage))
 
     def _give_up(self, id: str) -> None:
         known = self._open.get(id)
-        if known and known.entry:
+        # One whose engine still works on it is reported later, if need be as an orphan.
+        if known and known.entry and not known.waits:
             self._close(known.entry)
 
     def _close(self, entry: Entry) -> None:
@@ -169,3 +164,23 @@ class Ledger:
                 listener.entered(entry)
             except Exception:
                 logger.exception(f"request {entry.request_id}: its entry was not taken")
+
+
+def _orphan(called: Called, front_end: str, usage: Usage) -> Entry:
+    return Entry(
+        id=called.id,
+        request_id="",
+        key=called.key,
+        model=called.model,
+        model_id=called.model_id,
+        path=called.path,
+        replica=front_end,
+        end="orphaned",
+        status=0,
+        arrived=called.arrived,
+        queued_s=0.0,
+        first_byte_s=None,
+        duration_s=0.0,
+        retries=0,
+        usage=usage,
+    )

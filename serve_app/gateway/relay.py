@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
+from serve_app.cluster.exchange import CALL_HEADER
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.replicas import FrontEnd
 from serve_app.gateway.upstream import (
@@ -67,6 +68,8 @@ class Request:
 
     headers: Headers
     body: bytes
+    call: bytes = b""
+    """What its front end reports it by: :data:`serve_app.cluster.exchange.CALL_HEADER`."""
 
     @property
     def target(self) -> str:
@@ -319,6 +322,8 @@ def _to_replica(request: Request, credential: bytes) -> Headers:
     drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
     kept = [(k, v) for k, v in request.headers if k not in drop and not k.startswith(_OURS)]
     kept.append((CREDENTIAL_HEADER, credential))
+    if request.call:
+        kept.append((CALL_HEADER, request.call))
     kept.append((b"x-request-id", request.id.encode()))
     return kept
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from serve_app.cluster import front_end_ids
+from serve_app.cluster.exchange import Load
 
 Address = tuple[str, int]
 """Host and port."""
@@ -53,6 +54,9 @@ class Replica:
     id: str
     inflight: int = 0
     """This gateway's requests in flight at all its front ends."""
+
+    load: Load | None = None
+    """Its engine's load, as it told last; None before that."""
 
     asleep_until: float = 0.0
     """By ``time.monotonic``; until then replicas that are awake are preferred."""
@@ -124,6 +128,18 @@ class Board:
         for id, address in running.items():
             known.setdefault(id, _front_end(id, address, replicas))
         return [it for id in running if not (it := known[id]).replica.avoids(id)]
+
+    def all(self) -> list[tuple[str, FrontEnd]]:
+        """Every front end with its application, avoided ones too."""
+        return [(name, it) for name, known in self._front_ends.items() for it in known.values()]
+
+    def report(self, replica_id: str, load: Load) -> None:
+        """Take what a replica says of its engine's load. One that is not known is ignored."""
+        for known in self._front_ends.values():
+            for front_end in known.values():
+                if front_end.replica.id == replica_id:
+                    front_end.replica.load = load
+                    return
 
     def application_of(self, front_end: str) -> str | None:
         """The application of the front end with this id, live or avoided."""

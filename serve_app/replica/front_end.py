@@ -14,11 +14,13 @@ import uvicorn
 from fastapi.exceptions import RequestValidationError
 
 from serve_app import addresses
+from serve_app.cluster.exchange import Load
 from serve_app.errors import UserError
-from serve_app.replica import responses, validation
+from serve_app.replica import meter, responses, validation
 from serve_app.replica.engine import Engine
 from serve_app.replica.guard import Guard
 from serve_app.replica.no_route import NoRoute
+from serve_app.replica.reports import Reports
 
 
 class FrontEnd:
@@ -27,7 +29,8 @@ class FrontEnd:
     host: str
     port: int
 
-    def __init__(self, app: Any, guard: Guard) -> None:
+    def __init__(self, app: Any, guard: Guard, reports: Reports) -> None:
+        self.reports = reports
         self.serving_models = app.state.openai_serving_models
         """vLLM's record of the adapters that this front end knows."""
 
@@ -50,15 +53,26 @@ class FrontEnd:
         self._serving: asyncio.Task[None] | None = None
 
     @classmethod
-    async def build(cls, engine: Engine, args: Namespace, credential: bytes, id: str) -> FrontEnd:
+    async def build(
+        cls,
+        engine: Engine,
+        args: Namespace,
+        credential: bytes,
+        id: str,
+        load: Callable[[], Load | None],
+    ) -> FrontEnd:
         """Make a front end for an engine. It accepts requests that carry this credential.
 
         Args:
             args: the engine's own arguments.
             id: this front end's, of :func:`serve_app.cluster.front_end_ids.of`.
+            load: the engine's, if this front end tells it to the gateways.
         """
         app = await _build_app(engine.llm, args, id)
-        return cls(app, Guard(app, credential, lambda: engine.dead, lambda: engine.asleep))
+        meter.install(engine.llm)
+        reports = Reports(load)
+        guard = Guard(app, credential, reports, lambda: engine.dead, lambda: engine.asleep)
+        return cls(app, guard, reports)
 
     async def listen(self, host: str, port: int = 0) -> None:
         """Serve on a port of ``host``; 0 takes a free one.

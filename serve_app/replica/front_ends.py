@@ -20,6 +20,7 @@ from serve_app.replica.channel import Channel, Lost
 from serve_app.replica.clients import Client
 from serve_app.replica.engine import Engine
 from serve_app.replica.front_end import FrontEnd, until_quiet
+from serve_app.replica.load import EngineLoad
 
 logger = logging.getLogger("ray.serve")
 
@@ -44,6 +45,9 @@ class Further:
         self.port = 0
         self.running = 0
         """HTTP requests in flight."""
+
+        self.due = 0
+        """Reports that a gateway is about to take."""
 
         self.busy = False
         """Whether it has requests in the engine."""
@@ -94,14 +98,15 @@ class FrontEnds:
         for one, client in zip(self.further, self.clients, strict=False):
             self._start(one, client)
 
-    async def listen(self, engine: Engine) -> None:
+    async def listen(self, engine: Engine, load: EngineLoad) -> None:
         """Serve, with the engine that has started.
 
         Raises:
             RuntimeError: why one of them could not start.
         """
         self._engine = engine
-        self.first = await self._order.front_end(engine, 0)
+        tell = lambda: load.now(self.running, busy=self.busy)  # noqa: E731
+        self.first = await self._order.front_end(engine, 0, tell)
         await self.first.listen(self._order.host)
         await asyncio.gather(*(one.listening for one in self.further))
         if self.further:
@@ -118,6 +123,15 @@ class FrontEnds:
         return self.first.running + sum(one.running for one in self.further)
 
     @property
+    def waiting(self) -> int:
+        """Number of requests that wait in the gateways for this model."""
+        return self.first.reports.waiting
+
+    @property
+    def _due(self) -> int:
+        return self.first.reports.due + sum(one.due for one in self.further)
+
+    @property
     def busy(self) -> bool:
         """Whether the engine has requests of any front end."""
         return self._engine.busy or any(one.busy for one in self.further)
@@ -132,8 +146,11 @@ class FrontEnds:
         await self._tell_all("forget", adapter)
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until no request is in flight, ``timeout_s`` seconds at most."""
-        await until_quiet(lambda: self.running, timeout_s)
+        """Wait until no request is in flight and the gateways know of all that ended.
+
+        Waits ``timeout_s`` seconds at most.
+        """
+        await until_quiet(lambda: self.running + self._due, timeout_s)
 
     async def close(self) -> None:
         """End all HTTP servers, within 5 seconds."""
@@ -187,11 +204,14 @@ class FrontEnds:
             one.listening.set_exception(RuntimeError(f"front end {one.index}: {why}"))
             one.listening.exception()  # it is told where it is awaited
 
-    def _reported(self, one: Further, running: int, busy: bool, records: list[Any]) -> None:
+    def _reported(
+        self, one: Further, running: int, due: int, busy: bool, records: list[Any]
+    ) -> None:
         from vllm.v1.metrics.stats import SchedulerStats
 
         was_busy = self.busy
-        one.running, one.busy, one.reported = running, busy, time.monotonic()
+        one.running, one.due, one.busy = running, due, busy
+        one.reported = time.monotonic()
         manager = self._engine.llm.logger_manager
         for scheduler, iteration, cache, engine_index in records:
             manager.record(scheduler, iteration, cache, engine_index)
@@ -218,7 +238,7 @@ class FrontEnds:
 
     def _lost(self, one: Further) -> None:
         self._failed(one, "its process ended")
-        one.running, one.busy = 0, False
+        one.running, one.due, one.busy = 0, 0, False
         if not self._closing and hasattr(self, "first"):
             self._spawn(self._replace(one))
 

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from serve_app.cluster import front_end_ids
+from serve_app.cluster.exchange import Load
 from serve_app.replica.channel import Channel, Failed
 from serve_app.replica.clients import Client
 from serve_app.replica.engine import Engine
@@ -45,10 +46,12 @@ class Order:
     replica: str
     host: str
 
-    async def front_end(self, engine: Engine, index: int) -> FrontEnd:
-        """The front end of this index, not yet listening."""
+    async def front_end(
+        self, engine: Engine, index: int, load: Callable[[], Load | None] = lambda: None
+    ) -> FrontEnd:
+        """The front end of this index, not yet listening. ``load`` tells the engine's, if known."""
         id = front_end_ids.of(self.replica, index)
-        return await FrontEnd.build(engine, self.args, self.credential, id)
+        return await FrontEnd.build(engine, self.args, self.credential, id, load)
 
 
 def main(index: int, order: bytes, client: Client, port: int, pipe: Connection[Any, Any]) -> None:
@@ -95,8 +98,11 @@ async def _serve(
             # Before the answer: whoever drains next must know of requests that came just before.
             report()
 
+        def state() -> tuple[int, int, bool]:
+            return front_end.running, front_end.reports.due, engine.busy
+
         def report() -> None:
-            channel.tell("report", front_end.running, engine.busy, recorder.take())
+            channel.tell("report", *state(), recorder.take())
 
         def learn(name: str, request: Any) -> None:
             adapters[name] = request
@@ -125,19 +131,19 @@ async def _serve(
         pipe.send(("failed", None, (f"{type(error).__name__}: {error}",)))
         raise
     channel.tell("listening", front_end.port)
-    await _report(channel, engine, front_end, recorder)
+    await _report(channel, state, recorder)
 
 
 async def _report(
-    channel: Channel, engine: Engine, front_end: FrontEnd, recorder: Recorder
+    channel: Channel, state: Callable[[], tuple[int, int, bool]], recorder: Recorder
 ) -> None:
     said, quiet = None, 0.0
     while True:
-        records, state = recorder.take(), (front_end.running, engine.busy)
-        if records or state != said or quiet >= SIGN_OF_LIFE_S:
+        records, now = recorder.take(), state()
+        if records or now != said or quiet >= SIGN_OF_LIFE_S:
             # One at a time: while that process is busy, a full pipe would hold up this one, too.
             with contextlib.suppress(Failed):  # it is logged there
-                await channel.ask("report", *state, records)
-            said, quiet = state, 0.0
+                await channel.ask("report", *now, records)
+            said, quiet = now, 0.0
         await asyncio.sleep(REPORT_S)
         quiet += REPORT_S

@@ -1,4 +1,7 @@
-"""Lets only the gateway's requests reach a front end, and only while the replica can serve them."""
+"""Lets only the gateway's requests reach a front end, and only while the replica can serve them.
+
+It meters them, and answers the gateways' exchange (:mod:`serve_app.cluster.exchange`) by itself.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,17 @@ import hmac
 from collections.abc import Callable
 from typing import Any
 
-from starlette.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
+from serve_app.cluster.exchange import CALL_HEADER, PATH, Called, Question
 from serve_app.errors import envelope
+from serve_app.replica import meter
+from serve_app.replica.meter import Meter
+from serve_app.replica.reports import Reports
 
 _NOT_THE_GATEWAY = envelope(
     "This port belongs to the gateway; send requests there.",
@@ -30,11 +38,13 @@ class Guard:
         self,
         app: ASGIApp,
         credential: bytes,
+        reports: Reports,
         dead: Callable[[], bool],
         asleep: Callable[[], bool],
     ) -> None:
         self._app = app
         self._credential = credential
+        self._reports = reports
         self._dead = dead
         self._asleep = asleep
         self.running = 0
@@ -43,12 +53,17 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        given = b""
+        given, called = b"", b""
         for name, value in scope["headers"]:
             if name == CREDENTIAL_HEADER:
                 given = value
+            elif name == CALL_HEADER:
+                called = value
         if not hmac.compare_digest(given, self._credential):
             await _refusal(scope, 401, _NOT_THE_GATEWAY)(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"] == PATH:
+            await self._exchange(scope, receive, send)
             return
         if self._asleep():
             marked = {ASLEEP_HEADER.decode(): "1"}
@@ -63,11 +78,20 @@ class Guard:
                 await asyncio.Event().wait()
             await send(message)
 
+        metered = Meter(Called.read(called), self._reports) if called else None
+        meter.current.set(metered)
         self.running += 1
         try:
             await self._app(scope, receive, send_unless_dead)
         finally:
             self.running -= 1
+            if metered:
+                metered.answered()
+
+    async def _exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
+        question = Question.decode(await Request(scope, receive).body())
+        answer = await self._reports.answer(question)
+        await Response(answer.encode(), media_type="application/json")(scope, receive, send)
 
 
 def _refusal(

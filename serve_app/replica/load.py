@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.cluster.exchange import Load
+
 logger = logging.getLogger("ray.serve")
 
 WINDOW_S = 60.0
@@ -93,20 +95,26 @@ class EngineLoad:
         none runs; ``busy`` tells whether any front end has a request in it.
         """
         now = self._clock()
-        if not busy:
-            self._running = self._waiting = 0
+        load = self.now(busy=busy)
         before, tokens = self._asked
         self._asked = (now, self._tokens)
-        capacity = self._config.scheduler_config.max_num_seqs if self._config else 0
         return {
-            "running": self._running,
-            "waiting": self._waiting,
-            "in_front_end": max(0, answering - self._running - self._waiting),
-            "capacity": capacity,
-            "kv_cache_usage": self._kv_cache_usage,
+            "running": load.running,
+            "waiting": load.waiting,
+            "in_front_end": max(0, answering - load.running - load.waiting),
+            "capacity": load.capacity,
+            "kv_cache_usage": load.kv_cache_usage,
             "preemptions": self._preemptions,
             "tokens_per_s": (self._tokens - tokens) / max(now - before, 1e-3),
         }
+
+    def now(self, answering: int = 0, *, busy: bool = True) -> Load:
+        """The same, as gateways want to know it; those in the front end count as waiting."""
+        if not busy:
+            self._running = self._waiting = 0
+        capacity = self._config.scheduler_config.max_num_seqs if self._config else 0
+        waiting = max(self._waiting, answering - self._running)
+        return Load(self._running, waiting, capacity, self._kv_cache_usage)
 
     def record(
         self,

@@ -71,7 +71,7 @@ class ModelServer:
             try:
                 self._load = EngineLoad(args.served_model_name[0])
                 self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
-                await ours.listen(self._engine)
+                await ours.listen(self._engine, self._load)
             except BaseException:
                 ours.kill()
                 raise
@@ -114,7 +114,8 @@ class ModelServer:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What :class:`serve_app.cluster.autoscaling.LoadPolicy` decides on."""
         ours = self._front_ends
-        return self._load.stats(ours.running, busy=ours.busy)
+        stats = self._load.stats(ours.running, busy=ours.busy)
+        return {**stats, "in_gateways": ours.waiting}
 
     async def check_health(self) -> None:
         """Raise when Serve must replace this replica. With its first call the start is over."""

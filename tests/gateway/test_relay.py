@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from harness.scripted import CREDENTIAL, Exchange, GatewayProcess, Upstream, connections_to, until
 
+from serve_app.cluster.exchange import Called
+from serve_app.gateway.exchange import GATEWAY
 from serve_app.gateway.relay import Answer, Request
 
 CHAT = "/v1/chat/completions"
@@ -77,6 +79,7 @@ async def test_headers_of_one_hop_and_secrets_stop_at_the_gateway() -> None:
         ("upgrade", "h2c"),
         ("authorization", "Bearer sk-of-a-user"),
         ("x-serve-app-credential", "a-guess"),
+        ("x-serve-app-call", "[]"),
         ("endpoint-load-metrics-format", "JSON"),
         ("x-request-id", "r-1"),
         ("x-custom", "kept"),
@@ -86,7 +89,10 @@ async def test_headers_of_one_hop_and_secrets_stop_at_the_gateway() -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         await gateway.client.post(CHAT, json=ASK, headers=sent)
     [seen] = upstream.exchanges
-    assert dict(seen.headers) == {
+    seen_headers = dict(seen.headers)
+    called = Called.read(seen_headers.pop("x-serve-app-call").encode())
+    assert (called.gateway, called.key, called.path) == (GATEWAY, "", CHAT)
+    assert seen_headers == {
         "Host": f"127.0.0.1:{upstream.port}",
         "content-type": "application/json",
         "Content-Length": str(len(seen.body)),

@@ -10,8 +10,15 @@ import pytest
 
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.replica.guard import Guard
+from serve_app.replica.reports import Reports
 
 START = {"type": "http.response.start", "status": 200, "headers": []}
+
+
+def reports() -> Reports:
+    return Reports(lambda: None)
+
+
 EVENT = {"type": "http.response.body", "body": b"data: {}", "more_body": True}
 
 
@@ -27,8 +34,8 @@ async def test_a_dead_engines_answer_stops_where_it_is(said: int) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = Guard(app, b"secret", lambda: len(sent) == said, lambda: False)
-    scope = {"type": "http", "headers": [(CREDENTIAL_HEADER, b"secret")]}
+    guard = Guard(app, b"secret", reports(), lambda: len(sent) == said, lambda: False)
+    scope = {"type": "http", "path": "/v1/models", "headers": [(CREDENTIAL_HEADER, b"secret")]}
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await guard(scope, send, send)
@@ -45,8 +52,8 @@ async def test_a_sleeping_engine_gets_no_request_that_it_would_keep() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = Guard(app, b"secret", lambda: False, lambda: True)
-    scope = {"type": "http", "headers": [(CREDENTIAL_HEADER, b"secret")]}
+    guard = Guard(app, b"secret", reports(), lambda: False, lambda: True)
+    scope = {"type": "http", "path": "/v1/models", "headers": [(CREDENTIAL_HEADER, b"secret")]}
     await guard(scope, send, send)
     head, body = sent
     assert head["status"] == 503

@@ -14,8 +14,11 @@ from serve_app import addresses
 from serve_app.cluster.credential import CREDENTIAL_HEADER
 from serve_app.replica.front_end import FrontEnd, until_quiet
 from serve_app.replica.guard import Guard
+from serve_app.replica.reports import Reports
 
 HEADERS = {CREDENTIAL_HEADER.decode(): "secret"}
+
+REPORTS = Reports(lambda: None)
 
 
 class App:
@@ -36,7 +39,7 @@ class App:
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_it_serves_the_gateway_until_it_is_closed(host: str) -> None:
     app = App()
-    front_end = FrontEnd(app, Guard(app, b"secret", lambda: False, lambda: False))
+    front_end = FrontEnd(app, Guard(app, b"secret", REPORTS, lambda: False, lambda: False), REPORTS)
     assert front_end.serving_models == "vLLM's"
     await front_end.listen(host)
     url = f"http://{addresses.join(front_end.host, front_end.port)}"
@@ -62,7 +65,9 @@ async def test_a_signal_stays_the_process_s_own() -> None:
     """uvicorn, whose private ``capture_signals`` is replaced, would end its server at one."""
     handled = (signal.SIGINT, signal.SIGTERM)
     before = [signal.getsignal(number) for number in handled]
-    front_end = FrontEnd(App(), Guard(App(), b"secret", lambda: False, lambda: False))
+    front_end = FrontEnd(
+        App(), Guard(App(), b"secret", REPORTS, lambda: False, lambda: False), REPORTS
+    )
     await front_end.listen("127.0.0.1")
     try:
         assert [signal.getsignal(number) for number in handled] == before

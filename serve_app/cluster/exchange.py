@@ -1,0 +1,137 @@
+"""What a gateway and a front end of a replica tell each other, besides requests and answers.
+
+Each gateway keeps one ``POST`` to :data:`PATH` open at every front end. The front end answers with
+an :class:`Answer` as soon as it has a report, else after :data:`HOLD_S`. A report stays with the
+front end until a gateway's next ``POST`` says that it has been taken.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+PATH = "/-/serve_app/exchange"
+
+CALL_HEADER = b"x-serve-app-call"
+"""Request header that carries a :class:`Called` from the gateway to a front end."""
+
+HOLD_S = 1.0
+"""Seconds after which a front end answers though it has nothing to report."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a front end must know of a request so that its report can be matched, or stand alone."""
+
+    id: str
+    gateway: str
+    key: str
+    model: str
+    model_id: str
+    path: str
+    arrived: float
+    """Seconds since the epoch."""
+
+    def header(self) -> bytes:
+        """The value of :data:`CALL_HEADER`."""
+        return json.dumps(list(asdict(self).values())).encode()
+
+    @staticmethod
+    def read(header: bytes) -> Called:
+        """The inverse of :meth:`header`."""
+        return Called(*json.loads(header))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What engines did for one request, as its front end counted it."""
+
+    prompt_tokens: int = 0
+    """Tokens of all its prompts that engines computed or found in the KV cache."""
+
+    cached_tokens: int = 0
+    """Those found in the KV cache."""
+
+    completion_tokens: int = 0
+    """Generated tokens, of an aborted request too."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one request took; or, without ``usage``, that the engine still works on it.
+
+    A request may outlive its HTTP answer: a response that is made in the background does.
+    """
+
+    called: Called
+    usage: Usage | None
+
+
+@dataclass(frozen=True)
+class Load:
+    """An engine's load, as in its replica's autoscaling statistics."""
+
+    running: int
+    """Requests that the engine runs."""
+
+    waiting: int
+    """Requests that wait in it, or in a front end for it."""
+
+    capacity: int
+    """``max_num_seqs``."""
+
+    kv_cache_usage: float
+    """From 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a gateway says."""
+
+    gateway: str
+    """Its id, made anew at each start."""
+
+    of: str = ""
+    """The ``of`` of the last answer."""
+
+    taken: int = 0
+    """The ``last`` of that answer: it has all reports up to there."""
+
+    waiting: int = 0
+    """Requests that wait in it for this model."""
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(body: bytes) -> Question:
+        return Question(**json.loads(body))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a front end says."""
+
+    of: str
+    """The front end's process, whose numbers these are."""
+
+    last: int
+    """The number of the last of ``reports``."""
+
+    reports: list[Report] = field(default_factory=list)
+    load: Load | None = None
+    """From the front end that is in the engine's replica process; None from further ones."""
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @staticmethod
+    def decode(body: bytes) -> Answer:
+        said: dict[str, Any] = json.loads(body)
+        reports = [
+            Report(Called(**it["called"]), Usage(**it["usage"]) if it["usage"] else None)
+            for it in said["reports"]
+        ]
+        load = Load(**said["load"]) if said["load"] else None
+        return Answer(said["of"], said["last"], reports, load)

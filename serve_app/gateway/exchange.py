@@ -1,0 +1,90 @@
+"""The gateway's side of the exchange with all front ends (:mod:`serve_app.cluster.exchange`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Callable
+
+from serve_app.cluster.credential import CREDENTIAL_HEADER
+from serve_app.cluster.exchange import PATH, Answer, Question
+from serve_app.gateway.ledger import Ledger
+from serve_app.gateway.replicas import Board, FrontEnd
+from serve_app.gateway.upstream import Pool, UpstreamError
+
+logger = logging.getLogger("ray.serve")
+
+GATEWAY = uuid.uuid4().hex
+"""This process's id."""
+
+_LOOK_S = 0.2
+"""Seconds between two looks for new front ends."""
+
+_PAUSE_S = 1.0
+"""Seconds before a front end that failed is asked again."""
+
+_SILENCE_S = 30.0
+"""Seconds that a front end may take for its answer: its loop may be busy with long prompts."""
+
+
+class Exchange:
+    """Asks every front end on the board, over and over."""
+
+    def __init__(
+        self, board: Board, ledger: Ledger, credential: bytes, waiting: Callable[[str], int]
+    ) -> None:
+        """``waiting`` says how many requests wait here for a model."""
+        self._board = board
+        self._ledger = ledger
+        self._credential = credential
+        self._waiting = waiting
+        self._pool = Pool(connect_timeout_s=5.0, silence_timeout_s=_SILENCE_S)
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Ask for ever."""
+        try:
+            while True:
+                known = {it.id: (name, it) for name, it in self._board.all()}
+                # One that drains is off the board, and still has reports: its task ends by itself.
+                self._asking = {id: it for id, it in self._asking.items() if not it.done()}
+                for id in known.keys() - self._asking.keys():
+                    self._asking[id] = asyncio.create_task(self._ask(*known[id]))
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            for task in self._asking.values():
+                task.cancel()
+            self._pool.close()
+
+    async def _ask(self, model: str, front_end: FrontEnd) -> None:
+        said = Answer("", 0)
+        while True:
+            question = Question(GATEWAY, said.of, said.last, self._waiting(model))
+            try:
+                said = await self._once(front_end, question)
+            except (UpstreamError, ValueError, KeyError, TypeError) as error:
+                if all(it is not front_end for _, it in self._board.all()):
+                    return
+                logger.debug(f"no exchange with {front_end.id}: {error!r}")
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            for report in said.reports:
+                self._ledger.report(report, front_end.id)
+            if said.load:
+                self._board.report(front_end.replica.id, said.load)
+
+    async def _once(self, front_end: FrontEnd, question: Question) -> Answer:
+        headers = [
+            (CREDENTIAL_HEADER, self._credential),
+            (b"content-type", b"application/json"),
+        ]
+        body = question.encode()
+        asked = self._pool.ask(front_end.host, front_end.port, "POST", PATH, headers, body)
+        with await asked as connection:
+            said = b""
+            while not connection.ended:
+                said += await connection.read()
+            if connection.status != 200:
+                raise ValueError(f"status {connection.status}")
+        return Answer.decode(said)

@@ -1,0 +1,89 @@
+"""A front end's reports, each kept until a gateway has taken it.
+
+Reports go to the gateway that sent the request. When that one has been silent for a while, they go
+to whichever asks next: what was used is never lost with a gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serve_app.cluster.exchange import HOLD_S, Answer, Load, Question, Report
+
+SILENT_S = 15.0
+"""Seconds without a question after which a gateway counts as gone."""
+
+_AT_ONCE = 500
+"""Reports in one answer."""
+
+
+@dataclass
+class _Box:
+    """One gateway's reports."""
+
+    reports: deque[Report] = field(default_factory=deque)
+    first: int = 1
+    """The number of the first of ``reports``; the others follow."""
+
+    asked: float = field(default_factory=time.monotonic)
+    waiting: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Reports:
+    """All reports of a front end that no gateway has taken yet."""
+
+    def __init__(self, load: Callable[[], Load | None]) -> None:
+        self._id = uuid.uuid4().hex
+        self._load = load
+        self._boxes: dict[str, _Box] = {}
+
+    def add(self, report: Report) -> None:
+        """Keep a report for the gateway that sent the request."""
+        box = self._boxes.setdefault(report.called.gateway, _Box())
+        box.reports.append(report)
+        box.news.set()
+
+    async def answer(self, question: Question) -> Answer:
+        """What a gateway is told: at once if there is a report for it, else after a while."""
+        box = self._boxes.setdefault(question.gateway, _Box())
+        box.asked, box.waiting = time.monotonic(), question.waiting
+        while question.of == self._id and box.reports and box.first <= question.taken:
+            box.reports.popleft()
+            box.first += 1
+        self._take_over(box)
+        if not box.reports:
+            box.news.clear()
+            try:
+                async with asyncio.timeout(HOLD_S):
+                    await box.news.wait()
+            except TimeoutError:
+                pass
+        box.asked = time.monotonic()
+        told = [box.reports[i] for i in range(min(len(box.reports), _AT_ONCE))]
+        return Answer(self._id, box.first + len(told) - 1, told, self._load())
+
+    @property
+    def due(self) -> int:
+        """Reports that a gateway is about to take."""
+        return sum(len(box.reports) for box in self._boxes.values() if not _silent(box))
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait in the gateways for this model."""
+        return sum(box.waiting for box in self._boxes.values() if not _silent(box))
+
+    def _take_over(self, box: _Box) -> None:
+        for gateway, other in list(self._boxes.items()):
+            if other is not box and _silent(other):
+                box.reports.extend(other.reports)
+                del self._boxes[gateway]
+
+
+def _silent(box: _Box) -> bool:
+    return time.monotonic() - box.asked > SILENT_S

@@ -1,0 +1,176 @@
+"""What front ends report to gateways, and what the ledger makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from serve_app.cluster.exchange import Answer, Called, Load, Question, Report, Usage
+from serve_app.gateway import ledger
+from serve_app.gateway.ledger import Entry, Ledger
+from serve_app.gateway.relay import Request
+from serve_app.gateway.stages import Call, Outcome
+from serve_app.replica import reports
+from serve_app.replica.reports import Reports
+
+CALLED = Called("1", "g", "team-a", "m", "alias", "/v1/completions", 12.0)
+TOOK = Usage(5, 2, 7)
+
+
+def report(id: str, gateway: str = "g") -> Report:
+    return Report(replace(CALLED, id=id, gateway=gateway), TOOK)
+
+
+def test_messages_arrive_as_they_were_sent() -> None:
+    answer = Answer("p", 3, [report("1"), Report(CALLED, None)], Load(1, 2, 3, 0.5))
+    assert Answer.decode(answer.encode()) == answer
+    assert Called.read(CALLED.header()) == CALLED
+    question = Question("g", "p", 3, 2)
+    assert Question.decode(question.encode()) == question
+
+
+async def test_a_report_stays_until_it_was_taken() -> None:
+    kept = Reports(lambda: Load(1, 0, 8, 0.1))
+    for id in ("1", "2"):
+        kept.add(report(id))
+    first = await kept.answer(Question("g"))
+    assert [it.called.id for it in first.reports] == ["1", "2"]
+    assert first.load == Load(1, 0, 8, 0.1)
+    again = await kept.answer(Question("g"))  # the answer was lost
+    assert again.reports == first.reports
+    kept.add(report("3"))
+    last = await kept.answer(Question("g", first.of, first.last))
+    assert [it.called.id for it in last.reports] == ["3"]
+    assert kept.due == 1
+
+
+async def test_numbers_of_another_process_take_nothing() -> None:
+    """A front end was started again, on the same port."""
+    kept = Reports(lambda: None)
+    kept.add(report("1"))
+    answer = await kept.answer(Question("g", "the one before", 500))
+    assert [it.called.id for it in answer.reports] == ["1"]
+
+
+async def test_a_question_without_news_is_answered_in_the_end(monkeypatch: Any) -> None:
+    monkeypatch.setattr(reports, "HOLD_S", 0.05)
+    kept = Reports(lambda: None)
+    assert (await kept.answer(Question("g", waiting=3))).reports == []
+    assert kept.waiting == 3
+    asked = asyncio.create_task(kept.answer(Question("g")))
+    await asyncio.sleep(0)
+    kept.add(report("1"))
+    assert len((await asked).reports) == 1
+
+
+async def test_reports_of_a_gateway_that_is_gone_go_to_another(monkeypatch: Any) -> None:
+    monkeypatch.setattr(reports, "HOLD_S", 0.01)
+    kept = Reports(lambda: None)
+    kept.add(report("1", "gone"))
+    assert (await kept.answer(Question("g"))).reports == []
+    monkeypatch.setattr(reports, "SILENT_S", -1.0)
+    assert kept.due == 0  # nobody is about to take it: a drain need not wait
+    answer = await kept.answer(Question("g"))
+    assert [it.called.id for it in answer.reports] == ["1"]
+
+
+# --- the ledger ----------------------------------------------------------------------------------
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+
+    def entered(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+
+@pytest.fixture
+def heard() -> Listener:
+    return Listener()
+
+
+@pytest.fixture
+def book(heard: Listener) -> Ledger:
+    book = Ledger()
+    book.listen(heard)
+    return book
+
+
+def call(id: str = "1") -> Call:
+    model: Any = type("Model", (), {"name": "m"})
+    request = Request(f"r-{id}", "POST", "/v1/completions", b"", [], b"{}")
+    return Call(id, request, model, "alias", None, arrived=1.0)
+
+
+def outcome(front_end: str = "f") -> Outcome:
+    return Outcome("answered", 200, front_end=front_end, first_byte=1.5, ended=3.0)
+
+
+@pytest.mark.parametrize("first", ["the answer ends", "the report comes"])
+async def test_an_entry_has_both_halves(book: Ledger, heard: Listener, first: str) -> None:
+    await book.admit(call())
+    if first == "the report comes":
+        book.report(report("1"), "f")
+    book.ended(call(), outcome())
+    if first == "the answer ends":
+        assert heard.entries == []
+        book.report(report("1"), "f")
+    [entry] = heard.entries
+    assert (entry.id, entry.request_id, entry.model_id) == ("1", "r-1", "alias")
+    assert (entry.usage, entry.status, entry.first_byte_s, entry.duration_s) == (
+        TOOK, 200, 0.5, 2.0,
+    )  # fmt: skip
+
+
+async def test_a_refused_call_waits_for_no_report(book: Ledger, heard: Listener) -> None:
+    await book.admit(call())
+    book.ended(call(), Outcome("refused", 429, ended=1.0))
+    [entry] = heard.entries
+    assert (entry.end, entry.usage) == ("refused", None)
+
+
+async def test_a_call_that_two_replicas_had_counts_once(book: Ledger, heard: Listener) -> None:
+    await book.admit(call())
+    book.report(Report(CALLED, Usage(5, 0, 0)), "the first")
+    book.ended(call(), outcome("the second"))
+    assert heard.entries == []
+    book.report(report("1"), "the second")
+    assert [it.usage for it in heard.entries] == [TOOK]
+
+
+async def test_a_lost_replica_reports_nothing(
+    book: Ledger, heard: Listener, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(ledger, "PATIENCE_S", 0.01)
+    await book.admit(call())
+    book.ended(call(), outcome())
+    await asyncio.sleep(0.05)
+    assert [it.usage for it in heard.entries] == [None]
+
+
+async def test_what_an_engine_still_works_on_is_waited_for(
+    book: Ledger, heard: Listener, monkeypatch: Any
+) -> None:
+    """A response that is made in the background."""
+    monkeypatch.setattr(ledger, "PATIENCE_S", 0.01)
+    await book.admit(call())
+    book.ended(call(), outcome())
+    book.report(Report(CALLED, None), "f")
+    await asyncio.sleep(0.05)
+    assert heard.entries == []
+    book.report(report("1"), "f")
+    assert [it.usage for it in heard.entries] == [TOOK]
+
+
+async def test_an_orphan_is_entered_as_its_front_end_knows_it(
+    book: Ledger, heard: Listener
+) -> None:
+    book.report(report("9", "gone"), "f")
+    [entry] = heard.entries
+    assert (entry.end, entry.key, entry.model_id, entry.usage) == (
+        "orphaned", "team-a", "alias", TOOK,
+    )  # fmt: skip
