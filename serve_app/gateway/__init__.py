@@ -23,6 +23,9 @@ from serve_app.gateway import scaling
 # Each streaming request occupies one of Serve's slots. vLLM bounds the load, so Serve need not.
 _UNBOUNDED = 1_000_000
 
+_SETTLE_S = 5.0
+"""Seconds that a gateway which ends waits for what replicas report of its last requests."""
+
 NODES_ENV = "SERVE_APP_GATEWAY_NODES"
 """Environment variable on every node: a Ray label (``key=value``) of the nodes on which gateways
 may run. On Kubernetes these nodes are the endpoints of the Service. Unset: any node."""
@@ -86,7 +89,7 @@ class GatewayServer:
             internal_credential(), config.connect_timeout_s, config.request_timeout_s
         )
         keyring = Keyring(config.keys) if config.keys else None
-        ledger = Ledger()
+        self._ledger = ledger = Ledger()
         exchange = Exchange(board, ledger, internal_credential(), lambda model: 0)
         self._app = build(
             config, self._directory, board, self._relay, keyring=keyring, ledger=ledger
@@ -101,6 +104,7 @@ class GatewayServer:
     async def __del__(self) -> None:
         refreshing = getattr(self, "_refreshing", None)
         if refreshing is not None:
+            await self._ledger.settle(_SETTLE_S)
             for task in refreshing:
                 task.cancel()
             self._relay.close()

@@ -147,6 +147,17 @@ class Ledger:
             if known.entry and known.entry.replica == front_end:
                 self._close(replace(known.entry, usage=report.usage))
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until every request that has ended is entered, at most so long.
+
+        For the end of a gateway. What is reported later, the next gateway enters as an orphan.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and any(
+            it.entry and not it.waits for it in self._open.values()
+        ):
+            await asyncio.sleep(0.05)
+
     def _give_up(self, id: str) -> None:
         known = self._open.get(id)
         # One whose engine still works on it is reported later, if need be as an orphan.
