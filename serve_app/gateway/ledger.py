@@ -7,6 +7,7 @@ usage database, the access log, metrics) listens here and is told once for each 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -93,6 +94,7 @@ class Ledger:
     def __init__(self) -> None:
         self._listeners: list[Listener] = []
         self._open: dict[str, _Open] = {}
+        self._closed = asyncio.Event()
 
     def listen(self, listener: Listener) -> None:
         """Tell ``listener`` of every further entry."""
@@ -152,11 +154,11 @@ class Ledger:
 
         For the end of a gateway. What is reported later, the next gateway enters as an orphan.
         """
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and any(
-            it.entry and not it.waits for it in self._open.values()
-        ):
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while any(it.entry and not it.waits for it in self._open.values()):
+                    self._closed.clear()
+                    await self._closed.wait()
 
     def _give_up(self, id: str) -> None:
         known = self._open.get(id)
@@ -166,6 +168,7 @@ class Ledger:
 
     def _close(self, entry: Entry) -> None:
         del self._open[entry.id]
+        self._closed.set()
         self.enter(entry)
 
     def enter(self, entry: Entry) -> None:

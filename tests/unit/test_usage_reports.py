@@ -166,6 +166,19 @@ async def test_what_an_engine_still_works_on_is_waited_for(
     assert [it.usage for it in heard.entries] == [TOOK]
 
 
+async def test_a_gateway_that_ends_waits_for_reports(book: Ledger, heard: Listener) -> None:
+    for id in ("1", "2"):
+        await book.admit(call(id))
+    await book.settle(10)  # both still run
+    book.ended(call("1"), outcome())
+    settling = asyncio.create_task(book.settle(10))
+    await asyncio.sleep(0)
+    assert not settling.done()
+    book.report(report("1"), "f")
+    await settling
+    assert len(heard.entries) == 1
+
+
 async def test_an_orphan_is_entered_as_its_front_end_knows_it(
     book: Ledger, heard: Listener
 ) -> None:
