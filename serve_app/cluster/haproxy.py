@@ -10,6 +10,9 @@ no server behind it understands, and shows Serve's routes to everyone. Serve has
 of this, only one for the binary's path. HAProxy takes the missing lines in the frontend's own
 section alone, so :func:`main` writes them into Serve's file.
 
+HAProxy's statistics and its own metrics would be open to the network, and its command socket to all
+users of the machine. Only Serve, on the same machine, uses them.
+
 Behind HAProxy, Serve also keeps each stopping replica for 30 s, so that load balancers elsewhere
 notice. ``serve-app run`` has no such load balancers, and Ctrl-C would take 30 s.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +35,9 @@ HEAD_S = 30
 
 FRONTEND = "frontend http_frontend\n"
 """The line of Serve's configuration under which the clients' side is described."""
+
+_OF_ALL_INTERFACES = re.compile(r"^(\s+bind) \*?:(?=\d+$)", re.MULTILINE)
+_OF_ALL_USERS = "mode 666 level admin"
 
 
 def environment() -> dict[str, str]:
@@ -58,7 +65,9 @@ def main() -> None:
 
 
 def with_ours(configuration: str) -> str:
-    """Serve's ``configuration`` with our lines at the start of its frontend, once."""
+    """Serve's ``configuration``: our lines at the start of its frontend, once; the rest private."""
+    configuration = _OF_ALL_INTERFACES.sub(r"\1 127.0.0.1:", configuration)
+    configuration = configuration.replace(_OF_ALL_USERS, "mode 600 level admin")
     before, found, after = configuration.partition(FRONTEND)
     return configuration if _OURS in after else before + found + (found and _OURS) + after
 

@@ -13,7 +13,9 @@ from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from serve_app.cluster import haproxy
 
 # Of Serve's configuration what our lines need around them.
-CONFIGURATION = f"""defaults
+CONFIGURATION = f"""global
+    stats socket /tmp/serve-app-test.sock mode 666 level admin expose-fd listeners
+defaults
     mode http
     timeout client 5s
     timeout connect 5s
@@ -22,6 +24,12 @@ CONFIGURATION = f"""defaults
     default_backend nothing
 backend nothing
     http-request return status 200
+frontend prometheus
+    bind :9101
+    http-request use-service prometheus-exporter if {{ path /metrics }}
+listen stats
+  bind *:8404
+  stats enable
 """
 
 
@@ -46,6 +54,20 @@ def test_it_does_not_splice_and_passes_on_what_serve_says(monkeypatch: pytest.Mo
 
 def test_serve_s_configuration_has_the_frontend_that_ours_go_into() -> None:
     assert HAPROXY_CONFIG_TEMPLATE.count("\n" + haproxy.FRONTEND) == 1
+
+
+def test_what_serve_opens_to_all_is_closed() -> None:
+    """As Serve's template has it: HAProxy's metrics, statistics and command socket."""
+    opened = [
+        ("frontend prometheus\n    bind :{{ config.metrics_port }}", "bind 127.0.0.1:9101"),
+        ("listen stats\n  bind *:{{ config.stats_port }}", "bind 127.0.0.1:8404"),
+        ("stats socket {{ config.socket_path }} mode 666 level admin", "mode 600 level admin"),
+    ]
+    ours = haproxy.with_ours(CONFIGURATION)
+    for theirs, closed in opened:
+        assert HAPROXY_CONFIG_TEMPLATE.count(theirs) == 1
+        assert closed in ours
+    assert ours.count("bind 127.0.0.1:") == 3 and haproxy.with_ours(ours) == ours
 
 
 def test_haproxy_takes_our_lines_from_the_file_that_serve_wrote(tmp_path: Path) -> None:
