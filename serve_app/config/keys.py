@@ -41,6 +41,12 @@ class Key(Settings):
     admin: bool = False
     """Whether it also sees what concerns all keys."""
 
+    priority: int = 0
+    """Whose requests wait for a replica are served in this order, the highest first."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Its share among the keys of its priority whose requests wait."""
+
     @field_validator("name")
     @classmethod
     def _short(cls, name: str) -> str:

@@ -18,6 +18,12 @@ class Caller:
 
     admin: bool = False
 
+    priority: int = 0
+    """Of its requests that wait; the highest goes first."""
+
+    weight: float = 1.0
+    """Its share among callers of the same priority whose requests wait."""
+
     def may_use(self, id: str, model: Model | None) -> bool:
         """Whether it may name this id.
 

@@ -83,7 +83,7 @@ class Keyring:
                 "new one.",
                 "expired_api_key",
             )
-        return Caller(key.name, tuple(key.models), key.admin)
+        return Caller(key.name, tuple(key.models), key.admin, key.priority, key.weight)
 
     def _stamp_now(self) -> object:
         if not self._source.file:
