@@ -27,6 +27,7 @@ CLASSES: dict[str, type[BaseModel]] = {
     for each in (
         settings.ModelConfig, settings.Resources, settings.Autoscaling, settings.Adapter,
         settings.LiveConfig, settings.GatewayConfig, settings.KeySource, keys.Key,
+        keys.KeyLimits,
         profile.ClusterProfile, profile.Head, profile.GatewayPods, profile.Cache, profile.Redis,
         profile.Ingress, profile.Upgrade, profile.SecretKey,
     )
@@ -74,10 +75,17 @@ def table(name: str) -> str:
     required = schema.get("required", [])
     rows = []
     for key, field in schema["properties"].items():
+        if key not in own(described):
+            continue
         default = described.model_fields[key].default
         shown = "**required**" if key in required else _shown(default)
         rows.append((f"`{key}`", _kind(key, field, schema), shown, said.get(key, "")))
     return _table(("setting", "type", "default", "what it does"), rows)
+
+
+def own(described: type[BaseModel]) -> set[str]:
+    """The fields of a class without those of its bases, which have tables of their own."""
+    return described.model_fields.keys() & described.__annotations__.keys()
 
 
 def docstrings(described: type[BaseModel]) -> dict[str, str]:

@@ -23,7 +23,53 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 
 
-class Key(Settings):
+class KeyLimits(Settings):
+    """How much a key may ask for; None is without a limit."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Requests for a model in the last 60 s."""
+
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Tokens of prompts and completions together in the last 60 s."""
+
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    """Requests at the same time, those included that wait for a replica."""
+
+    tokens_per_day: int | None = Field(default=None, ge=1)
+    """The same tokens in one day, which begins at 00:00 UTC."""
+
+    cached_token_weight: float = Field(default=1.0, ge=0, le=1)
+    """What a prompt's token counts that was found in the KV cache; 0 makes it free."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything is limited."""
+        return bool(self.words())
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether tokens are."""
+        return self.tokens_per_minute is not None or self.tokens_per_day is not None
+
+    def words(self) -> str:
+        """The limits in a few words; empty without any."""
+        said = [
+            f"{limit:,} {words}"
+            for limit, words in (
+                (self.requests_per_minute, "requests/min"),
+                (self.tokens_per_minute, "tokens/min"),
+                (self.concurrent_requests, "at once"),
+                (self.tokens_per_day, "tokens/day"),
+            )
+            if limit is not None
+        ]
+        return ", ".join(said)
+
+
+UNLIMITED = KeyLimits()
+
+
+class Key(KeyLimits):
     """One entry of a keys file."""
 
     name: str
@@ -47,6 +93,10 @@ class Key(Settings):
     weight: float = Field(default=1.0, gt=0)
     """Its share among the keys of its priority whose requests wait."""
 
+    model_limits: dict[str, KeyLimits] = Field(default={})
+    """Limits for each single model, by id or pattern; the first that matches a model counts. What
+    is asked of the model counts towards the key's own limits too."""
+
     @field_validator("name")
     @classmethod
     def _short(cls, name: str) -> str:
@@ -56,10 +106,11 @@ class Key(Settings):
             raise ValueError("has up to 64 letters, digits and . _ @ -")
         return name
 
-    @field_validator("hash")
+    @field_validator("hash", mode="before")
     @classmethod
-    def _digest(cls, hash: str) -> str:
-        if not _HASH.fullmatch(hash):  # and is not repeated here: it may be the key itself
+    def _digest(cls, hash: Any) -> Any:
+        # It is not repeated here, whatever it is: it may be the key itself.
+        if not isinstance(hash, str) or not _HASH.fullmatch(hash):
             raise ValueError("is not 'sha256:' and 64 digits, as `serve-app keys new` prints it")
         return hash
 

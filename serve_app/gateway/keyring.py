@@ -53,6 +53,11 @@ class Keyring:
         self._keys = {key.hash: key for key in [*found, *self._operator]}
         logger.info(f"{len(found)} API keys are in force")
 
+    @property
+    def limited(self) -> bool:
+        """Whether any key has a limit."""
+        return any(key.limited or key.model_limits for key in self._keys.values())
+
     async def run(self) -> None:
         """Refresh for ever."""
         while True:
@@ -83,7 +88,15 @@ class Keyring:
                 "new one.",
                 "expired_api_key",
             )
-        return Caller(key.name, tuple(key.models), key.admin, key.priority, key.weight)
+        return Caller(
+            key.name,
+            tuple(key.models),
+            key.admin,
+            key.priority,
+            key.weight,
+            limits=key,
+            model_limits=tuple(key.model_limits.items()),
+        )
 
     def _stamp_now(self) -> object:
         if not self._source.file:

@@ -176,11 +176,20 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay
 @click.option("--models", metavar="IDS", help="What it may name: ids or patterns, with commas.")
 @click.option("--expires", type=click.DateTime(["%Y-%m-%d"]), help="The day it ends, in UTC.")
 @click.option("--admin", is_flag=True, help="It also sees what concerns all keys.")
+@click.option("--requests-per-minute", type=int, metavar="N", help="In the last 60 s.")
+@click.option("--tokens-per-minute", type=int, metavar="N", help="Prompts and completions.")
+@click.option("--concurrent-requests", type=int, metavar="N", help="At the same time.")
+@click.option("--tokens-per-day", type=int, metavar="N", help="From 00:00 UTC on.")
 @click.option(
     "--file", type=click.Path(path_type=Path, dir_okay=False), help="Put the entry into it."
 )
 def new(
-    name: str, models: str | None, expires: datetime | None, admin: bool, file: Path | None
+    name: str,
+    models: str | None,
+    expires: datetime | None,
+    admin: bool,
+    file: Path | None,
+    **limits: int | None,
 ) -> None:
     """Print a new key, which is shown this once, and its entry for the file."""
     from serve_app.config import keys
@@ -188,7 +197,7 @@ def new(
 
     key, hash = keys.new()
     named = tuple(id.strip() for id in models.split(",") if id.strip()) if models else ()
-    entry = keys_file.entry(name, hash, named, expires, admin)
+    entry = keys_file.entry(name, hash, named, expires, admin, limits)
     if file:
         keys_file.add(file, entry)
     click.echo(key)
@@ -206,6 +215,10 @@ def list_keys(file: Path) -> None:
         if key.expires:
             word = "expired" if keys_file.expired(key) else "expires"
             said.append(f"{word} {key.expires:%Y-%m-%d}")
+        if key.limited:
+            said.append(key.words())
+        for model, limits in key.model_limits.items():
+            said.append(f"of {model}: {limits.words()}")
         click.echo("  ".join(said))
 
 

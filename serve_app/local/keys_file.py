@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from serve_app.errors import UserError, did_you_mean
 
 
 def entry(
-    name: str, hash: str, models: tuple[str, ...], expires: datetime | None, admin: bool
+    name: str,
+    hash: str,
+    models: tuple[str, ...],
+    expires: datetime | None,
+    admin: bool,
+    limits: Mapping[str, int | None],
 ) -> str:
-    """A key's entry, as the file has it.
+    """A key's entry, as the file has it. ``limits`` are by the names of their settings.
 
     Raises:
         ConfigError: a value that the file may not have.
@@ -29,6 +35,7 @@ def entry(
         fields["expires"] = expires.date() if not expires.timetz().replace(tzinfo=None) else expires
     if admin:
         fields["admin"] = True
+    fields |= {setting: limit for setting, limit in limits.items() if limit is not None}
     keys.parse_all([fields], "keys new")
     return str(yaml.safe_dump([fields], sort_keys=False))
 

@@ -225,6 +225,12 @@ def test_a_new_key_is_long_and_its_hash_is_that_of_the_file() -> None:
         ([{"name": "a b", "hash": HASH}], "k: key a b: name: has up to 64 letters"),
         ([{"name": KEY, "hash": HASH}], "k: key 1: name: is a key; write whose it is"),
         ([{"name": "a", "hash": KEY}], "k: key a: hash: is not 'sha256:'"),
+        ([{"name": "a", "hash": [KEY]}], "k: key a: hash: is not 'sha256:'"),
+        (
+            [{"name": "a", "hash": HASH, "model_limits": {"m": {"tokens_per_hour": 1}}}],
+            "k: key a: 'model_limits.m.tokens_per_hour' is not a setting",
+        ),
+        ([{"name": "a", "hash": HASH, "weight": 0}], "k: key a: weight is 0, but"),
         ([{"name": "a", "hash": HASH, "models": []}], "k: key a: models"),
         ([{"name": "a", "hash": HASH}] * 2, "k: key a is there twice; keep one"),
         (

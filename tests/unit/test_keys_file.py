@@ -105,3 +105,22 @@ def test_a_wrong_name_makes_no_key(tmp_path: Path) -> None:
         "keys new: key a b: name: has up to 64 letters, digits and . _ @ -"
     )
     assert refused.stdout == ""
+
+
+def test_limits_are_written_and_listed(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    limits = {
+        "requests-per-minute": 60, "tokens-per-minute": 100_000,
+        "concurrent-requests": 8, "tokens-per-day": 2_000_000,
+    }  # fmt: skip
+    words = [word for name, limit in limits.items() for word in (f"--{name}", str(limit))]
+    typed("new", "ann", *words, "--file", str(file))
+    [kept] = keys_file.listed(file)
+    assert kept.words() == "60 requests/min, 100,000 tokens/min, 8 at once, 2,000,000 tokens/day"
+    with file.open("a") as out:
+        out.write("  model_limits:\n    org/*: {concurrent_requests: 2}\n")
+    assert typed("list", str(file)).stdout == f"ann  *  {kept.words()}  of org/*: 2 at once\n"
+    wrong = typed("new", "bob", "--tokens-per-day", "0", "--file", str(file), status=1)
+    assert str(wrong.exception) == (
+        "keys new: key bob: tokens_per_day is 0, but should be greater than or equal to 1"
+    )
