@@ -73,12 +73,15 @@ class GatewayServer:
     """One gateway process."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        from serve_app.cluster.limits_actor import Coordinator
         from serve_app.cluster.replicas import Watcher
         from serve_app.gateway.asgi import build
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.exchange import Exchange
         from serve_app.gateway.keyring import Keyring
+        from serve_app.gateway.leases import Leases
         from serve_app.gateway.ledger import Ledger
+        from serve_app.gateway.limits import Limits
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
 
@@ -90,12 +93,22 @@ class GatewayServer:
         )
         keyring = Keyring(config.keys) if config.keys else None
         self._ledger = ledger = Ledger()
+        limits = Limits()
         exchange = Exchange(board, ledger, internal_credential(), lambda model: 0)
         self._app = build(
-            config, self._directory, board, self._relay, keyring=keyring, ledger=ledger
+            config,
+            self._directory,
+            board,
+            self._relay,
+            keyring=keyring,
+            ledger=ledger,
+            limits=limits,
         )
         await self._directory.refresh()
-        running = [self._directory.run(), exchange.run(), *([keyring.run()] if keyring else [])]
+        running = [self._directory.run(), exchange.run()]
+        if keyring:
+            leases = Leases(limits.counts, Coordinator, lambda: keyring.limited)
+            running += [keyring.run(), leases.run()]
         self._refreshing = [asyncio.create_task(it) for it in running]
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -26,6 +26,7 @@ from serve_app.gateway.errors import GatewayError, invalid
 from serve_app.gateway.exchange import GATEWAY
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
+from serve_app.gateway.limits import EXPOSED, Limits
 from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import FewestRequests, Policy
 from serve_app.gateway.relay import Answer, Relay, Request, Send
@@ -50,15 +51,18 @@ def build(
     *,
     keyring: Keyring | None = None,
     ledger: Ledger | None = None,
+    limits: Limits | None = None,
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
     """The whole ASGI app: the gateway, inside a CORS middleware if any origin is allowed.
 
     ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
-    for each call. ``stages`` run inside it and the metrics stage, so that their time and refusals
-    are counted too.
+    for each call. ``limits`` are those of the keys. ``stages`` run inside these and the metrics
+    stage, so that their time and refusals are counted too.
     """
+    ledger, limits = ledger or Ledger(), limits or Limits()
+    ledger.listen(limits)
     queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
     stored = StoredResponses(board, policy or FewestRequests())
     dispatcher = Dispatcher(board, queue, stored, relay)
@@ -70,7 +74,7 @@ def build(
         own,
         dispatcher,
         stored,
-        (Metrics(), ledger or Ledger(), stored, *stages),
+        (Metrics(), ledger, stored, limits, *stages),
     )
     if not config.cors_allow_origins:
         return gateway
@@ -79,7 +83,7 @@ def build(
         allow_origins=config.cors_allow_origins,
         allow_methods=("GET", "HEAD", "POST"),
         allow_headers=["*"],
-        expose_headers=["x-request-id"],
+        expose_headers=["x-request-id", *EXPOSED],
     )
 
 
@@ -122,6 +126,7 @@ class Gateway:
                 caller = self._caller(scope, path)
                 if _is_relayed(scope, path):
                     call = await self._call(scope, path.removesuffix("/"), receive, held, caller)
+                    answer.headers = call.answer_headers
                     await stages.run(
                         self._stages, call, answer, lambda c, so_far: self._send(c, answer, so_far)
                     )

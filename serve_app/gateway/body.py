@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -185,6 +186,73 @@ def previous_response_in(body: bytes) -> str | None:
     """
     id = _in_json(body).previous_response_id if body.strip() else None
     return id if isinstance(id, str) else None  # vLLM refuses other types
+
+
+class _Lengths(msgspec.Struct):
+    """The fields that bound an answer's length, in any of the APIs."""
+
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+
+
+_lengths = msgspec.json.Decoder(_Lengths)
+
+_BASE64 = (b";base64,", b'"data":')
+"""What stands before an image or a sound in a JSON body."""
+
+_MAX_MEDIA = 1000
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a body tells of the tokens that it will take."""
+
+    text: int = 0
+    """Bytes of it that are text, the JSON around them included."""
+
+    max_completion: int | None = None
+    """Tokens that each answer may have; None where the body does not say."""
+
+    answers: int = 1
+
+
+def size(body: bytes) -> Size:
+    """Measure a body that :func:`model_in` has read. What is no JSON object has no text."""
+    encoding = json.detect_encoding(body)
+    try:
+        text = body if encoding == "utf-8" else body.decode(encoding).encode()
+        found = _lengths.decode(text)
+    except (ValueError, RecursionError):
+        return Size()
+    bounds = (found.max_completion_tokens, found.max_tokens, found.max_output_tokens)
+    return Size(
+        len(text) - _media(text),
+        next((bound for bound in bounds if _positive(bound)), None),
+        found.n if _positive(found.n) else 1,
+    )
+
+
+def _positive(value: Any) -> bool:
+    return type(value) is int and value > 0  # True is an int, too
+
+
+def _media(text: bytes) -> int:
+    """Bytes of images and sounds in a JSON body."""
+    found = seen = 0
+    for mark in _BASE64:
+        end = 0
+        while seen < _MAX_MEDIA and (at := text.find(mark, end)) >= 0:
+            begin = at + len(mark)
+            if mark.endswith(b":"):
+                begin = text.find(b'"', begin) + 1
+            end = text.find(b'"', begin)
+            if begin == 0 or end < 0:
+                break
+            found += end - begin
+            seen += 1
+    return found
 
 
 # The first escaped lone surrogate; before it come only characters and whole escapes.

@@ -83,6 +83,9 @@ class Answer:
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self.headers: Headers = []
+        """Added to those of the replica, or of the error."""
+
         self.started_at: float | None = None
         """``time.perf_counter`` at the first byte; None before it."""
 
@@ -93,6 +96,8 @@ class Answer:
         """Hand one ASGI message to the server; return when the client can take more."""
         if self.started_at is None:
             self.started_at = time.perf_counter()
+            if self.headers:
+                message["headers"] = [*message["headers"], *self.headers]
         await self._send(message)
 
     def send_more(self, data: bytes) -> Awaitable[None]:

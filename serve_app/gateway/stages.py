@@ -16,6 +16,7 @@ from serve_app.gateway.callers import Caller
 from serve_app.gateway.directory import Model
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.relay import Answer, Request
+from serve_app.gateway.upstream import Headers
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,6 +41,9 @@ class Call:
 
     front_end: str | None = None
     """The id of the only front end that can answer it; None where any can."""
+
+    answer_headers: Headers = field(default_factory=list)
+    """Sent with the answer, also where that is an error; a stage may append to it."""
 
 
 @dataclass

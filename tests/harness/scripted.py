@@ -29,6 +29,8 @@ from serve_app.gateway import directory
 from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.keyring import Keyring
+from serve_app.gateway.ledger import Ledger
+from serve_app.gateway.limits import Limits
 from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board
@@ -194,10 +196,13 @@ class GatewayProcess:
         root_path: str = "",
         stages: Sequence[Stage] = (),
         policy: Policy | None = None,
+        ledger: Ledger | None = None,
+        limits: Limits | None = None,
         **config: Any,
     ) -> None:
         self._root_path = root_path
         self._stages, self._policy = stages, policy
+        self._ledger, self._limits = ledger, limits
         places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
@@ -218,6 +223,8 @@ class GatewayProcess:
             self.board,
             self._relay,
             keyring=Keyring(self.config.keys) if self.config.keys else None,
+            ledger=self._ledger,
+            limits=self._limits,
             stages=self._stages,
             policy=self._policy,
         )

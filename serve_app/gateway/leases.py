@@ -1,0 +1,198 @@
+"""What keys have taken here and at the other gateways, and how much more they may take here.
+
+Every half second, in the background, each gateway tells all it has counted and hears what the
+others have (:mod:`serve_app.cluster.limits_actor`). In between it leases itself a share of what a
+key had left then: what it had taken of all that was taken, or an equal part if that is more. So
+the gateways together overshoot a limit by no more than the lease of each. While the actor is away,
+each goes on with its last share, or with an equal part of the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.cluster.limits_actor import DAILY, DAY_S, Counted
+from serve_app.gateway.windows import Span, Taken
+
+logger = logging.getLogger("ray.serve")
+
+EVERY_S = 0.5
+"""Seconds between two exchanges."""
+
+LOST_S = 5.0
+"""Seconds without an exchange after which the others' running requests do not count any more."""
+
+_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A kind of limit."""
+
+    setting: str
+    """Its name in :class:`serve_app.config.keys.KeyLimits`."""
+
+    span: Span
+
+
+REQUESTS = Limit("requests_per_minute", Span(10.0, 6))
+TOKENS = Limit("tokens_per_minute", Span(10.0, 6))
+AT_ONCE = Limit("concurrent_requests", Span(float("inf")))
+TODAY = Limit(DAILY, Span(DAY_S))
+LIMITS = (REQUESTS, TOKENS, AT_ONCE, TODAY)
+
+
+class Counts:
+    """What was taken of each limit, by ``scope``: a key, or a key and a model.
+
+    Times are in seconds since the epoch, amounts in requests or tokens.
+    """
+
+    def __init__(self) -> None:
+        self._own: Counted = {}
+        self._others: Counted = {}
+        self._live = 1
+        """Gateways, this one included."""
+
+        self._exchanges = 0
+        self._heard_at = 0.0
+        self._then: dict[tuple[str, str], tuple[int, float, float]] = {}
+        """By scope and limit: the exchange after which this was noted, and what was taken by then
+        here and at the others."""
+
+    def wait(self, scope: str, limit: Limit, most: float, amount: float, now: float) -> float:
+        """Seconds until ``amount`` can be taken without exceeding ``most``; 0: at once."""
+        own, others = self._taken(scope, limit)
+        here, there = limit.span.used(own, now), limit.span.used(others, now)
+        excess = here + there + amount - most
+        if excess > _ROUNDING:
+            return max(limit.span.wait(_sum(own, others), excess, now), _ROUNDING)
+        if self._live > 1 and not self._leased(scope, limit, most, here, there, amount):
+            return EVERY_S
+        return 0.0
+
+    def left(self, scope: str, limit: Limit, most: float, now: float) -> float:
+        """How much of ``most`` can still be taken at all gateways together."""
+        own, others = self._taken(scope, limit)
+        return max(0.0, most - limit.span.used(own, now) - limit.span.used(others, now))
+
+    def reset(self, scope: str, limit: Limit, now: float) -> float:
+        """Seconds until all of it can be taken again."""
+        own, others = self._taken(scope, limit)
+        return limit.span.wait(_sum(own, others), float("inf"), now)
+
+    def take(self, scope: str, limit: Limit, amount: float, now: float) -> int:
+        """Count an amount; return the bucket that it is in."""
+        bucket = limit.span.bucket(now)
+        taken = self._own.setdefault(scope, {}).setdefault(limit.setting, {})
+        taken[bucket] = taken.get(bucket, 0.0) + amount
+        return bucket
+
+    def correct(self, scope: str, limit: Limit, bucket: int, more: float, now: float) -> None:
+        """Count ``more`` than was taken, from now on; or less, in the bucket it was taken in."""
+        if more > 0:
+            self.take(scope, limit, more, now)
+        elif bucket in (taken := self._own.get(scope, {}).get(limit.setting, {})):
+            taken[bucket] += more
+
+    def report(self, now: float) -> Counted:
+        """All that was taken here and still counts. Forgets the rest."""
+        for scope, limits in list(self._own.items()):
+            for limit in LIMITS:
+                if taken := limits.get(limit.setting):
+                    limit.span.prune(taken, now)
+            if not any(any(taken.values()) for taken in limits.values()):
+                del self._own[scope]
+                for limit in LIMITS:
+                    self._then.pop((scope, limit.setting), None)
+        return self._own
+
+    def heard(self, others: Counted, live: int) -> None:
+        """Take what the other gateways have counted, and how many there are with this one."""
+        self._others, self._live = others, live
+        self._exchanges += 1
+        self._heard_at = time.monotonic()
+
+    def _taken(self, scope: str, limit: Limit) -> tuple[Taken, Taken]:
+        own = self._own.get(scope, {}).get(limit.setting, {})
+        if limit is AT_ONCE and self._lost():
+            return own, {}
+        return own, self._others.get(scope, {}).get(limit.setting, {})
+
+    def _leased(
+        self, scope: str, limit: Limit, most: float, here: float, there: float, amount: float
+    ) -> bool:
+        """Whether this gateway's share has room. One request it always has, however large."""
+        exchange, here_then, there_then = self._then.get((scope, limit.setting), (0, 0.0, 0.0))
+        if exchange != self._exchanges:
+            here_then, there_then = here, there
+            self._then[scope, limit.setting] = self._exchanges, here, there
+        if here <= here_then:
+            return True
+        taken = here_then + there_then
+        part = max(1 / self._live, here_then / taken if taken else 0.0)
+        share = here_then + part * max(0.0, most - taken)
+        if self._lost():
+            share = max(share, most / self._live)
+        return here + amount <= share
+
+    def _lost(self) -> bool:
+        return time.monotonic() - self._heard_at > LOST_S
+
+
+_ROUNDING = 1e-6
+"""Below this, an excess is one of floating-point numbers."""
+
+
+def _sum(one: Taken, other: Taken) -> Taken:
+    return {bucket: one.get(bucket, 0.0) + other.get(bucket, 0.0) for bucket in one | other}
+
+
+class Coordinator(Protocol):
+    """Where the gateways exchange their counts."""
+
+    async def exchange(self, gateway: str, counted: Counted) -> tuple[Counted, int]:
+        """Take all that a gateway has counted; return the others' sum, and how many are live."""
+        ...
+
+
+class Leases:
+    """Exchanges the counts of this gateway with those of the others."""
+
+    def __init__(
+        self, counts: Counts, connect: Callable[[], Coordinator], wanted: Callable[[], bool]
+    ) -> None:
+        """``connect`` may block; ``wanted`` says whether there is any limit."""
+        self._counts = counts
+        self._connect = connect
+        self._wanted = wanted
+        self._id = uuid.uuid4().hex
+        self._coordinator: Coordinator | None = None
+        self._away = False
+
+    async def run(self) -> None:
+        """Exchange for ever. Nothing waits for it, and a failure leaves all as it was."""
+        while True:
+            if self._wanted():
+                try:
+                    await self.exchange()
+                    self._away = False
+                except Exception as error:
+                    self._coordinator = None
+                    if not self._away:
+                        logger.warning(f"the limits' actor is away: {error!r}")
+                    self._away = True
+            await asyncio.sleep(EVERY_S)
+
+    async def exchange(self) -> None:
+        """Exchange once. Raises whatever goes wrong, such as TimeoutError."""
+        if self._coordinator is None:
+            self._coordinator = await asyncio.to_thread(self._connect)
+        asked = self._coordinator.exchange(self._id, self._counts.report(time.time()))
+        self._counts.heard(*await asyncio.wait_for(asked, _TIMEOUT_S))

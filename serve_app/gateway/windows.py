@@ -1,0 +1,57 @@
+"""How much was taken in the time that a limit looks back on: a sliding window of buckets.
+
+A bucket is a part of that time, counted from the epoch, so that all gateways have the same ones.
+As the window slides, its oldest bucket counts in part, as if what is in it had come evenly. So a
+minute is never wrong by more than what came in one of its six buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+Taken = dict[int, float]
+"""What was taken, by bucket."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The time that a limit looks back on."""
+
+    bucket_s: float
+    buckets: int = 1
+    """That count in full; a span of one bucket begins anew with each."""
+
+    @property
+    def _slides(self) -> bool:
+        return self.buckets > 1
+
+    def bucket(self, now: float) -> int:
+        return int(now // self.bucket_s)
+
+    def weight(self, bucket: int, now: float) -> float:
+        """The part of a bucket that counts, 0 to 1. ``now`` is in seconds since the epoch."""
+        left = self.buckets + self._slides + bucket - now / self.bucket_s
+        return min(1.0, max(0.0, left)) if self._slides else float(left > 0)
+
+    def used(self, taken: Mapping[int, float], now: float) -> float:
+        return sum(amount * self.weight(bucket, now) for bucket, amount in taken.items())
+
+    def wait(self, taken: Mapping[int, float], excess: float, now: float) -> float:
+        """Seconds until ``excess`` of what is taken does not count any more."""
+        ends = 0.0
+        for bucket, amount in sorted(taken.items()):
+            weight = self.weight(bucket, now)
+            if amount <= 0 or weight <= 0:
+                continue
+            ends = (bucket + self.buckets + self._slides) * self.bucket_s - now
+            counts = amount * weight
+            if counts >= excess:
+                return ends - (counts - excess) / amount * self.bucket_s if self._slides else ends
+            excess -= counts
+        return ends
+
+    def prune(self, taken: Taken, now: float) -> None:
+        """Forget the buckets that do not count any more."""
+        for bucket in [b for b in taken if self.weight(b, now) <= 0]:
+            del taken[bucket]
