@@ -2,9 +2,9 @@
 
 Every half second, in the background, each gateway tells all it has counted and hears what the
 others have (:mod:`serve_app.cluster.limits_actor`). In between it leases itself a share of what a
-key had left then: what it had taken of all that was taken, or an equal part if that is more. So
-the gateways together overshoot a limit by no more than the lease of each. While the actor is away,
-each goes on with its last share, or with an equal part of the limit.
+key had left then: an equal part or, where the key asks mostly here, a larger one. What it hears is
+up to one exchange old. So the gateways together overshoot a limit by no more than one lease of
+each. While the actor is away, each goes on with its last share, or with an equal part of the limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from serve_app.cluster.limits_actor import DAILY, DAY_S, Counted
 from serve_app.gateway.windows import Span, Taken
@@ -48,6 +48,18 @@ TODAY = Limit(DAILY, Span(DAY_S))
 LIMITS = (REQUESTS, TOKENS, AT_ONCE, TODAY)
 
 
+class _Noted(NamedTuple):
+    """What was taken of a limit when a gateway last heard of the others."""
+
+    exchange: int = 0
+    """How many exchanges there had been."""
+
+    here: float = 0.0
+    there: float = 0.0
+    here_before: float = 0.0
+    """Here, as noted after an earlier exchange."""
+
+
 class Counts:
     """What was taken of each limit, by ``scope``: a key, or a key and a model.
 
@@ -62,9 +74,8 @@ class Counts:
 
         self._exchanges = 0
         self._heard_at = 0.0
-        self._then: dict[tuple[str, str], tuple[int, float, float]] = {}
-        """By scope and limit: the exchange after which this was noted, and what was taken by then
-        here and at the others."""
+        self._noted: dict[tuple[str, str], _Noted] = {}
+        """By scope and limit."""
 
     def wait(self, scope: str, limit: Limit, most: float, amount: float, now: float) -> float:
         """Seconds until ``amount`` can be taken without exceeding ``most``; 0: at once."""
@@ -110,7 +121,7 @@ class Counts:
             if not any(any(taken.values()) for taken in limits.values()):
                 del self._own[scope]
                 for limit in LIMITS:
-                    self._then.pop((scope, limit.setting), None)
+                    self._noted.pop((scope, limit.setting), None)
         return self._own
 
     def heard(self, others: Counted, live: int) -> None:
@@ -129,15 +140,18 @@ class Counts:
         self, scope: str, limit: Limit, most: float, here: float, there: float, amount: float
     ) -> bool:
         """Whether this gateway's share has room. One request it always has, however large."""
-        exchange, here_then, there_then = self._then.get((scope, limit.setting), (0, 0.0, 0.0))
-        if exchange != self._exchanges:
-            here_then, there_then = here, there
-            self._then[scope, limit.setting] = self._exchanges, here, there
-        if here <= here_then:
+        key = scope, limit.setting
+        then = self._noted.get(key, _Noted())
+        if then.exchange != self._exchanges:
+            then = self._noted[key] = _Noted(self._exchanges, here, there, then.here)
+        if here <= then.here:
             return True
-        taken = here_then + there_then
-        part = max(1 / self._live, here_then / taken if taken else 0.0)
-        share = here_then + part * max(0.0, most - taken)
+        part = 1 / self._live
+        if (
+            then.here and then.here_before
+        ):  # else the others may have begun as well, and not told yet
+            part = max(part, then.here / (then.here + then.there))
+        share = then.here + part * max(0.0, most - then.here - then.there)
         if self._lost():
             share = max(share, most / self._live)
         return here + amount <= share
