@@ -110,12 +110,12 @@ CLIENT_LOCK := $(UV) pip compile -q --no-emit-index-url --no-annotate --universa
   --custom-compile-command "make lock"
 
 lock: venv  ## refresh the locks from pyproject.toml
-	@$(CPU_LOCK) pyproject.toml --extra cpu -o requirements/cpu.lock \
+	@$(CPU_LOCK) pyproject.toml --extra cpu --extra postgres -o requirements/cpu.lock \
 	  $(addprefix --no-emit-package ,torch torchvision torchaudio torchcodec triton $(CUDA_PARTS))
 	@$(CPU_LOCK) --group dev -c requirements/cpu.lock -o requirements/dev.lock
 	@echo torch==2.13.0 | $(CPU_LOCK) - -c requirements/cpu.lock --no-annotate --no-emit-package triton \
 	  -o requirements/torch-registry.lock
-	@$(LOCK) pyproject.toml --extra gpu --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+	@$(LOCK) pyproject.toml --extra gpu --extra postgres --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 	  -o requirements/cuda.lock
 	@$(CLIENT_LOCK) requirements/recipes.in -o requirements/recipes.txt
 	@# Without PyTorch, which Open WebUI imports only where it runs models itself.

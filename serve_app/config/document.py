@@ -31,6 +31,10 @@ OPERATOR_HASH = "SERVE_APP_OPERATOR_HASH"
 """Environment variable with the hash of a key that ``serve-app run`` makes for itself and for the
 commands beside it. It is an admin's, and ends with the run."""
 
+USAGE_DB = "SERVE_APP_USAGE_DB"
+"""Environment variable with the URL of the gateway's ``usage_db`` where its args name none. Empty:
+none."""
+
 API_KEY = "SERVE_APP_API_KEY"
 """Environment variable with the key that commands send to a server of which they have none."""
 

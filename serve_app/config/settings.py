@@ -304,6 +304,49 @@ class KeySource(Settings):
         return self
 
 
+_USAGE_DB = re.compile(r"sqlite:///[^?#]+|postgres(ql)?://[^/?#]+/[^/?#]+(\?.*)?")
+
+
+class UsageDb(Settings):
+    """Where each request is recorded: exactly one of the two. A text alone is the ``url``."""
+
+    url: str | None = None
+    """``sqlite:///FILE`` or ``postgresql://USER:PASSWORD@HOST/DATABASE``."""
+
+    secret_env: str | None = Field(default=None, min_length=1)
+    """An environment variable of the gateways with such a URL: then no config has the password."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    @field_validator("url")
+    @classmethod
+    def _known(cls, url: str | None) -> str | None:
+        return None if url is None else usage_url(url)
+
+    @model_validator(mode="after")
+    def _one(self) -> UsageDb:
+        if (self.url is None) == (self.secret_env is None):
+            raise ValueError("give 'url' or 'secret_env', one of the two")
+        return self
+
+
+def usage_url(text: str) -> str:
+    """Check a URL for ``usage_db``. The sentence does not repeat it: it may have a password.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not _USAGE_DB.fullmatch(text):
+        raise ValueError(
+            "must be sqlite:///FILE (with four slashes before a whole path) or "
+            "postgresql://USER:PASSWORD@HOST/DATABASE"
+        )
+    return text
+
+
 class GatewayConfig(_Args):
     """The ``args`` of the gateway's application."""
 
@@ -339,6 +382,19 @@ class GatewayConfig(_Args):
 
     keys: KeySource | None = None
     """The API keys that clients must send; None lets everybody in who reaches the endpoint."""
+
+    usage_db: UsageDb | None = None
+    """The database that gets a row of each request, and that GET /v1/usage asks: its URL, or the
+    name of an environment variable with the URL. None records nothing, but ``serve-app run`` on a
+    Ray of its own has an SQLite file of this user's."""
+
+    usage_spool: str | None = Field(default=None, min_length=1)
+    """A folder on each gateway's own disk in which requests wait until the database has them. None:
+    beside an SQLite file; of a PostgreSQL, in the machine's temporary folder."""
+
+    usage_dir: str | None = Field(default=None, min_length=1)
+    """A folder that gets a line of JSON for each request, without its text. A new file is begun
+    after 64 MiB or a day; none is deleted."""
 
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as

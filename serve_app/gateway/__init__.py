@@ -84,6 +84,8 @@ class GatewayServer:
         from serve_app.gateway.limits import Limits
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
+        from serve_app.gateway.token_metrics import TokenMetrics
+        from serve_app.gateway.usage.record import Record
 
         config = GatewayConfig.model_validate(args)
         board = Board()
@@ -95,6 +97,10 @@ class GatewayServer:
         self._ledger = ledger = Ledger()
         limits = Limits()
         exchange = Exchange(board, ledger, internal_credential(), lambda model: 0)
+        ledger.listen(TokenMetrics())
+        self._record = Record.of(config)
+        if self._record:
+            ledger.listen(self._record)
         self._app = build(
             config,
             self._directory,
@@ -103,6 +109,7 @@ class GatewayServer:
             keyring=keyring,
             ledger=ledger,
             limits=limits,
+            record=self._record,
         )
         await self._directory.refresh()
         running = [self._directory.run(), exchange.run()]
@@ -121,3 +128,5 @@ class GatewayServer:
             for task in refreshing:
                 task.cancel()
             self._relay.close()
+            if self._record:
+                await asyncio.to_thread(self._record.close)

@@ -23,6 +23,8 @@ from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.routes import RELAYED, Route
+from serve_app.gateway.usage.record import Record
+from serve_app.gateway.usage.report import PARAMETERS, UsageReport, report
 from serve_app.gateway.versions import versions
 
 
@@ -95,6 +97,9 @@ class Readiness(BaseModel):
     keys: str | None = None
     """Why the API keys in force are not those of their file; for an admin's key."""
 
+    usage: str | None = None
+    """Why ``usage_db`` lacks requests; for an admin's key, and where there are no keys."""
+
     status: Literal["ready", "not ready"]
     waiting_for: list[str]
     models: dict[str, ModelStatus]
@@ -131,6 +136,7 @@ def build(
     directory: Directory,
     board: Board,
     keyring: Keyring | None,
+    record: Record | None,
     answer_error: Callable[[Request, Exception], Coroutine[Any, Any, Response]],
 ) -> FastAPI:
     """The app. ``answer_error`` makes an error's answer, as it is elsewhere in the gateway."""
@@ -164,7 +170,7 @@ def build(
         responses=not_ready,
     )
     async def ready(request: Request, response: Response) -> Readiness:
-        readiness = _readiness(directory, keyring, request.scope[CALLER])
+        readiness = _readiness(directory, keyring, record, request.scope[CALLER])
         response.status_code = 200 if readiness.status == "ready" else 503
         return readiness
 
@@ -179,6 +185,17 @@ def build(
     async def retrieve_model(id: str, request: Request) -> ModelCard:
         return _card(directory, board, id, request.scope[CALLER])
 
+    @app.get(
+        "/v1/usage",
+        summary="Sum up what was used",
+        tags=_OWN,
+        response_model_exclude_unset=True,
+        responses=absent,
+        openapi_extra={"parameters": PARAMETERS},
+    )
+    async def usage(request: Request) -> UsageReport:
+        return await report(record, request.scope[CALLER], request.query_params)
+
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = _document(app)
@@ -188,7 +205,9 @@ def build(
     return app
 
 
-def _readiness(directory: Directory, keyring: Keyring | None, caller: Caller | None) -> Readiness:
+def _readiness(
+    directory: Directory, keyring: Keyring | None, record: Record | None, caller: Caller | None
+) -> Readiness:
     """The status is that of the whole fleet; the rest is what this caller may know of it."""
     found = directory.models()
     waiting_for = [m.name for m in found if m.must_be_up and not m.up]
@@ -196,11 +215,14 @@ def _readiness(directory: Directory, keyring: Keyring | None, caller: Caller | N
     if caller is not None:
         found = [m for m in found if caller.may_use(m.name, m)]
     known = {m.name for m in found}
-    problem = keyring.problem if keyring and caller and caller.admin else ""
+    sees_all = caller is None or caller.admin
+    problem = keyring.problem if keyring and sees_all else ""
+    unrecorded = record.problem if record and sees_all else ""
     run = os.environ.get(RUN_ID)
     return Readiness(
         **({"run": run} if run else {}),
         **({"keys": problem} if problem else {}),
+        **({"usage": unrecorded} if unrecorded else {}),
         status="ready" if ready else "not ready",
         waiting_for=[name for name in waiting_for if name in known],
         models={

@@ -34,6 +34,7 @@ from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Stage
 from serve_app.gateway.stored_responses import StoredResponses
 from serve_app.gateway.upstream import Headers
+from serve_app.gateway.usage.record import Record
 
 logger = logging.getLogger("ray.serve")
 
@@ -52,13 +53,15 @@ def build(
     keyring: Keyring | None = None,
     ledger: Ledger | None = None,
     limits: Limits | None = None,
+    record: Record | None = None,
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
     """The whole ASGI app: the gateway, inside a CORS middleware if any origin is allowed.
 
     ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
-    for each call. ``limits`` are those of the keys. ``stages`` run inside these and the metrics
+    for each call, and ``record`` tells what was used. ``limits`` are those of the keys. ``stages``
+    run inside these and the metrics
     stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
@@ -66,7 +69,7 @@ def build(
     queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
     stored = StoredResponses(board, policy or FewestRequests())
     dispatcher = Dispatcher(board, queue, stored, relay)
-    own = api.build(directory, board, keyring, _error_of_own_route)
+    own = api.build(directory, board, keyring, record, _error_of_own_route)
     gateway = Gateway(
         config,
         directory,

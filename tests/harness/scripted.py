@@ -35,6 +35,7 @@ from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Stage
+from serve_app.gateway.usage.record import Record
 
 CREDENTIAL = "the-internal-credential"
 
@@ -217,14 +218,19 @@ class GatewayProcess:
             CREDENTIAL.encode(), self.config.connect_timeout_s, self.config.request_timeout_s
         )
         self.directory = _Models(self._applications, self.board)
+        self.record = Record.of(self.config)
+        self.ledger = self._ledger or Ledger()
+        if self.record:
+            self.ledger.listen(self.record)
         self.app = build(
             self.config,
             self.directory,
             self.board,
             self._relay,
             keyring=Keyring(self.config.keys) if self.config.keys else None,
-            ledger=self._ledger,
+            ledger=self.ledger,
             limits=self._limits,
+            record=self.record,
             stages=self._stages,
             policy=self._policy,
         )
@@ -260,6 +266,8 @@ class GatewayProcess:
         self._server.should_exit = self._server.force_exit = True
         await self._serving
         self._relay.close()
+        if self.record:
+            await asyncio.to_thread(self.record.close)
 
     def inflight(self) -> list[int]:
         """Requests that each front end is believed to have, by this gateway."""
