@@ -112,9 +112,7 @@ def test_the_wait_counts_what_the_others_took(four: Gateways) -> None:
 
 
 @pytest.mark.parametrize("limit", LIMITS, ids=lambda limit: limit.setting)
-def test_without_the_actor_each_gateway_goes_on_with_its_share(
-    four: Gateways, limit: Limit
-) -> None:
+def test_without_the_actor_each_goes_on_with_its_share(four: Gateways, limit: Limit) -> None:
     took = 0
     for _ in range(3):
         four.exchange()
