@@ -84,6 +84,9 @@ class Load:
     kv_cache_usage: float
     """From 0 to 1."""
 
+    gateways: int = 1
+    """Gateways that send to it."""
+
 
 @dataclass(frozen=True)
 class Question:

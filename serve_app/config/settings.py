@@ -347,6 +347,17 @@ def usage_url(text: str) -> str:
     return text
 
 
+class QueueConfig(Settings):
+    """Where requests wait for a replica: a queue for each model, in each gateway process."""
+
+    max_requests: int = Field(default=1024, ge=1)
+    """The most that wait for one model; a request beyond it is answered with 429."""
+
+    max_wait_s: float = Field(default=600.0, gt=0)
+    """Seconds that a request waits for a replica that has room; then 503. While the model has no
+    replica, ``cold_start_timeout_s`` counts instead."""
+
+
 class GatewayConfig(_Args):
     """The ``args`` of the gateway's application."""
 
@@ -373,6 +384,14 @@ class GatewayConfig(_Args):
 
     cold_start_timeout_s: float = Field(default=600.0, ge=0)
     """Seconds that a request waits for a model that is starting; then 503."""
+
+    queue: QueueConfig = QueueConfig()
+    """Where requests wait for a replica."""
+
+    stream_keepalive_s: float | None = Field(default=15.0, gt=0)
+    """Seconds of silence at the beginning of a stream after which it gets its head and a comment,
+    so that proxies and clients do not give up; what fails from then on is an error event. None: a
+    stream begins with its first token."""
 
     request_timeout_s: float | None = Field(default=None, gt=0)
     """Seconds that a replica may stay silent within one request; None waits for ever."""

@@ -96,7 +96,7 @@ class GatewayServer:
         keyring = Keyring(config.keys) if config.keys else None
         self._ledger = ledger = Ledger()
         limits = Limits()
-        exchange = Exchange(board, ledger, internal_credential(), lambda model: 0)
+        exchange = Exchange(board, ledger, internal_credential())
         ledger.listen(TokenMetrics())
         self._record = Record.of(config)
         if self._record:

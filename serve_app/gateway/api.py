@@ -21,6 +21,7 @@ from serve_app.gateway.callers import Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.keyring import Keyring
+from serve_app.gateway.queue import Waiting
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.routes import RELAYED, Route
 from serve_app.gateway.usage.record import Record
@@ -86,6 +87,11 @@ class ModelStatus(BaseModel):
     """Why it is not running, or not as it was deployed; empty while all is well."""
 
     starting: list[Starting]
+    queued: int
+    """Requests that wait in this gateway for a replica of it."""
+
+    longest_wait_s: float
+    """For how long the first of them has waited."""
 
 
 class Readiness(BaseModel):
@@ -137,9 +143,15 @@ def build(
     board: Board,
     keyring: Keyring | None,
     record: Record | None,
+    waiting: Callable[[str], Waiting],
     answer_error: Callable[[Request, Exception], Coroutine[Any, Any, Response]],
 ) -> FastAPI:
-    """The app. ``answer_error`` makes an error's answer, as it is elsewhere in the gateway."""
+    """The app.
+
+    Args:
+        waiting: tells what waits for a model, by its name.
+        answer_error: makes an error's answer, as it is elsewhere in the gateway.
+    """
     app = FastAPI(
         title="serve_app",
         version=__version__,
@@ -170,7 +182,7 @@ def build(
         responses=not_ready,
     )
     async def ready(request: Request, response: Response) -> Readiness:
-        readiness = _readiness(directory, keyring, record, request.scope[CALLER])
+        readiness = _readiness(directory, keyring, record, waiting, request.scope[CALLER])
         response.status_code = 200 if readiness.status == "ready" else 503
         return readiness
 
@@ -206,7 +218,11 @@ def build(
 
 
 def _readiness(
-    directory: Directory, keyring: Keyring | None, record: Record | None, caller: Caller | None
+    directory: Directory,
+    keyring: Keyring | None,
+    record: Record | None,
+    waiting: Callable[[str], Waiting],
+    caller: Caller | None,
 ) -> Readiness:
     """The status is that of the whole fleet; the rest is what this caller may know of it."""
     found = directory.models()
@@ -231,6 +247,8 @@ def _readiness(
                 replicas=m.replicas,
                 message=m.message,
                 starting=[Starting(**start) for start in directory.starting(m)],
+                queued=(waits := waiting(m.name)).requests,
+                longest_wait_s=round(waits.longest_s, 1),
             )
             for m in found
         },

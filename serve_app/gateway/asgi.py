@@ -14,12 +14,12 @@ import fastapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
-from serve_app.cluster.exchange import Called
+from serve_app.cluster.exchange import CALL_HEADER, Called
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import api, metrics, models, routes, stages
 from serve_app.gateway import body as request_body
 from serve_app.gateway.callers import NOBODY, Caller
-from serve_app.gateway.cold_start import ColdStartQueue
+from serve_app.gateway.cold_start import ColdStart
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
 from serve_app.gateway.errors import GatewayError, invalid
@@ -29,6 +29,7 @@ from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import EXPOSED, Limits
 from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import FewestRequests, Policy
+from serve_app.gateway.queue import Queue
 from serve_app.gateway.relay import Answer, Relay, Request, Send
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Stage
@@ -61,15 +62,18 @@ def build(
 
     ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
     for each call, and ``record`` tells what was used. ``limits`` are those of the keys. ``stages``
-    run inside these and the metrics
-    stage, so that their time and refusals are counted too.
+    run inside these and the metrics stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
-    ledger.listen(limits)
-    queue = ColdStartQueue(directory, board, config.cold_start_timeout_s)
     stored = StoredResponses(board, policy or FewestRequests())
-    dispatcher = Dispatcher(board, queue, stored, relay)
-    own = api.build(directory, board, keyring, record, _error_of_own_route)
+    queue = Queue(
+        board, ColdStart(directory, board), stored, config.queue, config.cold_start_timeout_s
+    )
+    board.waiting = lambda name: queue.waiting(name).requests
+    ledger.listen(limits)
+    ledger.listen(queue)
+    dispatcher = Dispatcher(board, queue, relay)
+    own = api.build(directory, board, keyring, record, queue.waiting, _error_of_own_route)
     gateway = Gateway(
         config,
         directory,
@@ -109,6 +113,7 @@ class Gateway:
         self._send = dispatcher.send
         self._stored = stored
         self._stages = stages
+        self._keepalive_s = config.stream_keepalive_s
         self._bodies = request_body.Bodies(
             int(config.max_body_mib * 2**20),
             int(config.max_bodies_mib * 2**20),
@@ -130,6 +135,8 @@ class Gateway:
                 if _is_relayed(scope, path):
                     call = await self._call(scope, path.removesuffix("/"), receive, held, caller)
                     answer.headers = call.answer_headers
+                    self._keep_alive(answer, call.request)
+                    held.callback(answer.hush)
                     await stages.run(
                         self._stages, call, answer, lambda c, so_far: self._send(c, answer, so_far)
                     )
@@ -145,6 +152,11 @@ class Gateway:
             if call is None:
                 metrics.count_refused(error.status)
             await _send_error(answer, error, path)
+
+    def _keep_alive(self, answer: Answer, request: Request) -> None:
+        """A stream that waits for long says so: clients and what is between give up else."""
+        if self._keepalive_s and routes.may_stream(request.path):
+            answer.keep_alive(self._keepalive_s, lambda: request_body.asks_for_stream(request.body))
 
     def _caller(self, scope: Any, path: str) -> Caller | None:
         """Who asks; None where everybody may, as on the routes that probes ask without a key.
@@ -200,7 +212,15 @@ class Gateway:
         called = Called(
             number, GATEWAY, caller.name if caller else "", model.name, named, path, time.time()
         )
-        request = Request(id, scope["method"], path, query, scope["headers"], body, called.header())
+        request = Request(
+            id,
+            scope["method"],
+            path,
+            query,
+            scope["headers"],
+            body,
+            [(CALL_HEADER, called.header())],
+        )
         return Call(number, request, model, named, caller, arrived=arrived)
 
 
@@ -257,6 +277,9 @@ def _failure() -> GatewayError:
 
 
 async def _send_error(answer: Answer, error: GatewayError, path: str, kind: str = "http") -> None:
+    if await answer.begin():
+        await answer.send({"type": "http.response.body", "body": error.sse_event(path)})
+        return
     body = error.body(path)
     headers: Headers = [
         (b"content-type", b"application/json"),

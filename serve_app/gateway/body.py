@@ -126,6 +126,7 @@ class _Names(msgspec.Struct):
     previous_response_id: Any = None
     kv_transfer_params: Any = None
     vllm_xargs: Any = None
+    stream: Any = None
 
 
 _KV = "kv_transfer_params"
@@ -253,6 +254,14 @@ def _media(text: bytes) -> int:
             found += end - begin
             seen += 1
     return found
+
+
+def asks_for_stream(body: bytes) -> bool:
+    """Whether a JSON body has ``"stream": true``."""
+    try:
+        return _in_json(body).stream is True
+    except GatewayError:
+        return False  # a form
 
 
 # The first escaped lone surrogate; before it come only characters and whole escapes.

@@ -1,60 +1,39 @@
-"""The cold-start queue: where calls wait for a model without a live replica.
+"""Wakes a model that has no live replica.
 
-One waiter per model asks Serve; the others queue first-in, first-out on a lock. One waiter is
-enough: Serve starts the first replica of a deployment as soon as anyone waits for it. Serve may
-never answer (its controller or the replica that it asks hangs). So the waiter also watches the
-gateway's own list of replicas and the directory.
+One asks Serve for each model, however many calls wait: Serve starts the first replica of a
+deployment as soon as anyone waits for it. Serve may never answer (its controller or the replica
+that it asks hangs). So the gateway's own list of replicas and the directory are watched too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import defaultdict
-from collections.abc import Sequence
 
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from serve_app.cluster.replicas import addresses
 from serve_app.gateway import models
-from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import unavailable
-from serve_app.gateway.replicas import Board, FrontEnd
+from serve_app.gateway.replicas import Board
 
-_LOOK_S = 0.25
+LOOK_S = 0.25
 """Seconds between two looks at the list of replicas and at the directory."""
 
 
-class ColdStartQueue:
-    """Where calls wait until their model has a live replica."""
+class ColdStart:
+    """Starts models that are scaled to zero, and waits for those that are starting."""
 
-    def __init__(self, directory: Directory, board: Board, timeout_s: float) -> None:
+    def __init__(self, directory: Directory, board: Board) -> None:
         self._directory = directory
         self._board = board
-        self._timeout_s = timeout_s
-        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        """By model. A call holds the lock for long only while there is no live replica."""
 
-    async def live(self, model: Model) -> Sequence[FrontEnd]:
-        """The model's live front ends, at least one. Starts one if the model is scaled to zero.
+    async def wake(self, name: str) -> None:
+        """Return once the model has a live replica, however long that takes.
 
         Raises:
-            GatewayError: 503 where none can start, or none does in time; 404 for a removed model.
+            GatewayError: 503 where none can start; 404 for a removed model.
         """
-        with contextlib.suppress(TimeoutError):
-            # Every call takes the lock, also while replicas are live. The lock is first-in,
-            # first-out, so a new call cannot overtake those that waited for the start.
-            async with asyncio.timeout(self._timeout_s), self._locks[model.name]:
-                return self._board.live(model.name) or await self._wake(model.name)
-        latest = self._directory.find(model.name) or model
-        doing = [f"{s['phase']} ({s['seconds']} s)" for s in self._directory.starting(latest)]
-        raise unavailable(
-            f"The model '{model.name}' did not start within {self._timeout_s:g} seconds; "
-            + (f"it is {doing[0]}." if doing else "it may still be loading."),
-            retry_after_s=30,
-        )
-
-    async def _wake(self, name: str) -> Sequence[FrontEnd]:
         asking = asyncio.create_task(self._ask_serve(name))
         try:
             while not asking.done():
@@ -67,15 +46,21 @@ class ColdStartQueue:
                     raise unavailable(
                         f"The model '{name}' failed to start: {model.message}", retry_after_s=60
                     )
-                await asyncio.wait([asking], timeout=_LOOK_S)
-                if live := self._board.live(name):
-                    return live
-            return asking.result()
+                await asyncio.wait([asking], timeout=LOOK_S)
+                if self._board.live(name):
+                    return
+            asking.result()
         finally:
             asking.cancel()
 
-    async def _ask_serve(self, name: str) -> Sequence[FrontEnd]:
-        """The front ends of the first replica that Serve names and the board does not avoid."""
+    def doing(self, name: str) -> str:
+        """What its next replica is doing, for a sentence; empty where that is not known."""
+        model = self._directory.find(name)
+        starting = self._directory.starting(model) if model else []
+        return f"{starting[0]['phase']} ({starting[0]['seconds']} s)" if starting else ""
+
+    async def _ask_serve(self, name: str) -> None:
+        """Return when the board has a replica that Serve names and that it does not avoid."""
         while True:
             try:
                 async with self._directory.handle(name).choose_replica() as chosen:
@@ -84,7 +69,7 @@ class ColdStartQueue:
                 raise unavailable(
                     f"The model '{name}' cannot start; GET /ready says why.", retry_after_s=30
                 ) from None
-            if live := self._board.add(name, addresses(chosen.replica_id, found)):
-                return live
+            if self._board.add(name, addresses(chosen.replica_id, found)):
+                return
             # The board avoids this replica: it is dead and Serve has not noticed, or it recovers.
             await asyncio.sleep(0.1)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
-from serve_app.gateway.cold_start import ColdStartQueue
 from serve_app.gateway.errors import GatewayError, unavailable
-from serve_app.gateway.policy import Policy
-from serve_app.gateway.relay import Answer, Asleep, NotStarted, Relay
+from serve_app.gateway.queue import Queue
+from serve_app.gateway.relay import Answer, Asleep, NotStarted, Relay, Request
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Outcome
 
@@ -16,12 +16,11 @@ logger = logging.getLogger("ray.serve")
 
 
 class Dispatcher:
-    """Relays each call to the front end that the policy chooses."""
+    """Relays each call to the front end at which it has its turn."""
 
-    def __init__(self, board: Board, queue: ColdStartQueue, policy: Policy, relay: Relay) -> None:
+    def __init__(self, board: Board, queue: Queue, relay: Relay) -> None:
         self._board = board
         self._queue = queue
-        self._policy = policy
         self._relay = relay
 
     async def send(self, call: Call, answer: Answer, outcome: Outcome) -> int:
@@ -35,15 +34,17 @@ class Dispatcher:
             GatewayError: no replica was available, or their answers were lost.
         """
         name = call.model.name
+        request = _with_priority(call)
         failed: set[str] = set()
         while True:
-            # No await between the choice and the relay's count of requests in flight.
             waits = time.perf_counter()
-            front_end = self._policy.choose(await self._queue.live(call.model), call)
-            outcome.queued_s += time.perf_counter() - waits
+            try:
+                front_end = await self._queue.turn(call, again=bool(outcome.front_end))
+            finally:
+                outcome.queued_s += time.perf_counter() - waits
             outcome.front_end = front_end.id
             try:
-                return await self._relay.send(front_end, call.request, answer)
+                return await self._relay.send(front_end, request, answer)
             except Asleep:
                 self._board.asleep(front_end)
                 if self._board.all_asleep(name):
@@ -67,3 +68,19 @@ class Dispatcher:
                         "please send it again."
                     ) from None
                 outcome.retries.append(str(error))
+            finally:
+                self._queue.end(call, front_end)
+
+
+def _with_priority(call: Call) -> Request:
+    """The request, with its caller's priority where the engine orders by that.
+
+    Without the header the engine would take the ``priority`` in the body, which a client chooses.
+    """
+    config = call.model.config
+    if config is None or config.engine.get("scheduling_policy") != "priority":
+        return call.request
+    priority = -call.caller.priority if call.caller else 0  # vLLM serves the lowest first
+    return replace(
+        call.request, ours=[*call.request.ours, (b"x-vllm-priority", str(priority).encode())]
+    )

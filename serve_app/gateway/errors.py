@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from serve_app.errors import envelope
 
@@ -28,19 +29,29 @@ class GatewayError(Exception):
 
     def body(self, path: str = "") -> bytes:
         """The envelope as JSON: OpenAI's, or Anthropic's on Anthropic's route."""
-        if path.startswith("/v1/messages"):
-            return json.dumps({"type": "error", **self._envelope}).encode()
-        return json.dumps(self._envelope).encode()
+        return body(self._envelope, path)
 
     def sse_event(self, path: str) -> bytes:
         """The error as the last server-sent event, in the format of the route."""
-        error = self._envelope["error"]
-        if path.startswith("/v1/messages"):
-            return b"event: error\ndata: " + self.body(path) + b"\n\n"
-        if path.startswith("/v1/responses"):
-            event = {"type": "error", **{k: error[k] for k in ("code", "message", "param")}}
-            return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
-        return b"data: " + self.body() + b"\n\n"
+        return sse_event(self._envelope, path)
+
+
+def body(envelope: Mapping[str, Any], path: str = "") -> bytes:
+    """An envelope as JSON: OpenAI's, or Anthropic's on Anthropic's route."""
+    if path.startswith("/v1/messages"):
+        return json.dumps({"type": "error", **envelope}).encode()
+    return json.dumps(envelope).encode()
+
+
+def sse_event(envelope: Mapping[str, Any], path: str) -> bytes:
+    """An envelope as the last server-sent event, in the format of the route."""
+    if path.startswith("/v1/messages"):
+        return b"event: error\ndata: " + body(envelope, path) + b"\n\n"
+    if path.startswith("/v1/responses"):
+        error = envelope["error"] if isinstance(envelope["error"], dict) else {}
+        event = {"type": "error", **{k: error.get(k) for k in ("code", "message", "param")}}
+        return b"event: error\ndata: " + json.dumps(event).encode() + b"\n\n"
+    return b"data: " + body(envelope) + b"\n\n"
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> GatewayError:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable
 
 from serve_app.cluster.credential import CREDENTIAL_HEADER
 from serve_app.cluster.exchange import PATH, Answer, Question
@@ -31,14 +30,10 @@ _SILENCE_S = 30.0
 class Exchange:
     """Asks every front end on the board, over and over."""
 
-    def __init__(
-        self, board: Board, ledger: Ledger, credential: bytes, waiting: Callable[[str], int]
-    ) -> None:
-        """``waiting`` says how many requests wait here for a model."""
+    def __init__(self, board: Board, ledger: Ledger, credential: bytes) -> None:
         self._board = board
         self._ledger = ledger
         self._credential = credential
-        self._waiting = waiting
         self._pool = Pool(connect_timeout_s=5.0, silence_timeout_s=_SILENCE_S)
         self._asking: dict[str, asyncio.Task[None]] = {}
 
@@ -60,7 +55,7 @@ class Exchange:
     async def _ask(self, model: str, front_end: FrontEnd) -> None:
         said = Answer("", 0)
         while True:
-            question = Question(GATEWAY, said.of, said.last, self._waiting(model))
+            question = Question(GATEWAY, said.of, said.last, self._board.waiting(model))
             try:
                 said = await self._once(front_end, question)
             except (UpstreamError, ValueError, KeyError, TypeError) as error:

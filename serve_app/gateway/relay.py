@@ -7,16 +7,19 @@ that dies within an event leaves the client no half of it.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
-from serve_app.cluster.exchange import CALL_HEADER
+from serve_app.errors import envelope
+from serve_app.gateway import errors
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.replicas import FrontEnd
 from serve_app.gateway.upstream import (
@@ -68,8 +71,8 @@ class Request:
 
     headers: Headers
     body: bytes
-    call: bytes = b""
-    """What its front end reports it by: :data:`serve_app.cluster.exchange.CALL_HEADER`."""
+    ours: Headers = field(default_factory=list)
+    """Headers that the gateway adds for the replica."""
 
     @property
     def target(self) -> str:
@@ -87,22 +90,73 @@ class Answer:
         """Added to those of the replica, or of the error."""
 
         self.started_at: float | None = None
-        """``time.perf_counter`` at the first byte; None before it."""
+        """``time.perf_counter`` at the first byte; None before it. What :meth:`keep_alive` has
+        sent is not the answer: until this, another replica can give it."""
 
         self.cut = False
         """Whether the replica was lost after a part of its answer had been sent."""
 
+        self._opened = False
+        self._alarm: asyncio.TimerHandle | None = None
+        self._speaking: asyncio.Task[None] | None = None
+
+    def keep_alive(self, every_s: float, is_stream: Callable[[], bool]) -> None:
+        """Until the answer begins, send a stream's head, and a comment every so often.
+
+        ``is_stream`` is asked after the first ``every_s`` seconds only.
+        """
+
+        def ring() -> None:
+            if not (self._opened or is_stream()):
+                return
+            if self._speaking is None or self._speaking.done():  # else the client is slow
+                self._speaking = asyncio.create_task(self._speak())
+            self.keep_alive(every_s, is_stream)
+
+        self._alarm = asyncio.get_running_loop().call_later(every_s, ring)
+
+    def hush(self) -> None:
+        """Send no more comments."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+
+    async def begin(self) -> bool:
+        """The answer begins now. Whether it has to be a stream, since its head has been sent."""
+        self.hush()
+        if self._speaking is not None:
+            await self._speaking
+        if self.started_at is None:
+            self.started_at = time.perf_counter()
+        return self._opened
+
     async def send(self, message: MutableMapping[str, Any]) -> None:
         """Hand one ASGI message to the server; return when the client can take more."""
         if self.started_at is None:
-            self.started_at = time.perf_counter()
-            if self.headers:
-                message["headers"] = [*message["headers"], *self.headers]
+            await self.begin()
+        if message["type"] == "http.response.start":
+            if self._opened:
+                return  # the same head has been sent
+            message["headers"] = [*message["headers"], *self.headers]
         await self._send(message)
 
     def send_more(self, data: bytes) -> Awaitable[None]:
         """The same for a part of the body that is neither its first nor its last."""
         return self._send(_body(data, more=True))
+
+    async def _speak(self) -> None:
+        with contextlib.suppress(Exception):  # it has gone; whoever answers it hears of that too
+            if not self._opened:
+                self._opened = True
+                headers = _STREAM + self.headers
+                await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self._send(_body(b": waiting\n\n", more=True))
+
+
+_STREAM: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+]
 
 
 class NotStarted(Exception):
@@ -138,7 +192,6 @@ class Relay:
         """
         events: _Events | None = None
         begun = b""
-        front_end.began()
         try:
             with await self._pool.ask(
                 front_end.host,
@@ -170,18 +223,19 @@ class Relay:
                     "status": upstream.status,
                     "headers": headers,
                 }
-                if begun:
-                    await answer.send(head)
-                    await answer.send(_body(begun, more=True))
                 while True:
                     # All that waits here goes out at once; nothing waits for more.
-                    chunk = await upstream.read()
+                    chunk, begun = begun or await upstream.read(), b""
                     ended = upstream.ended
                     if events is not None:
                         chunk = events.take(chunk) if not ended else events.rest(chunk)
                     if not chunk and not ended:
                         continue
                     if answer.started_at is None:
+                        if await answer.begin() and events is None:
+                            event = _no_stream(upstream.status).sse_event(request.path)
+                            await answer.send(_body(event, more=False))
+                            return upstream.status
                         await answer.send(head)
                     await answer.send(_body(chunk, more=not ended))
                     if ended:
@@ -200,8 +254,6 @@ class Relay:
             gap = b"\n\n" if events.torn else b""
             await answer.send(_body(gap + lost.sse_event(request.path), more=False))
             return lost.status
-        finally:
-            front_end.ended()
 
 
 _EVENT_ENDS = (b"\n\n", b"\n\r\n", b"\r\r")
@@ -283,9 +335,13 @@ async def _send_error(
         message = (
             f"{text or upstream.reason.decode('latin-1')} ({request.method} {request.path[:200]})"
         )
-        body = GatewayError(upstream.status, message, kind).body(request.path)
+        shown = envelope(message, kind)
+        body = errors.body(shown, request.path)
     elif request.path.startswith("/v1/messages") and "type" not in shown:
-        body = json.dumps({"type": "error", **shown}).encode()
+        body = errors.body(shown, request.path)
+    if await answer.begin():
+        await answer.send(_body(errors.sse_event(shown, request.path), more=False))
+        return
     if body is not sent:
         replaced = (b"content-length", b"content-type", b"content-encoding")
         headers = [(k, v) for k, v in headers if k not in replaced]
@@ -299,6 +355,16 @@ async def _send_error(
 
 def _body(chunk: bytes, *, more: bool) -> dict[str, Any]:
     return {"type": "http.response.body", "body": chunk, "more_body": more}
+
+
+def _no_stream(status: int) -> GatewayError:
+    return GatewayError(
+        502,
+        f"The model answered with a document instead of a stream (status {status}); "
+        "please send the request without 'stream'.",
+        "server_error",
+        code="no_stream",
+    )
 
 
 def _lost() -> GatewayError:
@@ -327,9 +393,8 @@ def _to_replica(request: Request, credential: bytes) -> Headers:
     drop = _NOT_TO_REPLICA | _named_by_connection(request.headers)
     kept = [(k, v) for k, v in request.headers if k not in drop and not k.startswith(_OURS)]
     kept.append((CREDENTIAL_HEADER, credential))
-    if request.call:
-        kept.append((CALL_HEADER, request.call))
     kept.append((b"x-request-id", request.id.encode()))
+    kept += request.ours
     return kept
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from serve_app.cluster import front_end_ids
@@ -21,6 +22,20 @@ AVOID_S = 3.0
 Serve removes a dead replica within that time. A live replica, which closed an idle connection just
 when a request went out, gets requests again afterwards.
 """
+
+MORE = 0.1
+"""Part of what an engine can run that it is sent on top, 4 requests at least: it begins with the
+next one as soon as one has ended, without a turn through the gateway."""
+
+KEPT_FREE = 0.1
+"""Part of what an engine can run that is kept free while a caller with less than its share is
+about: its request then waits neither here nor in the engine."""
+
+KV_CACHE_FULL = 0.8
+"""Part of the KV cache in use from which on it bounds what an engine can run."""
+
+STALE_S = 5.0
+"""Seconds after which a report is out of date. Replicas report every second or sooner."""
 
 
 @dataclass(eq=False)
@@ -47,6 +62,21 @@ class FrontEnd:
         self.replica.inflight -= 1
 
 
+@dataclass(frozen=True)
+class Room:
+    """How many requests of this gateway an engine can be sent."""
+
+    most: int
+    """Those that it may have at once: what it can run, and a little more."""
+
+    left: int
+    """How many more that are now; negative where it has too many."""
+
+    kept: int
+    """Of ``left``, what a caller leaves to others who have less than their share: the little more,
+    and a few of those that run."""
+
+
 @dataclass(eq=False)
 class Replica:
     """What the front ends of one engine have in common."""
@@ -58,11 +88,40 @@ class Replica:
     load: Load | None = None
     """Its engine's load, as it told last; None before that."""
 
+    others: int = 0
+    """Of the requests in that report, those that this gateway had not sent."""
+
+    load_until: float = 0.0
+    """By ``time.monotonic``; from then on the report tells no more than the capacity."""
+
     asleep_until: float = 0.0
     """By ``time.monotonic``; until then replicas that are awake are preferred."""
 
     avoid_until: dict[str, float] = field(default_factory=dict)
     """By front end that failed: the time, by ``time.monotonic``, until which it is avoided."""
+
+    def report(self, load: Load) -> None:
+        """Take its report. What this gateway sends and what ends is counted from here on."""
+        self.load = load
+        self.others = max(0, load.running + load.waiting - self.inflight)
+        self.load_until = time.monotonic() + STALE_S
+
+    def room(self) -> Room | None:
+        """What it can be sent now; None before its first report."""
+        if self.load is None:
+            return None
+        runs, others = self.load.capacity, 0
+        if time.monotonic() < self.load_until:
+            others = self.others
+            if self.load.kv_cache_usage >= KV_CACHE_FULL:
+                # The KV cache bounds it. At this length of its requests, so many fit.
+                runs = min(runs, math.ceil(self.load.running / self.load.kv_cache_usage))
+        more = max(4, math.ceil(runs * MORE))
+        # Another gateway's requests cannot keep all of this one's out.
+        share = runs // self.load.gateways if self.load.gateways > 1 else 0
+        most = max(runs + more - others, share, more)
+        kept = min(more + round(runs * KEPT_FREE), most - 1)
+        return Room(most, most - self.inflight, kept)
 
     def avoids(self, front_end: str) -> bool:
         """Whether it failed a moment ago: alone, or with another one of this replica."""
@@ -80,6 +139,12 @@ class Board:
         self._front_ends: dict[str, dict[str, FrontEnd]] = {}
         self.max_model_len: dict[str, int] = {}
         """By application, as its replicas reported it last; kept while there are none."""
+
+        self.changed: Callable[[str], None] = lambda application: None
+        """Called with an application when it has other front ends or one reports its load."""
+
+        self.waiting: Callable[[str], int] = lambda application: 0
+        """Tells how many requests wait here for a replica of an application."""
 
     def publish(
         self,
@@ -99,6 +164,7 @@ class Board:
             id: before.get(id) or _front_end(id, address, replicas)
             for id, address in running.items()
         }
+        self.changed(application)
 
     def forget(self, application: str) -> None:
         """Forget an application that was removed."""
@@ -135,10 +201,11 @@ class Board:
 
     def report(self, replica_id: str, load: Load) -> None:
         """Take what a replica says of its engine's load. One that is not known is ignored."""
-        for known in self._front_ends.values():
+        for application, known in self._front_ends.items():
             for front_end in known.values():
                 if front_end.replica.id == replica_id:
-                    front_end.replica.load = load
+                    front_end.replica.report(load)
+                    self.changed(application)
                     return
 
     def application_of(self, front_end: str) -> str | None:

@@ -85,6 +85,27 @@ def methods_of(path: str) -> list[str]:
     return next((methods for pattern, methods in _PATTERNS if pattern.fullmatch(path)), [])
 
 
+_FRONT_END_ALONE = ("render", "count_tokens", "tokenize")
+"""How the paths end for which no engine runs: its front end answers. So it does for GET, and where
+a stored response is named."""
+
+
+def runs_engine(path: str) -> bool:
+    """Whether an engine runs for a request to this route of a model."""
+    return "POST" in _METHODS.get(path, ()) and not path.endswith(_FRONT_END_ALONE)
+
+
+_STREAMED = {
+    "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages",
+    "/inference/v1/generate", "/cohere/v2/chat", "/invocations",
+}  # fmt: skip
+
+
+def may_stream(path: str) -> bool:
+    """Whether this route of a model answers ``"stream": true`` with events."""
+    return path in _STREAMED
+
+
 _UNDER_V1 = {path.removeprefix("/v1/") for path in _METHODS if path.startswith("/v1/")} | {"models"}
 
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from serve_app.cluster.exchange import HOLD_S, Answer, Load, Question, Report
 
@@ -66,7 +66,10 @@ class Reports:
                 pass
         box.asked = time.monotonic()
         told = [box.reports[i] for i in range(min(len(box.reports), _AT_ONCE))]
-        return Answer(self._id, box.first + len(told) - 1, told, self._load())
+        if load := self._load():
+            gateways = sum(not _silent(it) for it in self._boxes.values())
+            load = replace(load, gateways=gateways)
+        return Answer(self._id, box.first + len(told) - 1, told, load)
 
     @property
     def due(self) -> int:

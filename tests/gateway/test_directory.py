@@ -145,6 +145,8 @@ async def test_a_broken_model_is_not_listed_and_says_why_to_who_asks_for_it() ->
             "replicas": 0,
             "message": SENTENCE,
             "starting": [],
+            "queued": 0,
+            "longest_wait_s": 0.0,
         }
 
 

@@ -18,7 +18,8 @@ from harness import postgres
 from harness.postgres import Postgres
 from harness.scripted import GatewayProcess, Upstream, until
 
-from serve_app.gateway.ledger import Entry, Usage
+from serve_app.cluster.exchange import Usage
+from serve_app.gateway.ledger import Entry
 from serve_app.gateway.usage import ship
 from serve_app.gateway.usage.database import Database
 
@@ -31,7 +32,8 @@ ALL = (datetime(2020, 1, 1), datetime(2030, 1, 1))
 WRITER = """
 import sys, time
 from serve_app.config.settings import GatewayConfig
-from serve_app.gateway.ledger import Entry, Usage
+from serve_app.cluster.exchange import Usage
+from serve_app.gateway.ledger import Entry
 from serve_app.gateway.usage import ship
 from serve_app.gateway.usage.record import Record
 

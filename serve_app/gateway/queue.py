@@ -1,0 +1,347 @@
+"""The queue: where calls wait for a replica that has room, or for the first one of a cold model.
+
+There is one line for each model. A replica is sent what its engine can run and a little more, so
+that who is next is decided here, by priority and fairly, and not by the engine's own queue, which
+knows no callers. Nothing here waits for anything remote: room is known from the replicas' last
+reports, and from what this gateway has sent and what has ended since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from serve_app.config.settings import QueueConfig
+from serve_app.gateway import routes
+from serve_app.gateway.cold_start import LOOK_S, ColdStart
+from serve_app.gateway.errors import GatewayError, invalid, unavailable
+from serve_app.gateway.fair_order import ANYBODY, FairOrder, Share, cost
+from serve_app.gateway.ledger import Entry
+from serve_app.gateway.policy import Policy
+from serve_app.gateway.replicas import Board, FrontEnd
+from serve_app.gateway.stages import Call
+
+DEADLINE = b"x-request-timeout-ms"
+"""The header by which a client says how long its request may wait here."""
+
+_TIMES_FREE = 4
+"""A key may have so many times as many calls waiting as there are places free: 80 % of them if it
+is the only one, so that the first call of another key still finds a place."""
+
+_RATE_OF = 64
+"""Calls whose ends tell how fast a model answers."""
+
+
+class Waiting(NamedTuple):
+    """What waits for a model at this gateway."""
+
+    requests: int
+    longest_s: float
+
+
+@dataclass(eq=False)
+class _Place:
+    """A call in a line."""
+
+    call: Call
+    share: Share[_Place] | None
+    """Its caller's; None for a call that the engine has nothing to do for."""
+
+    since: float
+    granted: asyncio.Future[FrontEnd]
+
+
+@dataclass(eq=False)
+class _Line:
+    """What waits for one model."""
+
+    name: str
+    places: dict[_Place, None] = field(default_factory=dict)
+    """All of them, by the time they came."""
+
+    passing: deque[_Place] = field(default_factory=deque)
+    """Calls that need a replica, but no room in its engine."""
+
+    again: deque[_Place] = field(default_factory=deque)
+    """Calls that have had their turn, and whose replica failed."""
+
+    order: FairOrder[_Place] = field(default_factory=FairOrder)
+    """All others."""
+
+    ends: deque[float] = field(default_factory=lambda: deque(maxlen=_RATE_OF))
+    """When its latest calls ended."""
+
+    attendant: asyncio.Task[None] | None = None
+    """Wakes the model, and looks at its replicas; there while calls wait."""
+
+    def seconds_for(self, calls: int) -> float:
+        """How long so many calls take, at the rate of the latest ones; from 1 to 60."""
+        if len(self.ends) < 2:
+            return 60.0
+        each = (time.monotonic() - self.ends[0]) / len(self.ends)
+        return min(60.0, max(1.0, calls * each))
+
+    def leave(self, place: _Place) -> None:
+        """Take out a call that has no turn to come."""
+        if place not in self.places:
+            return
+        del self.places[place]
+        for line in (self.passing, self.again):
+            if place in line:
+                line.remove(place)
+                return
+        if place.share:
+            self.order.remove(place.share, place)
+
+
+class Queue:
+    """Gives each call its turn at a front end that the policy chooses."""
+
+    def __init__(
+        self,
+        board: Board,
+        cold_start: ColdStart,
+        policy: Policy,
+        config: QueueConfig,
+        cold_start_timeout_s: float,
+    ) -> None:
+        self._board = board
+        self._cold_start = cold_start
+        self._policy = policy
+        self._config = config
+        self._cold_start_timeout_s = cold_start_timeout_s
+        self._lines: dict[str, _Line] = {}
+        """By model; kept, because they know what each caller has had."""
+
+        self._charged: dict[str, tuple[FairOrder[_Place], Share[_Place], float]] = {}
+        """By call that has had its turn and is not settled: what its caller was charged."""
+
+        board.changed = self._changed
+
+    def waiting(self, model: str) -> Waiting:
+        """What waits for a model now."""
+        line = self._lines.get(model)
+        oldest = next(iter(line.places), None) if line else None
+        if line is None or oldest is None:
+            return Waiting(0, 0.0)
+        return Waiting(len(line.places), time.monotonic() - oldest.since)
+
+    async def turn(self, call: Call, *, again: bool = False) -> FrontEnd:
+        """Wait for the call's turn. It counts as in flight there until :meth:`end`.
+
+        Starts a replica if the model is scaled to zero.
+
+        Args:
+            again: it has had a turn, and the replica failed: it goes before those that had none.
+
+        Raises:
+            GatewayError: 429 where too many wait; 503 where its time is up, or no replica can
+                start; 404 for a removed model; whatever the policy raises.
+        """
+        deadline_s = _deadline_s(call)
+        line = self._lines.setdefault(call.model.name, _Line(call.model.name))
+        place = self._join(line, call, again)
+        self._give_turns(line)
+        if place.granted.done():
+            return place.granted.result()
+        if not again:
+            self._refuse_if_full(line, place)
+        live = self._board.live(line.name)
+        patience_s = self._config.max_wait_s if live else self._cold_start_timeout_s
+        left_s = patience_s
+        if deadline_s is not None and deadline_s < patience_s:
+            patience_s = deadline_s
+            left_s = deadline_s - (time.perf_counter() - call.arrived)
+        try:
+            async with asyncio.timeout(left_s):
+                return await place.granted
+        except BaseException as error:
+            # It may have been granted at the same moment.
+            if place.granted.done() and not place.granted.cancelled():
+                if not place.granted.exception():
+                    self.end(call, place.granted.result())
+            else:
+                line.leave(place)
+                self._attend(line)
+            if isinstance(error, TimeoutError):
+                raise self._timed_out(line, patience_s) from None
+            raise
+
+    def end(self, call: Call, front_end: FrontEnd) -> None:
+        """The call has ended at this front end, well or not; another one may have its turn."""
+        front_end.ended()
+        if charged := self._charged.get(call.id):
+            share = charged[1]
+            share.inflight -= 1
+            share.seen = now = time.monotonic()
+            self._lines[call.model.name].ends.append(now)
+        self._changed(call.model.name)
+
+    def entered(self, entry: Entry) -> None:
+        """Take what a call took, as a listener of the ledger."""
+        if (charged := self._charged.pop(entry.id, None)) and entry.usage:
+            order, share, charge = charged
+            order.settle(share, charge, cost(entry.usage))
+
+    # --- the line ------------------------------------------------------------------------------
+
+    def _join(self, line: _Line, call: Call, again: bool) -> _Place:
+        now = time.monotonic()
+        share = None
+        if again and (charged := self._charged.get(call.id)):
+            share = charged[1]
+        elif routes.runs_engine(call.request.path):
+            share = line.order.share(call.caller or ANYBODY, now)
+        place = _Place(call, share, now, asyncio.get_running_loop().create_future())
+        line.places[place] = None
+        if share is None:
+            line.passing.append(place)
+        elif again:
+            line.again.append(place)
+        else:
+            line.order.add(share, place)
+        return place
+
+    def _refuse_if_full(self, line: _Line, place: _Place) -> None:
+        others, name = len(line.places) - 1, line.name
+        free = self._config.max_requests - others
+        of_key = len(place.share.waiting) - 1 if place.share and place.call.caller else 0
+        if free > 0 and of_key < _TIMES_FREE * free:
+            return
+        line.leave(place)
+        self._attend(line)
+        who = f"The API key has {of_key} of the" if free > 0 else "There are"
+        wait_s = line.seconds_for(of_key if free > 0 else others)
+        raise GatewayError(
+            429,
+            f"{who} {others} requests that wait for the model '{name}' already, which is the "
+            f"most; please send the request again in {math.ceil(wait_s)} seconds.",
+            "rate_limit_error",
+            code="queue_full",
+            headers=_retry_after(wait_s),
+        )
+
+    def _timed_out(self, line: _Line, patience_s: float) -> GatewayError:
+        name = line.name
+        if not self._board.live(name):
+            doing = self._cold_start.doing(name)
+            return unavailable(
+                f"The model '{name}' did not start within {patience_s:g} seconds; it "
+                + (f"is {doing}." if doing else "may still be loading."),
+                retry_after_s=30,
+            )
+        return GatewayError(
+            503,
+            f"No replica of the model '{name}' had room for the request within {patience_s:g} "
+            f"seconds; {len(line.places)} others wait.",
+            "server_error",
+            code="queue_timeout",
+            headers=_retry_after(line.seconds_for(len(line.places))),
+        )
+
+    # --- turns ---------------------------------------------------------------------------------
+
+    def _changed(self, model: str) -> None:
+        line = self._lines.get(model)
+        if line and line.places:
+            self._give_turns(line)
+
+    def _give_turns(self, line: _Line) -> None:
+        """Give turns to those who can have one now."""
+        if live := self._board.live(line.name):
+            while line.passing:
+                self._grant(line, line.passing.popleft(), live)
+            while self._give_turn(line, live):
+                pass
+        self._attend(line)
+
+    def _give_turn(self, line: _Line, live: list[FrontEnd]) -> bool:
+        """Give one turn, if there is room for anyone."""
+        rooms = {it.replica: it.replica.room() for it in live}
+        roomy = [it for it in live if (room := rooms[it.replica]) is None or room.left > 0]
+        if not roomy:
+            return False
+        if line.again:
+            self._grant(line, line.again.popleft(), roomy)
+            return True
+        order = line.order
+        spare = [it for it in roomy if (room := rooms[it.replica]) is None or room.left > room.kept]
+        if spare:
+            share = order.first(lambda it: True)
+        else:
+            # The last room is for callers that ask for little: they then need not wait. Where
+            # there is none, it is for all.
+            most = sum(room.most for room in rooms.values() if room)
+            light = order.highest_light(most)
+            share = order.first(lambda it: it.caller.priority > light or order.is_light(it, most))
+        if share is None:
+            return False
+        self._grant(line, order.take(share), spare or roomy)
+        return True
+
+    def _grant(self, line: _Line, place: _Place, roomy: Sequence[FrontEnd]) -> None:
+        line.places.pop(place)
+        if place.granted.done():
+            return  # its client has just left
+        call = place.call
+        try:
+            # One that only a certain front end can answer takes room from the others.
+            among = self._board.live(line.name) if call.front_end else roomy
+            front_end = self._policy.choose(among, call)
+        except Exception as error:
+            place.granted.set_exception(error)
+            return
+        front_end.began()
+        if share := place.share:
+            share.inflight += 1
+            if call.id not in self._charged:
+                self._charged[call.id] = line.order, share, line.order.charge(share)
+        place.granted.set_result(front_end)
+
+    # --- while calls wait ----------------------------------------------------------------------
+
+    def _attend(self, line: _Line) -> None:
+        """Have an attendant while calls wait, and only then."""
+        if line.places and line.attendant is None:
+            line.attendant = asyncio.create_task(self._wait_on(line))
+        elif not line.places and line.attendant is not None:
+            line.attendant.cancel()
+            line.attendant = None
+
+    async def _wait_on(self, line: _Line) -> None:
+        """Wake the model if need be, and see what no event tells: a replica avoided no more."""
+        try:
+            while line.places:
+                if not self._board.live(line.name):
+                    await self._cold_start.wake(line.name)
+                self._give_turns(line)
+                await asyncio.sleep(LOOK_S)
+        except Exception as error:
+            line.attendant = None
+            for place in list(line.places):
+                line.leave(place)
+                if not place.granted.done():
+                    place.granted.set_exception(error)
+
+
+def _deadline_s(call: Call) -> float | None:
+    """How long the client lets its request wait, from its arrival."""
+    value = next((v for k, v in call.request.headers if k == DEADLINE), None)
+    if value is None:
+        return None
+    if not value.isdigit() or not int(value[:12]):
+        raise invalid(
+            "The header X-Request-Timeout-Ms must be a whole number of milliseconds, at least 1.",
+            code="invalid_header",
+        )
+    return int(value[:12]) / 1000
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    """OpenAI's SDKs read the milliseconds, all others the seconds."""
+    return {"retry-after": str(math.ceil(seconds)), "retry-after-ms": str(round(seconds * 1000))}
