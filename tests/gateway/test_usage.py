@@ -21,6 +21,7 @@ from serve_app.gateway.exchange import GATEWAY
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.usage import ship
 from serve_app.gateway.usage.database import MIGRATIONS, Database
+from serve_app.gateway.usage.line import Line, encode, is_one
 from serve_app.gateway.usage.record import Record
 from serve_app.gateway.usage.report import report
 
@@ -184,11 +185,13 @@ async def test_usage_dir_has_a_line_of_each_request_and_no_prompt(tmp_path: Path
                 "path": CHAT,
                 "replica": "r0",
                 "status": 200,
-                "end": "answered",
-                "usage": {"prompt_tokens": 10, "cached_tokens": 4, "completion_tokens": 3},
+                "outcome": "answered",
+                "prompt_tokens": 10,
+                "cached_tokens": 4,
+                "completion_tokens": 3,
             }.items()
         )
-        assert second["usage"] is None
+        assert second["prompt_tokens"] is None
         assert first["id"] != second["id"]
         assert "hush" not in text
 
@@ -225,24 +228,25 @@ async def test_while_the_database_is_away_requests_wait_on_the_disk(
             await in_database(at, 4)
             (total,) = await rows(at)
             assert total["prompt_tokens"] == 31
+            assert await until(lambda: not at.record.problem)
             assert "usage" not in (await at.client.get("/ready")).json()
     assert await asyncio.to_thread(all_text, tmp_path / "spool") == ""
 
 
-def entry(id: str = "1" * 32, **changes: Any) -> Entry:
+def line(id: str = "1" * 32) -> bytes:
     fields: dict[str, Any] = {
         "id": id, "request_id": "r", "key": "k", "model": "m", "model_id": "m", "path": CHAT,
         "replica": "r0", "end": "answered", "status": 200, "arrived": 1_700_000_000.25,
         "queued_s": 0.0, "first_byte_s": None, "duration_s": 1.0, "retries": 0,
         "usage": Usage(10, 4, 3),
     }  # fmt: skip
-    return Entry(**fields | changes)
+    return encode(Entry(**fields))
 
 
 def test_a_request_that_comes_twice_counts_once(url: str) -> None:
     database = Database(url)
-    database.insert([entry(), entry("2" * 32)])
-    database.insert([entry("2" * 32), entry("3" * 32)])
+    database.insert([line(), line("2" * 32)])
+    database.insert([line("2" * 32), line("3" * 32)])
     (total,) = database.totals(datetime(2020, 1, 1), datetime(2030, 1, 1), [], None)
     assert (total["requests"], total["prompt_tokens"]) == (3, 30)
 
@@ -253,7 +257,7 @@ def test_a_newer_schema_is_refused_and_left_as_it_is(url: str, tmp_path: Path) -
         other.execute("UPDATE serve_app_usage_schema SET version = 99")
     other.close()
     with pytest.raises(Exception, match=f"schema is version 99, .* knows {len(MIGRATIONS)}; upgr"):
-        Database(url).insert([entry()])
+        Database(url).insert([line()])
     with sqlite3.connect(tmp_path / "usage.db") as other:
         assert other.execute("SELECT count(*) FROM serve_app_usage").fetchone() == (0,)
         assert other.execute("SELECT * FROM serve_app_usage_schema").fetchall() == [(99,)]
@@ -262,24 +266,38 @@ def test_a_newer_schema_is_refused_and_left_as_it_is(url: str, tmp_path: Path) -
 
 def test_a_file_that_was_deleted_is_made_anew(url: str, tmp_path: Path) -> None:
     database = Database(url)
-    database.insert([entry()])
+    database.insert([line()])
     (tmp_path / "usage.db").unlink()
     with pytest.raises(Exception, match="no such table"):
-        database.insert([entry("2" * 32)])
-    database.insert([entry("2" * 32)])
+        database.insert([line("2" * 32)])
+    database.insert([line("2" * 32)])
     (total,) = database.totals(datetime(2020, 1, 1), datetime(2030, 1, 1), [], None)
     assert total["requests"] == 1
 
 
-def test_a_line_of_an_older_version_is_an_entry() -> None:
-    """So an upgraded gateway ships what the old one has left: new fields have defaults."""
-    line = (
+def test_a_line_of_an_older_version_is_still_one(url: str) -> None:
+    """So an upgraded gateway ships what the old one has left."""
+    old = (
         b'{"id":"a","request_id":"b","key":"k","model":"m","model_id":"m","path":"/v1/completions",'
-        b'"replica":"r0","end":"answered","status":200,"arrived":1764225600.5,"queued_s":0.1,'
-        b'"first_byte_s":0.2,"duration_s":1.5,"retries":0,"usage":{"prompt_tokens":1,'
-        b'"cached_tokens":0,"completion_tokens":2}}'
+        b'"replica":"r0","outcome":"answered","status":200,"day":"2026-11-27",'
+        b'"arrived":"2026-11-27 06:40:00.500000","queued_s":0.1,"first_byte_s":0.2,'
+        b'"duration_s":1.5,"retries":0,"prompt_tokens":1,"cached_tokens":0,"completion_tokens":2}'
     )
-    assert ship._entry.decode(line).usage == Usage(1, 0, 2)
+    assert is_one(old)
+    database = Database(url)
+    database.insert([old])
+    (total,) = database.totals(
+        datetime(2026, 11, 27, 6, 40), datetime(2026, 11, 27, 6, 41), ["day"], "k"
+    )
+    assert (str(total["day"]), total["completion_tokens"]) == ("2026-11-27", 2)
+
+
+def test_a_line_has_the_columns_of_the_table(url: str, tmp_path: Path) -> None:
+    Database(url).prepare()
+    with sqlite3.connect(tmp_path / "usage.db") as other:
+        columns = [row[1] for row in other.execute("PRAGMA table_info(serve_app_usage)")]
+    other.close()
+    assert tuple(columns) == Line.__struct_fields__
 
 
 def test_a_line_that_cannot_be_read_is_kept_and_stops_no_other(url: str, tmp_path: Path) -> None:
@@ -288,7 +306,7 @@ def test_a_line_that_cannot_be_read_is_kept_and_stops_no_other(url: str, tmp_pat
     database, folder = Database(url), tmp_path / "spool"
     spool = Journal(folder, max_file_bytes=1000, max_file_age_s=60)
     spool.append(b"what is this\n")
-    spool.append(ship.msgspec.json.encode(entry()) + b"\n")
+    spool.append(line())
     ship.Shipper(spool, database).ship()
     (total,) = database.totals(datetime(2020, 1, 1), datetime(2030, 1, 1), [], None)
     assert total["requests"] == 1

@@ -22,6 +22,7 @@ from serve_app.cluster.exchange import Usage
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.usage import ship
 from serve_app.gateway.usage.database import Database
+from serve_app.gateway.usage.line import encode
 
 pytestmark = pytest.mark.skipif(
     postgres.programs() is None, reason="no PostgreSQL here; apt-get install postgresql"
@@ -184,7 +185,7 @@ def test_what_a_client_may_put_into_a_text(database: Database) -> None:
         "1", said, "k", "m", "m", said, "r0", "left", 499, 1.7e9, 0.0, None, 0.5, 0,
         Usage(2**40, 0, 0),
     )  # fmt: skip
-    database.insert([entry])
+    database.insert([encode(entry)])
     (total,) = database.totals(*ALL, ["day"], "k")
     assert str(total["day"]) == "2023-11-14"
     assert total["prompt_tokens"] == 2**40

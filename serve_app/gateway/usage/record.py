@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import sqlalchemy.exc
 
 from serve_app.config.document import USAGE_DB
@@ -25,6 +24,7 @@ from serve_app.gateway.ledger import Entry
 from serve_app.gateway.token_metrics import count_unrecorded
 from serve_app.gateway.usage.database import Database, Newer
 from serve_app.gateway.usage.journal import Journal
+from serve_app.gateway.usage.line import encode
 from serve_app.gateway.usage.ship import REMIND_S, Shipper
 
 logger = logging.getLogger("ray.serve")
@@ -82,7 +82,7 @@ class Record:
         return self._shipper.problem if self._shipper else ""
 
     def entered(self, entry: Entry) -> None:
-        line = msgspec.json.encode(entry) + b"\n"
+        line = encode(entry)
         if self._spool and self._shipper:
             if self._shipper.is_full:
                 self._unrecorded(f"{self._spool.folder} has as much as it may")

@@ -7,13 +7,12 @@ import threading
 import time
 from datetime import UTC, datetime
 
-import msgspec
 from sqlalchemy.exc import DBAPIError
 
-from serve_app.gateway.ledger import Entry
 from serve_app.gateway.usage import journal
 from serve_app.gateway.usage.database import Database
-from serve_app.gateway.usage.journal import Closed, Journal
+from serve_app.gateway.usage.journal import Journal
+from serve_app.gateway.usage.line import is_one
 
 logger = logging.getLogger("ray.serve")
 
@@ -29,8 +28,6 @@ REMIND_S = 60.0
 MOST_BYTES = 4 * 2**30
 """Of all journals in the folder while their database is away: about ten million requests."""
 
-_entry = msgspec.json.Decoder(Entry)
-
 
 class Shipper:
     """:attr:`problem` says why the database lacks requests; empty while it lacks none."""
@@ -41,7 +38,7 @@ class Shipper:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="usage_db", daemon=True)
         self._failing_since = ""
-        self._said_at = 0.0
+        self._said_at = float("-inf")
         self.problem = ""
         self.is_full = False
         """Whether the folder has as much as it may."""
@@ -63,13 +60,16 @@ class Shipper:
 
     def _ship_closed(self) -> None:
         for file in journal.closed(self._spool.folder):
-            entries, is_whole = _read(file)
-            self._database.insert(entries)
-            if is_whole:
+            lines = file.lines()
+            read = [line for line in lines if is_one(line)]
+            self._database.insert(read)
+            if len(read) == len(lines):
                 file.remove()
             else:
                 aside = file.set_aside()
-                logger.error(f"lines of {aside} cannot be read; they are not in usage_db")
+                logger.error(
+                    f"{len(lines) - len(read)} lines of {aside} cannot be read; usage_db lacks them"
+                )
 
     def _run(self) -> None:
         while True:
@@ -104,17 +104,6 @@ class Shipper:
         if self.problem:
             logger.info(f"usage_db is written again, and has all since {self._failing_since} UTC")
         self.problem, self._failing_since, self.is_full = "", "", False
-
-
-def _read(file: Closed) -> tuple[list[Entry], bool]:
-    """The entries of a file, and whether all its lines are entries."""
-    entries, is_whole = [], True
-    for line in file.lines():
-        try:
-            entries.append(_entry.decode(line))
-        except msgspec.DecodeError:
-            is_whole = False
-    return entries, is_whole
 
 
 def _reason(error: Exception) -> str:
