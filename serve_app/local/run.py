@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -25,7 +25,8 @@ from serve_app.addresses import V6_IS_V4
 from serve_app.cluster import haproxy
 from serve_app.cluster.connection import token
 from serve_app.config import keys, notices
-from serve_app.config.document import OPERATOR_HASH, RUN_ID, Fleet, load
+from serve_app.config.document import OPERATOR_HASH, RUN_ID, USAGE_DB, Fleet, load
+from serve_app.config.settings import usage_url
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
 from serve_app.local import found, reasons, runs, serve_process
@@ -75,6 +76,8 @@ def run(
     instance = Instance(endpoint.port)
     ours = secrets.token_hex(8) if cluster is None else None
     env = _environment(instance, endpoint, {RUN_ID: ours, OPERATOR_HASH: hash} if ours else {})
+    if ours and USAGE_DB not in env and (url := _usage_db(env)):
+        env[USAGE_DB] = url
     started = time.monotonic()
     log = None if verbose else instance.log
     stop = _Stop()
@@ -229,6 +232,17 @@ def _environment(instance: Instance, endpoint: Endpoint, ours: dict[str, str]) -
     if not ours:
         return os.environ | proxy
     return haproxy.environment() | instance.environment() | proxy | ours
+
+
+def _usage_db(env: Mapping[str, str]) -> str | None:
+    """This user's file for the usage of all runs; None where it cannot be had."""
+    try:
+        state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or Path.home()}/.local/state"
+        folder = Path(state) / "serve_app"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return usage_url(f"sqlite:///{folder}/usage.db")
+    except (OSError, RuntimeError, ValueError):
+        return None
 
 
 class Terminal(Console):

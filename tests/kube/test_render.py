@@ -710,6 +710,51 @@ def test_api_keys_that_no_pod_could_read(
         )
 
 
+def with_usage_db(folder: Path, source: Any, **settings: Any) -> dict[str, str]:
+    document = copy.deepcopy(one_model({"max_model_len": 8192}, model="Qwen/Qwen3-8B").document)
+    document["applications"][1]["args"] = {"usage_db": source}
+    (folder / "one.yaml").write_text(yaml.safe_dump(document))
+    profile = ClusterProfile.model_validate({"max_gpus": 8, **settings})
+    return render(load(folder / "one.yaml"), profile)
+
+
+USAGE_SECRET = {"name": "serve-app-usage", "key": "url"}
+
+
+def test_the_gateways_pods_alone_have_the_usage_databases_address(tmp_path: Path) -> None:
+    files = with_usage_db(tmp_path, {"secret_env": "USAGE_DB"}, usage_db=USAGE_SECRET)
+    documents = [
+        d for path, text in files.items() if "kustom" not in path for d in yaml.safe_load_all(text)
+    ]
+    [document] = [d for d in documents if d["kind"] == "RayService"]
+    for name, group in worker_groups(document).items():
+        env = {e["name"]: e for e in pod_spec(group)["containers"][0]["env"]}
+        assert ("USAGE_DB" in env) == (name == "gateway")
+        if name == "gateway":
+            assert env["USAGE_DB"]["valueFrom"] == {"secretKeyRef": USAGE_SECRET}
+    [template] = [
+        d for d in documents if d["kind"] == "Secret" and d["metadata"]["name"] == "serve-app-usage"
+    ]
+    assert template["stringData"] == {"url": "REPLACE_ME"}
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"secret_env": "USAGE_DB"}, "is in the variable USAGE_DB, which no pod has; name in the"),
+        ("sqlite:////var/lib/usage.db", "is an SQLite file, which goes with its pod; give it a"),
+        ("postgresql://u:hidden@db/usage", "has a password in plain text; write usage_db: {secr"),
+    ],
+)
+def test_a_usage_database_that_would_be_lost_or_seen(
+    tmp_path: Path, source: Any, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        with_usage_db(tmp_path, source)
+    assert "hidden" not in str(error.value)
+    assert with_usage_db(tmp_path, "postgresql://db/usage?sslmode=require")
+
+
 def test_a_public_load_balancer_wants_api_keys(tmp_path: Path) -> None:
     public = {"scheme": "internet-facing"}
     without = {"max_gpus": 8, "ingress": public}

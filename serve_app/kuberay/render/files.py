@@ -29,6 +29,7 @@ from serve_app.kuberay.render import (
     namespace,
     network,
     rayservice,
+    usage_db,
 )
 from serve_app.kuberay.render.monitoring import pod_monitors, prometheus_rules
 from serve_app.kuberay.render.names import MAX_NAME, instance_name
@@ -130,7 +131,11 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
             "all of IPv4, from which no pod of an IPv6 cluster is reached; add the VPC's IPv6 "
             "network, such as 2600:1f18:1234:5600::/56"
         )
-    if problem := api_keys.why_unreadable(fleet, profile) or api_keys.why_open(fleet, profile):
+    if problem := (
+        api_keys.why_unreadable(fleet, profile)
+        or api_keys.why_open(fleet, profile)
+        or usage_db.why_unreachable(fleet, profile)
+    ):
         raise ConfigError(f"{fleet.path}: {problem}")
     for id, model in fleet.models.items():
         if not model.model.startswith("/") and Path(model.model).is_dir():

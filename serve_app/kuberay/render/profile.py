@@ -201,6 +201,9 @@ class ClusterProfile(_Profile):
     keys: SecretKey | None = None
     """Where the API keys' file is that the gateway's ``keys`` ask for."""
 
+    usage_db: SecretKey | None = None
+    """Where the URL is that the gateway's ``usage_db`` asks for."""
+
     cache: Cache = Cache()
     """The volume for weights and compiled kernels."""
 
