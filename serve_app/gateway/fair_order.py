@@ -14,7 +14,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from serve_app.cluster.exchange import Usage
 from serve_app.gateway.callers import Caller
@@ -56,11 +56,6 @@ class Share(Generic[Item]):
 
     waiting: deque[tuple[int, Item]] = field(default_factory=deque)
     """Its calls, with their place in the order of arrival."""
-
-    @property
-    def rank(self) -> tuple[int, float, int]:
-        """Where its next call stands; the least is the first."""
-        return -self.caller.priority, self.served, self.waiting[0][0]
 
 
 class FairOrder(Generic[Item]):
@@ -105,10 +100,14 @@ class FairOrder(Generic[Item]):
         share.waiting.append((self._arrivals, item))
         self._arrivals += 1
 
-    def first(self, may: Callable[[Share[Item]], bool]) -> Share[Item] | None:
+    @property
+    def anyone_waits(self) -> bool:
+        return bool(self._waiting)
+
+    def first(self, may: Callable[[Share[Item]], bool] | None = None) -> Share[Item] | None:
         """Whose turn it is, of those that ``may`` have it; None where nobody waits or may."""
-        able = (share for share in self._waiting.values() if may(share))
-        return min(able, key=lambda share: share.rank, default=None)
+        able = filter(may, self._waiting.values()) if may else self._waiting.values()
+        return min(able, key=_rank, default=None)
 
     def take(self, share: Share[Item]) -> Item:
         """Take the caller's first call out: it has its turn."""
@@ -149,6 +148,11 @@ class FairOrder(Generic[Item]):
     def _tidy(self, share: Share[Item]) -> None:
         if not share.waiting:
             self._waiting.pop(share.caller.name, None)
+
+
+def _rank(share: Share[Any]) -> tuple[int, float, int]:
+    """Where a caller's next call stands; the least is the first."""
+    return -share.caller.priority, share.served, share.waiting[0][0]
 
 
 def _mean(before: float | None, latest: float) -> float:

@@ -23,7 +23,7 @@ from serve_app.gateway.errors import GatewayError, invalid, unavailable
 from serve_app.gateway.fair_order import ANYBODY, FairOrder, Share, cost
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.policy import Policy
-from serve_app.gateway.replicas import Board, FrontEnd
+from serve_app.gateway.replicas import Board, FrontEnd, Replica
 from serve_app.gateway.stages import Call
 
 DEADLINE = b"x-request-timeout-ms"
@@ -256,23 +256,26 @@ class Queue:
         if live := self._board.live(line.name):
             while line.passing:
                 self._grant(line, line.passing.popleft(), live)
-            while self._give_turn(line, live):
+            replicas = {it.replica for it in live}
+            while self._give_turn(line, live, replicas):
                 pass
         self._attend(line)
 
-    def _give_turn(self, line: _Line, live: list[FrontEnd]) -> bool:
-        """Give one turn, if there is room for anyone."""
-        rooms = {it.replica: it.replica.room() for it in live}
+    def _give_turn(self, line: _Line, live: list[FrontEnd], replicas: set[Replica]) -> bool:
+        """Give one turn, if anyone waits for it and there is room."""
+        order = line.order
+        if not (line.again or order.anyone_waits):
+            return False
+        rooms = {replica: replica.room() for replica in replicas}
         roomy = [it for it in live if (room := rooms[it.replica]) is None or room.left > 0]
         if not roomy:
             return False
         if line.again:
             self._grant(line, line.again.popleft(), roomy)
             return True
-        order = line.order
         spare = [it for it in roomy if (room := rooms[it.replica]) is None or room.left > room.kept]
         if spare:
-            share = order.first(lambda it: True)
+            share = order.first()
         else:
             # The last room is for callers that ask for little: they then need not wait. Where
             # there is none, it is for all.

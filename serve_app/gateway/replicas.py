@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from serve_app.cluster import front_end_ids
 from serve_app.cluster.exchange import Load
@@ -28,8 +29,8 @@ MORE = 0.1
 next one as soon as one has ended, without a turn through the gateway."""
 
 KEPT_FREE = 0.1
-"""Part of what an engine can run that is kept free while a caller with less than its share is
-about: its request then waits neither here nor in the engine."""
+"""Part of what an engine can run that is kept free while a caller is about that asks for little:
+its request then waits neither here nor in the engine."""
 
 KV_CACHE_FULL = 0.8
 """Part of the KV cache in use from which on it bounds what an engine can run."""
@@ -62,8 +63,7 @@ class FrontEnd:
         self.replica.inflight -= 1
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """How many requests of this gateway an engine can be sent."""
 
     most: int
@@ -73,8 +73,8 @@ class Room:
     """How many more that are now; negative where it has too many."""
 
     kept: int
-    """Of ``left``, what a caller leaves to others who have less than their share: the little more,
-    and a few of those that run."""
+    """Of ``left``, what is kept for callers that ask for little: the little more, and a few of
+    those that run."""
 
 
 @dataclass(eq=False)

@@ -315,7 +315,7 @@ class Order(FairOrder[str]):
     def turns(self, takes: dict[str, float] | None = None) -> list[str]:
         """Give turns until nobody waits, and settle each at once."""
         had = []
-        while share := self.first(lambda share: True):
+        while share := self.first():
             had.append(self.take(share))
             charge = self.charge(share)
             self.settle(share, charge, (takes or {}).get(share.caller.name, 1.0))
