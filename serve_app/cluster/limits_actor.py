@@ -38,8 +38,13 @@ _SAVED = "limits/days"
 _SAVE_S = 2.0
 _IDLE_S = 600.0
 
+Told = dict[str, msgspec.Raw]
+"""The same, with the limits of each key still encoded."""
+
 encode = msgspec.msgpack.encode
 decode = msgspec.msgpack.Decoder(Counted).decode
+decode_told = msgspec.msgpack.Decoder(Told).decode
+decode_limits = msgspec.msgpack.Decoder(dict[str, dict[int, float]]).decode
 
 
 class Sums:
@@ -139,7 +144,7 @@ class Coordinator:
             resources={"node:__internal_head__": 0.001},
         ).remote()
 
-    async def exchange(self, gateway: str, counted: Counted) -> tuple[Counted, int]:
+    async def exchange(self, gateway: str, counted: Counted) -> tuple[Told, int]:
         """See :meth:`Sums.exchange`. Raises whatever Ray does where the actor is away."""
         others, live = await self._actor.exchange.remote(gateway, encode(counted))
-        return decode(others), live
+        return decode_told(others), live

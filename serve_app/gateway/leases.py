@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from serve_app.cluster.limits_actor import DAILY, DAY_S, Counted
+from serve_app.cluster.limits_actor import DAILY, DAY_S, Counted, Told, decode_limits
 from serve_app.gateway.windows import Span, Taken
 
 logger = logging.getLogger("ray.serve")
@@ -29,9 +29,10 @@ LOST_S = 5.0
 """Seconds without an exchange after which the others' running requests do not count any more."""
 
 _TIMEOUT_S = 2.0
+_PRUNE_S = 10.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Limit:
     """A kind of limit."""
 
@@ -68,7 +69,11 @@ class Counts:
 
     def __init__(self) -> None:
         self._own: Counted = {}
-        self._others: Counted = {}
+        self._others: Told = {}
+        self._heard: dict[str, dict[str, Taken]] = {}
+        """What has been decoded of it: keys are many, and few ask within half a second."""
+
+        self._pruned = 0
         self._live = 1
         """Gateways, this one included."""
 
@@ -113,28 +118,35 @@ class Counts:
             taken[bucket] += more
 
     def report(self, now: float) -> Counted:
-        """All that was taken here and still counts. Forgets the rest."""
-        for scope, limits in list(self._own.items()):
-            for limit in LIMITS:
-                if taken := limits.get(limit.setting):
-                    limit.span.prune(taken, now)
-            if not any(any(taken.values()) for taken in limits.values()):
-                del self._own[scope]
-                for limit in LIMITS:
-                    self._noted.pop((scope, limit.setting), None)
+        """All that was taken here and still counts. Forgets the rest, now and then."""
+        if (tick := int(now // _PRUNE_S)) != self._pruned:
+            self._pruned = tick
+            for scope, limits in list(self._own.items()):
+                self._prune(scope, limits, now)
         return self._own
 
-    def heard(self, others: Counted, live: int) -> None:
+    def _prune(self, scope: str, limits: dict[str, Taken], now: float) -> None:
+        for limit in LIMITS:
+            if taken := limits.get(limit.setting):
+                limit.span.prune(taken, now)
+        if not any(any(taken.values()) for taken in limits.values()):
+            del self._own[scope]
+            for limit in LIMITS:
+                self._noted.pop((scope, limit.setting), None)
+
+    def heard(self, others: Told, live: int) -> None:
         """Take what the other gateways have counted, and how many there are with this one."""
-        self._others, self._live = others, live
+        self._others, self._heard, self._live = others, {}, live
         self._exchanges += 1
         self._heard_at = time.monotonic()
 
     def _taken(self, scope: str, limit: Limit) -> tuple[Taken, Taken]:
         own = self._own.get(scope, {}).get(limit.setting, {})
-        if limit is AT_ONCE and self._lost():
+        if scope not in self._others or (limit is AT_ONCE and self._lost()):
             return own, {}
-        return own, self._others.get(scope, {}).get(limit.setting, {})
+        if (heard := self._heard.get(scope)) is None:
+            heard = self._heard[scope] = decode_limits(self._others[scope])
+        return own, heard.get(limit.setting, {})
 
     def _leased(
         self, scope: str, limit: Limit, most: float, here: float, there: float, amount: float
@@ -171,7 +183,7 @@ def _sum(one: Taken, other: Taken) -> Taken:
 class Coordinator(Protocol):
     """Where the gateways exchange their counts."""
 
-    async def exchange(self, gateway: str, counted: Counted) -> tuple[Counted, int]:
+    async def exchange(self, gateway: str, counted: Counted) -> tuple[Told, int]:
         """Take all that a gateway has counted; return the others' sum, and how many are live."""
         ...
 

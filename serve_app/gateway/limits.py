@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 from serve_app.cluster.exchange import Usage
 from serve_app.config.keys import KeyLimits
@@ -30,6 +31,12 @@ _OF_TOKENS = (TOKENS, TODAY)
 _KINDS = {"requests": _OF_REQUESTS, "tokens": _OF_TOKENS}
 """The limits that the headers of each kind tell of."""
 
+_GENERATES = (
+    "/completions", "/responses", "/messages", "/generate", "/chat", "/batch", "/invocations",
+    "/transcriptions", "/translations",
+)  # fmt: skip
+"""Ends of the paths that answer with generated tokens."""
+
 EXPOSED = [
     "retry-after",
     "retry-after-ms",
@@ -41,8 +48,7 @@ _AT_ONCE_RETRY_S = 1.0
 """Seconds after which to ask again for the place of a running request: nobody knows when."""
 
 
-@dataclass(frozen=True)
-class _Bound:
+class _Bound(NamedTuple):
     """One limit that a request falls under."""
 
     scope: str
@@ -168,6 +174,8 @@ class Limits:
         prompt = typical.prompt_of(size)
         if size.max_completion is not None:
             return prompt + size.max_completion * size.answers
+        if not call.request.path.endswith(_GENERATES):
+            return prompt
         # What nobody has asked for makes no request too large.
         return max(prompt, min(prompt + typical.completion * size.answers, bound.most))
 

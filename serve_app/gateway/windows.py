@@ -9,43 +9,46 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 Taken = dict[int, float]
 """What was taken, by bucket."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Span:
-    """The time that a limit looks back on."""
+    """The time that a limit looks back on. ``now`` is in seconds since the epoch."""
 
     bucket_s: float
     buckets: int = 1
     """That count in full; a span of one bucket begins anew with each."""
 
-    @property
+    @cached_property
     def _slides(self) -> bool:
         return self.buckets > 1
 
     def bucket(self, now: float) -> int:
         return int(now // self.bucket_s)
 
-    def weight(self, bucket: int, now: float) -> float:
-        """The part of a bucket that counts, 0 to 1. ``now`` is in seconds since the epoch."""
-        left = self.buckets + self._slides + bucket - now / self.bucket_s
-        return min(1.0, max(0.0, left)) if self._slides else float(left > 0)
-
     def used(self, taken: Mapping[int, float], now: float) -> float:
-        return sum(amount * self.weight(bucket, now) for bucket, amount in taken.items())
+        used = 0.0
+        for bucket, amount in taken.items():
+            left = self._left(bucket, now)
+            if left >= 1 or (left > 0 and not self._slides):
+                used += amount
+            elif left > 0:
+                used += amount * left
+        return used
 
     def wait(self, taken: Mapping[int, float], excess: float, now: float) -> float:
         """Seconds until ``excess`` of what is taken does not count any more."""
         ends = 0.0
         for bucket, amount in sorted(taken.items()):
-            weight = self.weight(bucket, now)
-            if amount <= 0 or weight <= 0:
+            left = self._left(bucket, now)
+            if amount <= 0 or left <= 0:
                 continue
             ends = (bucket + self.buckets + self._slides) * self.bucket_s - now
-            counts = amount * weight
+            counts = amount * min(1.0, left) if self._slides else amount
             if counts >= excess:
                 return ends - (counts - excess) / amount * self.bucket_s if self._slides else ends
             excess -= counts
@@ -53,5 +56,9 @@ class Span:
 
     def prune(self, taken: Taken, now: float) -> None:
         """Forget the buckets that do not count any more."""
-        for bucket in [b for b in taken if self.weight(b, now) <= 0]:
+        for bucket in [b for b in taken if self._left(b, now) <= 0]:
             del taken[bucket]
+
+    def _left(self, bucket: int, now: float) -> float:
+        """Buckets' lengths until it does not count any more; the last one of them it fades."""
+        return bucket + self.buckets + self._slides - now / self.bucket_s

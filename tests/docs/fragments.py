@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from serve_app.config import document, engine_args
+from serve_app.config import document, engine_args, keys
 from serve_app.config.settings import GatewayConfig, ModelConfig, parse
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.kuberay.validate.judge import judge, refuse_errors
@@ -50,7 +50,10 @@ def check(text: str, *, span: bool = False) -> None:
         if isinstance(value, dict) and not OTHERS.keys() & value.keys():
             _check_mapping(value, loose=span and "…" in text, span=span)
         elif isinstance(value, list) and all(isinstance(v, dict) for v in value):
-            _check_applications(value)
+            if any("hash" in entry for entry in value):
+                keys.parse_all([e | {"hash": keys.digest(b"")} for e in value], "fragment")
+            else:
+                _check_applications(value)
 
 
 def _check_mapping(value: dict[str, Any], *, loose: bool, span: bool) -> None:
@@ -75,24 +78,24 @@ def _check_mapping(value: dict[str, Any], *, loose: bool, span: bool) -> None:
 
 def _taken(value: dict[str, Any], loose: bool) -> bool:
     """Whether something of ours has all of these keys; its parser then has taken the values."""
-    keys = value.keys()
-    if keys <= set(document._DOCUMENT_KEYS):
+    given = value.keys()
+    if given <= set(document._DOCUMENT_KEYS):
         document.parse_document({"applications": [_GATEWAY], **value}, Path("fragment"))
         return True
     for kind in _SETTINGS:
-        if keys <= kind.model_fields.keys():
+        if given <= kind.model_fields.keys():
             if not loose:
                 parse(kind, ({"model": "org/model"} if kind is ModelConfig else {}) | value, "here")
             return True
-    if keys <= engine_args.table().keys():
+    if given <= engine_args.table().keys():
         if not loose:
             engine_args.check(value)
         return True
-    if keys <= set(document._APPLICATION_KEYS):
+    if given <= set(document._APPLICATION_KEYS):
         if not loose:
             _check_applications([value])
         return True
-    return keys <= set(document._DEPLOYMENT_KEYS)
+    return given <= set(document._DEPLOYMENT_KEYS)
 
 
 def _nested(value: dict[str, Any]) -> bool:

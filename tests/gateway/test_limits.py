@@ -208,6 +208,13 @@ async def test_the_estimate_learns(start: Start) -> None:
         assert answer.status_code == 200
 
 
+async def test_an_embedding_has_no_answer_to_reserve_for(start: Start) -> None:
+    async with start(tokens_per_minute=1000) as at:
+        answer = await at.ask("/v1/embeddings", input="x" * 400)
+        asked = len(at.watch.calls[0].request.body)
+        assert at.told(answer)["remaining-tokens"] == str(int(1000 - asked / 4))
+
+
 async def test_a_request_larger_than_the_limit_is_not_to_be_sent_again(start: Start) -> None:
     async with start(tokens_per_minute=1000) as at:
         refused = await at.ask(max_tokens=5000)

@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from harness.scripted import until
 
-from serve_app.cluster.limits_actor import DAILY, DAY_S, LIVE_S, Counted, Sums
+from serve_app.cluster.limits_actor import (
+    DAILY,
+    DAY_S,
+    LIVE_S,
+    Counted,
+    Sums,
+    Told,
+    decode,
+    decode_told,
+    encode,
+)
 from serve_app.gateway import leases
 from serve_app.gateway.leases import AT_ONCE, LIMITS, REQUESTS, TODAY, TOKENS, Counts, Leases, Limit
 
@@ -28,8 +38,11 @@ class Gateways:
     def exchange(self, *which: int) -> None:
         """One after the other: the first does not hear what the others took since they told."""
         for n in which or range(len(self.counts)):
-            told = self.counts[n].report(self.now)
-            self.counts[n].heard(*self.sums.exchange(f"g{n}", _copy(told), self.now))
+            self.counts[n].heard(*self.ask(f"g{n}", self.counts[n].report(self.now)))
+
+    def ask(self, gateway: str, counted: Counted) -> tuple[Told, int]:
+        others, live = self.sums.exchange(gateway, decode(encode(counted)), self.now)
+        return decode_told(encode(others)), live
 
     def admitted(self, n: int, limit: Limit, most: float, amount: float = 1.0) -> bool:
         """Whether a gateway takes a request."""
@@ -41,10 +54,6 @@ class Gateways:
     def flood(self, n: int, limit: Limit, most: float, amount: float = 1.0) -> int:
         """How many requests in a row a gateway takes."""
         return next(k for k in range(10**6) if not self.admitted(n, limit, most, amount))
-
-
-def _copy(counted: Counted) -> Counted:
-    return {s: {k: dict(v) for k, v in limits.items()} for s, limits in counted.items()}
 
 
 @pytest.fixture
@@ -151,10 +160,10 @@ def test_a_day_outlives_the_actor_and_all_gateways(four: Gateways) -> None:
     four.sums = Sums(kept)
     four.exchange(0)  # one that went on counts once
     new = Counts()
-    new.heard(*four.sums.exchange("new", {}, four.now))
+    new.heard(*four.ask("new", {}))
     assert new.left("a", TODAY, 1000, four.now) == 400
     four.now += DAY_S
-    new.heard(*four.sums.exchange("new", {}, four.now))
+    new.heard(*four.ask("new", {}))
     assert new.left("a", TODAY, 1000, four.now) == 1000
     assert four.sums.days(four.now) == {}
 
@@ -178,13 +187,13 @@ class Away:
         self.hangs = False
         self.told: list[Counted] = []
 
-    async def exchange(self, gateway: str, counted: Counted) -> tuple[Counted, int]:
+    async def exchange(self, gateway: str, counted: Counted) -> tuple[Told, int]:
         if self.hangs:
             await asyncio.Event().wait()
         if self.fails:
             raise self.fails
-        self.told.append(_copy(counted))
-        return {"a": {REQUESTS.setting: {int(NOON // 10): 9.0}}}, 2
+        self.told.append(decode(encode(counted)))
+        return decode_told(encode({"a": {REQUESTS.setting: {int(NOON // 10): 9.0}}})), 2
 
 
 async def test_a_failed_exchange_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
