@@ -22,7 +22,11 @@ class Process:
     def __init__(self) -> None:
         self.engine = SimpleNamespace(asleep=False, busy=False)
         self.front_end = SimpleNamespace(
-            running=0, port=1, serving_models=SimpleNamespace(lora_requests={}), listen=_nothing
+            running=0,
+            reports=SimpleNamespace(due=0),
+            port=1,
+            serving_models=SimpleNamespace(lora_requests={}),
+            listen=_nothing,
         )
         self.pipe, self.theirs = multiprocessing.Pipe()
 
@@ -61,7 +65,7 @@ async def test_what_it_is_busy_with_is_told_before_it_says_that_it_refuses(
     heard: list[Any] = []
     reported = asyncio.Event()
 
-    def report(running: int, busy: bool, records: list[Any]) -> None:
+    def report(running: int, due: int, busy: bool, records: list[Any]) -> None:
         heard.append((running, busy))
         reported.set()
 
@@ -91,11 +95,11 @@ async def test_reports_do_not_pile_up_in_the_pipe_while_nobody_reads_them(
         process.pipe.send(("answer", number, (False,)))
         assert await process.heard() == ("listening", None, (1,))
         name, number, state = await process.heard()
-        assert (name, state) == ("report", (0, False, []))
+        assert (name, state) == ("report", (0, 0, False, []))
         for running in (1, 2, 3):
             process.front_end.running = running
             await asyncio.sleep(0.1)
         assert not process.pipe.poll()
         process.pipe.send(("answer", number, (None,)))
         name, _, state = await process.heard()
-        assert (name, state) == ("report", (3, False, []))
+        assert (name, state) == ("report", (3, 0, False, []))

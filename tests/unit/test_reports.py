@@ -41,14 +41,14 @@ async def test_an_engine_that_has_become_idle_is_not_said_to_be_busy_by_an_older
     load, one = EngineLoad("m"), Further(1)
     ours.further = [one]
     ours._engine = SimpleNamespace(busy=True, llm=SimpleNamespace(logger_manager=load))
-    ours._reported(one, 1, True, [(running(2), None, None, 0)])
+    ours._reported(one, 1, 0, True, [(running(2), None, None, 0)])
     assert said(load) == (2, 0.2)
     # Its request ends, then this process's own in the next step, which is recorded first.
     ours._engine.busy = False
     load.record(running(0), None)
-    ours._reported(one, 0, False, [(running(1), None, None, 0)])
+    ours._reported(one, 0, 0, False, [(running(1), None, None, 0)])
     assert said(load) == (0, 0)
     # Its only request is aborted: there is no step that would tell.
-    ours._reported(one, 1, True, [(running(1), None, None, 0)])
-    ours._reported(one, 0, False, [])
+    ours._reported(one, 1, 0, True, [(running(1), None, None, 0)])
+    ours._reported(one, 0, 0, False, [])
     assert said(load) == (0, 0)
