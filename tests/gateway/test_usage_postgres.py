@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 from harness import postgres
 from harness.postgres import Postgres
-from harness.scripted import GatewayProcess, Upstream, until
+from harness.scripted import GatewayProcess, Upstream, took, until
 
 from serve_app.cluster.exchange import Usage
 from serve_app.gateway.ledger import Entry
@@ -89,7 +89,7 @@ async def test_requests_go_on_while_it_is_stopped_and_each_is_there_once(
                     assert answer.status_code == 200
                     asked += 1
                     for id in list(at.ledger._open):
-                        at.ledger.report(id, "r0", Usage(5, 2, 1))
+                        at.ledger.report(took(id, Usage(5, 2, 1)), "r0")
 
             clients = [asyncio.create_task(client()) for _ in range(8)]
             for mode in ("fast", "immediate"):

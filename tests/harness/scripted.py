@@ -22,12 +22,14 @@ import httpx
 import uvicorn
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from serve_app.cluster.exchange import Called, Report, Usage
 from serve_app.cluster.progress import Phase
 from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import directory
 from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.exchange import GATEWAY
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import Limits
@@ -181,6 +183,11 @@ def reported(args: dict[str, Any] | None = None, status: str = "RUNNING") -> dic
         },
         "deployments": {"ModelServer": {"message": "", "replicas": [RUNNING]}},
     }
+
+
+def took(id: str, usage: Usage) -> Report:
+    """What a front end reports of the call with this id."""
+    return Report(Called(id, GATEWAY, "", "m", "m", "/", 0.0), usage)
 
 
 class GatewayProcess:
