@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,9 +147,15 @@ def test_what_cannot_be_read_is_as_it_was(store: Store, monkeypatch: pytest.Monk
     assert look(before, m=starting(r1="node")) == before
 
 
-async def test_ready_names_the_phase_of_each_replica_that_starts(store: Store) -> None:
-    async with GatewayProcess(applications={"m": starting(r1="node", r2="node")}) as gateway:
-        gateway.directory._phases = {"r1": Phase("loading weights", time.time() - 7)}
+async def test_ready_names_the_phase_of_each_replica_that_starts(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    applications = {"m": starting(r1="node", r2="node")}
+    # However long this machine takes until it asks.
+    monkeypatch.setattr(directory, "time", SimpleNamespace(time=lambda: now))
+    async with GatewayProcess(applications=applications) as gateway:
+        gateway.directory._phases = {"r1": Phase("loading weights", now - 7)}
         answer = await gateway.client.get("/ready")
     assert answer.status_code == 503
     assert answer.json()["models"]["m"]["starting"] == [
