@@ -7,6 +7,7 @@ to whichever asks next: what was used is never lost with a gateway.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import uuid
 from collections import deque
@@ -26,6 +27,9 @@ _AT_ONCE = 500
 class _Box:
     """One gateway's reports."""
 
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """A gateway that comes back after long silence gets another box, with numbers of its own."""
+
     reports: deque[Report] = field(default_factory=deque)
     first: int = 1
     """The number of the first of ``reports``; the others follow."""
@@ -39,7 +43,6 @@ class Reports:
     """All reports of a front end that no gateway has taken yet."""
 
     def __init__(self, load: Callable[[], Load | None]) -> None:
-        self._id = uuid.uuid4().hex
         self._load = load
         self._boxes: dict[str, _Box] = {}
 
@@ -53,23 +56,21 @@ class Reports:
         """What a gateway is told: at once if there is a report for it, else after a while."""
         box = self._boxes.setdefault(question.gateway, _Box())
         box.asked, box.waiting = time.monotonic(), question.waiting
-        while question.of == self._id and box.reports and box.first <= question.taken:
+        while question.of == box.id and box.reports and box.first <= question.taken:
             box.reports.popleft()
             box.first += 1
         self._take_over(box)
         if not box.reports:
             box.news.clear()
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(HOLD_S):
                     await box.news.wait()
-            except TimeoutError:
-                pass
         box.asked = time.monotonic()
         told = [box.reports[i] for i in range(min(len(box.reports), _AT_ONCE))]
         if load := self._load():
             gateways = sum(not _silent(it) for it in self._boxes.values())
             load = replace(load, gateways=gateways)
-        return Answer(self._id, box.first + len(told) - 1, told, load)
+        return Answer(box.id, box.first + len(told) - 1, told, load)
 
     @property
     def due(self) -> int:

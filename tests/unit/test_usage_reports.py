@@ -28,6 +28,8 @@ def test_messages_arrive_as_they_were_sent() -> None:
     answer = Answer("p", 3, [report("1"), Report(CALLED, None)], Load(1, 2, 3, 0.5))
     assert Answer.decode(answer.encode()) == answer
     assert Called.read(CALLED.header()) == CALLED
+    odd = replace(CALLED, key="é", path='/v1/responses/"\n世')
+    assert Called.read(odd.header()) == odd and b"\n" not in odd.header()
     question = Question("g", "p", 3, 2)
     assert Question.decode(question.encode()) == question
 
@@ -75,6 +77,23 @@ async def test_reports_of_a_gateway_that_is_gone_go_to_another(monkeypatch: Any)
     assert kept.due == 0  # nobody is about to take it: a drain need not wait
     answer = await kept.answer(Question("g"))
     assert [it.called.id for it in answer.reports] == ["1"]
+
+
+async def test_a_gateway_that_comes_back_after_long_silence_takes_nothing_unseen(
+    monkeypatch: Any,
+) -> None:
+    """Its reports went to another one meanwhile, and new ones have come since."""
+    monkeypatch.setattr(reports, "HOLD_S", 0.01)
+    kept = Reports(lambda: None)
+    for id in ("1", "2", "3"):
+        kept.add(report(id))
+    seen = await kept.answer(Question("g"))
+    with monkeypatch.context() as long_silence:
+        long_silence.setattr(reports, "SILENT_S", -1.0)
+        await kept.answer(Question("another"))
+    kept.add(report("4"))
+    answer = await kept.answer(Question("g", seen.of, seen.last))
+    assert [it.called.id for it in answer.reports] == ["4"]
 
 
 # --- the ledger ----------------------------------------------------------------------------------
