@@ -7,9 +7,9 @@ front end until a gateway's next ``POST`` says that it has been taken.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+
+import msgspec
 
 PATH = "/-/serve_app/exchange"
 
@@ -35,12 +35,12 @@ class Called:
 
     def header(self) -> bytes:
         """The value of :data:`CALL_HEADER`."""
-        return json.dumps(list(asdict(self).values())).encode()
+        return _encode(self)
 
     @staticmethod
     def read(header: bytes) -> Called:
         """The inverse of :meth:`header`."""
-        return Called(*json.loads(header))
+        return _called.decode(header)
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ class Question:
     """Requests that wait in it for this model."""
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return _encode(self)
 
     @staticmethod
     def decode(body: bytes) -> Question:
-        return Question(**json.loads(body))
+        return _question.decode(body)
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Answer:
     """What a front end says."""
 
     of: str
-    """The front end's process, whose numbers these are."""
+    """What the numbers of ``reports`` belong to: those of another name begin anew."""
 
     last: int
     """The number of the last of ``reports``."""
@@ -127,14 +127,14 @@ class Answer:
     """From the front end that is in the engine's replica process; None from further ones."""
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return _encode(self)
 
     @staticmethod
     def decode(body: bytes) -> Answer:
-        said: dict[str, Any] = json.loads(body)
-        reports = [
-            Report(Called(**it["called"]), Usage(**it["usage"]) if it["usage"] else None)
-            for it in said["reports"]
-        ]
-        load = Load(**said["load"]) if said["load"] else None
-        return Answer(said["of"], said["last"], reports, load)
+        return _answer.decode(body)
+
+
+_encode = msgspec.json.encode
+_called = msgspec.json.Decoder(Called)
+_question = msgspec.json.Decoder(Question)
+_answer = msgspec.json.Decoder(Answer)

@@ -58,7 +58,7 @@ class Exchange:
             question = Question(GATEWAY, said.of, said.last, self._board.waiting(model))
             try:
                 said = await self._once(front_end, question)
-            except (UpstreamError, ValueError, KeyError, TypeError) as error:
+            except (UpstreamError, ValueError) as error:
                 if all(it is not front_end for _, it in self._board.all()):
                     return
                 logger.debug(f"no exchange with {front_end.id}: {error!r}")
