@@ -319,11 +319,11 @@ class UsageDb(Settings):
     @model_validator(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str) else value
+        return value if isinstance(value, dict | UsageDb) else {"url": value}
 
-    @field_validator("url")
+    @field_validator("url", mode="before")
     @classmethod
-    def _known(cls, url: str | None) -> str | None:
+    def _known(cls, url: Any) -> Any:
         return None if url is None else usage_url(url)
 
     @model_validator(mode="after")
@@ -333,13 +333,14 @@ class UsageDb(Settings):
         return self
 
 
-def usage_url(text: str) -> str:
-    """Check a URL for ``usage_db``. The sentence does not repeat it: it may have a password.
+def usage_url(text: Any) -> str:
+    """Check a URL for ``usage_db``. The sentence does not repeat it, whatever it is: it may have a
+    password.
 
     Raises:
         ValueError: it is none.
     """
-    if not _USAGE_DB.fullmatch(text):
+    if not isinstance(text, str) or not _USAGE_DB.fullmatch(text):
         raise ValueError(
             "must be sqlite:///FILE (with four slashes before a whole path) or "
             "postgresql://USER:PASSWORD@HOST/DATABASE"

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import yaml
-from harness.scripted import GatewayProcess, Upstream, reported, until
+from harness.scripted import GatewayProcess, Upstream, reported, took, until
 
-from serve_app.cluster.exchange import Called, Report, Usage
+from serve_app.cluster.exchange import Usage
 from serve_app.config import keys
 from serve_app.config.document import USAGE_DB
-from serve_app.gateway.exchange import GATEWAY
+from serve_app.config.settings import GatewayConfig, parse
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.usage import ship
 from serve_app.gateway.usage.database import MIGRATIONS, Database
@@ -63,8 +63,7 @@ async def chat(at: GatewayProcess, usage: Usage | None, model: str = "m", **more
     answer = await at.client.post(CHAT, json={"model": model, "messages": "hush"}, **more)
     for id in list(at.ledger._open):
         if usage:
-            called = Called(id, GATEWAY, "", "m", "m", "/", 0.0)
-            at.ledger.report(Report(called, usage), "r0")
+            at.ledger.report(took(id, usage), "r0")
         else:
             at.ledger._give_up(id)
     return answer
@@ -347,6 +346,21 @@ async def test_a_spool_has_bounds(
 async def test_a_record_that_cannot_be_kept_is_refused(settings: Any, said: str) -> None:
     with pytest.raises(keys.ConfigError, match=said):
         await GatewayProcess(**settings).__aenter__()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "postgres//u:hidden@h/d",
+        ["postgresql://u:hidden@h/d"],
+        {"url": ["postgresql://u:hidden@h/d"]},
+        {"url": {"is": "postgresql://u:hidden@h/d"}},
+    ],
+)
+def test_what_may_have_a_password_is_not_repeated(given: Any) -> None:
+    with pytest.raises(keys.ConfigError, match=r"usage_db\.url: must be sqlite:///FILE") as error:
+        parse(GatewayConfig, {"usage_db": given}, "args")
+    assert "hidden" not in str(error.value)
 
 
 async def test_the_url_may_be_in_a_variable(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
