@@ -53,12 +53,7 @@ def env(fleet: Fleet, profile: ClusterProfile) -> list[Any]:
     source = _source(fleet)
     if source is None or not source.secret_env or profile.keys is None:
         return []
-    return [
-        {
-            "name": source.secret_env,
-            "valueFrom": {"secretKeyRef": profile.keys.model_dump()},
-        }
-    ]
+    return [{"name": source.secret_env, **profile.keys.value()}]
 
 
 def mounts(fleet: Fleet) -> list[dict[str, Any]]:

@@ -202,9 +202,7 @@ def _env(fleet: Fleet, profile: ClusterProfile, group: str | None) -> list[Any]:
         )
         env += others
     if profile.hf_token is not None:
-        env.append(
-            {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": profile.hf_token.model_dump()}}
-        )
+        env.append({"name": "HF_TOKEN", **profile.hf_token.value()})
     return env
 
 

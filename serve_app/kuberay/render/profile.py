@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -60,6 +60,10 @@ class SecretKey(_Profile):
 
     key: str = Field(min_length=1)
     """The key within it."""
+
+    def value(self) -> dict[str, Any]:
+        """Where a pod gets the value, as ``valueFrom`` has it."""
+        return {"valueFrom": {"secretKeyRef": self.model_dump()}}
 
 
 class Cache(_Profile):

@@ -115,9 +115,7 @@ def _cluster(
     if profile.redis is not None:
         redis: dict[str, Any] = {"redisAddress": profile.redis.address}
         if profile.redis.password is not None:
-            redis["redisPassword"] = {
-                "valueFrom": {"secretKeyRef": profile.redis.password.model_dump()}
-            }
+            redis["redisPassword"] = profile.redis.password.value()
         cluster["gcsFaultToleranceOptions"] = note(
             redis, "The head's state outlives the head: a new one takes over, the models go on."
         )

@@ -43,8 +43,7 @@ def env(fleet: Fleet, profile: ClusterProfile) -> list[Any]:
     source = _source(fleet)
     if source is None or not source.secret_env or profile.usage_db is None:
         return []
-    reference = {"secretKeyRef": profile.usage_db.model_dump()}
-    return [{"name": source.secret_env, "valueFrom": reference}]
+    return [{"name": source.secret_env, **profile.usage_db.value()}]
 
 
 def _source(fleet: Fleet) -> UsageDb | None:
