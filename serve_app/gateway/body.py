@@ -127,6 +127,11 @@ class _Names(msgspec.Struct):
     kv_transfer_params: Any = None
     vllm_xargs: Any = None
     stream: Any = None
+    # What bounds an answer's length, in any of the APIs.
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
 
 
 _KV = "kv_transfer_params"
@@ -189,17 +194,6 @@ def previous_response_in(body: bytes) -> str | None:
     return id if isinstance(id, str) else None  # vLLM refuses other types
 
 
-class _Lengths(msgspec.Struct):
-    """The fields that bound an answer's length, in any of the APIs."""
-
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-    n: Any = None
-
-
-_lengths = msgspec.json.Decoder(_Lengths)
-
 _BASE64 = (b";base64,", b'"data":')
 """What stands before an image or a sound in a JSON body."""
 
@@ -224,7 +218,7 @@ def size(body: bytes) -> Size:
     encoding = json.detect_encoding(body)
     try:
         text = body if encoding == "utf-8" else body.decode(encoding).encode()
-        found = _lengths.decode(text)
+        found = _decoder.decode(text)
     except (ValueError, RecursionError):
         return Size()
     bounds = (found.max_completion_tokens, found.max_tokens, found.max_output_tokens)
