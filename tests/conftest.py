@@ -4,6 +4,8 @@ about a minute on two cores. Tests that take ``cluster`` run once for each of Se
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--left-out", type=Path, help="add what was skipped, and why, to this file")
     parser.addoption("--kube-context", help="run the day-two tests on this kubeconfig context")
     parser.addoption("--kube-image", default="", help="the image of target cpu for them")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Else each `serve-app run` of the tests writes into the usage of whoever runs them.
+    state = tempfile.TemporaryDirectory()
+    os.environ["XDG_STATE_HOME"] = state.name
+    config.add_cleanup(state.cleanup)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

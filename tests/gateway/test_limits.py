@@ -12,13 +12,12 @@ import httpx
 import openai
 import pytest
 import yaml
-from harness.scripted import Exchange, GatewayProcess, Upstream, reported, until
+from harness.scripted import Exchange, GatewayProcess, Upstream, reported, took, until
 
-from serve_app.cluster.exchange import Called, Report, Usage
+from serve_app.cluster.exchange import Usage
 from serve_app.config import keys
 from serve_app.gateway.body import Size, size
 from serve_app.gateway.errors import unavailable
-from serve_app.gateway.exchange import GATEWAY
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import Limits, duration
 from serve_app.gateway.stages import Call, Outcome
@@ -82,8 +81,7 @@ class Limited:
     async def report(self, prompt: int, cached: int, completion: int, of: int = -1) -> None:
         """What the replica tells of a request, by default of the last one."""
         id = self.watch.calls[of].id
-        called = Called(id, GATEWAY, "a", "m", "m", "/", 0.0)
-        self.ledger.report(Report(called, Usage(prompt, cached, completion)), "r0")
+        self.ledger.report(took(id, Usage(prompt, cached, completion), "a"), "r0")
         assert await until(lambda: id not in self.ledger._open)
 
     def told(self, answer: httpx.Response) -> dict[str, str]:

@@ -13,12 +13,11 @@ import httpx
 import openai
 import pytest
 import yaml
-from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, until
+from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, took, until
 
-from serve_app.cluster.exchange import Called, Report, Usage
+from serve_app.cluster.exchange import Usage
 from serve_app.config import keys
 from serve_app.gateway.callers import Caller
-from serve_app.gateway.exchange import GATEWAY
 from serve_app.gateway.fair_order import AWAY_S, FairOrder
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.queue import Queue
@@ -295,8 +294,7 @@ async def test_the_tokens_count_that_replicas_report(file: Path) -> None:
             engine.answers(1)
             await asked
             assert await until(lambda id=id: ledger._open[id].entry)
-            called = Called(id, GATEWAY, key, "m", "m", "/", 0.0)
-            ledger.report(Report(called, Usage(tokens, 0, 0)), "r0")
+            ledger.report(took(id, Usage(tokens, 0, 0), key), "r0")
         [order] = [line.order for line in queue_of(gateway)._lines.values()]
         a, b = order._shares.values()
         assert (a.served, a.mean, b.served, b.mean) == (1000, 1000, 100, 100)

@@ -14,7 +14,7 @@ import pytest
 from harness.servers import BIN
 from serve_app import cli
 
-_OF_A_LOGIN = ("HOME", "LANG", "PYTHONPATH", "TMPDIR", "USER")
+_OF_A_LOGIN = ("HOME", "LANG", "PYTHONPATH", "TMPDIR", "USER", "XDG_STATE_HOME")
 
 
 def fresh_shell() -> dict[str, str]:

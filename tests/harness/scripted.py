@@ -185,9 +185,9 @@ def reported(args: dict[str, Any] | None = None, status: str = "RUNNING") -> dic
     }
 
 
-def took(id: str, usage: Usage) -> Report:
+def took(id: str, usage: Usage, key: str = "") -> Report:
     """What a front end reports of the call with this id."""
-    return Report(Called(id, GATEWAY, "", "m", "m", "/", 0.0), usage)
+    return Report(Called(id, GATEWAY, key, "m", "m", "/", 0.0), usage)
 
 
 class GatewayProcess:

@@ -57,7 +57,7 @@ class _Gateway:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    paths = [REPO, REPO / "tests", REPO / "tests/cluster"]
+    paths = [REPO, REPO / "tests", Path(__file__).parent]
     ray.init(
         address="local",
         num_cpus=2,
