@@ -96,7 +96,9 @@ def _add(sums: Counted, more: Counted) -> None:
                 into[bucket] = into.get(bucket, 0.0) + amount
 
 
-class _Actor:
+class LimitsActor:
+    """The actor; its process is named after it."""
+
     def __init__(self) -> None:
         saved = kv.get(_SAVED)
         self._sums = Sums(msgspec.msgpack.decode(saved, type=dict[str, Counted]) if saved else {})
@@ -133,7 +135,7 @@ class Coordinator:
         """Find the actor, or start it. Blocks while Ray does."""
         import ray
 
-        remote: Any = ray.remote(_Actor)
+        remote: Any = ray.remote(LimitsActor)
         self._actor = remote.options(
             name=_NAME,
             lifetime="detached",

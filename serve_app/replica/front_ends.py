@@ -105,8 +105,9 @@ class FrontEnds:
             RuntimeError: why one of them could not start.
         """
         self._engine = engine
-        tell = lambda: load.now(self.running, busy=self.busy)  # noqa: E731
-        self.first = await self._order.front_end(engine, 0, tell)
+        self.first = await self._order.front_end(
+            engine, 0, lambda: load.now(self.running, busy=self.busy)
+        )
         await self.first.listen(self._order.host)
         await asyncio.gather(*(one.listening for one in self.further))
         if self.further:
