@@ -55,7 +55,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     CUDA_HOME=/usr/local/cuda \
     PYTHONUNBUFFERED=1 \
     VLLM_NO_USAGE_STATS=1 \
-    RAY_USAGE_STATS_ENABLED=0
+    RAY_USAGE_STATS_ENABLED=0 \
+    SERVE_APP_ACCESS_LOG=1
 WORKDIR /home/app
 # Our own code last: a change of it is a layer of a megabyte.
 RUN --mount=type=bind,from=uv,source=/uv,target=/usr/local/bin/uv \
@@ -102,7 +103,7 @@ RUN apt-get update \
  && python -m venv --without-pip /opt/venv \
  && ln -s /opt/venv/bin/ray /opt/venv/bin/serve /opt/venv/bin/serve-app /usr/local/bin/
 ENV PATH=/opt/venv/bin:$PATH VIRTUAL_ENV=/opt/venv UV_LINK_MODE=copy PYTHONUNBUFFERED=1 \
-    VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0
+    VLLM_NO_USAGE_STATS=1 RAY_USAGE_STATS_ENABLED=0 SERVE_APP_ACCESS_LOG=1
 # As `make venv` does it: PyTorch's CPU build is on no package registry. Where only a registry is
 # reached: --build-arg TORCH="--require-hashes -r /requirements/torch-registry.lock", 3 GB larger.
 ARG TORCH="--index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu"

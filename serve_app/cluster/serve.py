@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -142,6 +143,13 @@ def handle(deployment: str, application: str) -> DeploymentHandle:
     from ray import serve
 
     return serve.get_deployment_handle(deployment, application, _check_exists=False)
+
+
+def logs_folder() -> Path:
+    """Where Serve's processes on this node write their logs."""
+    from ray.serve._private.logging_utils import get_serve_logs_dir
+
+    return Path(get_serve_logs_dir())
 
 
 def runtime_env(env_vars: Mapping[str, str]) -> dict[str, Any]:

@@ -416,6 +416,10 @@ class GatewayConfig(_Args):
     """A folder that gets a line of JSON for each request, without its text. A new file is begun
     after 64 MiB or a day; none is deleted."""
 
+    access_log: bool | None = None
+    """Whether each request becomes a line of JSON, without its text, in ``access_gateway_*.log``
+    beside Serve's logs, 192 MiB at most. None: in the images yes, elsewhere no."""
+
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as
     ``https://chat.example.com``; ``*`` is any page. By default no page may."""

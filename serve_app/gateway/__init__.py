@@ -75,6 +75,7 @@ class GatewayServer:
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
         from serve_app.cluster.limits_actor import Coordinator
         from serve_app.cluster.replicas import Watcher
+        from serve_app.gateway.access_log import AccessLog
         from serve_app.gateway.asgi import build
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.exchange import Exchange
@@ -110,6 +111,7 @@ class GatewayServer:
             ledger=ledger,
             limits=limits,
             record=self._record,
+            access_log=AccessLog.of(config),
         )
         await self._directory.refresh()
         running = [self._directory.run(), exchange.run()]

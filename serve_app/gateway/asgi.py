@@ -18,6 +18,7 @@ from serve_app.cluster.exchange import CALL_HEADER, Called
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import api, metrics, models, routes, stages
 from serve_app.gateway import body as request_body
+from serve_app.gateway.access_log import AccessLog
 from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.cold_start import ColdStart
 from serve_app.gateway.directory import Directory
@@ -55,13 +56,15 @@ def build(
     ledger: Ledger | None = None,
     limits: Limits | None = None,
     record: Record | None = None,
+    access_log: AccessLog | None = None,
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
     """The whole ASGI app: the gateway, inside a CORS middleware if any origin is allowed.
 
     ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
-    for each call, and ``record`` tells what was used. ``limits`` are those of the keys. ``stages``
+    for each call, and ``record`` tells what was used. ``access_log`` is also told of requests that
+    get no entry. ``limits`` are those of the keys. ``stages``
     run inside these and the metrics stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
@@ -72,6 +75,8 @@ def build(
     board.waiting = lambda name: queue.waiting(name).requests
     ledger.listen(limits)
     ledger.listen(queue)
+    if access_log:
+        ledger.listen(access_log)
     dispatcher = Dispatcher(board, queue, relay)
     own = api.build(directory, board, keyring, record, queue.waiting, _error_of_own_route)
     gateway = Gateway(
@@ -81,6 +86,7 @@ def build(
         own,
         dispatcher,
         stored,
+        access_log,
         (Metrics(), ledger, stored, limits, *stages),
     )
     if not config.cors_allow_origins:
@@ -105,6 +111,7 @@ class Gateway:
         own: fastapi.FastAPI,
         dispatcher: Dispatcher,
         stored: StoredResponses,
+        access_log: AccessLog | None,
         stages: Sequence[Stage],
     ) -> None:
         self._directory = directory
@@ -112,6 +119,7 @@ class Gateway:
         self._own = own
         self._send = dispatcher.send
         self._stored = stored
+        self._access_log = access_log
         self._stages = stages
         self._keepalive_s = config.stream_keepalive_s
         self._bodies = request_body.Bodies(
@@ -129,6 +137,7 @@ class Gateway:
         path = _below_root_path(scope)
         answer = Answer(send)
         call: Call | None = None
+        caller: Caller | None = None
         try:
             async with contextlib.AsyncExitStack() as held:
                 caller = self._caller(scope, path)
@@ -151,6 +160,8 @@ class Gateway:
                 error = _failure()
             if call is None:
                 metrics.count_refused(error.status)
+                if self._access_log:
+                    self._access_log.refused(path, error.status, caller.name if caller else "")
             await _send_error(answer, error, path)
 
     def _keep_alive(self, answer: Answer, request: Request) -> None:

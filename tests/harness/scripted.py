@@ -27,6 +27,7 @@ from serve_app.cluster.progress import Phase
 from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import directory
+from serve_app.gateway.access_log import AccessLog
 from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.exchange import GATEWAY
@@ -206,11 +207,12 @@ class GatewayProcess:
         policy: Policy | None = None,
         ledger: Ledger | None = None,
         limits: Limits | None = None,
+        access_log: AccessLog | None = None,
         **config: Any,
     ) -> None:
         self._root_path = root_path
         self._stages, self._policy = stages, policy
-        self._ledger, self._limits = ledger, limits
+        self._ledger, self._limits, self._access_log = ledger, limits, access_log
         places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
@@ -238,6 +240,7 @@ class GatewayProcess:
             ledger=self.ledger,
             limits=self._limits,
             record=self.record,
+            access_log=self._access_log,
             stages=self._stages,
             policy=self._policy,
         )

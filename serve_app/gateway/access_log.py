@@ -1,0 +1,83 @@
+"""The access log: a line of JSON for each request, also for those refused before a model was known.
+
+It lies beside Serve's own logs, where what ships logs finds it, and is rotated.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import uuid
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from serve_app.cluster.serve import logs_folder
+from serve_app.config.settings import GatewayConfig
+from serve_app.gateway.ledger import Entry
+from serve_app.gateway.usage.line import encode
+
+ACCESS_LOG = "SERVE_APP_ACCESS_LOG"
+"""Environment variable that the images set: 1 is what ``access_log`` is where no args say it."""
+
+_FILE_BYTES = 64 * 2**20
+_OLD_FILES = 2
+_MAX_PATH = 200
+"""Characters of a path that may be none of ours: a stranger shall not fill the log."""
+
+
+class AccessLog:
+    """The listener that writes the lines; see :mod:`serve_app.gateway.usage.line`."""
+
+    @staticmethod
+    def of(config: GatewayConfig) -> AccessLog | None:
+        """What the settings ask for; None where they ask for none."""
+        wanted = config.access_log
+        if wanted is None:
+            wanted = os.environ.get(ACCESS_LOG) == "1"
+        return AccessLog(logs_folder()) if wanted else None
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = _File(
+            folder / f"access_gateway_{os.getpid()}.log",
+            maxBytes=_FILE_BYTES,
+            backupCount=_OLD_FILES,
+            delay=True,
+        )
+
+    def entered(self, entry: Entry) -> None:
+        line = encode(entry).decode().removesuffix("\n")
+        self._file.emit(logging.makeLogRecord({"msg": line}))
+
+    def refused(self, path: str, status: int, key: str) -> None:
+        """Write a request that named no model that there is, or had no right to be answered."""
+        self.entered(
+            Entry(
+                id=uuid.uuid4().hex,
+                request_id="",
+                key=key,
+                model="",
+                model_id="",
+                path=path[:_MAX_PATH],
+                replica="",
+                end="refused",
+                status=status,
+                arrived=time.time(),
+                queued_s=0.0,
+                first_byte_s=None,
+                duration_s=0.0,
+                retries=0,
+                usage=None,
+            )
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _File(RotatingFileHandler):
+    """Where a disk is full, requests go on without a line; logging would print a traceback each."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
