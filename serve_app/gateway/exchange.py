@@ -60,6 +60,7 @@ class Exchange:
                 said = await self._once(front_end, question)
             except (UpstreamError, ValueError) as error:
                 if all(it is not front_end for _, it in self._board.all()):
+                    self._ledger.lost(front_end.id)
                     return
                 logger.debug(f"no exchange with {front_end.id}: {error!r}")
                 await asyncio.sleep(_PAUSE_S)

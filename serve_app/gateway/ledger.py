@@ -149,6 +149,13 @@ class Ledger:
             if known.entry and known.entry.replica == front_end:
                 self._close(replace(known.entry, usage=report.usage))
 
+    def lost(self, front_end: str) -> None:
+        """Enter what has ended for its client and was still worked on at a front end that is gone:
+        nobody will report it."""
+        for known in list(self._open.values()):
+            if known.waits and known.entry and known.entry.replica == front_end:
+                self._close(known.entry)
+
     async def settle(self, timeout_s: float) -> None:
         """Wait until every request that has ended is entered, at most so long.
 

@@ -7,11 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from harness.processes import free_port
+from harness.scripted import until
 
 from serve_app.cluster.exchange import Answer, Called, Load, Question, Report, Usage
+from serve_app.gateway import exchange as gateway_exchange
 from serve_app.gateway import ledger
+from serve_app.gateway.exchange import Exchange
 from serve_app.gateway.ledger import Entry, Ledger
 from serve_app.gateway.relay import Request
+from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Outcome
 from serve_app.replica import reports
 from serve_app.replica.reports import Reports
@@ -183,6 +188,24 @@ async def test_what_an_engine_still_works_on_is_waited_for(
     assert heard.entries == []
     book.report(report("1"), "f")
     assert [it.usage for it in heard.entries] == [TOOK]
+
+
+async def test_what_a_lost_front_end_still_worked_on_is_entered_without_a_report(
+    book: Ledger, heard: Listener, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(gateway_exchange, "_LOOK_S", 0.01)
+    monkeypatch.setattr(gateway_exchange, "_PAUSE_S", 0.01)
+    await book.admit(call())
+    book.ended(call(), outcome())
+    book.report(Report(CALLED, None), "f")
+    board = Board()
+    board.publish("m", {"f": ("127.0.0.1", free_port())})
+    asking = asyncio.create_task(Exchange(board, book, b"").run())
+    await asyncio.sleep(0.1)
+    assert heard.entries == []  # it is silent, and may come back
+    board.publish("m", {})
+    assert await until(lambda: [it.usage for it in heard.entries] == [None])
+    asking.cancel()
 
 
 async def test_a_gateway_that_ends_waits_for_reports(book: Ledger, heard: Listener) -> None:
