@@ -125,7 +125,10 @@ class _Names(msgspec.Struct):
     model: Any = None
     previous_response_id: Any = None
     kv_transfer_params: Any = None
+    ec_transfer_params: Any = None
     vllm_xargs: Any = None
+    sampling_params: Any = None
+    priority: Any = None
     stream: Any = None
     # What bounds an answer's length, in any of the APIs.
     max_tokens: Any = None
@@ -134,7 +137,8 @@ class _Names(msgspec.Struct):
     n: Any = None
 
 
-_KV = "kv_transfer_params"
+_OF_CACHES = ("kv_transfer_params", "ec_transfer_params")
+"""Fields that name what another engine has computed: a prompt's KV blocks, a picture's encoding."""
 
 _decoder = msgspec.json.Decoder(_Names)
 
@@ -146,14 +150,14 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
         GatewayError: 400 for a body that cannot be read or that names no model.
     """
     kind, options = parse_options_header(content_type)
+    model: Any = None
     if kind == b"multipart/form-data":
-        model: Any = _in_multipart(options.get(b"boundary"), body)
+        model, xargs = _in_multipart(options.get(b"boundary"), body)
+        _refuse_steering(_Names(vllm_xargs=xargs))
     elif body.strip():
         fields = _in_json(body)
-        _refuse_kv_transfer(fields)
+        _refuse_steering(fields)
         model = fields.model
-    else:
-        model = None
     if model is None:
         model = model_in_query(query)
     if model is None or model == "":
@@ -168,15 +172,26 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     return model
 
 
-def _refuse_kv_transfer(fields: _Names) -> None:
-    """Whoever can name blocks of a KV cache gets answers to the prompts of others (vllm#52234)."""
-    xargs = fields.vllm_xargs
-    if fields.kv_transfer_params is not None or (isinstance(xargs, dict) and _KV in xargs):
-        raise invalid(
-            f"'{_KV}' is not for clients: a KV cache holds the prompts of others; leave it out.",
-            param=_KV,
-            code="not_for_clients",
-        )
+def _refuse_steering(fields: _Names) -> None:
+    """Refuse what steers an engine for others.
+
+    Whoever can name blocks of a KV cache gets answers to the prompts of others (vllm#52234). And
+    ``priority`` is the key's, not the client's: some of vLLM's routes ask the body alone for it.
+    """
+    sampling = fields.sampling_params  # of /inference/v1/generate
+    extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    for name in _OF_CACHES:
+        given = getattr(fields, name) is not None
+        if given or any(isinstance(it, dict) and name in it for it in (fields.vllm_xargs, extra)):
+            raise _not_for_clients(name, "a cache holds the prompts of others")
+    if fields.priority is not None and fields.priority != 0:
+        raise _not_for_clients("priority", "it is that of the API key")
+
+
+def _not_for_clients(name: str, why: str) -> GatewayError:
+    return invalid(
+        f"'{name}' is not for clients: {why}; leave it out.", param=name, code="not_for_clients"
+    )
 
 
 def model_in_query(query: bytes) -> str | None:
@@ -286,15 +301,17 @@ def _in_json(body: bytes) -> _Names:
     raise invalid(f"The request body {problem}.", code="invalid_json")
 
 
+_IN_FORMS = (b"model", b"vllm_xargs")
 _MAX_PARTS = 1000  # the limit of Starlette, with which vLLM reads the body next
 
 
-def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
+def _in_multipart(boundary: bytes | None, body: bytes) -> tuple[str | None, Any]:
+    """The fields ``model`` and ``vllm_xargs``, the latter as vLLM reads it: from JSON."""
     if not boundary:
         raise invalid("The multipart body has no boundary in its content-type.")
     header_name = header_value = b""
-    in_model = False
-    found: list[bytes] = []
+    in_field = b""
+    found: dict[bytes, list[bytes]] = {}
 
     def on_header_field(data: bytes, start: int, end: int) -> None:
         nonlocal header_name
@@ -305,22 +322,22 @@ def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
         header_value += data[start:end]
 
     def on_header_end() -> None:
-        nonlocal header_name, header_value, in_model
+        nonlocal header_name, header_value, in_field
         if header_name.lower() == b"content-disposition":
-            in_model = parse_options_header(header_value)[1].get(b"name") == b"model"
-            if in_model:
-                found.clear()  # of several the last one counts, as in vLLM
+            in_field = parse_options_header(header_value)[1].get(b"name", b"")
+            if in_field in _IN_FORMS:
+                found[in_field] = []  # of several the last one counts, as in vLLM
         header_name = header_value = b""
 
     def on_part_data(data: bytes, start: int, end: int) -> None:
-        if in_model:
-            found.append(data[start:end])
+        if in_field in found:
+            found[in_field].append(data[start:end])
 
     parts = 0
 
     def on_part_begin() -> None:
-        nonlocal in_model, parts
-        in_model = False
+        nonlocal in_field, parts
+        in_field = b""
         parts += 1
         if parts > _MAX_PARTS:
             raise ValueError("too many parts")
@@ -342,4 +359,9 @@ def _in_multipart(boundary: bytes | None, body: bytes) -> str | None:
         raise invalid(
             f"The multipart body is malformed, or has more than {_MAX_PARTS} parts."
         ) from None
-    return b"".join(found).decode("utf-8", "replace") if found else None
+    model, xargs = (b"".join(found[name]) if name in found else None for name in _IN_FORMS)
+    try:
+        parsed = json.loads(xargs) if xargs else None
+    except (ValueError, RecursionError):
+        raise invalid("'vllm_xargs' must be a JSON object.", param="vllm_xargs") from None
+    return None if model is None else model.decode("utf-8", "replace"), parsed

@@ -75,7 +75,8 @@ class Dispatcher:
 def _with_priority(call: Call) -> Request:
     """The request, with its caller's priority where the engine orders by that.
 
-    Without the header the engine would take the ``priority`` in the body, which a client chooses.
+    No client says one in the body (``body.py``). vLLM's routes for chats, completions and responses
+    read the header; its other routes give every request priority 0.
     """
     config = call.model.config
     if config is None or config.engine.get("scheduling_policy") != "priority":

@@ -174,10 +174,19 @@ async def test_an_upload_without_a_key_is_refused_before_it_is_read(gateway: Any
         b'{"model": "m", "kv_transfer_params": {"do_remote_prefill": true}}',
         b'{"model": "m", "kv_transfer_p\\u0061rams": {}}',
         b'{"model": "m", "vllm_xargs": {"kv_transfer_params": 1}}',
+        b'{"model": "m", "sampling_params": {"extra_args": {"kv_transfer_params": {}}}}',
+        b'{"model": "m", "ec_transfer_params": {}}',
+        b'{"model": "m", "vllm_xargs": {"ec_transfer_params": 1}}',
+        b'{"model": "m", "priority": -1}',
+        b'{"model": "m", "priority": 0, "priority": "-1"}',
+        b'{"model": "m", "priority": true}',
     ],
 )
-@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/v1/messages", "/invocations"])
-async def test_kv_transfer_params_are_not_for_clients(said: bytes, path: str) -> None:
+@pytest.mark.parametrize(
+    "path",
+    [CHAT, "/v1/completions", "/v1/messages", "/invocations", "/inference/v1/generate", "/rerank"],
+)
+async def test_what_steers_an_engine_is_not_for_clients(said: bytes, path: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as at:
         headers = {"content-type": "application/json"}
         answer = await at.client.post(path, content=said, headers=headers)
@@ -185,6 +194,27 @@ async def test_kv_transfer_params_are_not_for_clients(said: bytes, path: str) ->
         answer = await at.client.post(path + "?model=m", content=said, headers=headers)
         assert answer.status_code == 400
         assert upstream.exchanges == []
+
+
+async def test_nor_is_it_in_a_form() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as at:
+        for xargs in ('{"kv_transfer_params": "x"}', "{"):
+            answer = await at.client.post(
+                "/v1/audio/transcriptions",
+                data={"model": "m", "vllm_xargs": xargs},
+                files={"file": b""},
+            )
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] in ("kv_transfer_params", "vllm_xargs")
+        assert upstream.exchanges == []
+
+
+async def test_the_priority_that_all_have_is_nothing_to_refuse() -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as at:
+        for priority in (0, None):
+            body = {"model": "m", "priority": priority, "vllm_xargs": None, "sampling_params": {}}
+            assert (await at.client.post(CHAT, json=body)).status_code == 200
+        assert len(upstream.exchanges) == 2
 
 
 async def test_headers_that_steer_an_engine_are_not_for_clients() -> None:
