@@ -25,6 +25,7 @@ from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
 from serve_app.gateway.errors import GatewayError, invalid
 from serve_app.gateway.exchange import GATEWAY
+from serve_app.gateway.front import refuse_websocket
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import EXPOSED, Limits
@@ -130,7 +131,7 @@ class Gateway:
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await _refuse_websocket(scope, receive, send)
+            await refuse_websocket(scope, receive, send)
             return
         if scope["type"] != "http":
             return
@@ -287,7 +288,7 @@ def _failure() -> GatewayError:
     return GatewayError(500, "The gateway failed on this request.", "server_error")
 
 
-async def _send_error(answer: Answer, error: GatewayError, path: str, kind: str = "http") -> None:
+async def _send_error(answer: Answer, error: GatewayError, path: str) -> None:
     if await answer.begin():
         await answer.send({"type": "http.response.body", "body": error.sse_event(path)})
         return
@@ -297,20 +298,6 @@ async def _send_error(answer: Answer, error: GatewayError, path: str, kind: str 
         (b"content-length", b"%d" % len(body)),
         *error.headers,
     ]
-    start = {"type": f"{kind}.response.start", "status": error.status, "headers": headers}
+    start = {"type": "http.response.start", "status": error.status, "headers": headers}
     await answer.send(start)
-    await answer.send({"type": f"{kind}.response.body", "body": body})
-
-
-async def _refuse_websocket(scope: Any, receive: Receive, send: Send) -> None:
-    await receive()  # websocket.connect
-    if "websocket.http.response" not in (scope.get("extensions") or {}):
-        await send({"type": "websocket.close", "code": 1008})  # servers make a bare 403 of it
-        return
-    error = GatewayError(
-        403,
-        "The gateway does not relay WebSockets; use the model's HTTP routes.",
-        "invalid_request_error",
-        code="websocket_not_supported",
-    )
-    await _send_error(Answer(send), error, _below_root_path(scope), "websocket.http")
+    await answer.send({"type": "http.response.body", "body": body})

@@ -4,7 +4,7 @@ Serve decodes some headers as UTF-8 (``ray/serve/_private/proxy.py`` in
 ``setup_request_context_and_handle``, ``replica.py`` in ``_direct_ingress_asgi``), and answers a
 plain 500 where one is not UTF-8. It also shows its routes to everyone, at ``/-/routes``. Neither
 request reaches the gateway. By other headers a client decides what is the operator's to decide. And
-uvicorn reads a head of any size.
+uvicorn reads a head of any size. A WebSocket to one of Serve's routes is a plain 500, too.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class Front:
             answer = Response(error.body(), error.status, media_type="application/json")
             await answer(scope, receive, send)
             return
+        if scope["type"] == "websocket" and _path(scope).startswith("/-/"):
+            await refuse_websocket(scope, receive, send)
+            return
         headers = scope.get("headers", ())
         if any(name in _NOT_FOR_SERVE or not value.isascii() for name, value in headers):
             readable = [
@@ -58,8 +61,29 @@ class Front:
         await self._app(scope, receive, send)
 
 
+async def refuse_websocket(scope: Any, receive: Any, send: Any) -> None:
+    """Answer a WebSocket's handshake with an error, where the server can send one."""
+    await receive()  # websocket.connect
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        await send({"type": "websocket.close", "code": 1008})  # servers make a bare 403 of it
+        return
+    error = GatewayError(
+        403,
+        "The gateway does not relay WebSockets; use the model's HTTP routes.",
+        "invalid_request_error",
+        code="websocket_not_supported",
+    )
+    answer = Response(error.body(_path(scope)), error.status, media_type="application/json")
+    await answer(scope, receive, send)
+
+
+def _path(scope: Any) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def _refusal(scope: Any) -> GatewayError | None:
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    path = _path(scope)
     if path == "/-/routes" or not path.startswith("/"):  # "*": Serve would name its routes
         return GatewayError(
             404,

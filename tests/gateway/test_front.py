@@ -114,6 +114,33 @@ async def test_serves_routes_are_no_clients(
         assert (await http.get(f"{root_path}/-/healthz")).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/-/healthz", "/llm/-/healthz", "/-/routes", "/-/"])
+async def test_a_websocket_to_serves_routes_is_declined_in_the_envelope(path: str) -> None:
+    """Serve has no answer for it: its own is a plain 500."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "websocket",
+        "path": path,
+        "root_path": "/llm" if path.startswith("/llm") else "",
+        "headers": [],
+        "extensions": {"websocket.http.response": {}},
+    }
+    await Front(serve)(scope, receive, send)
+    assert [m["type"] for m in sent] == [
+        "websocket.http.response.start",
+        "websocket.http.response.body",
+    ]
+    assert sent[0]["status"] == 403
+    assert b"websocket_not_supported" in sent[1]["body"]
+
+
 def test_an_operator_s_own_callback_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CALLBACK, "theirs:middlewares")
     assert environment.front() == {CALLBACK: "theirs:middlewares"}
