@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from serve_app import addresses
 from serve_app.cluster.exchange import Load
 from serve_app.errors import UserError
-from serve_app.replica import meter, responses, validation
+from serve_app.replica import media, meter, responses, validation
 from serve_app.replica.engine import Engine
 from serve_app.replica.guard import Guard
 from serve_app.replica.no_route import NoRoute
@@ -130,6 +130,7 @@ async def _build_app(llm: Any, args: Namespace, id: str) -> Any:
         # vLLM's pooling routes fetch the media of a message before they find that a text model
         # takes none: from any address, and as slowly as it comes.
         llm.model_config.allowed_media_domains = ["none, the model takes text only"]
+    media.refuse_private_addresses(llm.model_config.allowed_media_domains)
     tasks = await llm.get_supported_tasks()
     app = build_app(args, tasks, llm.model_config)
     await init_app_state(llm, app.state, args, tasks)
