@@ -20,6 +20,7 @@ from typing import Any, Self, cast
 
 import httpx
 import uvicorn
+from ray.serve._private.http_util import RequestIdMiddleware
 from ray.serve.exceptions import DeploymentUnavailableError
 
 from serve_app.cluster.exchange import Called, Report, Usage
@@ -31,6 +32,7 @@ from serve_app.gateway.access_log import AccessLog
 from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.exchange import GATEWAY
+from serve_app.gateway.front import Front
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import Limits
@@ -195,7 +197,8 @@ class GatewayProcess:
     """The gateway under uvicorn, in this event loop, in front of the model ``m``.
 
     ``replicas`` are ports, tried in this order while nothing else is going on. ``root_path`` is
-    the one of Serve's ``http_options``. ``stages`` come after those that the gateway has.
+    the one of Serve's ``http_options``. ``stages`` come after those that the gateway has. ``front``
+    puts around it what runs before it in Serve.
     """
 
     def __init__(
@@ -203,6 +206,7 @@ class GatewayProcess:
         *replicas: Upstream | int,
         applications: dict[str, Any] | None = None,
         root_path: str = "",
+        front: bool = False,
         stages: Sequence[Stage] = (),
         policy: Policy | None = None,
         ledger: Ledger | None = None,
@@ -210,7 +214,7 @@ class GatewayProcess:
         access_log: AccessLog | None = None,
         **config: Any,
     ) -> None:
-        self._root_path = root_path
+        self._root_path, self._front = root_path, front
         self._stages, self._policy = stages, policy
         self._ledger, self._limits, self._access_log = ledger, limits, access_log
         places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
@@ -244,13 +248,16 @@ class GatewayProcess:
             stages=self._stages,
             policy=self._policy,
         )
+        app: Any = _CancelledOnDisconnect(self.app)
+        if self._front:
+            app = Front(RequestIdMiddleware(app))
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(
             uvicorn.Config(
-                _CancelledOnDisconnect(self.app),
+                app,
                 lifespan="off",
                 log_level="critical",
                 root_path=self._root_path,
