@@ -73,19 +73,21 @@ class GatewayServer:
     """One gateway process."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        from serve_app.cluster.gateways import Gateways
         from serve_app.cluster.limits_actor import Coordinator
         from serve_app.cluster.replicas import Watcher
         from serve_app.gateway.access_log import AccessLog
         from serve_app.gateway.asgi import build
         from serve_app.gateway.directory import Directory
         from serve_app.gateway.exchange import Exchange
+        from serve_app.gateway.exposition import Exposition
         from serve_app.gateway.keyring import Keyring
         from serve_app.gateway.leases import Leases
         from serve_app.gateway.ledger import Ledger
         from serve_app.gateway.limits import Limits
+        from serve_app.gateway.metrics import Metrics
         from serve_app.gateway.relay import Relay
         from serve_app.gateway.replicas import Board
-        from serve_app.gateway.token_metrics import TokenMetrics
         from serve_app.gateway.usage.record import Record
 
         config = GatewayConfig.model_validate(args)
@@ -98,7 +100,8 @@ class GatewayServer:
         self._ledger = ledger = Ledger()
         limits = Limits()
         exchange = Exchange(board, ledger, internal_credential())
-        ledger.listen(TokenMetrics())
+        metrics = Metrics()
+        self._exposition = Exposition(metrics, board, internal_credential(), Gateways())
         self._record = Record.of(config)
         if self._record:
             ledger.listen(self._record)
@@ -112,9 +115,10 @@ class GatewayServer:
             limits=limits,
             record=self._record,
             access_log=AccessLog.of(config),
+            exposition=self._exposition,
         )
         await self._directory.refresh()
-        running = [self._directory.run(), exchange.run()]
+        running = [self._directory.run(), exchange.run(), metrics.run()]
         if keyring:
             leases = Leases(limits.counts, Coordinator, lambda: keyring.limited)
             running += [keyring.run(), leases.run()]
@@ -122,6 +126,10 @@ class GatewayServer:
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
+
+    async def own_metrics(self) -> tuple[str, str]:
+        """For the gateway that is asked for ``GET /metrics``: see :meth:`Exposition.own`."""
+        return await self._exposition.own()
 
     async def __del__(self) -> None:
         refreshing = getattr(self, "_refreshing", None)

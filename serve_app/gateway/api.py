@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.openapi.utils import get_openapi
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from serve_app import __version__
@@ -20,6 +21,7 @@ from serve_app.gateway import models
 from serve_app.gateway.callers import Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.exposition import CONTENT_TYPE, Exposition
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.queue import Waiting
 from serve_app.gateway.replicas import Board
@@ -144,6 +146,7 @@ def build(
     keyring: Keyring | None,
     record: Record | None,
     waiting: Callable[[str], Waiting],
+    exposition: Exposition,
     answer_error: Callable[[Request, Exception], Coroutine[Any, Any, Response]],
 ) -> FastAPI:
     """The app.
@@ -207,6 +210,16 @@ def build(
     )
     async def usage(request: Request) -> UsageReport:
         return await report(record, request.scope[CALLER], request.query_params)
+
+    @app.get(
+        "/metrics",
+        summary="Tell Prometheus of the gateways, and of every replica's vLLM",
+        tags=_OWN,
+        response_class=PlainTextResponse,
+    )
+    async def metrics(request: Request) -> Response:
+        page = await exposition.page(request.scope[CALLER])
+        return Response(page, media_type=CONTENT_TYPE)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

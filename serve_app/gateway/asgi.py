@@ -16,7 +16,7 @@ from starlette.routing import Match
 
 from serve_app.cluster.exchange import CALL_HEADER, Called
 from serve_app.config.settings import GatewayConfig
-from serve_app.gateway import api, metrics, models, routes, stages
+from serve_app.gateway import api, models, routes, stages
 from serve_app.gateway import body as request_body
 from serve_app.gateway.access_log import AccessLog
 from serve_app.gateway.callers import NOBODY, Caller
@@ -25,6 +25,7 @@ from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
 from serve_app.gateway.errors import GatewayError, invalid
 from serve_app.gateway.exchange import GATEWAY
+from serve_app.gateway.exposition import Exposition
 from serve_app.gateway.front import refuse_websocket
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
@@ -58,6 +59,7 @@ def build(
     limits: Limits | None = None,
     record: Record | None = None,
     access_log: AccessLog | None = None,
+    exposition: Exposition | None = None,
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
@@ -65,7 +67,8 @@ def build(
 
     ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
     for each call, and ``record`` tells what was used. ``access_log`` is also told of requests that
-    get no entry. ``limits`` are those of the keys. ``stages``
+    get no entry. ``limits`` are those of the keys.
+    ``exposition`` has the metrics, of other gateways too; without it, of this one alone. ``stages``
     run inside these and the metrics stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
@@ -74,12 +77,18 @@ def build(
         board, ColdStart(directory, board), stored, config.queue, config.cold_start_timeout_s
     )
     board.waiting = lambda name: queue.waiting(name).requests
-    ledger.listen(limits)
-    ledger.listen(queue)
-    if access_log:
-        ledger.listen(access_log)
+    exposition = exposition or Exposition(Metrics(), board, b"")
+    metrics = exposition.metrics
+    metrics.watch(lambda: [it.name for it in directory.models()], queue.waiting)
+    limits.hit = metrics.limit_hit
+    if record:
+        record.lost = metrics.unrecorded
+    for listener in (limits, queue, metrics, *((access_log,) if access_log else ())):
+        ledger.listen(listener)
     dispatcher = Dispatcher(board, queue, relay)
-    own = api.build(directory, board, keyring, record, queue.waiting, _error_of_own_route)
+    own = api.build(
+        directory, board, keyring, record, queue.waiting, exposition, _error_of_own_route
+    )
     gateway = Gateway(
         config,
         directory,
@@ -88,7 +97,8 @@ def build(
         dispatcher,
         stored,
         access_log,
-        (Metrics(), ledger, stored, limits, *stages),
+        metrics,
+        (metrics, ledger, stored, limits, *stages),
     )
     if not config.cors_allow_origins:
         return gateway
@@ -113,6 +123,7 @@ class Gateway:
         dispatcher: Dispatcher,
         stored: StoredResponses,
         access_log: AccessLog | None,
+        metrics: Metrics,
         stages: Sequence[Stage],
     ) -> None:
         self._directory = directory
@@ -121,6 +132,7 @@ class Gateway:
         self._send = dispatcher.send
         self._stored = stored
         self._access_log = access_log
+        self._metrics = metrics
         self._stages = stages
         self._keepalive_s = config.stream_keepalive_s
         self._bodies = request_body.Bodies(
@@ -160,9 +172,9 @@ class Gateway:
                 logger.exception(f"request {id}: unexpected error in the gateway")
                 error = _failure()
             if call is None:
-                metrics.count_refused(error.status)
                 if self._access_log:
                     self._access_log.refused(path, error.status, caller.name if caller else "")
+                self._metrics.refused(error.status, caller)
             await _send_error(answer, error, path)
 
     def _keep_alive(self, answer: Answer, request: Request) -> None:
@@ -215,12 +227,13 @@ class Gateway:
             )
         reading = self._bodies.read(receive, headers.get(b"content-length"))
         body = await held.enter_async_context(reading)
+        arrived = time.perf_counter()
         query = _query(scope)
         named = self._stored.model_in(path) or request_body.model_in(
             headers.get(b"content-type", b""), query, body
         )
         model = models.find(self._directory, named, caller)
-        number, arrived = uuid.uuid4().hex, time.perf_counter()
+        number = uuid.uuid4().hex
         called = Called(
             number, GATEWAY, caller.name if caller else "", model.name, named, path, time.time()
         )

@@ -67,6 +67,9 @@ class Entry:
     usage: Usage | None
     """None where no replica reported: none had the request, or the one that had it was lost."""
 
+    streamed: bool = False
+    """Whether its answer was an event stream."""
+
 
 class Listener(Protocol):
     """Whoever wants to know of every request."""
@@ -122,6 +125,7 @@ class Ledger:
             duration_s=outcome.ended - call.arrived,
             retries=len(outcome.retries),
             usage=None,
+            streamed=outcome.streamed,
         )
         known = self._open[call.id]
         known.entry = entry

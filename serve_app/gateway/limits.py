@@ -104,6 +104,9 @@ class Limits:
         """``clock`` tells the seconds since the epoch."""
         self._clock = clock
         self.counts = Counts()
+        self.hit: Callable[[Call, str], None] = lambda call, limit: None
+        """Told of each call that is refused, and of the setting that refuses it."""
+
         self._reserved: dict[str, _Reserved] = {}
         self._typical: defaultdict[str, _Typical] = defaultdict(_Typical)
 
@@ -129,6 +132,7 @@ class Limits:
             self._reserved[call.id] = _Reserved(size, taken)
         call.answer_headers.extend(self._headers(bounds, now))
         if longest[0]:
+            self.hit(call, longest[1].limit.setting)
             raise _refused(call, call.caller, *longest)
         return call
 

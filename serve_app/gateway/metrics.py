@@ -1,69 +1,188 @@
-"""The gateway's metrics. Ray exports them on every node, with ``ray_`` before each name."""
+"""The gateway's metrics. ``GET /metrics`` shows them, and so does Ray's exporter on every node."""
 
 from __future__ import annotations
 
-from ray.util.metrics import Counter, Gauge, Histogram
+import asyncio
+from collections.abc import Callable, Iterable
 
+from prometheus_client import CollectorRegistry
+
+from serve_app.gateway.callers import Caller
+from serve_app.gateway.ledger import Entry
+from serve_app.gateway.queue import Waiting
+from serve_app.gateway.series import Counter, Gauge, Histogram
 from serve_app.gateway.stages import Call, Outcome
 
-_SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600]
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+_OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
-_requests = Counter(
-    "serve_app_gateway_requests_total",
-    "Requests answered, by model and HTTP status (499: the client went away; 502: the replica was "
-    "lost in the middle of an answer that had begun with another status). Without a model: those "
-    "that the gateway refused before it knew one.",
-    tag_keys=("model", "code"),
-)
-_duration = Histogram(
-    "serve_app_gateway_request_duration_seconds",
-    "From a request's arrival to the last byte of its answer.",
-    boundaries=_SECONDS,
-    tag_keys=("model",),
-)
-_first_byte = Histogram(
-    "serve_app_gateway_time_to_first_byte_seconds",
-    "From a request's arrival to the first byte of its answer; streamed, that is the TTFT.",
-    boundaries=_SECONDS,
-    tag_keys=("model",),
-)
-_inflight = Gauge(
-    "serve_app_gateway_inflight_requests",
-    "Requests that this gateway is relaying now.",
-    tag_keys=("model",),
-)
-_retries = Counter(
-    "serve_app_gateway_retries_total",
-    "Requests given to another replica, by what the first one did.",
-    tag_keys=("model", "reason"),
-)
-
-_running: dict[str, int] = {}
-
-
-def count_refused(status: int) -> None:
-    """Count a request that was refused before it was known which model it is for."""
-    _requests.inc(tags={"model": "", "code": str(status)})
+_SAMPLE_S = 5.0
+"""Seconds between two looks at the gauges for Ray, whose workers report every ten."""
 
 
 class Metrics:
-    """The stage that counts and times each call."""
+    """The stage that counts and times each call, and the listener that counts its tokens."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._running: dict[str, int] = {}
+        self._models: Callable[[], Iterable[str]] = lambda: ()
+        self._waiting: Callable[[str], Waiting] = lambda model: Waiting(0, 0.0)
+        self._seen: set[str] = set()
+        self._requests = Counter(
+            registry,
+            "serve_app_gateway_requests_total",
+            "Requests answered, by model, API key and HTTP status (499: the client went away; 502: "
+            "the replica was lost in the middle of an answer that had begun with another status). "
+            "Without a model: those that the gateway refused before it knew one.",
+            ("model", "key", "code"),
+        )
+        self._duration = Histogram(
+            registry,
+            "serve_app_gateway_request_duration_seconds",
+            "From a request's arrival to the last byte of its answer.",
+            ("model",),
+            _SECONDS,
+        )
+        self._first_byte = Histogram(
+            registry,
+            "serve_app_gateway_time_to_first_byte_seconds",
+            "From a request's arrival to the first byte of its answer; streamed, that is the TTFT.",
+            ("model",),
+            _SECONDS,
+        )
+        self._per_token = Histogram(
+            registry,
+            "serve_app_gateway_time_per_output_token_seconds",
+            "Of each stream that came to its end: the time from its first byte to its last, by the "
+            "generated tokens but one.",
+            ("model",),
+            _PER_TOKEN,
+        )
+        self._queue_time = Histogram(
+            registry,
+            "serve_app_gateway_queue_time_seconds",
+            "How long a request waited in the gateway for a replica with room, or for the first "
+            "replica of a cold model; also if it then gave up.",
+            ("model",),
+            _SECONDS,
+        )
+        self._overhead = Histogram(
+            registry,
+            "serve_app_gateway_relay_overhead_seconds",
+            "What the gateway itself adds: from a request's arrival to its being written to its "
+            "replica's connection, less the time in the queue. Of requests without a retry.",
+            ("model",),
+            _OVERHEAD,
+        )
+        self._retries = Counter(
+            registry,
+            "serve_app_gateway_retries_total",
+            "Requests given to another replica, by what the first one did.",
+            ("model", "reason"),
+        )
+        self._limits_hit = Counter(
+            registry,
+            "serve_app_gateway_limits_hit_total",
+            "Requests refused by a limit of their API key, by that limit's name in the keys file.",
+            ("model", "key", "limit"),
+        )
+        self._tokens = Counter(
+            registry,
+            "serve_app_gateway_tokens_total",
+            "Tokens of ended requests, by model, API key and kind: prompt, cached (the part of the "
+            "prompt that the KV cache had) or completion.",
+            ("model", "key", "kind"),
+        )
+        self._unrecorded = Counter(
+            registry,
+            "serve_app_gateway_usage_unrecorded_total",
+            "Requests that usage_db or usage_dir will never have: a disk was full, or 4 GiB of "
+            "requests waited for the database already.",
+        )
+        self._inflight = Gauge(
+            registry,
+            "serve_app_gateway_inflight_requests",
+            "Requests that this gateway has now, those that wait too.",
+            ("model",),
+        )
+        self._queued = Gauge(
+            registry,
+            "serve_app_gateway_queued_requests",
+            "Requests that wait in this gateway for a replica.",
+            ("model",),
+        )
+        self._longest_wait = Gauge(
+            registry,
+            "serve_app_gateway_longest_wait_seconds",
+            "For how long the first of these has waited.",
+            ("model",),
+        )
+
+    # --- told by others ------------------------------------------------------------------------
 
     async def admit(self, call: Call) -> Call:
-        self._count(call.model.name, +1)
+        model = call.model.name
+        self._running[model] = self._running.get(model, 0) + 1
         return call
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         model = call.model.name
-        tags = {"model": model}
-        self._count(model, -1)
-        _requests.inc(tags={**tags, "code": str(outcome.status)})
-        _duration.observe(outcome.ended - call.arrived, tags=tags)
+        self._running[model] -= 1
+        key = call.caller.name if call.caller else ""
+        self._requests.inc(model, key, str(outcome.status))
+        self._duration.observe(outcome.ended - call.arrived, model)
         if outcome.first_byte is not None:
-            _first_byte.observe(outcome.first_byte - call.arrived, tags=tags)
+            self._first_byte.observe(outcome.first_byte - call.arrived, model)
+        if outcome.queued_s:
+            self._queue_time.observe(outcome.queued_s, model)
+        if outcome.sent is not None and not outcome.retries:
+            self._overhead.observe(outcome.sent - call.arrived - outcome.queued_s, model)
         for reason in outcome.retries:
-            _retries.inc(tags={**tags, "reason": reason})
+            self._retries.inc(model, reason)
 
-    def _count(self, model: str, change: int) -> None:
-        _running[model] = _running.get(model, 0) + change
-        _inflight.set(_running[model], tags={"model": model})
+    def entered(self, entry: Entry) -> None:
+        usage = entry.usage
+        if usage is None:
+            return
+        self._tokens.inc(entry.model, entry.key, "prompt", by=usage.prompt_tokens)
+        self._tokens.inc(entry.model, entry.key, "cached", by=usage.cached_tokens)
+        self._tokens.inc(entry.model, entry.key, "completion", by=usage.completion_tokens)
+        whole = entry.streamed and entry.end == "answered"
+        if whole and entry.first_byte_s is not None and usage.completion_tokens > 1:
+            generating_s = entry.duration_s - entry.first_byte_s
+            self._per_token.observe(generating_s / (usage.completion_tokens - 1), entry.model)
+
+    def refused(self, status: int, caller: Caller | None) -> None:
+        """Count a request that was refused before it was known which model it is for."""
+        self._requests.inc("", caller.name if caller else "", str(status))
+
+    def limit_hit(self, call: Call, limit: str) -> None:
+        """Count a request that a limit of its key refuses."""
+        self._limits_hit.inc(call.model.name, call.caller.name if call.caller else "", limit)
+
+    def unrecorded(self) -> None:
+        """Count a request that could not be written down."""
+        self._unrecorded.inc()
+
+    # --- asked of others -----------------------------------------------------------------------
+
+    def watch(self, models: Callable[[], Iterable[str]], waiting: Callable[[str], Waiting]) -> None:
+        """Ask these for the gauges: what models there are, and what waits for one."""
+        self._models, self._waiting = models, waiting
+
+    def sample(self) -> None:
+        """Set the gauges to what is now. A model that was removed stays, with nothing."""
+        self._seen.update(self._models(), self._running)
+        for model in self._seen:
+            waiting = self._waiting(model)
+            self._inflight.set(self._running.get(model, 0), model)
+            self._queued.set(waiting.requests, model)
+            self._longest_wait.set(waiting.longest_s, model)
+
+    async def run(self) -> None:
+        """Sample for ever."""
+        while True:
+            self.sample()
+            await asyncio.sleep(_SAMPLE_S)

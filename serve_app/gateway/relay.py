@@ -96,6 +96,13 @@ class Answer:
         self.cut = False
         """Whether the replica was lost after a part of its answer had been sent."""
 
+        self.asked_at: float | None = None
+        """``time.perf_counter`` when the request was written to the replica that answers; None
+        before that one has begun to."""
+
+        self.streamed = False
+        """Whether the replica's answer is an event stream."""
+
         self._opened = False
         self._alarm: asyncio.TimerHandle | None = None
         self._speaking: asyncio.Task[None] | None = None
@@ -201,6 +208,7 @@ class Relay:
                 _to_replica(request, self._credential),
                 request.body,
             ) as upstream:
+                answer.asked_at = upstream.asked_at
                 kind = dict(upstream.headers)
                 if ASLEEP_HEADER in kind:
                     raise Asleep("asleep")
@@ -211,6 +219,7 @@ class Relay:
                     pass  # compressed: relayed as it is
                 elif _media_type(kind.get(b"content-type", b"")) == b"text/event-stream":
                     events = _Events()
+                    answer.streamed = True
                     # The stream may end with the gateway's error event, which this length lacks.
                     headers = [(k, v) for k, v in headers if k != b"content-length"]
                 elif upstream.status >= 400:

@@ -74,6 +74,13 @@ class Outcome:
     ended: float = 0.0
     """``time.perf_counter`` at the end."""
 
+    sent: float | None = None
+    """``time.perf_counter`` when the request was written to the replica that answered; None where
+    none did."""
+
+    streamed: bool = False
+    """Whether the replica's answer was an event stream."""
+
 
 class Stage(Protocol):
     """One thing that is done for each call."""
@@ -128,6 +135,7 @@ async def run(
         if answer.cut:
             outcome.end, outcome.status = "lost", 502
         outcome.first_byte = answer.started_at
+        outcome.sent, outcome.streamed = answer.asked_at, answer.streamed
         outcome.ended = time.perf_counter()
         for stage, as_admitted in reversed(admitted):
             try:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import math
 import socket
+import time
 import types
 from collections.abc import Awaitable, Callable, Generator
 from typing import Any, Self, cast
@@ -66,6 +67,9 @@ class Connection(asyncio.Protocol):
     headers: Headers
     """With names in lower case."""
 
+    asked_at: float
+    """``time.perf_counter`` when the request was written."""
+
     def __init__(self, pool: Pool, address: Address) -> None:
         self.address = address
         self._pool = pool
@@ -98,6 +102,7 @@ class Connection(asyncio.Protocol):
         self._begun: Awaitable[None] | None = None
         try:
             self._expect_within(self._silence_s)
+            self.asked_at = time.perf_counter()
             self._transport.writelines((self._head(method, target, headers, body), body))
             while not self.status:
                 if self._error is not None:

@@ -187,8 +187,8 @@ def test_a_credential_of_the_clients_own_neither_helps_nor_harms(
         )
         assert answer.status_code == 200
         assert chat_port.credential not in str(answer.headers.raw) + answer.text
-        metrics = httpx.get(f"{cluster.base_url}/metrics?model={CHAT}", headers=headers)
-        assert metrics.status_code == 404
+        closed = httpx.get(f"{cluster.base_url}/load?model={CHAT}", headers=headers)
+        assert closed.status_code == 404
 
 
 def test_an_authorization_header_does_not_get_in_the_way(client: openai.OpenAI) -> None:

@@ -14,8 +14,6 @@ import pytest
 from harness.scripted import Exchange, GatewayProcess, Upstream, ok, until
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from serve_app.gateway import metrics
-
 SECOND = 1.0
 
 
@@ -60,11 +58,11 @@ async def queue(
     """One request after the other, each when the gateway has the one before."""
     sent = []
     for number in numbers:
-        before = metrics._running.get("m", 0)
+        before = gateway.metrics._running.get("m", 0)
         body = {"model": "m", "n": number}
         asked = (client or gateway.client).post("/v1/chat/completions", json=body)
         sent.append(asyncio.create_task(asked))
-        assert await until(lambda before=before: metrics._running.get("m", 0) > before)
+        assert await until(lambda before=before: gateway.metrics._running.get("m", 0) > before)
     return sent
 
 
@@ -103,7 +101,7 @@ async def test_those_who_leave_do_not_hold_up_the_others() -> None:
         waiting = await queue(gateway, range(6))
         for gone in (0, 3):
             waiting[gone].cancel()
-        assert await until(lambda: metrics._running["m"] == 4)
+        assert await until(lambda: gateway.metrics._running["m"] == 4)
         assert await until(lambda: cold.waiting == 1)  # the next one has taken over
         cold.has(upstream)
         left = [task for n, task in enumerate(waiting) if n not in (0, 3)]
@@ -116,7 +114,7 @@ async def test_nobody_waits_in_serve_when_all_have_left() -> None:
         for task in await queue(gateway, range(3)):
             task.cancel()
         assert await until(lambda: cold.waiting == 0)
-        assert await until(lambda: metrics._running["m"] == 0)
+        assert await until(lambda: gateway.metrics._running["m"] == 0)
 
 
 async def test_each_waits_for_its_own_time() -> None:

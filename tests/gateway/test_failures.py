@@ -17,7 +17,7 @@ from harness.processes import free_port
 from harness.scripted import Exchange, GatewayProcess, Upstream, ok, until
 
 from serve_app.cluster.credential import ASLEEP_HEADER
-from serve_app.gateway import metrics, replicas
+from serve_app.gateway import replicas
 from serve_app.gateway.relay import Answer
 
 CHAT = "/v1/chat/completions"
@@ -587,22 +587,20 @@ async def test_a_cut_document_is_a_broken_connection_and_never_a_whole_answer(le
 # --- what is counted ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The status that each request for a model was counted under."""
-    codes: list[str] = []
-
-    class Requests:
-        def inc(self, tags: dict[str, str]) -> None:
-            codes.append(tags["code"])
-
-    monkeypatch.setattr(metrics, "_requests", Requests())
-    return codes
+def counted(gateway: GatewayProcess) -> list[str]:
+    """The statuses that requests for models were counted under."""
+    return [
+        sample.labels["code"]
+        for family in gateway.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "serve_app_gateway_requests_total"
+        for _ in range(int(sample.value))
+    ]
 
 
 @pytest.mark.parametrize("kind", ["application/json", "text/event-stream"])
 async def test_a_replica_lost_in_the_middle_is_counted_as_an_error(
-    counted: list[str], kind: str
+    kind: str,
 ) -> None:
     async def script(exchange: Exchange) -> None:
         await exchange.head(f"content-type: {kind}", "transfer-encoding: chunked")
@@ -613,13 +611,13 @@ async def test_a_replica_lost_in_the_middle_is_counted_as_an_error(
     async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
         with contextlib.suppress(httpx.RemoteProtocolError):
             await gateway.client.post(CHAT, json=ASK)
-        assert await until(lambda: counted)
-    assert counted == ["502"]
+        assert await until(lambda: counted(gateway))
+    assert counted(gateway) == ["502"]
 
 
 @pytest.mark.parametrize("begun", [False, True])
 async def test_an_exception_in_the_gateway_is_counted_as_an_error(
-    counted: list[str], begun: bool
+    begun: bool,
 ) -> None:
     async def fails(replica: Any, request: Any, answer: Answer) -> int:
         if begun:
@@ -633,8 +631,8 @@ async def test_an_exception_in_the_gateway_is_counted_as_an_error(
                 await gateway.client.post(CHAT, json=ASK)
         else:
             assert (await gateway.client.post(CHAT, json=ASK)).status_code == 500
-        assert await until(lambda: counted)
-    assert counted == ["500"]
+        assert await until(lambda: counted(gateway))
+    assert counted(gateway) == ["500"]
 
 
 @pytest.mark.parametrize(
@@ -647,23 +645,23 @@ async def test_an_exception_in_the_gateway_is_counted_as_an_error(
     ],
 )
 async def test_what_is_refused_before_its_model_is_known_is_counted(
-    counted: list[str], path: str, body: Any, code: str
+    path: str, body: Any, code: str
 ) -> None:
     async with GatewayProcess(max_body_mib=1) as gateway:
         assert (await gateway.client.post(path, json=body)).status_code == int(code)
-    assert counted == [code]
+    assert counted(gateway) == [code]
 
 
 async def test_an_exception_before_the_model_is_known_is_counted(
-    counted: list[str], monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("serve_app.gateway.models.find", lambda directory, id: 1 / 0)
     async with GatewayProcess() as gateway:
         assert (await gateway.client.post(CHAT, json=ASK)).status_code == 500
-    assert counted == ["500"]
+    assert counted(gateway) == ["500"]
 
 
-async def test_a_client_that_goes_away_is_counted_as_one(counted: list[str]) -> None:
+async def test_a_client_that_goes_away_is_counted_as_one() -> None:
     async def script(exchange: Exchange) -> None:
         await exchange.sse(b"data: 1\n\n")
         await exchange.client_gone()
@@ -671,8 +669,8 @@ async def test_a_client_that_goes_away_is_counted_as_one(counted: list[str]) -> 
     async with Upstream(script) as upstream, GatewayProcess(upstream) as gateway:
         async with gateway.client.stream("POST", CHAT, json=ASK) as answer:
             await anext(answer.aiter_raw())
-        assert await until(lambda: counted)
-    assert counted == ["499"]
+        assert await until(lambda: counted(gateway))
+    assert counted(gateway) == ["499"]
 
 
 # --- which replica ---------------------------------------------------------------------------

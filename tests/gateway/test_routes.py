@@ -15,12 +15,12 @@ from serve_app.gateway.routes import RELAYED, methods_of
 
 CHAT = "/v1/chat/completions"
 
-OWN = {("GET", "/health"), ("GET", "/v1/models")}
+OWN = {("GET", "/health"), ("GET", "/metrics"), ("GET", "/v1/models")}
 """Routes of vLLM that the gateway answers by itself."""
 
 OPERATORS = {
     ("GET", "/docs"), ("GET", "/docs/oauth2-redirect"), ("GET", "/get_world_size"),
-    ("GET", "/is_paused"), ("GET", "/is_sleeping"), ("GET", "/load"), ("GET", "/metrics"),
+    ("GET", "/is_paused"), ("GET", "/is_sleeping"), ("GET", "/load"),
     ("GET", "/openapi.json"), ("GET", "/ping"), ("GET", "/redoc"), ("GET", "/server_info"),
     ("GET", "/weight_info"), ("HEAD", "/docs"), ("HEAD", "/docs/oauth2-redirect"),
     ("HEAD", "/openapi.json"), ("HEAD", "/redoc"), ("POST", "/abort_requests"),
@@ -164,7 +164,7 @@ async def test_the_openapi_document_lists_every_route_and_how_errors_look() -> N
     assert document["info"]["title"] == "serve_app"
     assert document["servers"] == [{"url": "/llm"}]
     listed = {(method.upper(), path) for path, of in document["paths"].items() for method in of}
-    paths = ("/health", "/ready", "/v1/models", "/v1/models/{id}", "/v1/usage")
+    paths = ("/health", "/metrics", "/ready", "/v1/models", "/v1/models/{id}", "/v1/usage")
     own = {("GET", path) for path in paths}
     assert listed == own | {(r.method, r.path) for r in RELAYED}
     ids = [
@@ -199,9 +199,9 @@ async def test_routes_lie_below_the_root_path(root: str) -> None:
         answer = await gateway.client.get("/v1/responses/x%2By?model=m&a=%20")
         assert answer.status_code == 200
         assert [e.target for e in upstream.exchanges] == ["/v1/responses/x%2By?model=m&a=%20"]
-        closed = await gateway.client.get("/metrics?model=m")
+        closed = await gateway.client.get("/load?model=m")
         assert closed.status_code == 404
-        assert "GET /metrics." in closed.json()["error"]["message"]
+        assert "GET /load." in closed.json()["error"]["message"]
         assert len(upstream.exchanges) == 1
 
 
@@ -269,7 +269,7 @@ async def test_versions_that_name_no_model_are_the_gateways(query: str) -> None:
         assert [e.target for e in upstream.exchanges] == ["/version?mod%65l=m"]
 
 
-@pytest.mark.parametrize("path", ["/v1/nothing", "/", "/completions/x", "/ping", "/metrics"])
+@pytest.mark.parametrize("path", ["/v1/nothing", "/", "/completions/x", "/ping", "/load"])
 async def test_any_other_path_is_told_where_the_routes_are_listed(path: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         answer = await gateway.client.post(path, json={"model": "m"})

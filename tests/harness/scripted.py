@@ -32,10 +32,12 @@ from serve_app.gateway.access_log import AccessLog
 from serve_app.gateway.asgi import build
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.exchange import GATEWAY
+from serve_app.gateway.exposition import Exposition, Gateways
 from serve_app.gateway.front import Front
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import Limits
+from serve_app.gateway.metrics import Metrics
 from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board
@@ -212,11 +214,13 @@ class GatewayProcess:
         ledger: Ledger | None = None,
         limits: Limits | None = None,
         access_log: AccessLog | None = None,
+        gateways: Gateways | None = None,
         **config: Any,
     ) -> None:
         self._root_path, self._front = root_path, front
         self._stages, self._policy = stages, policy
-        self._ledger, self._limits, self._access_log = ledger, limits, access_log
+        self._ledger, self._limits = ledger, limits
+        self._access_log, self._gateways = access_log, gateways
         places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
@@ -231,6 +235,7 @@ class GatewayProcess:
             CREDENTIAL.encode(), self.config.connect_timeout_s, self.config.request_timeout_s
         )
         self.directory = _Models(self._applications, self.board)
+        self.metrics = Metrics()
         self.record = Record.of(self.config)
         self.ledger = self._ledger or Ledger()
         if self.record:
@@ -245,6 +250,7 @@ class GatewayProcess:
             limits=self._limits,
             record=self.record,
             access_log=self._access_log,
+            exposition=Exposition(self.metrics, self.board, CREDENTIAL.encode(), self._gateways),
             stages=self._stages,
             policy=self._policy,
         )

@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,6 @@ from serve_app.config.settings import GatewayConfig, usage_url
 from serve_app.errors import ConfigError
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.ledger import Entry
-from serve_app.gateway.token_metrics import count_unrecorded
 from serve_app.gateway.usage.database import Database, Newer
 from serve_app.gateway.usage.journal import Journal
 from serve_app.gateway.usage.line import encode
@@ -65,6 +64,9 @@ class Record:
         self, lines: Journal | None, spool: Journal | None, database: Database | None
     ) -> None:
         self._lines, self._spool, self._database = lines, spool, database
+        self.lost: Callable[[], None] = lambda: None
+        """Told of each request that is not recorded."""
+
         self._shipper = Shipper(spool, database) if spool and database else None
         self._threads = ThreadPoolExecutor(_QUESTIONS, thread_name_prefix="usage")
         self._asked = 0
@@ -134,7 +136,7 @@ class Record:
             self._unrecorded(str(error))
 
     def _unrecorded(self, why: str) -> None:
-        count_unrecorded()
+        self.lost()
         self._lost += 1
         if time.monotonic() - self._said_at >= REMIND_S:
             self._said_at = time.monotonic()
