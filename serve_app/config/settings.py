@@ -348,6 +348,33 @@ def usage_url(text: Any) -> str:
     return text
 
 
+def otlp_url(text: str) -> str:
+    """Check a URL for ``otlp_endpoint``. The sentence does not repeat it: it may have a password.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = _OTLP.fullmatch(text)
+    if not found:
+        raise ValueError(
+            "is no URL of a receiver of OTLP over HTTP, such as http://localhost:4318 or "
+            "https://cloud.langfuse.com/api/public/otel"
+        )
+    if found["user"]:
+        raise ValueError(
+            "must have no user or password; set OTEL_EXPORTER_OTLP_HEADERS in the gateways' "
+            "environment, such as Authorization=Basic%20…"
+        )
+    if found["port"] == "4317":
+        raise ValueError("names port 4317, where receivers speak gRPC; over HTTP it is mostly 4318")
+    return text
+
+
+_OTLP = re.compile(
+    r"https?://(?P<user>[^\s/?#]*@)?(\[[\da-fA-F:.]+\]|[^\s/?#@:]+)(:(?P<port>\d{1,5}))?(/[^\s?#]*)?"
+)
+
+
 class QueueConfig(Settings):
     """Where requests wait for a replica: a queue for each model, in each gateway process."""
 
@@ -420,6 +447,18 @@ class GatewayConfig(_Args):
     """Whether each request becomes a line of JSON, without its text, in ``access_gateway_*.log``
     beside Serve's logs, 192 MiB at most. None: in the images yes, elsewhere no."""
 
+    otlp_endpoint: str | None = Field(default=None, min_length=1)
+    """Where a span of each request goes: the URL of an OpenTelemetry receiver that takes OTLP over
+    HTTP, such as ``http://localhost:4318``. What it wants in headers (``Authorization``) is in the
+    gateways' environment, as ``OTEL_EXPORTER_OTLP_HEADERS``. None makes no spans."""
+
+    trace_sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """The part of the traces begun here that is sent. A trace that a client has begun is sent if
+    the client's own part of it is."""
+
+    trace_content: bool = False
+    """Whether spans have the prompt's text: its last 16,384 characters."""
+
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as
     ``https://chat.example.com``; ``*`` is any page. By default no page may."""
@@ -451,6 +490,11 @@ class GatewayConfig(_Args):
                 f"({self.max_body_mib:g}); raise it, or lower max_body_mib"
             )
         return self
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _over_http(cls, endpoint: str | None) -> str | None:
+        return endpoint and otlp_url(endpoint)
 
     @field_validator("cors_allow_origins")
     @classmethod

@@ -105,6 +105,13 @@ class GatewayServer:
         self._record = Record.of(config)
         if self._record:
             ledger.listen(self._record)
+        self._traces = None
+        if config.otlp_endpoint:
+            from serve_app.gateway.traces import Traces  # imports OpenTelemetry
+
+            self._traces = Traces(
+                config.otlp_endpoint, config.trace_sample_ratio, config.trace_content
+            )
         self._app = build(
             config,
             self._directory,
@@ -116,6 +123,7 @@ class GatewayServer:
             record=self._record,
             access_log=AccessLog.of(config),
             exposition=self._exposition,
+            traces=self._traces,
         )
         await self._directory.refresh()
         running = [self._directory.run(), exchange.run(), metrics.run()]
@@ -140,3 +148,5 @@ class GatewayServer:
             self._relay.close()
             if self._record:
                 await asyncio.to_thread(self._record.close)
+            if self._traces:
+                await asyncio.to_thread(self._traces.close)

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fastapi
 from starlette.middleware.cors import CORSMiddleware
@@ -40,6 +40,9 @@ from serve_app.gateway.stored_responses import StoredResponses
 from serve_app.gateway.upstream import Headers
 from serve_app.gateway.usage.record import Record
 
+if TYPE_CHECKING:
+    from serve_app.gateway.traces import Traces
+
 logger = logging.getLogger("ray.serve")
 
 Receive = Callable[[], Awaitable[Any]]
@@ -60,6 +63,7 @@ def build(
     record: Record | None = None,
     access_log: AccessLog | None = None,
     exposition: Exposition | None = None,
+    traces: Traces | None = None,
     stages: Sequence[Stage] = (),
     policy: Policy | None = None,
 ) -> Any:
@@ -67,9 +71,9 @@ def build(
 
     ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
     for each call, and ``record`` tells what was used. ``access_log`` is also told of requests that
-    get no entry. ``limits`` are those of the keys.
-    ``exposition`` has the metrics, of other gateways too; without it, of this one alone. ``stages``
-    run inside these and the metrics stage, so that their time and refusals are counted too.
+    get no entry. ``limits`` are those of the keys. ``exposition`` has the metrics, of other gateways
+    too; without it, of this one alone. ``traces`` makes a span of each call. ``stages`` run inside
+    these and the metrics stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
     stored = StoredResponses(board, policy or FewestRequests())
@@ -83,8 +87,12 @@ def build(
     limits.hit = metrics.limit_hit
     if record:
         record.lost = metrics.unrecorded
-    for listener in (limits, queue, metrics, *((access_log,) if access_log else ())):
+    for listener in (limits, queue, metrics):
         ledger.listen(listener)
+    if access_log:
+        ledger.listen(access_log)
+    if traces:
+        ledger.listen(traces)
     dispatcher = Dispatcher(board, queue, relay)
     own = api.build(
         directory, board, keyring, record, queue.waiting, exposition, _error_of_own_route
@@ -98,7 +106,7 @@ def build(
         stored,
         access_log,
         metrics,
-        (metrics, ledger, stored, limits, *stages),
+        (metrics, ledger, *((traces,) if traces else ()), stored, limits, *stages),
     )
     if not config.cors_allow_origins:
         return gateway

@@ -42,6 +42,7 @@ from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Relay
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Stage
+from serve_app.gateway.traces import Traces
 from serve_app.gateway.usage.record import Record
 
 CREDENTIAL = "the-internal-credential"
@@ -240,6 +241,13 @@ class GatewayProcess:
         self.ledger = self._ledger or Ledger()
         if self.record:
             self.ledger.listen(self.record)
+        self.traces = None
+        if self.config.otlp_endpoint:
+            self.traces = Traces(
+                self.config.otlp_endpoint,
+                self.config.trace_sample_ratio,
+                self.config.trace_content,
+            )
         self.app = build(
             self.config,
             self.directory,
@@ -251,6 +259,7 @@ class GatewayProcess:
             record=self.record,
             access_log=self._access_log,
             exposition=Exposition(self.metrics, self.board, CREDENTIAL.encode(), self._gateways),
+            traces=self.traces,
             stages=self._stages,
             policy=self._policy,
         )
@@ -291,6 +300,8 @@ class GatewayProcess:
         self._relay.close()
         if self.record:
             await asyncio.to_thread(self.record.close)
+        if self.traces:
+            await asyncio.to_thread(self.traces.close)
 
     def inflight(self) -> list[int]:
         """Requests that each front end is believed to have, by this gateway."""

@@ -1,0 +1,265 @@
+"""Traces: a span of OpenTelemetry for each request that named a model.
+
+It continues the client's trace (W3C's ``traceparent``), and the model's server continues it: vLLM's
+span is a child of this one. The span ends when the request's entry is in the ledger, with the
+tokens. Threads of OpenTelemetry's send it; a receiver that is slow or away costs spans, not
+requests.
+
+Names of attributes: OpenTelemetry's semantic conventions for generative AI and for HTTP servers,
+and ``serve_app.*`` for what these do not have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
+from opentelemetry.trace import Span, SpanKind, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from serve_app import __version__
+from serve_app.gateway import body as request_body
+from serve_app.gateway import routes
+from serve_app.gateway.ledger import Entry
+from serve_app.gateway.relay import Request
+from serve_app.gateway.stages import Call, Outcome
+
+logger = logging.getLogger("ray.serve")
+
+SESSION_HEADER = b"x-session-id"
+_MAX_SESSION = 200
+"""Characters; Langfuse drops a longer one."""
+
+_MAX_TEXT = 16_384
+"""Characters of a prompt that a span has at most: its latest ones. A queue of 2,048 spans, the
+library's default, is then tens of MB."""
+
+_MAX_READ = 2**20
+"""Bytes up to which a body is read for its prompt."""
+
+_CLOSE_S = 5.0
+_REMIND_S = 60.0
+
+_W3C = TraceContextTextMapPropagator()
+_HEADERS = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
+
+_OPERATIONS = {
+    "/v1/chat/completions": "chat",
+    "/v1/chat/completions/batch": "chat",
+    "/v1/completions": "text_completion",
+    "/v1/responses": "chat",
+    "/v1/messages": "chat",
+    "/v1/embeddings": "embeddings",
+    "/v2/embed": "embeddings",
+}
+"""``gen_ai.operation.name`` where the conventions have one; else the path's end (``rerank``)."""
+
+_STORED = "/v1/responses/"
+"""Under it, paths have the id of a response, and who knows that can read it."""
+
+
+@dataclass
+class _Begun:
+    """A span that has not ended. Times are nanoseconds since the epoch."""
+
+    span: Span
+    start_ns: int
+    end_ns: int | None = None
+    """When the answer ended; the tokens are told a moment later."""
+
+
+class Traces:
+    """The stage that begins each span, and the ledger's listener that ends it."""
+
+    def __init__(self, endpoint: str, sample_ratio: float, content: bool) -> None:
+        """``endpoint`` as in :class:`serve_app.config.settings.GatewayConfig`, like the others."""
+        _speak_as_serve()
+        self._content = content
+        self._exporter = OTLPSpanExporter(endpoint=_url(endpoint))
+        self._processor = BatchSpanProcessor(self._exporter)
+        name = os.environ.get("OTEL_SERVICE_NAME", "serve_app")
+        provider = TracerProvider(
+            sampler=ParentBased(TraceIdRatioBased(sample_ratio)),
+            resource=Resource.create({"service.name": name, "service.version": __version__}),
+            shutdown_on_exit=False,
+        )
+        provider.add_span_processor(self._processor)
+        self._tracer = provider.get_tracer("serve_app.gateway", __version__)
+        self._open: dict[str, _Begun] = {}
+
+    async def admit(self, call: Call) -> Call:
+        carrier: dict[str, Any] = {}
+        headers = []
+        for name, value in call.request.headers:
+            if known := _HEADERS.get(name):
+                carrier.setdefault(known, []).append(value.decode("latin-1"))
+            else:
+                headers.append((name, value))
+        if len(carrier.get("traceparent", ())) > 1:
+            carrier = {}  # W3C: then there is none
+        start_ns = time.time_ns() - _ns(time.perf_counter() - call.arrived)
+        span = self._tracer.start_span(
+            f"{_operation(call.request.path)} {call.model_id}",
+            _W3C.extract(carrier),
+            SpanKind.SERVER,
+            start_time=start_ns,
+        )
+        if span.is_recording():
+            self._open[call.id] = _Begun(span, start_ns)
+        onward: dict[str, str] = {}
+        _W3C.inject(onward, set_span_in_context(span))
+        ours = [(name.encode(), value.encode()) for name, value in onward.items()]
+        request = replace(call.request, headers=headers, ours=[*call.request.ours, *ours])
+        return replace(call, request=request)
+
+    def ended(self, call: Call, outcome: Outcome) -> None:
+        begun = self._open.get(call.id)
+        if begun is None:
+            return
+        request, span = call.request, begun.span
+        begun.end_ns = begun.start_ns + _ns(outcome.ended - call.arrived)
+        path = request.path
+        stored = path.startswith(_STORED)
+        found: dict[str, Any] = {
+            "gen_ai.operation.name": _operation(path),
+            "gen_ai.provider.name": "vllm",
+            "gen_ai.request.model": call.model_id,
+            "http.route": f"{_STORED}{{response_id}}" if stored else path,
+            "http.response.status_code": outcome.status,
+            "serve_app.request_id": request.id,
+            "serve_app.end": outcome.end,
+            "serve_app.queued_s": outcome.queued_s,
+        }
+        if call.caller:
+            found["user.id"] = call.caller.name
+        if session := dict(request.headers).get(SESSION_HEADER):
+            found["session.id"] = session.decode("utf-8", "replace")[:_MAX_SESSION]
+        if outcome.front_end:
+            found["gen_ai.response.model"] = call.model.name
+            found["serve_app.replica"] = outcome.front_end
+        if outcome.retries:
+            found["serve_app.retries"] = outcome.retries
+        streams = routes.may_stream(path) and request_body.asks_for_stream(request.body)
+        if streams and outcome.first_byte is not None:
+            waited = outcome.first_byte - call.arrived
+            found["gen_ai.request.stream"] = True
+            found["gen_ai.response.time_to_first_chunk"] = waited
+            # Langfuse takes it from here alone.
+            first = datetime.fromtimestamp(begun.start_ns / 1e9 + waited, UTC)
+            found["langfuse.observation.completion_start_time"] = first.isoformat()
+        if self._content and (prompt := _prompt(request)):
+            found["gen_ai.input.messages"] = prompt
+        if outcome.status >= 400:
+            found["error.type"] = str(outcome.status)
+        if outcome.status >= 500:
+            span.set_status(StatusCode.ERROR, outcome.end)
+        span.set_attributes(found)
+
+    def entered(self, entry: Entry) -> None:
+        begun = self._open.pop(entry.id, None)
+        if begun is None:
+            return
+        if usage := entry.usage:
+            begun.span.set_attributes(
+                {
+                    "gen_ai.usage.input_tokens": usage.prompt_tokens,
+                    "gen_ai.usage.cache_read.input_tokens": usage.cached_tokens,
+                    "gen_ai.usage.output_tokens": usage.completion_tokens,
+                }
+            )
+        begun.span.end(begun.end_ns)
+
+    def close(self) -> None:
+        """Send what there is, within a few seconds. Not for the event loop."""
+        for begun in self._open.values():  # responses that are still made in the background
+            begun.span.end(begun.end_ns)
+        # By itself the library takes half a minute where the receiver is away.
+        sending = threading.Thread(target=self._processor.shutdown, daemon=True)
+        sending.start()
+        sending.join(_CLOSE_S)
+        if sending.is_alive():
+            self._exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _url(endpoint: str) -> str:
+    """Where spans are posted, by the rule for OTEL_EXPORTER_OTLP_ENDPOINT; a whole URL stays."""
+    base = endpoint.rstrip("/")
+    return base if base.endswith("/v1/traces") else f"{base}/v1/traces"
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _operation(path: str) -> str:
+    if path.startswith(_STORED):
+        return "stored_response"
+    return _OPERATIONS.get(path) or path.rpartition("/")[2]
+
+
+def _prompt(request: Request) -> str:
+    """The prompt as ``gen_ai.input.messages`` has it: JSON of messages with parts of text.
+
+    Images and sounds are left out. Empty where there is no text, or too much around it.
+    """
+    if len(request.body) > _MAX_READ:
+        return ""
+    found: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(request.body)
+    if not isinstance(found, dict):
+        return ""
+    asked = next((found[it] for it in ("messages", "input", "prompt") if found.get(it)), None)
+    room, kept = _MAX_TEXT, []
+    for message in reversed(asked if isinstance(asked, list) else [asked]):
+        role, content = "user", message
+        if isinstance(message, dict):
+            role, content = str(message.get("role", role))[:100], message.get("content")
+        text = _text(content)[-room:]
+        if text:
+            kept.append({"role": role, "parts": [{"type": "text", "content": text}]})
+        room -= len(text)
+        if not room:
+            break
+    # Only ASCII: half a surrogate pair could not be sent.
+    return json.dumps(kept[::-1]) if kept else ""
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        parts = [it.get("text") if isinstance(it, dict) else it for it in content]
+        return "\n".join(it for it in parts if isinstance(it, str))
+    return content if isinstance(content, str) else ""
+
+
+class _Once(logging.Handler):
+    """What the library logs, in Serve's log; of each of its modules once a minute."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        now = time.monotonic()
+        if now - self._said.get(record.name, float("-inf")) >= _REMIND_S:
+            self._said[record.name] = now
+            logger.warning(f"otlp_endpoint: {record.getMessage()}")
+
+
+def _speak_as_serve() -> None:
+    library = logging.getLogger("opentelemetry")
+    if not any(isinstance(it, _Once) for it in library.handlers):
+        library.addHandler(_Once())
+        library.propagate = False
