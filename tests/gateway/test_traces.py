@@ -306,7 +306,7 @@ async def test_a_receiver_that_takes_nothing_costs_no_request(
         for _ in range(40):
             assert (await ask(at)).status_code == 200
         assert at.traces is not None
-        assert len(at.traces._open) == 0
+        assert len(at.traces._begun) == 0
         assert len(at.traces._processor._batch_processor._queue) <= 8
         if how == "refuses":
             assert await until(lambda: "code: 401" in caplog.text)
