@@ -755,6 +755,39 @@ def test_a_usage_database_that_would_be_lost_or_seen(
     assert with_usage_db(tmp_path, "postgresql://db/usage?sslmode=require")
 
 
+def traced(folder: Path, args: dict[str, Any], **settings: Any) -> dict[str, str]:
+    document = copy.deepcopy(one_model({"max_model_len": 8192}, model="Qwen/Qwen3-8B").document)
+    document["applications"][1]["args"] = args
+    (folder / "one.yaml").write_text(yaml.safe_dump(document))
+    profile = ClusterProfile.model_validate({"max_gpus": 8, **settings})
+    return render(load(folder / "one.yaml"), profile)
+
+
+OTLP_SECRET = {"name": "langfuse", "key": "headers"}
+
+
+def test_the_gateways_pods_alone_have_the_trace_receivers_headers(tmp_path: Path) -> None:
+    args = {"otlp_endpoint": "https://cloud.langfuse.com/api/public/otel"}
+    files = traced(tmp_path, args, otlp_headers=OTLP_SECRET)
+    documents = [
+        d for path, text in files.items() if "kustom" not in path for d in yaml.safe_load_all(text)
+    ]
+    [document] = [d for d in documents if d["kind"] == "RayService"]
+    for name, group in worker_groups(document).items():
+        env = {e["name"]: e for e in pod_spec(group)["containers"][0]["env"]}
+        found = env.get("OTEL_EXPORTER_OTLP_HEADERS", {}).get("valueFrom")
+        assert found == ({"secretKeyRef": OTLP_SECRET} if name == "gateway" else None)
+    [template] = [
+        d for d in documents if d["kind"] == "Secret" and d["metadata"]["name"] == "langfuse"
+    ]
+    assert template["stringData"] == {"headers": "REPLACE_ME"}
+
+
+def test_headers_for_traces_that_nobody_sends(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has otlp_headers, but the gateway sends no traces; "):
+        traced(tmp_path, {}, otlp_headers=OTLP_SECRET)
+
+
 def test_a_public_load_balancer_wants_api_keys(tmp_path: Path) -> None:
     public = {"scheme": "internet-facing"}
     without = {"max_gpus": 8, "ingress": public}

@@ -28,6 +28,7 @@ from serve_app.kuberay.render import (
     karpenter,
     namespace,
     network,
+    otlp_headers,
     rayservice,
     usage_db,
 )
@@ -135,6 +136,7 @@ def _groups(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
         api_keys.why_unreadable(fleet, profile)
         or api_keys.why_open(fleet, profile)
         or usage_db.why_unreachable(fleet, profile)
+        or otlp_headers.why_useless(fleet, profile)
     ):
         raise ConfigError(f"{fleet.path}: {problem}")
     for id, model in fleet.models.items():

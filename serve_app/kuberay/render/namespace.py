@@ -77,7 +77,7 @@ def cache_claim(profile: ClusterProfile) -> dict[str, Any]:
 def secrets_template(profile: ClusterProfile) -> list[dict[str, Any]]:
     """The Secrets that must exist, without their values. No kustomization includes them."""
     redis = profile.redis.password if profile.redis else None
-    wanted = [profile.hf_token, redis, profile.keys, profile.usage_db]
+    wanted = [profile.hf_token, redis, profile.keys, profile.usage_db, profile.otlp_headers]
     return [
         {
             "apiVersion": "v1",

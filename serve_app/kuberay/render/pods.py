@@ -9,7 +9,7 @@ from serve_app.cluster import haproxy
 from serve_app.config import caches
 from serve_app.config.document import Fleet
 from serve_app.config.yaml_files import note
-from serve_app.kuberay.render import api_keys, usage_db
+from serve_app.kuberay.render import api_keys, otlp_headers, usage_db
 from serve_app.kuberay.render.names import ROLE_LABEL, instance_name, labels
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.kuberay.render.workers import OBJECT_STORE_GIB, WorkerGroup
@@ -108,7 +108,8 @@ def worker_spec(
         "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", _drain_script(drain)]}}},
     }
     if group.role == "gateway":
-        container["env"] += api_keys.env(fleet, profile) + usage_db.env(fleet, profile)
+        for secret in (api_keys, usage_db, otlp_headers):
+            container["env"] += secret.env(fleet, profile)
         container["volumeMounts"] += api_keys.mounts(fleet)
     if group.role == "gateway" or incremental:
         # KubeRay's default readiness probe asks Serve's proxy: right for pods that get traffic. An

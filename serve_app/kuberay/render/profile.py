@@ -208,6 +208,10 @@ class ClusterProfile(_Profile):
     usage_db: SecretKey | None = None
     """Where the URL is that the gateway's ``usage_db`` asks for."""
 
+    otlp_headers: SecretKey | None = None
+    """Where the headers for the gateway's ``otlp_endpoint`` are, as the variable
+    ``OTEL_EXPORTER_OTLP_HEADERS`` has them: ``Authorization=Basic%20…``."""
+
     cache: Cache = Cache()
     """The volume for weights and compiled kernels."""
 
