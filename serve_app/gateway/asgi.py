@@ -71,9 +71,9 @@ def build(
 
     ``keyring`` has the keys that let callers in; None lets everybody in. ``ledger`` gets an entry
     for each call, and ``record`` tells what was used. ``access_log`` is also told of requests that
-    get no entry. ``limits`` are those of the keys. ``exposition`` has the metrics, of other gateways
-    too; without it, of this one alone. ``traces`` makes a span of each call. ``stages`` run inside
-    these and the metrics stage, so that their time and refusals are counted too.
+    get no entry. ``limits`` are those of the keys. ``exposition`` has the metrics, of other
+    gateways too; without it, of this one alone. ``traces`` makes a span of each call. ``stages``
+    run inside these and the metrics stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
     stored = StoredResponses(board, policy or FewestRequests())
