@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from serve_app.errors import UserError
 MODEL = "tiny-llama"
 TOKENS = 64
 PATH = "/v1/chat/completions"
+NONE: Mapping[str, str] = {}
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 
 # wrk runs until it is told that its script is content.
@@ -68,7 +70,7 @@ class Load:
 
 def run_wrk(
     port: int, concurrency: int, seconds: float, body: Path, waves: int = 3,
-    path: str = PATH, prompt_tokens: int = 0,
+    path: str = PATH, prompt_tokens: int = 0, headers: Mapping[str, str] = NONE,
 ) -> Load:  # fmt: skip
     """Keep ``concurrency`` requests running for about ``seconds`` seconds.
 
@@ -81,6 +83,7 @@ def run_wrk(
     """
     command = [
         require_wrk(), "-t1", f"-c{concurrency}", f"-d{_LONGEST_S}s", "--timeout", "300s",
+        *(it for name, value in headers.items() for it in ("-H", f"{name}: {value}")),
         "-s", str(_SCRIPT), f"http://127.0.0.1:{port}{path}", "--",
         str(body), str(concurrency), str(seconds), str(waves), str(prompt_tokens),
     ]  # fmt: skip

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,16 +82,16 @@ class Seen:
         self.done += other.done
 
 
-def measure(load: Load, memory_mib: Callable[[], float], clients: int = 4) -> dict[str, Any]:
-    """Both phases. ``clients`` processes ask; ``memory_mib`` tells the gateways' memory."""
+def measure(load: Load, session: int, clients: int = 4) -> dict[str, Any]:
+    """Both phases. ``clients`` processes ask; ``session`` is that of the server's processes."""
     with ProcessPoolExecutor(clients) as pool:
         _phase(pool, clients, load, rate=0.0, seconds=min(5.0, load.seconds))  # warm
         at_capacity = _phase(pool, clients, load, rate=0.0, seconds=load.seconds)
         rate = TIMES * len(at_capacity.done) / load.seconds
         time.sleep(2)
-        before = memory_mib()
+        before = gateways_mib(session)
         overloaded = _phase(pool, clients, load, rate=rate, seconds=load.seconds)
-        after = memory_mib()
+        after = gateways_mib(session)
     base, over = _figures(at_capacity, load), _figures(overloaded, load)
     return {
         "capacity": load.capacity,
@@ -240,7 +239,7 @@ def main() -> int:
                 if not line:
                     raise SystemExit("no server came up")
             load = Load(url, options.model, options.tokens, options.capacity, options.seconds)
-            found = measure(load, lambda: gateways_mib(run.pid), clients=1)
+            found = measure(load, run.pid, clients=1)
         finally:
             run.send_signal(signal.SIGINT)
             run.wait(60)

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.h200 import failures, front_ends
+from benchmarks import overload
+from benchmarks.h200 import customers, failures, front_ends
 from benchmarks.h200.server import (
     HAPROXY,
     MODEL,
@@ -168,6 +169,36 @@ def front_ends_8b(at: Machine) -> dict[str, Any]:
     if len(gpu_memory_mib()) > 1:
         names |= {"bare-4": "1", "ours-2": "1"}
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
+
+
+def customers_1b(at: Machine) -> dict[str, Any]:
+    """The 1B shape: keys, limits, usage, access log, traces and scrapes, all on against all off."""
+    model = shaped(at.model, at.model / "config.json", at.folder, **ONE_B, intermediate_size=8192)
+    engine = {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.12,
+        "kv_cache_memory_bytes": 16 << 30,
+    }  # fmt: skip
+    return customers.measure(model, at.folder, at.port, engine, at.deadline)
+
+
+def overload_8b(at: Machine) -> dict[str, Any]:
+    """The 8B shape, which runs 64 at once: ten times as many requests, two lengths of queue."""
+    found: dict[str, Any] = {}
+    engine = {"max_model_len": 8192, "max_num_seqs": 64}
+    for places in (8, 64):
+        ours = application(MODEL, at.model, engine, cache_dir=at.cache)
+        queue = {"max_requests": places}
+        command = serve_run(at.folder, at.port, ours, queue=queue)
+        server = Server(command, at.port, at.folder / f"overload-{places}.log", **HAPROXY).wait()
+        try:
+            url = f"http://127.0.0.1:{at.port}"
+            asked = overload.Load(url, MODEL, 128, 64, 60.0, words=200)
+            measured = overload.measure(asked, server.process.pid)
+        finally:
+            server.stop()
+        print(places, json.dumps(measured), flush=True)
+        found[f"queue of {places}"] = measured
+    return found
 
 
 def executor_8b(at: Machine) -> dict[str, Any]:
@@ -347,7 +378,7 @@ STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
         front_ends_1b, front_ends_8b, executor_8b, front_ends_tp2, compare,
-        start, sleep, large, tp2, pp2, dp2, pair, refusals,
+        customers_1b, overload_8b, start, sleep, large, tp2, pp2, dp2, pair, refusals,
     )
 }  # fmt: skip
 

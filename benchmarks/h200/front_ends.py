@@ -102,7 +102,7 @@ def measure(
         return {"engine": engine, "starts_s": starts, "rounds": rounds, "summary": _summary(rounds)}
 
 
-def _body(prompt: object) -> dict[str, Any]:
+def request_body(prompt: object) -> dict[str, Any]:
     return {
         "model": MODEL, "prompt": prompt, "max_tokens": TOKENS, "ignore_eos": True,
         "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
@@ -111,7 +111,7 @@ def _body(prompt: object) -> dict[str, Any]:
 
 def _wrk(port: int, folder: Path, concurrency: int, seconds: float) -> dict[str, float]:
     body = folder / "body.json"
-    body.write_text(json.dumps(_body("@PROMPT@")))
+    body.write_text(json.dumps(request_body("@PROMPT@")))
     run = load.run_wrk(
         port, concurrency, seconds, body, path="/v1/completions", prompt_tokens=PROMPT
     )

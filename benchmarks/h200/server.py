@@ -13,13 +13,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
+from benchmarks.load import NONE
 from serve_app.cluster import haproxy
 
 MODEL = "m"
@@ -48,12 +49,14 @@ BASE: dict[str, Any] = {}
 """``args`` that every application of ours has."""
 
 
-def completion(port: int, tokens: int = 64, timeout: float = 120) -> dict[str, Any]:
+def completion(
+    port: int, tokens: int = 64, timeout: float = 120, headers: Mapping[str, str] = NONE
+) -> dict[str, Any]:
     body = {"model": MODEL, "prompt": "x " * 200, "max_tokens": tokens, "ignore_eos": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body | {"temperature": 0}).encode(),
-        {"content-type": "application/json"},
+        {"content-type": "application/json", **headers},
     )
     with urllib.request.urlopen(request, timeout=timeout) as answer:
         return dict(json.load(answer))
@@ -97,6 +100,9 @@ class Server:
 
     def __init__(self, command: list[str], port: int, log: Path, **env: str) -> None:
         self.port, self.log, self.env = port, log, env
+        self.headers = NONE
+        """What requests need to be let in."""
+
         self._began = time.monotonic()
         with log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -125,7 +131,7 @@ class Server:
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError):
-            return bool(completion(self.port, tokens=1))
+            return bool(completion(self.port, tokens=1, headers=self.headers))
         return False
 
     def text(self) -> str:
@@ -182,14 +188,16 @@ def application(name: str, model: Path, engine: dict[str, Any], **args: Any) -> 
     }
 
 
-def serve_run(folder: Path, port: int, *models: dict[str, Any], gateways: int = 1) -> list[str]:
-    """The command of ``serve run`` for a config with these models and a gateway."""
+def serve_run(
+    folder: Path, port: int, *models: dict[str, Any], gateways: int = 1, **args: Any
+) -> list[str]:
+    """The command of ``serve run`` for a config with these models and a gateway with ``args``."""
     path = folder / f"serve-{port}-{len(list(folder.iterdir()))}.yaml"
     gateway = {
         "name": "gateway",
         "route_prefix": "/",
         "import_path": "serve_app.gateway:app",
-        "args": {"replicas": gateways},
+        "args": {"replicas": gateways, **args},
     }
     http = {"host": "127.0.0.1", "port": port}
     path.write_text(yaml.safe_dump({"http_options": http, "applications": [*models, gateway]}))
