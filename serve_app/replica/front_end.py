@@ -137,6 +137,7 @@ async def _build_app(llm: Any, args: Namespace, id: str) -> Any:
     if serving := getattr(app.state, "openai_serving_responses", None):
         responses.mark(serving, id)
     app.add_exception_handler(RequestValidationError, validation.refuse)
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it, with its own handler
     paths = {getattr(route, "path", "") for route in app.routes}
     app.router.default = NoRoute(args.served_model_name[0], tasks, paths)
     # vLLM's error handler uses this to stop the server of a dead engine. Here the replica ends the
