@@ -167,13 +167,17 @@ _METRIC = re.compile(r"\b(?:serve_app_gateway_|vllm:|ray_)\w*\w|\b_[a-z]+(?:_[a-
 
 @cache
 def metric_names() -> set[str]:
-    """Metrics that a real run exported, by Ray's names and by those of Prometheus after us."""
+    """Metrics that a real run exported, by Ray's names and by those of Prometheus after us.
+
+    And the few that ``GET /metrics`` alone has.
+    """
     found = set()
     for name, metric in exported_metrics.recorded().items():
         ends = ("", "_bucket", "_count", "_sum") if metric.kind == "histogram" else ("",)
         for shown in (name, name.removeprefix("ray_"), re.sub("^ray_vllm_", "vllm:", name)):
             found |= {shown + end for end in ends}
-    return found
+    page_alone = (REPO / "serve_app/gateway/exposition.py").read_text()
+    return found | set(re.findall(r'"(serve_app_gateway_\w+)"', page_alone))
 
 
 def test_metrics_are_exported() -> None:

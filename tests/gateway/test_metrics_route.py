@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,19 @@ async def test_a_limit_that_refuses_is_counted_by_its_name(tmp_path: Path) -> No
     labels = {"model": "m", "key": "team", "limit": "requests_per_minute"}
     assert value(said, f"{OURS}limits_hit_total", **labels) == 2
     assert value(said, f"{OURS}requests_total", key="team", code="429") == 2
+
+
+async def test_a_request_that_no_file_takes_is_counted(tmp_path: Path) -> None:
+    lines = tmp_path / "usage"
+    async with (
+        Upstream(engine) as upstream,
+        GatewayProcess(upstream, usage_dir=str(lines)) as gateway,
+    ):
+        await asyncio.to_thread(shutil.rmtree, lines)
+        assert await chat(gateway) == 200
+        (id,) = gateway.ledger._open
+        gateway.ledger.report(took(id, Usage(1, 0, 1)), "r0")
+        assert value(await page(gateway), f"{OURS}usage_unrecorded_total") == 1
 
 
 async def test_what_waits_is_shown_and_for_how_long() -> None:

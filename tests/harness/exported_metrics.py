@@ -8,6 +8,7 @@ tests/kube/data/exported_metrics.txt: one line a metric, its type and its sample
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -20,15 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness import processes, servers
 from harness.processes import REPO
 from harness.servers import CHAT, EMBED, Cluster
+from serve_app.config import keys
 
 RECORDED = REPO / "tests/kube/data/exported_metrics.txt"
 _CONSTANT = "# Labels with one value: "
+
+TEAM, LIMITED = keys.new(), keys.new()
+"""API keys and their hashes."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,14 @@ def run(folder: Path) -> str:
     chat["args"]["engine"] |= {"max_model_len": 512, "num_gpu_blocks_override": 7}
     chat["args"] |= {"replicas": 2}
     config = servers.document(processes.free_port(), chat, servers.embed_application(), gateways=2)
+    usage = folder / "usage"
+    config["applications"][-1]["args"] |= {"keys": {"file": _keys(folder)}, "usage_dir": str(usage)}
     cluster = Cluster.start(config, folder, "haproxy")
     try:
         cluster.wait_until_ready()
         with cluster.ray():
+            shutil.rmtree(usage)  # so no request can be written down
+            assert [_chat(cluster, 0, key=LIMITED[0], stream=False) for _ in range(9)][-1] == 429
             _load(cluster)
             _lose_a_replica(cluster)
             cluster.wait_until_ready()
@@ -97,17 +107,30 @@ def run(folder: Path) -> str:
         cluster.interrupt()
 
 
+def _keys(folder: Path) -> str:
+    file = folder / "keys.yaml"
+    entries = [
+        {"name": "team", "hash": TEAM[1]},
+        {"name": "limited", "hash": LIMITED[1], "requests_per_minute": 1},
+    ]
+    file.write_text(yaml.safe_dump(entries))
+    return str(file)
+
+
 def _load(cluster: Cluster) -> None:
     """Chats that fill the KV cache and share a prefix, half of them streamed; an embedding."""
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: _chat(cluster, n, stream=n % 2 == 0), range(8)))
     embedded = httpx.post(
-        f"{cluster.base_url}/v1/embeddings", json={"model": EMBED, "input": "Paris"}, timeout=60
+        f"{cluster.base_url}/v1/embeddings",
+        json={"model": EMBED, "input": "Paris"},
+        headers={"x-api-key": TEAM[0]},
+        timeout=60,
     )
     embedded.raise_for_status()
 
 
-def _chat(cluster: Cluster, number: int, *, stream: bool) -> int:
+def _chat(cluster: Cluster, number: int, *, stream: bool, key: str = TEAM[0]) -> int:
     body: dict[str, Any] = {
         "model": CHAT,
         "messages": [{"role": "user", "content": f"{'A long story, please. ' * 30}{number}"}],
@@ -116,7 +139,7 @@ def _chat(cluster: Cluster, number: int, *, stream: bool) -> int:
         "stream": stream,
     }
     url = f"{cluster.base_url}/v1/chat/completions"
-    return httpx.post(url, json=body, timeout=300).status_code
+    return httpx.post(url, json=body, headers={"x-api-key": key}, timeout=300).status_code
 
 
 def _lose_a_replica(cluster: Cluster) -> None:

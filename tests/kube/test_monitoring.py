@@ -13,6 +13,7 @@ import pytest
 import yaml
 from harness import exported_metrics
 from harness.manifests import ROOT, fleet
+from harness.prometheus import ABSENT, PROMTOOL
 from harness.queries import (
     DASHBOARDS,
     dropped_labels,
@@ -28,8 +29,7 @@ from serve_app.kuberay.render.monitoring import cold_models, pod_monitors
 from serve_app.kuberay.render.profile import RAY_VERSION
 
 DATA = Path(__file__).parent / "data"
-PROMTOOL = shutil.which("promtool")
-needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="needs promtool (apt: prometheus)")
+needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason=ABSENT)
 
 # Not from Ray's agents: kube-state-metrics tells of pods.
 _FROM_ELSEWHERE = {"kube_pod_status_unschedulable": frozenset({"namespace", "pod"})}

@@ -217,9 +217,9 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
             "page",
             "{{ $labels.model_name }}: {{ $value | humanizePercentage }} of first tokens take more "
             f"than {TTFT_TARGET_S} s.",
-            "Requests wait (vllm:num_requests_waiting): raise max_replicas, or lower target_load "
-            "so that replicas come sooner. They do not: prompts grew (vllm:request_prompt_tokens); "
-            "lower max_num_batched_tokens or add tensor parallelism.",
+            "Requests wait (serve_app_gateway_queued_requests): raise max_replicas, or lower "
+            "target_load so that replicas come sooner. They do not: prompts grew "
+            "(vllm:request_prompt_tokens); lower max_num_batched_tokens or add tensor parallelism.",
         ),
         _alert(
             "ServeAppFirstTokenBurnsSlowly",
@@ -232,12 +232,13 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
         ),
         _alert(
             "ServeAppQueueGrows",
-            "sum by (model_name) (avg_over_time(vllm:num_requests_waiting"
-            f"{{{own}}}[5m])) > 0.5 * sum by (model_name) "
-            f"(avg_over_time(vllm:num_requests_running{{{own}}}[5m])) > 8",
+            # The gateway sends an engine hardly more than it runs, so what waits is in the gateway.
+            "sum by (model) (avg_over_time(serve_app_gateway_queued_requests"
+            f"{{{own}}}[5m])) > 0.33 * sum by (model) "
+            f"(avg_over_time(serve_app_gateway_inflight_requests{{{own}}}[5m])) > 8",
             "10m",
             "ticket",
-            "{{ $labels.model_name }}: requests wait for a place in the batch.",
+            "{{ $labels.model }}: a third of its requests wait for a replica with room.",
             "At max_replicas already: raise it (and the NodePool's GPU limit). Below it: GPUs are "
             "not to be had, see ServeAppPodsWaitForGPUs.",
         ),
