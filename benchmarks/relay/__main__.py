@@ -15,18 +15,15 @@ import contextlib
 import datetime
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from serve_app import lifeline
+from benchmarks import processes, report
 from serve_app.errors import UserError
 
 _HERE = Path(__file__).parent
@@ -97,12 +94,7 @@ class _Bench:
 
     def __init__(self, work: Path, port: int, running: contextlib.ExitStack) -> None:
         self._work, self._port, self._running = work, port, running
-        self._wire = work / "wire"
-        try:
-            source = _HERE / "wire.c"
-            subprocess.run(["gcc", "-O2", "-o", self._wire, source], check=True)
-        except FileNotFoundError:
-            raise UserError("it needs gcc; install it (apt-get install gcc)") from None
+        self._wire = processes.wire(work)
 
     def start(self, options: argparse.Namespace) -> list[Arm]:
         upstream, floor, now, before, proxy, both = range(self._port, self._port + 6)
@@ -185,7 +177,7 @@ class _Bench:
         return self._process([get_haproxy_binary(), "-q", "-dS", "-db", "-f", file])
 
     def _process(self, command: list[Any], **env: str) -> int:
-        return self._running.enter_context(_process(command, env))
+        return self._running.enter_context(processes.process(command, env))
 
 
 # What of Serve's configuration of it concerns each request or each event.
@@ -208,21 +200,6 @@ backend b
     http-reuse always
     server s 127.0.0.1:{behind}
 """
-
-
-@contextlib.contextmanager
-def _process(command: list[Any], env: dict[str, str]) -> Iterator[int]:
-    process = subprocess.Popen(
-        [str(part) for part in command],
-        env=os.environ | env,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=lifeline.interrupt_with_parent,
-    )
-    try:
-        yield process.pid
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
 
 
 def _table(records: list[dict[str, Any]], arms: list[str]) -> str:

@@ -17,13 +17,13 @@ from harness.scripted import GatewayProcess, _CancelledOnDisconnect
 async def main(port: int, upstream: int) -> None:
     async with GatewayProcess(upstream) as gateway:
         config = uvicorn.Config(
-            _LikeServe(gateway.app), host="127.0.0.1", port=port, lifespan="off",
+            LikeServe(gateway.app), host="127.0.0.1", port=port, lifespan="off",
             log_level="critical", access_log=False,
         )  # fmt: skip
         await uvicorn.Server(config).serve()
 
 
-class _LikeServe:
+class LikeServe:
     """The two functions around ``send`` that Serve's direct ingress has, and what is around it."""
 
     def __init__(self, app: object) -> None:

@@ -2,7 +2,11 @@
 //
 //   wire upstream PORT TICK_MS       answers as the request's body says
 //   wire floor PORT UPSTREAM         passes bytes on: recv, send, and nothing else
-//   wire client PORT C REQUESTS BODY C connections in a closed loop; prints one line of JSON
+//   wire client PORT C REQUESTS BODY [EVENTS RATE HEADERS]
+//                                    C connections in a closed loop; prints one line of JSON.
+//                                    EVENTS: those of a whole answer, else what BODY says. RATE:
+//                                    requests that become due each second, one by one, whatever
+//                                    has ended; 0 is a closed loop. HEADERS end with CRLF
 //
 // A body has "n": the events of the answer, sent "each" at a time on a common tick, as the steps
 // of an engine are. Without events the answer is a small document. All on the loopback interface.
@@ -20,13 +24,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { MAX_FD = 4096, SIZE = 1 << 18 };
+enum { MAX_FD = 16384, SIZE = 1 << 18 };
 
 struct peer {
     int other;          // floor: the descriptor at the other end
     int left, each;     // upstream: events to be sent
     int status, newlines, events, wanted;  // client: the answer so far
     long body;          // client: bytes of the document to come; -1: chunked, -2: still in the head
+    uint64_t tail;      // client: the last bytes of a chunked body
     int64_t asked;
     size_t held;
     char data[SIZE];
@@ -146,13 +151,34 @@ static char request[SIZE];
 static size_t request_size;
 static int to_ask, in_flight, errors, events, answers, reads;
 static int64_t *took;
+static int64_t each_ns, next_due;  // of a given rate
+static int resting[MAX_FD], rest, wake;  // connections that wait for a request to be due, in a ring
 
-static void ask(int fd, struct peer *p) {
-    if (!to_ask) { close(fd); return; }
+static void ask_now(int fd, int64_t since) {
+    struct peer *p = peers[fd];
     to_ask--, in_flight++;
-    p->held = p->events = p->newlines = 0, p->body = -2;
-    p->asked = now_ns();
+    p->held = p->events = p->newlines = 0, p->body = -2, p->tail = 0;
+    p->asked = since;
     put(fd, request, request_size);
+}
+
+static void ask_what_is_due(void) {
+    static int first;
+    for (; rest && to_ask && next_due <= now_ns(); next_due += each_ns, rest--) {
+        ask_now(resting[first], next_due);  // late or not, its time counts from there
+        first = (first + 1) % MAX_FD;
+    }
+    if (!rest || !to_ask) return;
+    struct itimerspec at = {.it_value = {next_due / 1000000000, next_due % 1000000000}};
+    timerfd_settime(wake, TFD_TIMER_ABSTIME, &at, NULL);
+}
+
+static void ask(int fd) {
+    static int last;
+    if (!to_ask) { close(fd); return; }
+    if (!each_ns) { ask_now(fd, now_ns()); return; }
+    resting[last] = fd, last = (last + 1) % MAX_FD, rest++;
+    ask_what_is_due();
 }
 
 static void client_reads(int fd, struct peer *p, int wanted) {
@@ -172,16 +198,17 @@ static void client_reads(int fd, struct peer *p, int wanted) {
         p->held = 0;
     }
     for (char *c = at; c < end; c++) {  // an event ends with two line feeds
+        p->tail = p->tail << 8 | (unsigned char)*c;
         if (*c == '\n') p->events += ++p->newlines == 2;
         else p->newlines = 0;
     }
     if (p->body >= 0 ? (p->body -= end - at) > 0
-                     : end - at < 5 || memcmp(end - 5, "0\r\n\r\n", 5)) return;
+                     : (p->tail & 0xffffffffff) != 0x300d0a0d0a) return;  // "0", two CRLF
     took[answers++] = now_ns() - p->asked;
     errors += p->status != 200 || p->events != wanted;
     events += p->events;
     in_flight--;
-    ask(fd, p);
+    ask(fd);
 }
 
 static int by_size(const void *a, const void *b) {
@@ -192,8 +219,9 @@ static int by_size(const void *a, const void *b) {
 static void client_says(int64_t began) {
     qsort(took, answers, sizeof *took, by_size);
     printf("{\"answers\": %d, \"events\": %d, \"errors\": %d, \"reads\": %d, \"p50_us\": %.1f, "
-           "\"seconds\": %.3f}\n", answers, events, errors, reads,
-           answers ? took[answers / 2] / 1e3 : 0, (now_ns() - began) / 1e9);
+           "\"p99_us\": %.1f, \"seconds\": %.3f}\n", answers, events, errors, reads,
+           answers ? took[answers / 2] / 1e3 : 0, answers ? took[answers * 99 / 100] / 1e3 : 0,
+           (now_ns() - began) / 1e9);
 }
 
 // --- all -----------------------------------------------------------------------------------------
@@ -207,13 +235,20 @@ int main(int argc, char **argv) {
     if (role == CLIENT) {
         to_ask = atoi(argv[4]);
         took = malloc(sizeof *took * to_ask);
-        wanted = number_after(argv[5], "\"n\":", 0);
+        wanted = argc > 6 ? atoi(argv[6]) : number_after(argv[5], "\"n\":", 0);
+        if (argc > 7 && atof(argv[7]) > 0) {
+            each_ns = 1e9 / atof(argv[7]);
+            wake = timerfd_create(CLOCK_MONOTONIC, 0);
+            watch(wake);
+        }
         request_size = sprintf(request, "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n"
             "content-type: application/json\r\naccept: */*\r\nuser-agent: wire\r\n"
-            "content-length: %zu\r\n\r\n%s", strlen(argv[5]), argv[5]);
+            "%scontent-length: %zu\r\n\r\n%s", argc > 8 ? argv[8] : "", strlen(argv[5]), argv[5]);
+        next_due = now_ns() + 10000000;  // once all are connected
         for (int c = atoi(argv[3]); c; c--) {
             int fd = connect_to(port);
-            ask(fd, meet(fd));
+            meet(fd);
+            ask(fd);
         }
     } else {
         listener = listen_on(port);
@@ -225,12 +260,13 @@ int main(int argc, char **argv) {
         timerfd_settime(timer, 0, &every, NULL);
         watch(timer);
     }
-    while (role != CLIENT || in_flight) {
+    while (role != CLIENT || in_flight || (to_ask && rest)) {
         struct epoll_event ready[256];
         int count = epoll_wait(polled, ready, 256, -1);
         for (int i = 0; i < count; i++) {
             int fd = ready[i].data.fd;
             if (fd == timer) upstream_ticks(timer);
+            else if (wake && fd == wake) { read(wake, &(uint64_t){0}, 8); ask_what_is_due(); }
             else if (fd == listener) {
                 int made = accept(listener, NULL, NULL);
                 struct peer *p = meet(made);

@@ -1,0 +1,1 @@
+"""The whole gateway beside others: ``python -m benchmarks.gateway``."""

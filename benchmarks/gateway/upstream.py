@@ -1,0 +1,212 @@
+"""Instant model servers: ``python -m benchmarks.gateway.upstream PORT``, one at each of three ports.
+
+It speaks as vLLM does, and to our gateway also as a replica: it reports what each request took.
+Its models: ``instant`` answers at once, in one write; ``paced`` sends a token to each stream every
+20 ms, all in the same step as an engine does, and ``slow`` every 5 s. Each port answers for all of
+them; to our gateway they are three replicas, each of one model. A stream has as many tokens as
+``max_tokens`` says, and two events more: the role and ``[DONE]``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from functools import cache, partial
+from typing import cast
+
+import msgspec
+import uvloop
+from httptools import HttpRequestParser
+
+from serve_app.cluster.exchange import CALL_HEADER, PATH, Called, Load, Question, Report, Usage
+from serve_app.replica.reports import Reports
+
+STEPS_S = {"paced": 0.02, "slow": 5.0}
+"""Seconds between two tokens, by model."""
+
+MODELS = ("instant", *STEPS_S)
+
+_CAPACITY = 100_000
+"""Requests that it can have at once: nothing shall wait in a gateway's queue."""
+
+
+class _Asked(msgspec.Struct):
+    model: str
+    max_tokens: int = 16
+    stream: bool = False
+
+
+_asked = msgspec.json.Decoder(_Asked)
+
+_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
+_STREAM = _HEAD % b"text/event-stream; charset=utf-8" + b"transfer-encoding: chunked\r\n\r\n"
+
+
+def _document(body: bytes) -> bytes:
+    return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+@cache
+def _event(model: str, content: str | None, finish: str | None = None) -> bytes:
+    delta = {"content": content} if content is not None else {"role": "assistant", "content": ""}
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+    said = {
+        "id": "chatcmpl-8a0f4f3d5d5c4e5a9d1b2c3d4e5f6a7b",
+        "object": "chat.completion.chunk",
+        "created": 1700000000,
+        "model": model,
+        "choices": [choice],
+    }
+    return _chunk(b"data: " + msgspec.json.encode(said) + b"\n\n")
+
+
+_DONE = _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+
+
+@cache
+def _whole_stream(model: str, tokens: int) -> bytes:
+    middle = _event(model, " token") * (tokens - 1)
+    return _STREAM + _event(model, None) + middle + _event(model, " token", "stop") + _DONE
+
+
+@cache
+def _whole_document(model: str, tokens: int, prompt: int) -> bytes:
+    message = {"role": "assistant", "content": " token" * tokens}
+    said = {
+        "id": "chatcmpl-8a0f4f3d5d5c4e5a9d1b2c3d4e5f6a7b",
+        "object": "chat.completion",
+        "created": 1700000000,
+        "model": model,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + tokens,
+            "completion_tokens": tokens,
+        },
+    }
+    return _document(msgspec.json.encode(said))
+
+
+_open: dict[str, set[_Connection]] = {model: set() for model in STEPS_S}
+"""The streams that have not ended, by model."""
+
+
+def _streams() -> int:
+    return sum(len(streams) for streams in _open.values())
+
+
+def _load() -> Load:
+    return Load(_streams(), waiting=0, capacity=_CAPACITY, kv_cache_usage=0.0)
+
+
+async def _step(model: str) -> None:
+    """Send a token to each stream, for ever."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    while True:
+        due += STEPS_S[model]
+        await asyncio.sleep(due - loop.time())
+        for stream in list(_open[model]):
+            stream.token()
+
+
+class _Connection(asyncio.Protocol):
+    def __init__(self, reports: Reports) -> None:
+        self._reports = reports
+        self._parser = HttpRequestParser(self)
+        self._streamed: _Asked | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._parser.feed_data(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._streamed:
+            self._ended()
+
+    def on_message_begin(self) -> None:
+        self._target, self._body, self._call = b"", b"", b""
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == CALL_HEADER:
+            self._call = value
+
+    def on_body(self, data: bytes) -> None:
+        self._body += data
+
+    def on_message_complete(self) -> None:
+        path = self._target.decode()
+        if path == PATH:
+            self._exchanging = asyncio.create_task(self._exchange(Question.decode(self._body)))
+        elif path == "/streams":
+            self._transport.write(_document(b"%d" % _streams()))
+        elif not self._body:  # whatever a router wants to know of its workers
+            models = [{"id": model, "object": "model"} for model in MODELS]
+            self._transport.write(_document(msgspec.json.encode({"data": models})))
+        else:
+            self._answer(_asked.decode(self._body))
+
+    def token(self) -> None:
+        """Send the stream its next token."""
+        assert self._streamed
+        self._sent += 1
+        model = self._streamed.model
+        if self._sent < self._streamed.max_tokens:
+            self._transport.write(_event(model, " token"))
+        else:
+            self._transport.write(_event(model, " token", "stop") + _DONE)
+            self._ended()
+
+    def _answer(self, asked: _Asked) -> None:
+        model, tokens = asked.model, asked.max_tokens
+        if not asked.stream:
+            self._transport.write(_whole_document(model, tokens, self._prompt_tokens))
+        elif model not in STEPS_S:
+            self._transport.write(_whole_stream(model, tokens))
+        else:
+            self._streamed, self._sent = asked, 0
+            _open[model].add(self)
+            self._transport.write(_STREAM + _event(model, None))
+            self.token()
+            return
+        self._report(tokens)
+
+    def _ended(self) -> None:
+        assert self._streamed
+        _open[self._streamed.model].discard(self)
+        self._streamed = None
+        self._report(self._sent)
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return len(self._body) // 4
+
+    def _report(self, tokens: int) -> None:
+        if self._call:
+            usage = Usage(self._prompt_tokens, 0, tokens)
+            self._reports.add(Report(Called.read(self._call), usage))
+
+    async def _exchange(self, question: Question) -> None:
+        answer = await self._reports.answer(question)
+        self._transport.write(_document(answer.encode()))
+
+
+async def main(port: int) -> None:
+    loop = asyncio.get_running_loop()
+    for offset in range(len(MODELS)):
+        serving = partial(_Connection, Reports(_load))
+        await loop.create_server(serving, "127.0.0.1", port + offset, backlog=8192)
+    await asyncio.gather(*map(_step, STEPS_S))
+
+
+if __name__ == "__main__":
+    uvloop.run(main(int(sys.argv[1])))
