@@ -710,12 +710,16 @@ def test_api_keys_that_no_pod_could_read(
         )
 
 
-def with_usage_db(folder: Path, source: Any, **settings: Any) -> dict[str, str]:
+def with_gateway(folder: Path, args: dict[str, Any], **settings: Any) -> dict[str, str]:
     document = copy.deepcopy(one_model({"max_model_len": 8192}, model="Qwen/Qwen3-8B").document)
-    document["applications"][1]["args"] = {"usage_db": source}
+    document["applications"][1]["args"] = args
     (folder / "one.yaml").write_text(yaml.safe_dump(document))
     profile = ClusterProfile.model_validate({"max_gpus": 8, **settings})
     return render(load(folder / "one.yaml"), profile)
+
+
+def with_usage_db(folder: Path, source: Any, **settings: Any) -> dict[str, str]:
+    return with_gateway(folder, {"usage_db": source}, **settings)
 
 
 USAGE_SECRET = {"name": "serve-app-usage", "key": "url"}
@@ -755,20 +759,12 @@ def test_a_usage_database_that_would_be_lost_or_seen(
     assert with_usage_db(tmp_path, "postgresql://db/usage?sslmode=require")
 
 
-def traced(folder: Path, args: dict[str, Any], **settings: Any) -> dict[str, str]:
-    document = copy.deepcopy(one_model({"max_model_len": 8192}, model="Qwen/Qwen3-8B").document)
-    document["applications"][1]["args"] = args
-    (folder / "one.yaml").write_text(yaml.safe_dump(document))
-    profile = ClusterProfile.model_validate({"max_gpus": 8, **settings})
-    return render(load(folder / "one.yaml"), profile)
-
-
 OTLP_SECRET = {"name": "langfuse", "key": "headers"}
 
 
 def test_the_gateways_pods_alone_have_the_trace_receivers_headers(tmp_path: Path) -> None:
     args = {"otlp_endpoint": "https://cloud.langfuse.com/api/public/otel"}
-    files = traced(tmp_path, args, otlp_headers=OTLP_SECRET)
+    files = with_gateway(tmp_path, args, otlp_headers=OTLP_SECRET)
     documents = [
         d for path, text in files.items() if "kustom" not in path for d in yaml.safe_load_all(text)
     ]
@@ -785,7 +781,7 @@ def test_the_gateways_pods_alone_have_the_trace_receivers_headers(tmp_path: Path
 
 def test_headers_for_traces_that_nobody_sends(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has otlp_headers, but the gateway sends no traces; "):
-        traced(tmp_path, {}, otlp_headers=OTLP_SECRET)
+        with_gateway(tmp_path, {}, otlp_headers=OTLP_SECRET)
 
 
 def test_a_public_load_balancer_wants_api_keys(tmp_path: Path) -> None:
