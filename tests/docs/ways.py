@@ -214,6 +214,7 @@ OTHERS = {
     "ssh": "needs another machine",
     "scp": "as ssh",
     "openssl": "makes up a key",
+    "base64": "the system's",
     "http": "httpie, as curl",
     "wget": "as curl",
     "serve-app-haproxy": "Serve starts it",
