@@ -131,11 +131,10 @@ class _Measured:
         self._client, self._upstream = client, upstream
         self._asked = 0
         self._events = {body["model"]: self._probe(body) for body in (STREAM, PACED, HELD | SHORT)}
-        self._load(64, 200, STREAM)  # warm
-        self._load(1, 50, DOCUMENT)
-        self._peak = self._rate(self._load(_BUSY, 400, DOCUMENT))
+        self._load(_BUSY, 2 * _BUSY, STREAM)  # warm
+        self._peak = self._rate(self._load(_BUSY, 3 * _BUSY, DOCUMENT))
         self._alone = self._rate(self._load(1, 100, DOCUMENT))
-        self._peak_streams = self._rate(self._load(_BUSY, 400, STREAM))
+        self._peak_streams = self._rate(self._load(_BUSY, 3 * _BUSY, STREAM))
 
     def once(self, rate: float) -> dict[str, float]:
         """One round."""
@@ -164,10 +163,10 @@ class _Measured:
         assert self.arm.pid
         before = processes.memory_mib(self.arm.pid)
         with load(self._client, self.arm, streams, streams, HELD, self._events["slow"]):
-            opened = self._until(streams)
+            opened = self._until(streams, 60)
             held = processes.memory_mib(self.arm.pid)
         self._asked += streams
-        self._until(0)
+        self._until(0, 20)
         after = processes.memory_mib(self.arm.pid)
         return {"arm": self.arm.name, "streams": opened, "before_mib": before, "held_mib": held,
                 "after_mib": after}  # fmt: skip
@@ -182,7 +181,7 @@ class _Measured:
                 return {"sent": wanted, **said}
             time.sleep(1)
 
-    def _until(self, streams: int, within_s: float = 90.0) -> int:
+    def _until(self, streams: int, within_s: float) -> int:
         """Wait until the upstream has so many streams, or no more come; how many it has."""
         deadline = time.monotonic() + within_s
         while True:

@@ -1,4 +1,4 @@
-"""Instant model servers: ``python -m benchmarks.gateway.upstream PORT``, one at each of three ports.
+"""Instant model servers at three ports: ``python -m benchmarks.gateway.upstream PORT``.
 
 It speaks as vLLM does, and to our gateway also as a replica: it reports what each request took.
 Its models: ``instant`` answers at once, in one write; ``paced`` sends a token to each stream every
@@ -67,10 +67,16 @@ def _event(model: str, content: str | None, finish: str | None = None) -> bytes:
 _DONE = _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
+def _token(model: str, number: int, of: int) -> bytes:
+    """The event of one token, and after the last one the stream's end."""
+    word = f" word{number % 10}"  # LiteLLM ends a stream that says the same a hundred times
+    return _event(model, word) if number < of else _event(model, word, "stop") + _DONE
+
+
 @cache
 def _whole_stream(model: str, tokens: int) -> bytes:
-    middle = _event(model, " token") * (tokens - 1)
-    return _STREAM + _event(model, None) + middle + _event(model, " token", "stop") + _DONE
+    events = [_token(model, number, tokens) for number in range(1, tokens + 1)]
+    return b"".join((_STREAM, _event(model, None), *events))
 
 
 @cache
@@ -159,11 +165,9 @@ class _Connection(asyncio.Protocol):
         """Send the stream its next token."""
         assert self._streamed
         self._sent += 1
-        model = self._streamed.model
-        if self._sent < self._streamed.max_tokens:
-            self._transport.write(_event(model, " token"))
-        else:
-            self._transport.write(_event(model, " token", "stop") + _DONE)
+        tokens = self._streamed.max_tokens
+        self._transport.write(_token(self._streamed.model, self._sent, tokens))
+        if self._sent == tokens:
             self._ended()
 
     def _answer(self, asked: _Asked) -> None:
