@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes lint bench-quick bench-relay lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes lint bench-quick bench-relay bench-gateway soak lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -99,6 +99,16 @@ bench-quick: venv  ## bare vLLM, this gateway and Ray Serve LLM in turn, on this
 bench-relay: venv  ## the gateway's CPU per event and request, beside the least there is (BENCH="--before TREE")
 	@$(BIN)/python -m benchmarks.relay $(BENCH)
 
+GATEWAYS := .cache/gateways
+
+bench-gateway: venv  ## the whole gateway, everything off and on, beside LiteLLM and vllm-router (BENCH=…)
+	@$(UV) venv -q --allow-existing --python $(BIN)/python $(GATEWAYS)
+	@$(UV) pip sync -q --compile-bytecode --python $(GATEWAYS)/bin/python requirements/gateways.txt
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.gateway $(BENCH)
+
+soak: venv  ## the gateway's memory while a million requests pass, everything on (about 15 minutes; BENCH=…)
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.gateway --soak 1000000 $(BENCH)
+
 LOCK := $(UV) pip compile -q --no-emit-index-url --generate-hashes --custom-compile-command "make lock"
 # What comes with one build of torch and not with the other.
 CUDA_PARTS := cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
@@ -118,6 +128,7 @@ lock: venv  ## refresh the locks from pyproject.toml
 	@$(LOCK) pyproject.toml --extra gpu --extra postgres --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 	  -o requirements/cuda.lock
 	@$(CLIENT_LOCK) requirements/recipes.in -o requirements/recipes.txt
+	@$(CLIENT_LOCK) requirements/gateways.in -o requirements/gateways.txt
 	@# Without PyTorch, which Open WebUI imports only where it runs models itself.
 	@echo open-webui | $(CLIENT_LOCK) - -o requirements/open-webui.txt --override <(echo 'torch ; sys_platform == "never"')
 

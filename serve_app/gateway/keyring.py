@@ -31,6 +31,11 @@ class Keyring:
         self._source = source
         self._stamp: object = None
         self._keys: dict[str, Key] = {}
+        """By hash."""
+
+        self._callers: dict[str, Caller] = {}
+        """Whose each of them is, by the same."""
+
         self.problem = ""
         operator = os.environ.get(OPERATOR_HASH)
         self._operator = [Key(name="operator", hash=operator, admin=True)] if operator else []
@@ -51,6 +56,7 @@ class Keyring:
             return
         self.problem = ""
         self._keys = {key.hash: key for key in [*found, *self._operator]}
+        self._callers = {hash: _caller(key) for hash, key in self._keys.items()}
         logger.info(f"{len(found)} API keys are in force")
 
     @property
@@ -88,15 +94,7 @@ class Keyring:
                 "new one.",
                 "expired_api_key",
             )
-        return Caller(
-            key.name,
-            tuple(key.models),
-            key.admin,
-            key.priority,
-            key.weight,
-            limits=key,
-            model_limits=tuple(key.model_limits.items()),
-        )
+        return self._callers[hash]
 
     def _stamp_now(self) -> object:
         if not self._source.file:
@@ -116,6 +114,18 @@ class Keyring:
         if text is None:
             raise ConfigError(f"the environment variable {name} is not set")
         return keys.parse_all(yaml_files.parse(text, name), name)
+
+
+def _caller(key: Key) -> Caller:
+    return Caller(
+        key.name,
+        tuple(key.models),
+        key.admin,
+        key.priority,
+        key.weight,
+        limits=key,
+        model_limits=tuple(key.model_limits.items()),
+    )
 
 
 def _given(headers: Mapping[bytes, bytes]) -> bytes:

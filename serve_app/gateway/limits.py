@@ -211,7 +211,7 @@ def duration(seconds: float) -> str:
 
 
 def _bounds(call: Call, caller: Caller) -> list[_Bound]:
-    found = _of(caller.limits, caller.name, "") if caller.limits.limited else []
+    found = _of(caller.limits, caller.name, "")
     if alone := caller.limits_for(call.model_id, call.model) if caller.model_limits else None:
         adapter = call.model_id in call.model.adapters
         model = call.model_id if adapter else call.model.name
