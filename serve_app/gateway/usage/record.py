@@ -128,6 +128,8 @@ class Record:
         for journal in filter(None, (self._spool, self._lines)):
             journal.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._database:
+            self._database.close()
 
     def _append(self, journal: Journal, line: bytes) -> None:
         try:
