@@ -219,8 +219,9 @@ class Traces:
 
     def close(self) -> None:
         """Send what there is, within a few seconds. Not for the event loop."""
-        for begun in self._begun.values():  # responses that are still made in the background
-            self._send(begun)
+        for begun in self._begun.values():
+            if begun.end_ns:  # answered, and still made in the background
+                self._send(begun)
         # By itself the library takes half a minute where the receiver is away.
         sending = threading.Thread(target=self._processor.shutdown, daemon=True)
         sending.start()
