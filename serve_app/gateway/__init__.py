@@ -73,6 +73,7 @@ class GatewayServer:
     """One gateway process."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        from serve_app.cluster import grpc_port
         from serve_app.cluster.gateways import Gateways
         from serve_app.cluster.limits_actor import Coordinator
         from serve_app.cluster.replicas import Watcher
@@ -90,6 +91,7 @@ class GatewayServer:
         from serve_app.gateway.replicas import Board
         from serve_app.gateway.usage.record import Record
 
+        grpc_port.at_the_nodes_address()
         config = GatewayConfig.model_validate(args)
         board = Board()
         self._directory = Directory(Watcher(board, DEPLOYMENT))

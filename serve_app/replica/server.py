@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from serve_app import lifeline
-from serve_app.cluster import capacity
+from serve_app.cluster import capacity, grpc_port
 from serve_app.cluster.credential import internal_credential
 from serve_app.config.document import DEPLOYMENT
 from serve_app.config.environment import environment
@@ -42,6 +42,7 @@ class ModelServer:
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
         lifeline.exit_with_parent()
+        grpc_port.at_the_nodes_address()
         self._config = ModelConfig.model_validate(args)
         # Before vLLM is imported, and in the replica: the variables depend on this node's cores.
         os.environ.update(environment(self._config))
