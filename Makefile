@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes lint bench-quick bench-relay bench-gateway soak lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes fuzz lint bench-quick bench-relay bench-gateway soak lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -88,6 +88,14 @@ test-recipes: venv  ## docs/recipes with their real clients (3 GB)
 	@if command -v npm > /dev/null; then npm install --silent --no-audit --no-fund \
 	  --prefix $(CLIENTS)/claude-code @anthropic-ai/claude-code@$(CLAUDE_CODE); fi
 	@$(BIN)/python -m pytest tests/recipes
+
+FUZZ_S := 60
+# The newest that has a wheel for this Python: 3.0 for 3.11, 3.1 for 3.12 and 3.13.
+fuzz: venv  ## odd bytes into the gateway's parsers and its HTTP, (FUZZ_S=60 for each of three parsers)
+	@$(UV) pip install -q --python $(BIN)/python --target .cache/fuzz 'atheris>=3'
+	@for parser in body answer events; do \
+	  PYTHONPATH=.:.cache/fuzz $(BIN)/python tests/fuzz/parsers.py $$parser $(FUZZ_S) || exit 1; done
+	@FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -q tests/gateway/test_fuzz.py
 
 lint: venv  ## format, types, and which room imports which (docs/architecture.md)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy && $(ROOMS)
