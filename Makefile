@@ -91,10 +91,13 @@ test-recipes: venv  ## docs/recipes with their real clients (3 GB)
 
 FUZZ_S := 60
 # The newest that has a wheel for this Python: 3.0 for 3.11, 3.1 for 3.12 and 3.13.
-fuzz: venv  ## odd bytes into the gateway's parsers and its HTTP, (FUZZ_S=60 for each of three parsers)
+fuzz: venv  ## odd bytes into the gateway: its parsers (FUZZ_S=60 for each), its HTTP, its OpenAPI document
 	@$(UV) pip install -q --python $(BIN)/python --target .cache/fuzz 'atheris>=3'
 	@for parser in body answer events; do \
 	  PYTHONPATH=.:.cache/fuzz $(BIN)/python tests/fuzz/parsers.py $$parser $(FUZZ_S) || exit 1; done
+	@$(UV) venv -q --allow-existing --python $(BIN)/python .cache/schemathesis && \
+	  $(UV) pip install -q --python .cache/schemathesis/bin/python 'schemathesis>=4'
+	@PYTHONPATH=.:tests $(BIN)/python tests/fuzz/openapi.py .cache/schemathesis/bin/schemathesis --max-examples 20
 	@FUZZ_EXAMPLES=3000 $(BIN)/python -m pytest -q tests/gateway/test_fuzz.py
 
 lint: venv  ## format, types, and which room imports which (docs/architecture.md)

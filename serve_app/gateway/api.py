@@ -283,6 +283,10 @@ def _card(directory: Directory, board: Board, id: str, caller: Caller | None) ->
 
 _OWN: list[Any] = ["gateway"]
 _ENVELOPE = {"$ref": "#/components/schemas/ErrorEnvelope"}
+_ERROR = {
+    "description": "An error of the gateway or of the model.",
+    "content": {"application/json": {"schema": _ENVELOPE}},
+}
 _MODEL = {"type": "string", "description": "One of the ids that GET /v1/models lists."}
 _NAMES_A_MODEL = {
     "type": "object",
@@ -300,6 +304,10 @@ def _document(app: FastAPI) -> dict[str, Any]:
         description="Every model of the cluster behind one endpoint. A request names its model; "
         "the bodies of requests and answers are those of the model's vLLM.",
     )
+    for own in document["paths"].values():
+        for operation in own.values():
+            operation["responses"].pop("422", None)  # FastAPI's; no parameter is checked by it
+            operation["responses"].setdefault("default", _ERROR)
     for route in RELAYED:
         path = document["paths"].setdefault(route.path, {})
         path.setdefault(route.method.lower(), _operation(route))
@@ -318,10 +326,7 @@ def _operation(route: Route) -> dict[str, Any]:
         ],
         "responses": {
             "200": {"description": "The model's answer, or a stream of its events."},
-            "default": {
-                "description": "An error of the gateway or of the model.",
-                "content": {"application/json": {"schema": _ENVELOPE}},
-            },
+            "default": _ERROR,
         },
     }
     if route.method == "GET" or parameters:

@@ -167,6 +167,11 @@ async def test_the_openapi_document_lists_every_route_and_how_errors_look() -> N
     paths = ("/health", "/metrics", "/ready", "/v1/models", "/v1/models/{id}", "/v1/usage")
     own = {("GET", path) for path in paths}
     assert listed == own | {(r.method, r.path) for r in RELAYED}
+    for of in document["paths"].values():
+        for operation in of.values():
+            assert operation["responses"].keys() <= {"200", "404", "503", "default"}
+            said = operation["responses"]["default"]["content"]["application/json"]["schema"]
+            assert said == {"$ref": "#/components/schemas/ErrorEnvelope"}
     ids = [
         operation["operationId"] for of in document["paths"].values() for operation in of.values()
     ]
