@@ -21,13 +21,12 @@ CHECKS = ",".join(
 )  # fmt: skip
 
 
-async def main() -> int:
-    command, *options = sys.argv[1:]
+async def main(command: str, *options: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         usage = {"usage_db": f"sqlite:///{folder}/usage.db", "usage_spool": f"{folder}/spool"}
         async with Upstream() as upstream, GatewayProcess(upstream, front=True, **usage) as gateway:
             run = await asyncio.create_subprocess_exec(
-                *(os.path.abspath(command), "run", f"{gateway.base_url}/openapi.json"),
+                *(command, "run", f"{gateway.base_url}/openapi.json"),
                 *("--checks", CHECKS, *options),
                 cwd=folder,  # it leaves files
             )
@@ -35,4 +34,4 @@ async def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(asyncio.run(main(os.path.abspath(sys.argv[1]), *sys.argv[2:])))
