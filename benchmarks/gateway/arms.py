@@ -37,6 +37,16 @@ _ALL_LIMITS = {
 
 _START_S = 90.0
 
+_SCRAPE_S = 15
+_SCRAPE = """
+import time, urllib.request
+asked = urllib.request.Request("{url}", headers={{"authorization": "Bearer {key}"}})
+while True:
+    urllib.request.urlopen(asked, timeout=60).read()
+    time.sleep({every})
+"""
+"""What a Prometheus does meanwhile."""
+
 
 @dataclass
 class Arm:
@@ -54,10 +64,10 @@ class Arm:
         return processes.cpu_s(self.pid) if self.pid else 0.0
 
 
-def everything_on(work: Path) -> tuple[dict[str, Any], list[str]]:
+def everything_on(work: Path, receiver: str) -> tuple[dict[str, Any], list[str]]:
     """The gateway's args with all that can be on, and the keys of its clients.
 
-    The first key is an admin's.
+    The first key is an admin's. ``receiver`` is the URL to which spans go.
     """
     secrets, entries = [], []
     for number in range(_KEYS):
@@ -70,6 +80,8 @@ def everything_on(work: Path) -> tuple[dict[str, Any], list[str]]:
         "keys": {"file": str(file)},
         "usage_db": f"sqlite:///{work / 'usage.db'}",
         "usage_dir": str(work / "usage"),
+        "access_log": True,
+        "otlp_endpoint": receiver,
     }
     return args, secrets
 
@@ -96,9 +108,13 @@ class Contenders:
         return self._gateway("off", port, {})
 
     def on(self, port: int) -> Arm:
-        args, self.secrets = everything_on(self._work)
+        receiver = f"http://127.0.0.1:{self._upstream}"
+        args, self.secrets = everything_on(self._work, receiver)
         arm = self._gateway("on", port, args)
         arm.headers = authorization(self.secrets[0])
+        url = f"http://127.0.0.1:{port}/metrics"
+        command = _SCRAPE.format(url=url, key=self.secrets[0], every=_SCRAPE_S)
+        self._start("scrapes", [sys.executable, "-c", command])
         return arm
 
     def litellm(self, port: int) -> Arm:

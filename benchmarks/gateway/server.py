@@ -1,8 +1,9 @@
 """A gateway process without Ray: ``python -m benchmarks.gateway.server PORT UPSTREAM CONFIG``.
 
 It is the application that Serve runs, with the args of the JSON file CONFIG. Only what it would ask
-of Ray is answered here: which models there are and where, the credential, and the actor of the
-limits. Around it is what Serve has around an app (:class:`benchmarks.relay.gateway.LikeServe`).
+of Ray is answered here: which models there are and where, the credential, the actor of the limits,
+other gateways, and the folder of Serve's logs. Around it is what Serve has around an app
+(:class:`benchmarks.relay.gateway.LikeServe`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from benchmarks.gateway.upstream import MODELS
 from benchmarks.relay.gateway import LikeServe
 from serve_app.cluster import limits_actor
 from serve_app.gateway import GatewayServer
+from serve_app.gateway.exposition import Alone
 from serve_app.gateway.replicas import Board
 
 
-async def main(port: int, upstream: int, args: dict[str, Any]) -> None:
+async def main(port: int, upstream: int, args: dict[str, Any], work: Path) -> None:
+
     class Watcher:
         def __init__(self, board: Board, deployment: str) -> None:
             self._board = board
@@ -47,6 +50,8 @@ async def main(port: int, upstream: int, args: dict[str, Any]) -> None:
         mock.patch("serve_app.cluster.replicas.Watcher", Watcher),
         mock.patch("serve_app.cluster.limits_actor.Coordinator", _Coordinator),
         mock.patch("serve_app.cluster.serve.report_async", report),
+        mock.patch("serve_app.cluster.gateways.Gateways", Alone),
+        mock.patch("serve_app.gateway.access_log.logs_folder", lambda: work / "logs"),
         mock.patch("serve_app.gateway.internal_credential", lambda: CREDENTIAL.encode()),
     ):
         await served.__init__(gateway, args)
@@ -72,4 +77,6 @@ class _Coordinator:
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())))
+    config = Path(sys.argv[3])
+    args = json.loads(config.read_text())
+    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), args, config.parent))

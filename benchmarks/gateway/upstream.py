@@ -1,10 +1,10 @@
 """Instant model servers at three ports: ``python -m benchmarks.gateway.upstream PORT``.
 
-It speaks as vLLM does, and to our gateway also as a replica: it reports what each request took.
-Its models: ``instant`` answers at once, in one write; ``paced`` sends a token to each stream every
-20 ms, all in the same step as an engine does, and ``slow`` every 5 s. Each port answers for all of
-them; to our gateway they are three replicas, each of one model. A stream has as many tokens as
-``max_tokens`` says, and two events more: the role and ``[DONE]``.
+They speak as vLLM does, and to our gateway also as replicas, each of one model: they report what
+each request took. Each port answers for all models: ``instant`` answers at once, in one write;
+``paced`` sends a token to each stream every 20 ms, all in the same step as an engine does, and
+``slow`` every 5 s. A stream has as many tokens as ``max_tokens`` says, and two events more: its
+role and ``[DONE]``. What a gateway sends elsewhere (spans) is taken too.
 """
 
 from __future__ import annotations
@@ -44,6 +44,16 @@ _STREAM = _HEAD % b"text/event-stream; charset=utf-8" + b"transfer-encoding: chu
 
 def _document(body: bytes) -> bytes:
     return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%b" % (len(body), body)
+
+
+_SPANS_TAKEN = _HEAD % b"application/x-protobuf" + b"content-length: 0\r\n\r\n"
+_LENGTHS = "".join(
+    f'vllm:request_{what}_bucket{{engine="0",le="{2**n}",model_name="m"}} {n}\n'
+    for what in ("prompt_tokens", "generation_tokens", "max_tokens", "prefill_tokens")
+    for n in range(50)
+)
+_METRICS = _document(_LENGTHS.encode())
+"""About as many lines as vLLM's own page has."""
 
 
 def _chunk(data: bytes) -> bytes:
@@ -153,6 +163,10 @@ class _Connection(asyncio.Protocol):
         path = self._target.decode()
         if path == PATH:
             self._exchanging = asyncio.create_task(self._exchange(Question.decode(self._body)))
+        elif path == "/v1/traces":
+            self._transport.write(_SPANS_TAKEN)
+        elif path == "/metrics":
+            self._transport.write(_METRICS)
         elif path == "/streams":
             self._transport.write(_document(b"%d" % _streams()))
         elif not self._body:  # whatever a router wants to know of its workers
