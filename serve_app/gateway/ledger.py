@@ -90,6 +90,9 @@ class _Open:
     waits: bool = False
     """Whether its engine still works on it, though it has been answered."""
 
+    patience: asyncio.TimerHandle | None = None
+    """Set while its report is waited for."""
+
 
 class Ledger:
     """The stage that opens an entry for each call; :meth:`report` and the call's end close it."""
@@ -134,7 +137,8 @@ class Ledger:
         elif known.reported and known.reported[0] == entry.replica:
             self._close(replace(entry, usage=known.reported[1]))
         else:
-            asyncio.get_running_loop().call_later(PATIENCE_S, self._give_up, call.id)
+            loop = asyncio.get_running_loop()
+            known.patience = loop.call_later(PATIENCE_S, self._give_up, call.id)
 
     def report(self, report: Report, front_end: str) -> None:
         """Take a front end's report.
@@ -178,7 +182,8 @@ class Ledger:
             self._close(known.entry)
 
     def _close(self, entry: Entry) -> None:
-        del self._open[entry.id]
+        if patience := self._open.pop(entry.id).patience:
+            patience.cancel()  # else there is one for each request of the last 30 s
         self._closed.set()
         self.enter(entry)
 
