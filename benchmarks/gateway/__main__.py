@@ -68,6 +68,7 @@ def main() -> int:
     print(f"\n{text}")
     name = f"{'soak' if options.soak else 'gateway'}-{datetime.date.today()}"
     path = (options.results or TREE / "benchmarks" / "results") / f"{name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     print(f"written: {path}, and all numbers beside it (.json)")

@@ -77,7 +77,7 @@ def _markdown(data: dict[str, Any]) -> str:
     slope = statistics.linear_regression(
         [s["requests"] / 1e5 for s in half], [s["pss_mib"] for s in half]
     ).slope
-    shown = [samples[round(n * (len(samples) - 1) / 10)] for n in range(11)]
+    shown = [samples[n] for n in sorted({round(n * (len(samples) - 1) / 10) for n in range(11)})]
     rows = [
         [f"{s['requests']:.0f}", f"{s['seconds']:.0f}", f"{s['pss_mib']:.1f}", f"{s['files']:.0f}",
          f"{s['cpu_s'] / s['requests'] * 1e6:.0f}"]
