@@ -300,6 +300,7 @@ async def test_a_receiver_that_takes_nothing_costs_no_request(
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4")
     monkeypatch.setattr(traces, "_CLOSE_S", 0.2)
     monkeypatch.setattr(logging.getLogger("opentelemetry"), "handlers", [])  # what was said is anew
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)  # Serve's setup ends it
     url = f"http://127.0.0.1:{free_port()}" if how == "away" else receiver.url
     receiver.status, receiver.delay_s = (401, 0) if how == "refuses" else (200, 2)
     async with Upstream() as upstream, GatewayProcess(upstream, otlp_endpoint=url) as at:
