@@ -445,7 +445,8 @@ class GatewayConfig(_Args):
 
     access_log: bool | None = None
     """Whether each request becomes a line of JSON, without its text, in ``access_gateway_*.log``
-    beside Serve's logs, 192 MiB at most. None: in the images yes, elsewhere no."""
+    beside Serve's logs, 192 MiB at most of each gateway process. None: in the images yes, elsewhere
+    no."""
 
     otlp_endpoint: str | None = Field(default=None, min_length=1)
     """Where a span of each request goes: the URL of an OpenTelemetry receiver that takes OTLP over

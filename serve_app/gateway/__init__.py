@@ -114,6 +114,7 @@ class GatewayServer:
             self._traces = Traces(
                 config.otlp_endpoint, config.trace_sample_ratio, config.trace_content
             )
+        self._access_log = AccessLog.of(config)
         self._app = build(
             config,
             self._directory,
@@ -123,7 +124,7 @@ class GatewayServer:
             ledger=ledger,
             limits=limits,
             record=self._record,
-            access_log=AccessLog.of(config),
+            access_log=self._access_log,
             exposition=self._exposition,
             traces=self._traces,
         )
@@ -152,3 +153,5 @@ class GatewayServer:
                 await asyncio.to_thread(self._record.close)
             if self._traces:
                 await asyncio.to_thread(self._traces.close)
+            if self._access_log:
+                self._access_log.close()

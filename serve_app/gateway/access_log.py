@@ -14,6 +14,7 @@ from pathlib import Path
 
 from serve_app.cluster.serve import logs_folder
 from serve_app.config.settings import GatewayConfig
+from serve_app.gateway import routes
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.usage.line import encode
 
@@ -59,7 +60,7 @@ class AccessLog:
                 key=key,
                 model="",
                 model_id="",
-                path=path[:_MAX_PATH],
+                path=routes.told(path)[:_MAX_PATH],
                 replica="",
                 end="refused",
                 status=status,

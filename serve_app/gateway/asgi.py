@@ -243,7 +243,13 @@ class Gateway:
         model = models.find(self._directory, named, caller)
         number = uuid.uuid4().hex
         called = Called(
-            number, GATEWAY, caller.name if caller else "", model.name, named, path, time.time()
+            number,
+            GATEWAY,
+            caller.name if caller else "",
+            model.name,
+            named,
+            routes.told(path),
+            time.time(),
         )
         request = Request(
             id,

@@ -152,6 +152,9 @@ def model_in(content_type: bytes, query: bytes, body: bytes) -> str:
     kind, options = parse_options_header(content_type)
     model: Any = None
     if kind == b"multipart/form-data":
+        if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+            # The model's server would read other names and values than are looked at here.
+            raise invalid("A multipart body's charset can only be utf-8; leave it out.")
         model, xargs = _in_multipart(options.get(b"boundary"), body)
         _refuse_steering(_Names(vllm_xargs=xargs))
     elif body.strip():

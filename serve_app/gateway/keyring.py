@@ -30,11 +30,8 @@ class Keyring:
     def __init__(self, source: KeySource) -> None:
         self._source = source
         self._stamp: object = None
-        self._keys: dict[str, Key] = {}
-        """By hash."""
-
-        self._callers: dict[str, Caller] = {}
-        """Whose each of them is, by the same."""
+        self._keys: dict[str, tuple[Key, Caller]] = {}
+        """By hash. Another dictionary takes its place, in a thread, when the file has changed."""
 
         self.problem = ""
         operator = os.environ.get(OPERATOR_HASH)
@@ -55,14 +52,13 @@ class Keyring:
             logger.error(self.problem)
             return
         self.problem = ""
-        self._keys = {key.hash: key for key in [*found, *self._operator]}
-        self._callers = {hash: _caller(key) for hash, key in self._keys.items()}
+        self._keys = {key.hash: (key, _caller(key)) for key in [*found, *self._operator]}
         logger.info(f"{len(found)} API keys are in force")
 
     @property
     def limited(self) -> bool:
         """Whether any key has a limit."""
-        return any(key.limited or key.model_limits for key in self._keys.values())
+        return any(key.limited or key.model_limits for key, _ in self._keys.values())
 
     async def run(self) -> None:
         """Refresh for ever."""
@@ -84,9 +80,9 @@ class Keyring:
                 "missing_api_key",
             )
         hash = keys.digest(given)
-        key = self._keys.get(hash)
+        key, caller = self._keys.get(hash, (None, None))
         # The lookup is by digest, so its time tells nothing of a key; the comparison's neither.
-        if key is None or not hmac.compare_digest(key.hash, hash):
+        if key is None or caller is None or not hmac.compare_digest(key.hash, hash):
             raise _refused("The API key is not known here; check it.", "invalid_api_key")
         if key.expires and datetime.now(UTC) >= key.expires:
             raise _refused(
@@ -94,7 +90,7 @@ class Keyring:
                 "new one.",
                 "expired_api_key",
             )
-        return self._callers[hash]
+        return caller
 
     def _stamp_now(self) -> object:
         if not self._source.file:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serve_app.cluster.exchange import Called, Report, Usage
+from serve_app.gateway import routes
 from serve_app.gateway.stages import Call, Outcome
 
 logger = logging.getLogger("ray.serve")
@@ -118,7 +119,7 @@ class Ledger:
             key=call.caller.name if call.caller else "",
             model=call.model.name,
             model_id=call.model_id,
-            path=call.request.path,
+            path=routes.told(call.request.path),
             replica=outcome.front_end,
             end=outcome.end,
             status=outcome.status,

@@ -64,7 +64,7 @@ class Metrics:
             registry,
             "serve_app_gateway_queue_time_seconds",
             "How long a request waited in the gateway for a replica with room, or for the first "
-            "replica of a cold model; also if it then gave up.",
+            "replica of a cold model; also if it then gave up, but not where the queue was full.",
             ("model",),
             _SECONDS,
         )
@@ -135,7 +135,7 @@ class Metrics:
         self._duration.observe(outcome.ended - call.arrived, model)
         if outcome.first_byte is not None:
             self._first_byte.observe(outcome.first_byte - call.arrived, model)
-        if outcome.queued_s:
+        if outcome.queued_s and outcome.status != 429:  # one that the full queue refuses waits not
             self._queue_time.observe(outcome.queued_s, model)
         if outcome.sent is not None and not outcome.retries:
             self._overhead.observe(outcome.sent - call.arrived - outcome.queued_s, model)

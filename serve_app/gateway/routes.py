@@ -109,6 +109,16 @@ def may_stream(path: str) -> bool:
 _UNDER_V1 = {path.removeprefix("/v1/") for path in _METHODS if path.startswith("/v1/")} | {"models"}
 
 
+_STORED = "/v1/responses/"
+
+
+def told(path: str) -> str:
+    """A path as it may be written down: who knows the id of a stored response can read that."""
+    if not path.startswith(_STORED):
+        return path
+    return f"{_STORED}{{response_id}}" + ("/cancel" if path.endswith("/cancel") else "")
+
+
 def route_meant(path: str) -> str | None:
     """The route that an unknown path probably means.
 

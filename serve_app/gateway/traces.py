@@ -41,7 +41,6 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from serve_app import __version__
-from serve_app.gateway import body as request_body
 from serve_app.gateway import routes
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.relay import Request
@@ -77,9 +76,6 @@ _OPERATIONS = {
     "/v2/embed": "embeddings",
 }
 """``gen_ai.operation.name`` where the conventions have one; else the path's end (``rerank``)."""
-
-_STORED = "/v1/responses/"
-"""Under it, paths have the id of a response, and who knows that can read it."""
 
 
 @dataclass
@@ -153,15 +149,15 @@ class Traces:
         request = call.request
         begun.end_ns = begun.start_ns + _ns(outcome.ended - call.arrived)
         path = request.path
-        stored = path.startswith(_STORED)
-        operation = "stored_response" if stored else _operation(path)
+        route = routes.told(path)
+        operation = _operation(path) if route == path else "stored_response"
         begun.name = f"{operation} {call.model_id}"
         found = begun.attributes
         found |= {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "vllm",
             "gen_ai.request.model": call.model_id,
-            "http.route": f"{_STORED}{{response_id}}" if stored else path,
+            "http.route": route,
             "http.response.status_code": outcome.status,
             "serve_app.request_id": request.id,
             "serve_app.end": outcome.end,
@@ -176,8 +172,7 @@ class Traces:
             found["serve_app.replica"] = outcome.front_end
         if outcome.retries:
             found["serve_app.retries"] = outcome.retries
-        streams = routes.may_stream(path) and request_body.asks_for_stream(request.body)
-        if streams and outcome.first_byte is not None:
+        if outcome.streamed and outcome.first_byte is not None:
             waited = outcome.first_byte - call.arrived
             found["gen_ai.request.stream"] = True
             found["gen_ai.response.time_to_first_chunk"] = waited
@@ -257,6 +252,8 @@ def _prompt(request: Request) -> str:
     if not isinstance(found, dict):
         return ""
     asked = next((found[it] for it in ("messages", "input", "prompt") if found.get(it)), None)
+    if isinstance(asked, list) and asked and not isinstance(asked[0], dict | str):
+        return ""  # tokens, of which there can be a million
     room, kept = _MAX_TEXT, []
     for message in reversed(asked if isinstance(asked, list) else [asked]):
         role, content = "user", message

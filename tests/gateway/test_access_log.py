@@ -73,6 +73,19 @@ async def test_a_request_that_was_refused_before_a_model_was_known_is_one_too(
         assert len(second["path"]) == 200
 
 
+async def test_the_id_of_a_stored_response_is_not_told(tmp_path: Path) -> None:
+    async with (
+        Upstream() as upstream,
+        GatewayProcess(upstream, access_log=AccessLog(tmp_path)) as at,
+    ):
+        await at.client.get("/v1/responses/resp_secret?model=m")
+        await at.client.post("/v1/responses/resp_secret/cancel?model=none")
+        for id in list(at.ledger._open):
+            at.ledger.report(took(id, Usage()), "r0")
+    said = [line["path"] for line in lines(tmp_path)]
+    assert sorted(said) == ["/v1/responses/{response_id}", "/v1/responses/{response_id}/cancel"]
+
+
 async def test_a_full_disk_stops_no_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

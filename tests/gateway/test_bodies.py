@@ -257,6 +257,21 @@ async def test_a_boundary_is_found_however_it_is_written(content_type: str) -> N
         assert answer.status_code == 200, answer.text
 
 
+async def test_a_form_cannot_be_in_a_charset_that_hides_its_fields() -> None:
+    """In UTF-7, ``mode+AGw-`` is ``model`` for whoever reads the form by its charset."""
+    hidden = MODEL.replace(b'name="model"', b'name="mode+AGw-"')
+    assert hidden != MODEL
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        answer = await gateway.client.post(
+            TRANSCRIBE,
+            content=FILE + MODEL + hidden + END,
+            headers={"content-type": "multipart/form-data; charset=UTF-7; boundary=B"},
+        )
+        assert answer.status_code == 400
+        assert "charset" in answer.json()["error"]["message"]
+        assert upstream.exchanges == []
+
+
 async def test_a_form_of_the_openai_sdk_is_read() -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         answer = await gateway.client.post(

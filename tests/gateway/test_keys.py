@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import yaml
 from harness.scripted import GatewayProcess, Upstream, reported
 
 from serve_app.config import keys
+from serve_app.config.settings import KeySource
 from serve_app.gateway.callers import Caller
+from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.routes import RELAYED
 
 KEY, HASH = keys.new()
@@ -47,6 +52,33 @@ def gateway(file: Path) -> Callable[..., GatewayProcess]:
         return GatewayProcess(*upstreams, applications=MODELS, keys={"file": str(file)}, **more)
 
     return started
+
+
+def test_a_key_is_known_or_not_while_the_file_is_read_anew(file: Path) -> None:
+    """It is read in a thread, and never half in force."""
+    ring = Keyring(KeySource(file=str(file)))
+    others = [{"name": f"k{n}", "hash": keys.new()[1]} for n in range(100)]
+    ended = threading.Event()
+
+    def change() -> None:
+        while not ended.is_set():
+            for entry in ({"name": "team-b", "hash": OTHER_HASH}, {"name": "team-a", "hash": HASH}):
+                write(file, entry, *others)
+                ring.refresh()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    found = set()
+    until = time.monotonic() + 1.0
+    while time.monotonic() < until or len(found) < 3:
+        for key in (KEY, OTHER):
+            try:
+                found.add(ring.caller({b"x-api-key": key.encode()}).name)
+            except GatewayError as error:
+                found.add(str(error.status))
+    ended.set()
+    thread.join()
+    assert found == {"team-a", "team-b", "401"}
 
 
 async def test_no_route_answers_without_a_key(gateway: Any) -> None:
