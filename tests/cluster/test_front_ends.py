@@ -31,9 +31,22 @@ def test_each_is_open_to_the_gateway_only(ports: list[ModelPort]) -> None:
         complete(port, 1)
 
 
+def _settle(first: ModelPort) -> None:
+    """Wait until what earlier tests left has been counted: the second tells of it with its next
+    statistics, and an engine ends aborted requests a step later."""
+    said: list[float] = []
+
+    def unchanged() -> bool:
+        said.append(first.metric("vllm:generation_tokens_total"))
+        return len(said) > 2 and len(set(said[-3:])) == 1
+
+    assert eventually(unchanged, 60, 1.0)
+
+
 def test_the_first_counts_for_all(ports: list[ModelPort]) -> None:
     """Tokens and requests are summed exactly, histograms too; what the engine reports, once."""
     first, second = ports
+    _settle(first)
 
     def change(name: str) -> Callable[[], float]:
         before = first.metric(name)
