@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from serve_app.config.settings import Settings, parse
+from serve_app.config import yaml_files
+from serve_app.config.settings import KeySource, Settings, parse
 from serve_app.errors import ConfigError
 
 PREFIX = "sk-"
@@ -147,6 +150,21 @@ def parse_all(entries: Any, where: str) -> list[Key]:
         names.add(key.name)
         hashes[key.hash] = key.name
     return keys
+
+
+def read(source: KeySource) -> list[Key]:
+    """The keys of a source, as they are now.
+
+    Raises:
+        ConfigError: they cannot be read, in one sentence.
+    """
+    if source.file:
+        return parse_all(yaml_files.read(Path(source.file)), source.file)
+    name = source.secret_env or ""
+    text = os.environ.get(name)
+    if text is None:
+        raise ConfigError(f"the environment variable {name} is not set")
+    return parse_all(yaml_files.parse(text, name), name)
 
 
 def new() -> tuple[str, str]:

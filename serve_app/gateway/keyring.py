@@ -8,9 +8,8 @@ import logging
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 
-from serve_app.config import keys, yaml_files
+from serve_app.config import keys
 from serve_app.config.document import OPERATOR_HASH
 from serve_app.config.keys import Key
 from serve_app.config.settings import KeySource
@@ -30,12 +29,13 @@ class Keyring:
     def __init__(self, source: KeySource) -> None:
         self._source = source
         self._stamp: object = None
-        self._keys: dict[str, tuple[Key, Caller]] = {}
-        """By hash. Another dictionary takes its place, in a thread, when the file has changed."""
-
         self.problem = ""
         operator = os.environ.get(OPERATOR_HASH)
         self._operator = [Key(name="operator", hash=operator, admin=True)] if operator else []
+        self._keys = {key.hash: (key, _caller(key)) for key in self._operator}
+        """By hash. Another dictionary takes its place, in a thread, when the file has changed."""
+
+        self._was_read = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -45,13 +45,14 @@ class Keyring:
             return
         self._stamp = stamp
         try:
-            found = self._read()
+            found = keys.read(self._source)
         except Exception as error:  # whatever is in the file, the next one is to be read
             said = error if isinstance(error, ConfigError) else f"the API keys: {error!r}"
-            self.problem = f"{said}; the keys read last stay in force"
+            kept = "the keys read last stay in force" if self._was_read else "nobody is let in"
+            self.problem = f"{said}; {kept}"
             logger.error(self.problem)
             return
-        self.problem = ""
+        self.problem, self._was_read = "", True
         self._keys = {key.hash: (key, _caller(key)) for key in [*found, *self._operator]}
         logger.info(f"{len(found)} API keys are in force")
 
@@ -101,15 +102,6 @@ class Keyring:
             return error.errno
         # A mounted Secret is replaced by another file. The time is that of rights, too.
         return found.st_ctime_ns, found.st_ino, found.st_size
-
-    def _read(self) -> list[Key]:
-        if self._source.file:
-            return keys.parse_all(yaml_files.read(Path(self._source.file)), self._source.file)
-        name = self._source.secret_env or ""
-        text = os.environ.get(name)
-        if text is None:
-            raise ConfigError(f"the environment variable {name} is not set")
-        return keys.parse_all(yaml_files.parse(text, name), name)
 
 
 def _caller(key: Key) -> Caller:

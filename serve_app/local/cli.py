@@ -196,7 +196,9 @@ def new(
     from serve_app.local import keys_file
 
     key, hash = keys.new()
-    named = tuple(id.strip() for id in models.split(",") if id.strip()) if models else ()
+    named = tuple(id.strip() for id in (models or "").split(",") if id.strip())
+    if models is not None and not named:
+        raise UserError("--models names no model; leave it out for a key that may use all of them")
     entry = keys_file.entry(name, hash, named, expires, admin, limits)
     if file:
         keys_file.add(file, entry)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from serve_app.config.document import Fleet
+from serve_app.config.document import API_KEY, Fleet
 from serve_app.config.environment import environment
 from serve_app.local import endpoint as endpoints
 from serve_app.local.endpoint import Endpoint
@@ -29,6 +29,15 @@ def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
             "# this shell sends HTTP through a proxy, which does not know this machine:",
             f"export no_proxy={endpoints.without_proxy(endpoint.host)['no_proxy']}\n",
         ]
+    has_keys = fleet.gateway is not None and fleet.gateway.keys is not None
+    key, header = '"-"', ""
+    if has_keys:
+        key = f'os.environ["{API_KEY}"]'
+        header = f' -H "authorization: Bearer ${API_KEY}"'
+        lines += [
+            "# with a key of yours; serve-app keys new makes one (docs/gateway.md)",
+            f"export {API_KEY}=sk-…\n",
+        ]
     if chat:
         body = {
             "model": chat,
@@ -36,10 +45,11 @@ def how_to_ask(fleet: Fleet, endpoint: Endpoint) -> str:
             "temperature": 0,  # with sampling a small model soon generates nonsense, and much of it
         }
         lines += [
-            f"curl -gs {base}/chat/completions -H 'content-type: application/json' \\",
+            f"curl -gs {base}/chat/completions -H 'content-type: application/json'{header} \\",
             f"  -d '{json.dumps(body)}'\n",
         ]
-    lines += ["from openai import OpenAI", f'client = OpenAI(base_url="{base}", api_key="-")']
+    lines += ["import os"] if has_keys else []
+    lines += ["from openai import OpenAI", f'client = OpenAI(base_url="{base}", api_key={key})']
     if chat:
         lines += [
             "answer = client.chat.completions.create(",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,21 @@ def _last_line(node: yaml.Node) -> int:
 
 
 def _replace(file: Path, text: str) -> None:
-    """At once, so that no gateway reads half of it."""
+    """At once, so that no gateway reads half of it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    file = file.resolve()  # not a link in the place of the file
     beside = file.with_name(f".{file.name}.new")
-    mode = file.stat().st_mode & 0o777 if file.exists() else 0o600
-    with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as out:
-        out.write(text)
-    beside.replace(file)
+    try:
+        had = file.stat() if file.exists() else None
+        mode = had.st_mode & 0o777 if had else 0o600
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w") as out:
+            out.write(text)
+        if had:
+            with suppress(PermissionError):  # a gateway may be another user
+                os.chown(beside, had.st_uid, had.st_gid)
+        beside.replace(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror})") from None

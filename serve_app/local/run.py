@@ -57,8 +57,9 @@ def run(
     what can work.
 
     Raises:
-        UserError: no engine is installed, the port is taken, RAY_ADDRESS names a cluster that is
-            silent or serves something, no model came up, or ``serve run`` ended by itself.
+        UserError: no engine is installed, the API keys cannot be read, the port is taken,
+            RAY_ADDRESS names a cluster that is silent or serves something, no model came up, or
+            ``serve run`` ended by itself.
     """
     fleet.require_gateway()
     if port is not None:
@@ -69,6 +70,8 @@ def run(
             "no engine is installed in this environment; install serve-app[gpu], or serve-app[cpu] "
             "on a machine without a GPU (docs/install.md)"
         )
+    if cluster is None and fleet.gateway and fleet.gateway.keys:
+        keys.read(fleet.gateway.keys)  # else the gateway starts, and lets nobody in
     key, hash = keys.new() if cluster is None else ("", "")
     endpoint = dataclasses.replace(_endpoint(fleet, cluster), key=key)
     for sentence in _notices(fleet, cluster):

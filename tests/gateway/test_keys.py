@@ -15,6 +15,7 @@ import yaml
 from harness.scripted import GatewayProcess, Upstream, reported
 
 from serve_app.config import keys
+from serve_app.config.document import OPERATOR_HASH
 from serve_app.config.settings import KeySource
 from serve_app.gateway.callers import Caller
 from serve_app.gateway.errors import GatewayError
@@ -138,6 +139,18 @@ async def test_a_key_sees_its_models_alone(gateway: Any) -> None:
         answer = await at.client.post(CHAT, json={"model": "org/m:1.0"}, headers=bearer(KEY))
         assert answer.status_code == 200
         assert len(upstream.exchanges) == 1
+
+
+def test_with_a_broken_file_at_the_start_the_operator_gets_in_and_hears_of_it(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(OPERATOR_HASH, OTHER_HASH)
+    write(file, {"name": "team-a", "hsah": HASH})
+    ring = Keyring(KeySource(file=str(file)))
+    assert ring.problem.endswith("did you mean 'hash'?); nobody is let in")
+    assert ring.caller({b"x-api-key": OTHER.encode()}).admin
+    with pytest.raises(GatewayError):
+        ring.caller({b"x-api-key": KEY.encode()})
 
 
 async def test_a_changed_file_counts_and_a_broken_one_does_not(gateway: Any, file: Path) -> None:

@@ -52,6 +52,26 @@ def test_a_new_key_is_shown_once_and_its_hash_kept(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_key_for_no_model_is_not_one_for_all(file: Path) -> None:
+    said = typed("new", "ann", "--models", " , ", "--file", str(file), status=1).exception
+    assert str(said).startswith("--models names no model")
+    assert file.read_text() == WRITTEN
+
+
+def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.yaml"
+    link.symlink_to(file)
+    typed("revoke", str(link), "booth")
+    assert link.is_symlink()
+    assert [key.name for key in keys_file.listed(file)] == ["team-a"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    absent = tmp_path / "absent/keys.yaml"
+    said = typed("new", "ann", "--file", str(absent), status=1).exception
+    assert str(said) == f"{absent} cannot be written (No such file or directory)"
+
+
 def test_without_a_file_the_entry_is_printed() -> None:
     key, entry = typed("new", "ann", "--expires", "2027-01-31").stdout.split("\n", 1)
     [kept] = keys.parse_all(keys_file.yaml_files.parse(entry, "printed"), "printed")

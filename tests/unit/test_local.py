@@ -23,7 +23,7 @@ import pytest
 import yaml
 from harness import servers
 from harness.command import refusal
-from harness.processes import free_port
+from harness.processes import REPO, free_port
 from rich.console import Console
 
 from serve_app import addresses
@@ -65,6 +65,37 @@ def test_each_probe_asks_where_the_server_is_bound(
     found = Endpoint.of(fleet)
     assert (found.bound, found.url) == (bound, url)
     assert f'base_url="{url}/v1"' in how_to_ask(fleet, found)
+
+
+def test_the_first_request_has_a_key_where_there_are_keys(tmp_path: Path) -> None:
+    fleet = load(REPO / "configs/team.yaml")
+    told = how_to_ask(fleet, Endpoint.of(fleet))
+    assert '-H "authorization: Bearer $SERVE_APP_API_KEY"' in told
+    assert 'api_key=os.environ["SERVE_APP_API_KEY"]' in told
+    open_to_all = fleet_of(tmp_path)
+    assert "SERVE_APP_API_KEY" not in how_to_ask(open_to_all, Endpoint.of(open_to_all))
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"file": "absent.yaml"}, "absent.yaml: no such file"),
+        ({"file": "broken.yaml"}, "did you mean 'hash'?"),
+        ({"secret_env": "NO_KEYS_HERE"}, "the environment variable NO_KEYS_HERE is not set"),
+    ],
+)
+def test_run_refuses_keys_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], said: str
+) -> None:
+    """Else the gateway starts, and lets nobody in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "broken.yaml").write_text("- {name: a, hsah: b}")
+    document = yaml.safe_load((REPO / "configs/team.yaml").read_text())
+    document["applications"][-1]["args"]["keys"] = keys
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    with pytest.raises(UserError, match=re.escape(said)):
+        run_module.run(load(tmp_path / "config.yaml"), Console())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
