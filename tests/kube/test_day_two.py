@@ -207,6 +207,7 @@ def test_a_rollback_out_of_a_stuck_upgrade_leaves_one_cluster(site: Site, fleet:
         said = site.deploy(fleet, "--no-wait", "--force", **profile)
         assert said.change.startswith(f"starts a cluster in place of {second}")
         assert f"deleted RayCluster {second}, which had not served" in said.text
+        site.wait("the cluster in its place", lambda: site.state().pending not in ("", second))
         said = site.on_fleet("rollback", "--to", str(revisions(site)[-3]))
     assert is_ready(said)
     assert said.change.startswith("ends the upgrade: the running cluster stays")
