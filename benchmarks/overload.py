@@ -31,6 +31,8 @@ import aiohttp
 import psutil
 import yaml
 
+from serve_app import lifeline
+
 TIMES = 10
 """So many times the capacity."""
 
@@ -232,7 +234,13 @@ def main() -> int:
         yaml.safe_dump(document, config)
         config.flush()
         command = [str(Path(sys.executable).with_name("serve-app")), "run", config.name]
-        run = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=lifeline.interrupt_with_parent,
+        )
         try:
             assert run.stdout
             while "is ready" not in (line := run.stdout.readline()):

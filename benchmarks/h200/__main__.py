@@ -148,13 +148,18 @@ ONE_B = {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64, "tie_word
 """What makes Llama 3.1's shape of 8B that of Llama 3.2's 1B, but for its feed-forward layers."""
 
 
+def _one_b(at: Machine, kv_cache_gib: int) -> tuple[Path, dict[str, Any]]:
+    """A 1B shape, and its engine's arguments where several of them share a GPU."""
+    model = shaped(at.model, at.model / "config.json", at.folder, **ONE_B, intermediate_size=8192)
+    return model, {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.12,
+        "kv_cache_memory_bytes": kv_cache_gib << 30,
+    }  # fmt: skip
+
+
 def front_ends_1b(at: Machine) -> dict[str, Any]:
     """A 1B shape, where the front end limits: bare and ours, with one and with four."""
-    model = shaped(at.model, at.model / "config.json", at.folder, **ONE_B, intermediate_size=8192)
-    engine = {
-        "max_model_len": 8192, "gpu_memory_utilization": 0.12,
-        "kv_cache_memory_bytes": 8 << 30,
-    }  # fmt: skip
+    model, engine = _one_b(at, 8)
     names = dict.fromkeys(("bare-1", "bare-4", "ours-1", "ours-4"), "0")
     return front_ends.measure(model, at.folder, at.port, engine, at.deadline, names)
 
@@ -173,11 +178,7 @@ def front_ends_8b(at: Machine) -> dict[str, Any]:
 
 def customers_1b(at: Machine) -> dict[str, Any]:
     """The 1B shape: keys, limits, usage, access log, traces and scrapes, all on against all off."""
-    model = shaped(at.model, at.model / "config.json", at.folder, **ONE_B, intermediate_size=8192)
-    engine = {
-        "max_model_len": 8192, "gpu_memory_utilization": 0.12,
-        "kv_cache_memory_bytes": 16 << 30,
-    }  # fmt: skip
+    model, engine = _one_b(at, 16)
     return customers.measure(model, at.folder, at.port, engine, at.deadline)
 
 

@@ -11,6 +11,7 @@ import httpx
 import yaml
 
 from harness.processes import eventually, free_port
+from serve_app import lifeline
 
 PROMTOOL = shutil.which("promtool")
 PROMETHEUS = shutil.which("prometheus")
@@ -43,7 +44,12 @@ class Prometheus:
 
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                preexec_fn=lifeline.interrupt_with_parent,
+            )
         return self
 
     def __exit__(self, *exc: object) -> None:
