@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,17 @@ def test_two_readers_do_not_get_the_same_file(tmp_path: Path) -> None:
         assert list(journal.closed(tmp_path)) == []
         file.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_with_one_process_number_in_one_second_have_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda *_: "20261127T000000Z")
+    for line in (b"first\n", b"second\n"):
+        writer = opened(tmp_path)
+        writer.append(line)
+        writer.close()
+    assert sorted(lines(tmp_path)) == [b"first", b"second"]
 
 
 def test_a_line_that_was_cut_off_is_no_line(tmp_path: Path) -> None:

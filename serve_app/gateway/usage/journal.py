@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import secrets
 import socket
 import threading
 import time
@@ -30,6 +31,9 @@ class Journal:
         self._max_bytes = max_file_bytes
         self._max_age_s = max_file_age_s
         self._lock = threading.Lock()
+        # Not only the process's number: a container that starts again has the same, and a name that
+        # is taken would replace a file which nobody has read.
+        self._name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._number = itertools.count()
         self._file: int | None = None
         self._size = 0
@@ -80,7 +84,7 @@ class Journal:
 
     def _open(self) -> int:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        name = f"{stamp}-{socket.gethostname()}-{os.getpid()}-{next(self._number)}{SUFFIX}"
+        name = f"{stamp}-{self._name}-{next(self._number)}{SUFFIX}"
         # It gets its name when it is locked: nobody may take it for one of a dead process.
         made = self.folder / f".{name}.new"
         file = os.open(made, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_WRONLY, 0o600)
