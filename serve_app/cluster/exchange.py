@@ -1,8 +1,9 @@
 """What a gateway and a front end of a replica tell each other, besides requests and answers.
 
 Each gateway keeps one ``POST`` to :data:`PATH` open at every front end. The front end answers with
-an :class:`Answer` as soon as it has a report, else after :data:`HOLD_S`. A report stays with the
-front end until a gateway's next ``POST`` says that it has been taken.
+an :class:`Answer` as soon as it has a report (under load a moment later, with more of them), else
+after :data:`HOLD_S`. A report stays with the front end until a gateway's next ``POST`` says that it
+has been taken.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,15 @@ class KeyLimits(Settings):
     cached_token_weight: float = Field(default=1.0, ge=0, le=1)
     """What a prompt's token counts that was found in the KV cache; 0 makes it free."""
 
+    @cached_property
+    def given(self) -> dict[str, int]:
+        """The limits that there are, by their names. Requests ask for them: made once."""
+        return {name: most for name in _WORDS if (most := getattr(self, name)) is not None}
+
     @property
     def limited(self) -> bool:
         """Whether anything is limited."""
-        return bool(self.words())
+        return bool(self.given)
 
     @property
     def of_tokens(self) -> bool:
@@ -56,18 +62,15 @@ class KeyLimits(Settings):
 
     def words(self) -> str:
         """The limits in a few words; empty without any."""
-        said = [
-            f"{limit:,} {words}"
-            for limit, words in (
-                (self.requests_per_minute, "requests/min"),
-                (self.tokens_per_minute, "tokens/min"),
-                (self.concurrent_requests, "at once"),
-                (self.tokens_per_day, "tokens/day"),
-            )
-            if limit is not None
-        ]
-        return ", ".join(said)
+        return ", ".join(f"{most:,} {_WORDS[name]}" for name, most in self.given.items())
 
+
+_WORDS = {
+    "requests_per_minute": "requests/min",
+    "tokens_per_minute": "tokens/min",
+    "concurrent_requests": "at once",
+    "tokens_per_day": "tokens/day",
+}
 
 UNLIMITED = KeyLimits()
 

@@ -5,6 +5,8 @@ It lies beside Serve's own logs, where what ships logs finds it, and is rotated.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -20,6 +22,10 @@ from serve_app.gateway.usage.line import encode
 
 ACCESS_LOG = "SERVE_APP_ACCESS_LOG"
 """Environment variable that the images set: 1 is what ``access_log`` is where no args say it."""
+
+_WRITE_S = 0.1
+"""Seconds for which lines are gathered: one write is as dear as ten lines. A killed process loses
+these; ``usage_dir`` loses none."""
 
 _FILE_BYTES = 64 * 2**20
 _OLD_FILES = 2
@@ -46,10 +52,18 @@ class AccessLog:
             backupCount=_OLD_FILES,
             delay=True,
         )
+        self._lines: list[bytes] = []
 
     def entered(self, entry: Entry) -> None:
-        line = encode(entry).decode().removesuffix("\n")
-        self._file.emit(logging.makeLogRecord({"msg": line}))
+        if not self._lines:
+            asyncio.get_running_loop().call_later(_WRITE_S, self._write)
+        self._lines.append(encode(entry))
+
+    def _write(self) -> None:
+        text = b"".join(self._lines).decode().removesuffix("\n")
+        self._lines.clear()
+        if text:
+            self._file.emit(logging.makeLogRecord({"msg": text}))
 
     def refused(self, path: str, status: int, key: str) -> None:
         """Write a request that named no model that there is, or had no right to be answered."""
@@ -74,7 +88,10 @@ class AccessLog:
         )
 
     def close(self) -> None:
-        self._file.close()
+        """Write what was gathered, and end. In the event loop's thread."""
+        self._write()
+        with contextlib.suppress(OSError):  # it writes once more what a full disk did not take
+            self._file.close()
 
 
 class _File(RotatingFileHandler):

@@ -61,6 +61,16 @@ class _Noted(NamedTuple):
     """Here, as noted after an earlier exchange."""
 
 
+class Room(NamedTuple):
+    """What can be taken of a limit."""
+
+    wait: float
+    """Seconds until the amount asked for can be; 0: at once; infinite: never."""
+
+    left: float
+    """How much still can be, at all gateways together."""
+
+
 class Counts:
     """What was taken of each limit, by ``scope``: a key, or a key and a model.
 
@@ -82,26 +92,26 @@ class Counts:
         self._noted: dict[tuple[str, str], _Noted] = {}
         """By scope and limit."""
 
-    def wait(self, scope: str, limit: Limit, most: float, amount: float, now: float) -> float:
-        """Seconds until ``amount`` can be taken without exceeding ``most``; 0: at once."""
+    def room(self, scope: str, limit: Limit, most: float, amount: float, now: float) -> Room:
+        """Whether there is room for ``amount``, so that no more than ``most`` is taken."""
         own, others = self._taken(scope, limit)
-        here, there = limit.span.used(own, now), limit.span.used(others, now)
+        here = limit.span.used(own, now)
+        there = limit.span.used(others, now) if others else 0.0
+        left = max(0.0, most - here - there)
+        if amount > most:
+            return Room(float("inf"), left)
         excess = here + there + amount - most
+        if not amount:
+            return Room(0.0, left)
         if excess > _ROUNDING:
-            return max(limit.span.wait(_sum(own, others), excess, now), _ROUNDING)
+            return Room(max(limit.span.wait(_sum(own, others), excess, now), _ROUNDING), left)
         if self._live > 1 and not self._leased(scope, limit, most, here, there, amount):
-            return EVERY_S
-        return 0.0
-
-    def left(self, scope: str, limit: Limit, most: float, now: float) -> float:
-        """How much of ``most`` can still be taken at all gateways together."""
-        own, others = self._taken(scope, limit)
-        return max(0.0, most - limit.span.used(own, now) - limit.span.used(others, now))
+            return Room(EVERY_S, left)
+        return Room(0.0, left)
 
     def reset(self, scope: str, limit: Limit, now: float) -> float:
         """Seconds until all of it can be taken again."""
-        own, others = self._taken(scope, limit)
-        return limit.span.wait(_sum(own, others), float("inf"), now)
+        return max(limit.span.ends(taken, now) for taken in self._taken(scope, limit))
 
     def take(self, scope: str, limit: Limit, amount: float, now: float) -> int:
         """Count an amount; return the bucket that it is in."""

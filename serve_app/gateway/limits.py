@@ -28,8 +28,11 @@ _NOTHING = Usage()
 
 _OF_REQUESTS = (REQUESTS,)
 _OF_TOKENS = (TOKENS, TODAY)
-_KINDS = {"requests": _OF_REQUESTS, "tokens": _OF_TOKENS}
-"""The limits that the headers of each kind tell of."""
+_KINDS = {
+    limits: tuple(f"x-ratelimit-{what}-{kind}".encode() for what in ("limit", "remaining", "reset"))
+    for kind, limits in (("requests", _OF_REQUESTS), ("tokens", _OF_TOKENS))
+}
+"""The limits of each kind, and the headers that tell of them."""
 
 _GENERATES = (
     "/completions", "/responses", "/messages", "/generate", "/chat", "/batch", "/invocations",
@@ -40,7 +43,7 @@ _GENERATES = (
 EXPOSED = [
     "retry-after",
     "retry-after-ms",
-    *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in _KINDS),
+    *(name.decode() for names in _KINDS.values() for name in names),
 ]
 """The headers that a web page may read."""
 
@@ -120,20 +123,30 @@ class Limits:
             return call
         of_tokens = any(bound.limit in _OF_TOKENS for bound in bounds)
         size = request_body.size(call.request.body) if of_tokens else None
-        asked = [(bound, self._amount(call, bound, size)) for bound in bounds]
+        tokens = self._tokens(call, size) if size else (0.0, 0.0)
         now = self._clock()
-        waits = [(self._wait(bound, amount, now), bound, amount) for bound, amount in asked]
-        longest = max(waits, key=lambda found: found[0])
-        if longest[0] == 0:
-            taken = [
-                (bound, self.counts.take(bound.scope, bound.limit, amount, now), amount)
-                for bound, amount in asked
-            ]
-            self._reserved[call.id] = _Reserved(size, taken)
-        call.answer_headers.extend(self._headers(bounds, now))
-        if longest[0]:
-            self.hit(call, longest[1].limit.setting)
-            raise _refused(call, call.caller, *longest)
+        asked = []
+        longest = 0.0
+        for bound in bounds:
+            amount = 1.0
+            if bound.limit in _OF_TOKENS:
+                least, likely = tokens
+                amount = max(least, min(likely, bound.most))
+            wait, left = self.counts.room(bound.scope, bound.limit, bound.most, amount, now)
+            if wait > longest:
+                longest, refusing = wait, (wait, bound, amount)
+            asked.append((bound, amount, left))
+        if longest:
+            call.answer_headers.extend(self._headers([(b, left) for b, _, left in asked], now))
+            self.hit(call, refusing[1].limit.setting)
+            raise _refused(call, call.caller, *refusing)
+        taken = [
+            (bound, self.counts.take(bound.scope, bound.limit, amount, now), amount)
+            for bound, amount, _ in asked
+        ]
+        self._reserved[call.id] = _Reserved(size, taken)
+        after = [(bound, left - amount) for bound, amount, left in asked]
+        call.answer_headers.extend(self._headers(after, now))
         return call
 
     def ended(self, call: Call, outcome: Outcome) -> None:
@@ -161,44 +174,36 @@ class Limits:
                 more = _counted(usage, bound.cached_weight) - amount
                 self.counts.correct(bound.scope, bound.limit, bucket, more, now)
 
-    def _wait(self, bound: _Bound, amount: float, now: float) -> float:
-        if amount > bound.most:
-            return float("inf")
-        if not amount:
-            return 0.0
-        return self.counts.wait(bound.scope, bound.limit, bound.most, amount, now)
-
-    def _amount(self, call: Call, bound: _Bound, size: Size | None) -> float:
-        """What the call will take of a limit, as far as can be told."""
-        if bound.limit not in _OF_TOKENS or size is None:
-            return 1.0
+    def _tokens(self, call: Call, size: Size) -> tuple[float, float]:
+        """What the call will take, as far as can be told: at least, and likely."""
         if not call.request.body:
-            return 0.0
+            return 0.0, 0.0
         typical = self._typical[call.model.name]
-        prompt = typical.prompt_of(size)
+        least = typical.prompt_of(size)
         if size.max_completion is not None:
-            return prompt + size.max_completion * size.answers
-        if not call.request.path.endswith(_GENERATES):
-            return prompt
-        # What nobody has asked for makes no request too large.
-        return max(prompt, min(prompt + typical.completion * size.answers, bound.most))
+            least += size.max_completion * size.answers
+        elif call.request.path.endswith(_GENERATES):
+            # What nobody has asked for makes no request too large.
+            return least, least + typical.completion * size.answers
+        return least, least
 
-    def _headers(self, bounds: list[_Bound], now: float) -> list[tuple[bytes, bytes]]:
+    def _headers(self, left: list[tuple[_Bound, float]], now: float) -> list[tuple[bytes, bytes]]:
         """OpenAI's headers. Of several limits of a kind they tell of the one with least left."""
-        said: dict[str, object] = {}
-        for kind, limits in _KINDS.items():
-            left = [
-                (self.counts.left(b.scope, b.limit, b.most, now), b)
-                for b in bounds
-                if b.limit in limits
-            ]
-            if not left:
+        headers = []
+        for limits, (most, remaining, reset) in _KINDS.items():
+            least = float("inf")
+            for one, more in left:
+                if more < least and one.limit in limits:
+                    least, bound = more, one
+            if least == float("inf"):
                 continue
-            least, bound = min(left, key=lambda found: found[0])
-            said[f"limit-{kind}"] = bound.most
-            said[f"remaining-{kind}"] = int(least)
-            said[f"reset-{kind}"] = duration(self.counts.reset(bound.scope, bound.limit, now))
-        return [(f"x-ratelimit-{k}".encode(), str(v).encode()) for k, v in said.items()]
+            until = duration(self.counts.reset(bound.scope, bound.limit, now))
+            headers += [
+                (most, b"%d" % bound.most),
+                (remaining, b"%d" % max(0, int(least))),
+                (reset, until.encode()),
+            ]
+        return headers
 
 
 def duration(seconds: float) -> str:
@@ -221,11 +226,11 @@ def _bounds(call: Call, caller: Caller) -> list[_Bound]:
 
 
 def _of(limits: KeyLimits, scope: str, of: str) -> list[_Bound]:
-    return [
-        _Bound(scope, limit, most, limits.cached_token_weight, of)
-        for limit in LIMITS
-        if (most := getattr(limits, limit.setting)) is not None
-    ]
+    weight = limits.cached_token_weight
+    return [_Bound(scope, _LIMIT[name], most, weight, of) for name, most in limits.given.items()]
+
+
+_LIMIT = {limit.setting: limit for limit in LIMITS}
 
 
 def _counted(usage: Usage, cached_weight: float) -> float:

@@ -31,13 +31,14 @@ class Span:
         return int(now // self.bucket_s)
 
     def used(self, taken: Mapping[int, float], now: float) -> float:
+        # Asked of each limit of each request: no call for each bucket.
+        fading = self.bucket(now) - self.buckets
         used = 0.0
         for bucket, amount in taken.items():
-            left = self._left(bucket, now)
-            if left >= 1 or (left > 0 and not self._slides):
+            if bucket > fading:
                 used += amount
-            elif left > 0:
-                used += amount * left
+            elif bucket == fading and self._slides:
+                used += amount * self._left(bucket, now)
         return used
 
     def wait(self, taken: Mapping[int, float], excess: float, now: float) -> float:
@@ -53,6 +54,13 @@ class Span:
                 return ends - (counts - excess) / amount * self.bucket_s if self._slides else ends
             excess -= counts
         return ends
+
+    def ends(self, taken: Mapping[int, float], now: float) -> float:
+        """Seconds until nothing of it counts any more."""
+        newest = max((bucket for bucket, amount in taken.items() if amount > 0), default=None)
+        if newest is None:
+            return 0.0
+        return max(0.0, (newest + self.buckets + self._slides) * self.bucket_s - now)
 
     def prune(self, taken: Taken, now: float) -> None:
         """Forget the buckets that do not count any more."""

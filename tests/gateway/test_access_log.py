@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ async def test_a_request_that_was_refused_before_a_model_was_known_is_one_too(
         assert (await at.client.post(CHAT, json={"model": "m"})).status_code == 401
         assert (await at.client.get("/health")).status_code == 200
         assert (await at.client.get(f"/{'x' * 5000}%0a%22")).status_code == 401
+        assert await until(lambda: len(lines(tmp_path / "logs")) == 2)
         (first, second) = lines(tmp_path / "logs")
         assert (first["status"], first["outcome"], first["path"]) == (401, "refused", CHAT)
         assert len(second["path"]) == 200
@@ -97,16 +99,19 @@ async def test_a_full_disk_stops_no_request(
     assert capsys.readouterr().err == ""
 
 
-def test_files_are_rotated_and_the_oldest_go(
+async def test_files_are_rotated_and_the_oldest_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access_log, "_FILE_BYTES", 1000)
+    monkeypatch.setattr(access_log, "_WRITE_S", 0)
     log = AccessLog(tmp_path)
-    for status in range(400, 420):
+    for status in range(400, 419):
         log.refused("/", status, "")
+        assert await until(lambda: not log._lines)
+    log.refused("/", 419, "")
     log.close()
-    assert len(list(tmp_path.iterdir())) == 3
-    assert all(file.stat().st_size <= 1000 for file in tmp_path.iterdir())
+    sizes = await asyncio.to_thread(lambda: [it.stat().st_size for it in tmp_path.iterdir()])
+    assert len(sizes) == 3 and max(sizes) <= 1000
     assert lines(tmp_path)[-1]["status"] == 419
 
 

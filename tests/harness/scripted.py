@@ -302,6 +302,8 @@ class GatewayProcess:
             await asyncio.to_thread(self.record.close)
         if self.traces:
             await asyncio.to_thread(self.traces.close)
+        if self._access_log:
+            self._access_log.close()
 
     def inflight(self) -> list[int]:
         """Requests that each front end is believed to have, by this gateway."""

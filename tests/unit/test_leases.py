@@ -46,7 +46,7 @@ class Gateways:
 
     def admitted(self, n: int, limit: Limit, most: float, amount: float = 1.0) -> bool:
         """Whether a gateway takes a request."""
-        if self.counts[n].wait("a", limit, most, amount, self.now):
+        if self.counts[n].room("a", limit, most, amount, self.now).wait:
             return False
         self.counts[n].take("a", limit, amount, self.now)
         return True
@@ -113,8 +113,8 @@ def test_the_wait_counts_what_the_others_took(four: Gateways) -> None:
     four.counts[0].take("a", REQUESTS, 100, four.now)
     four.exchange()
     four.exchange()
-    assert four.counts[1].left("a", REQUESTS, 100, four.now) == 0
-    assert four.counts[1].wait("a", REQUESTS, 100, 50, four.now) == pytest.approx(65)
+    assert four.counts[1].room("a", REQUESTS, 100, 1, four.now).left == 0
+    assert four.counts[1].room("a", REQUESTS, 100, 50, four.now).wait == pytest.approx(65)
     four.now += 66
     four.exchange()
     assert four.admitted(1, REQUESTS, 100)
@@ -139,12 +139,12 @@ def test_what_a_gone_gateway_ran_does_not_count_but_what_it_took_does(four: Gate
         four.counts[0].take("a", limit, 7, four.now)
     four.exchange()
     four.exchange()
-    left = [four.counts[1].left("a", x, 10, four.now) for x in (AT_ONCE, REQUESTS, TODAY)]
+    left = [four.counts[1].room("a", x, 10, 1, four.now).left for x in (AT_ONCE, REQUESTS, TODAY)]
     assert left == [3, 3, 3]
     four.now += LIVE_S + 1
     four.exchange(1, 2, 3)
     four.exchange(1)
-    left = [four.counts[1].left("a", x, 10, four.now) for x in (AT_ONCE, TODAY)]
+    left = [four.counts[1].room("a", x, 10, 1, four.now).left for x in (AT_ONCE, TODAY)]
     assert left == [10, 3]
     assert four.counts[1]._live == 3
 
@@ -161,10 +161,10 @@ def test_a_day_outlives_the_actor_and_all_gateways(four: Gateways) -> None:
     four.exchange(0)  # one that went on counts once
     new = Counts()
     new.heard(*four.ask("new", {}))
-    assert new.left("a", TODAY, 1000, four.now) == 400
+    assert new.room("a", TODAY, 1000, 1, four.now).left == 400
     four.now += DAY_S
     new.heard(*four.ask("new", {}))
-    assert new.left("a", TODAY, 1000, four.now) == 1000
+    assert new.room("a", TODAY, 1000, 1, four.now).left == 1000
     assert four.sums.days(four.now) == {}
 
 
@@ -217,6 +217,6 @@ async def test_a_failed_exchange_is_tried_again(monkeypatch: pytest.MonkeyPatch)
     assert await until(lambda: len(connected) > before + 2)
     assert away.told == []
     away.hangs = False
-    assert await until(lambda: counts.left("a", REQUESTS, 10, NOON) == 1)
+    assert await until(lambda: counts.room("a", REQUESTS, 10, 1, NOON).left == 1)
     assert away.told[0]["a"].keys() == {DAILY}
     running.cancel()

@@ -37,12 +37,18 @@ class Line(msgspec.Struct):
     completion_tokens: int | None
 
 
+_last: tuple[Entry | None, bytes] = None, b""
+"""Who is told of an entry is so at once, one after the other."""
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Line)
 
 
 def encode(entry: Entry) -> bytes:
     """With the line break."""
+    global _last
+    if entry is _last[0]:
+        return _last[1]
     moment = datetime.fromtimestamp(entry.arrived, UTC).replace(tzinfo=None)
     arrived = moment.isoformat(" ", "microseconds")
     usage = entry.usage
@@ -66,7 +72,8 @@ def encode(entry: Entry) -> bytes:
         cached_tokens=usage.cached_tokens if usage else None,
         completion_tokens=usage.completion_tokens if usage else None,
     )
-    return _encoder.encode(line) + b"\n"
+    _last = entry, _encoder.encode(line) + b"\n"
+    return _last[1]
 
 
 def is_one(line: bytes) -> bool:
