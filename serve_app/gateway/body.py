@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from serve_app.gateway.errors import GatewayError, invalid
 
 Receive = Callable[[], Awaitable[Any]]
+
+# What is wrong with a client's form the client is told: a stranger shall not fill the log with it.
+logging.getLogger("python_multipart").setLevel(logging.ERROR)
 
 _SMALL = 2**16
 """Bytes up to which a body is read however many others are held: a few large uploads must not keep
