@@ -6,16 +6,18 @@ import hashlib
 import os
 import re
 import secrets
+from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import cached_property
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, field_validator
 
 from serve_app.config import yaml_files
 from serve_app.config.settings import KeySource, Settings, parse
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, did_you_mean
 
 PREFIX = "sk-"
 """What every key begins with, so that scanners for secrets know it."""
@@ -23,8 +25,12 @@ PREFIX = "sk-"
 _BYTES = 32
 """Of randomness in a key. From 16 on a plain SHA-256 suffices: nobody can try them all."""
 
+_EXAMPLE = "2027-01-31"
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
+_NO_ID = re.compile(r"[\s\[\]?]")
+"""Blanks no id has; brackets and ? would be more than an id's to :mod:`fnmatch`."""
 
 
 class KeyLimits(Settings):
@@ -74,6 +80,8 @@ _WORDS = {
 
 UNLIMITED = KeyLimits()
 
+_Ids = TypeVar("_Ids", list[str], dict[str, KeyLimits])
+
 
 class Key(KeyLimits):
     """One entry of a keys file."""
@@ -103,13 +111,26 @@ class Key(KeyLimits):
     """Limits for each single model, by id or pattern; the first that matches a model counts. What
     is asked of the model counts towards the key's own limits too."""
 
+    @field_validator("name", mode="before")
+    @classmethod
+    def _given(cls, name: Any) -> Any:
+        if name in (None, ""):
+            raise ValueError("is empty; write whose key it is, such as team-a")
+        if isinstance(name, list | dict):  # not repeated either: the key may be in it
+            raise ValueError("must be text: whose key it is, such as team-a")
+        return name
+
     @field_validator("name")
     @classmethod
     def _short(cls, name: str) -> str:
         if name.startswith(PREFIX):  # and is not repeated: names stand in logs
             raise ValueError("is a key; write whose it is, and the key's hash under 'hash'")
         if not _NAME.fullmatch(name):
-            raise ValueError("has up to 64 letters, digits and . _ @ -")
+            said = f"{name[:64]!r} " if PREFIX not in name else ""
+            raise ValueError(
+                f"{said}must be up to 64 letters (a to z), digits and . _ @ -, and begin with a "
+                "letter or digit"
+            )
         return name
 
     @field_validator("hash", mode="before")
@@ -120,10 +141,53 @@ class Key(KeyLimits):
             raise ValueError("is not 'sha256:' and 64 digits, as `serve-app keys new` prints it")
         return hash
 
-    @field_validator("expires")
+    @field_validator("models", mode="before")
     @classmethod
-    def _in_utc(cls, expires: datetime | None) -> datetime | None:
-        return expires.replace(tzinfo=UTC) if expires and not expires.tzinfo else expires
+    def _some(cls, models: Any) -> Any:
+        if models is None or models == []:
+            raise ValueError(
+                "is empty, so the key may use none; list ids or patterns, such as ['smollm2*'], or "
+                "remove 'models' for all of them"
+            )
+        return models
+
+    @field_validator("models", "model_limits")
+    @classmethod
+    def _patterns(cls, ids: _Ids) -> _Ids:
+        for id in ids:
+            if not id or _NO_ID.search(id):
+                raise ValueError(
+                    f"{id!r} is neither a model's id nor a pattern, in which * stands for any "
+                    "characters; for all models write '*'"
+                )
+        return ids
+
+    @field_validator("expires", mode="before")
+    @classmethod
+    def _in_utc(cls, expires: Any) -> datetime | None:
+        return None if expires is None else moment(expires)
+
+
+def moment(when: Any) -> datetime:
+    """A day's first moment, or a time, in UTC where it names no zone.
+
+    Raises:
+        ValueError: it is neither, in one sentence.
+    """
+    read: datetime
+    try:
+        if isinstance(when, str):
+            read = datetime.fromisoformat(when)
+        elif isinstance(when, datetime):
+            read = when
+        else:
+            read = datetime(when.year, when.month, when.day)
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"{when!r} is no day or time; write a day, from whose first moment in UTC the key is "
+            f"refused, such as {_EXAMPLE}, or a time, such as {_EXAMPLE}T18:00"
+        ) from None
+    return read if read.tzinfo else read.replace(tzinfo=UTC)
 
 
 def parse_all(entries: Any, where: str) -> list[Key]:
@@ -135,24 +199,58 @@ def parse_all(entries: Any, where: str) -> list[Key]:
     if entries is None:
         return []
     if not isinstance(entries, list):
-        raise ConfigError(f"{where}: must be a list of keys, not a {type(entries).__name__}")
+        kind = "mapping" if isinstance(entries, dict) else "text"
+        raise ConfigError(
+            f"{where}: must be a list of keys, each as `serve-app keys new` prints it, not a {kind}"
+        )
     keys: list[Key] = []
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict):
             raise ConfigError(f"{where}: key {number} must be a mapping with a name and a hash")
-        name = entry.get("name", number)
-        named = number if str(name).startswith(PREFIX) else name
+        name = entry.get("name")
+        usable = isinstance(name, str) and _NAME.fullmatch(name) and not name.startswith(PREFIX)
+        named = name if usable else number
         keys.append(parse(Key, entry, f"{where}: key {named}"))
-    names: set[str] = set()
+    names: dict[str, int] = {}
     hashes: dict[str, str] = {}
-    for key in keys:
-        if key.name in names:
-            raise ConfigError(f"{where}: key {key.name} is there twice; keep one")
-        if other := hashes.get(key.hash):
-            raise ConfigError(f"{where}: key {key.name} has the same hash as {other}; keep one")
-        names.add(key.name)
-        hashes[key.hash] = key.name
+    for number, key in enumerate(keys, 1):
+        if (first := names.setdefault(key.name, number)) != number:
+            raise ConfigError(
+                f"{where}: two keys are named {key.name}, the {_nth(first)} and the {_nth(number)} "
+                "of the list; give one of them another name, or remove it"
+            )
+        if (other := hashes.setdefault(key.hash, key.name)) != key.name:
+            raise ConfigError(
+                f"{where}: {other} and {key.name} have the same hash, so they are one key; remove "
+                "one of the two, or make a key of its own for it (serve-app keys new)"
+            )
     return keys
+
+
+def _nth(number: int) -> str:
+    words = {1: "st", 2: "nd", 3: "rd"} if number % 100 not in (11, 12, 13) else {}
+    return f"{number}{words.get(number % 10, 'th')}"
+
+
+def out_of_reach(key: Key, models: Iterable[Collection[str]]) -> Iterator[str]:
+    """What of a key's ``models`` and ``model_limits`` is about none of these models.
+
+    Of each model (and each adapter) ``models`` has all ids: a key that may use one of them may use
+    the others.
+    """
+    models = list(models)
+    usable = [ids for ids in models if any(_matches(pattern, ids) for pattern in key.models)]
+    for setting, patterns in (("models", key.models), ("model_limits", key.model_limits)):
+        for pattern in patterns:
+            if not any(_matches(pattern, ids) for ids in models):
+                near = did_you_mean(pattern, [id for ids in models for id in ids])
+                yield f"{setting} has '{pattern}', but there is no such model here{near}"
+            elif not any(_matches(pattern, ids) for ids in usable):
+                yield f"{setting} has '{pattern}', which the key may not use; add it to its models"
+
+
+def _matches(pattern: str, ids: Collection[str]) -> bool:
+    return any(fnmatchcase(id, pattern) for id in ids)
 
 
 def read(source: KeySource) -> list[Key]:

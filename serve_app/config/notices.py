@@ -1,12 +1,13 @@
-"""Notices about valid Serve settings that cut off or ignore something that the user meant."""
+"""Notices about valid settings that cut off or ignore something that the user meant."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, Fleet
-from serve_app.errors import did_you_mean
+from serve_app.config import keys
+from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, Fleet, deployed
+from serve_app.errors import ConfigError, did_you_mean
 
 HTTP_OPTIONS: dict[str, Any] = {
     "host": "0.0.0.0",
@@ -39,8 +40,8 @@ _PAST_SERVE = ("max_ongoing_requests", "max_queued_requests", "request_router_co
 
 
 def notices(fleet: Fleet) -> list[str]:
-    """One sentence for each Serve setting that does not do what it seems to."""
-    return [*_of_http(fleet), *_of_deployments(fleet)]
+    """One sentence for each setting that does not do what it seems to."""
+    return [*_of_http(fleet), *_of_deployments(fleet), *_of_traces(fleet), *_of_keys(fleet)]
 
 
 def ignored_by_running_serve(
@@ -137,6 +138,42 @@ def _of_both(override: Mapping[str, Any], drain_s: float) -> Iterator[str]:
             f"health_check_timeout_s is {answer:g}, below Serve's {HEALTH_CHECK_TIMEOUT_S:g}: "
             "a replica that is only busy is then replaced, and its requests are lost; remove it"
         )
+
+
+def _of_traces(fleet: Fleet) -> Iterator[str]:
+    gateway = fleet.gateway
+    if gateway and gateway.trace_content and not gateway.otlp_endpoint:
+        yield (
+            "the gateway's trace_content has no effect without otlp_endpoint, which names the "
+            "receiver of traces; set that, or remove trace_content"
+        )
+
+
+_MOST_OF_KEYS = 5
+
+
+def _of_keys(fleet: Fleet) -> Iterator[str]:
+    """Models that the keys name and that this config has not, or not for that key."""
+    source = fleet.gateway.keys if fleet.gateway else None
+    try:
+        found = keys.read(source) if source else []
+    except ConfigError:  # whoever needs them here says so
+        return
+    models: list[set[str]] = []
+    for application in fleet.document["applications"]:
+        if application["name"] in fleet.models:
+            model = deployed(application["name"], application)
+            models += [{application["name"], *model.served_as}, *({a.name} for a in model.adapters)]
+    names: dict[str, list[str]] = {}
+    for key in found:
+        for problem in keys.out_of_reach(key, models):
+            names.setdefault(problem, []).append(key.name)
+    where = source and (source.file or source.secret_env)
+    for problem, of in list(names.items())[:_MOST_OF_KEYS]:
+        others = f" (and {len(of) - 1} more)" if len(of) > 1 else ""
+        yield f"{where}: key {of[0]}{others}: {problem}"
+    if len(names) > _MOST_OF_KEYS:
+        yield f"{where}: {len(names) - _MOST_OF_KEYS} more of its models are not in this config"
 
 
 def _number(value: Any) -> float | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from datetime import date
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
@@ -17,10 +18,12 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from serve_app.config import engine_args, placeholders
 from serve_app.errors import ConfigError, did_you_mean
@@ -38,6 +41,16 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """To pydantic ``true`` is 1."""
+        if isinstance(value, bool) and info.field_name:
+            types = set(_types_in(cls.model_fields[info.field_name].annotation))
+            if types & {int, float} and bool not in types:
+                raise PydanticKnownError("int_type" if int in types else "float_type")
+        return value
 
 
 class _Args(Settings):
@@ -239,7 +252,7 @@ def _number_or_auto(
     if not isinstance(value, bool):
         with contextlib.suppress(ValidationError):
             return check(value)
-    raise ConfigError(f"{name} is {value!r}; give {numbers}, or auto")
+    raise ConfigError(f"{name} is {_shown(value)}; give {numbers}, or auto")
 
 
 def engine_problems(engine: dict[str, Any], env: Mapping[str, Any]) -> Iterator[str]:
@@ -428,7 +441,7 @@ class GatewayConfig(_Args):
     """Seconds that running requests get to finish when a gateway is stopped."""
 
     keys: KeySource | None = None
-    """The API keys that clients must send; None lets everybody in who reaches the endpoint."""
+    """The API keys that clients must send. Left out, everybody gets in who reaches the endpoint."""
 
     usage_db: UsageDb | None = None
     """The database that gets a row of each request, and that GET /v1/usage asks: its URL, or the
@@ -491,6 +504,33 @@ class GatewayConfig(_Args):
                 f"({self.max_body_mib:g}); raise it, or lower max_body_mib"
             )
         return self
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _not_open_by_mistake(cls, keys: Any) -> Any:
+        if keys is None:
+            raise ValueError(
+                "empty would let everybody in; name the keys' file, such as {file: keys.yaml}, or "
+                "remove 'keys' if all may use the models"
+            )
+        return keys
+
+    @field_validator("access_log", mode="before")
+    @classmethod
+    def _no_path(cls, value: Any) -> Any:
+        if isinstance(value, str) and "/" in value:
+            raise ValueError(
+                f"'{value}' is a path, but it is true or false: its file is beside Serve's logs; "
+                "usage_dir names a folder for such lines"
+            )
+        return value
+
+    @field_validator("otlp_endpoint", mode="before")
+    @classmethod
+    def _no_port_alone(cls, endpoint: Any) -> Any:
+        if isinstance(endpoint, int):
+            raise ValueError(f"{endpoint} is no URL; write it whole: http://localhost:4318")
+        return endpoint
 
     @field_validator("otlp_endpoint")
     @classmethod
@@ -556,27 +596,39 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
         others = [e["loc"][-1] for e in beside if e["type"] == "extra_forbidden"]
         given = f" (there is '{others[0]}'; did you mean '{loc[-1]}'?)" if others else ""
         return f"'{key}' is missing{given}"
-    if kind == "string_too_short":
+    if kind == "string_too_short" or (value is None and kind != "value_error"):
         return f"{key} is empty; give it a value or remove it"
+    shown = _shown(value)
     if kind == "string_type":
-        return f"{key} is {value!r}, but must be text; put it in quotes, or remove it"
+        return f"{key} is {shown}, but must be text; put it in quotes, or remove it"
     if kind == "list_type":
-        return f"{key} is {value!r}, but must be a list, such as [{value!r}]"
+        return f"{key} is {shown}, but must be a list, such as [{shown}]"
     if kind in ("int_parsing", "int_type", "int_from_float"):
-        return f"{key} is {value!r}, but must be a whole number"
-    if kind == "float_parsing":
-        return f"{key} is {value!r}, but must be a number, without a unit"
+        return f"{key} is {shown}, but must be a whole number"
+    if kind in ("float_parsing", "float_type"):
+        return f"{key} is {shown}, but must be a number, without a unit"
+    if kind in ("bool_parsing", "bool_type"):
+        return f"{key} is {shown}, but must be true or false"
     if kind == "value_error":
         text = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {text}" if key else text
     if kind == "dict_type":
-        return f"{key} is {value!r}, but must be a mapping of names to values"
+        return f"{key} is {shown}, but must be a mapping of names to values"
     if kind == "model_type":
         keys = ", ".join(_keys_at(settings, loc))
-        return f"{key} is {value!r}, but must be a mapping with some of: {keys}"
+        return f"{key} is {shown}, but must be a mapping with some of: {keys}"
     if kind == "string_pattern_mismatch":
-        return f"{key} is {value!r}, but an id has no spaces"
-    return f"{key} is {value!r}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
+        return f"{key} is {shown}, but an id has no spaces"
+    return f"{key} is {shown}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
+
+
+def _shown(value: Any) -> str:
+    """A value as its reader wrote it in YAML, not as Python has it."""
+    if value is None:
+        return "empty"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value.isoformat() if isinstance(value, date) else repr(value)
 
 
 def _parent(loc: tuple[Any, ...]) -> str:

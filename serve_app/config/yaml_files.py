@@ -34,42 +34,81 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _timestamp(loader: _Loader, node: yaml.ScalarNode) -> Any:
+    """With the place of a day that there is not."""
+    try:
+        return loader.construct_yaml_timestamp(node)
+    except (ValueError, OverflowError) as error:
+        raise yaml.constructor.ConstructorError(
+            problem=f"'{node.value}' is no date ({error})", problem_mark=node.start_mark
+        ) from None
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _timestamp)
+
+
 def read(path: Path) -> Any:
     """The one document of a file.
 
     Raises:
         ConfigError: no such file, unreadable, or not YAML, with line and column.
     """
-    return _one(read_all(path), path)
+    return _one(_read(path), path)[1]
 
 
 def parse(text: str, where: str) -> Any:
     """The one document of a text; raises as :func:`read` does, with ``where`` for the path."""
+    return composed(text, where)[1]
+
+
+def composed(text: str, where: str) -> tuple[yaml.Node | None, Any]:
+    """The one document of a text, also as nodes, which know their lines. Raises as above."""
     return _one(_load(text, where), where)
 
 
 def read_all(path: Path) -> list[Any]:
     """The documents of a file; raises as :func:`read` does."""
+    return [document for _, document in _read(path)]
+
+
+def text_of(path: Path) -> str:
+    """A file's text, with its line ends as they are.
+
+    Raises:
+        ConfigError: no such file, or unreadable.
+    """
     try:
-        text = path.read_text()
+        with path.open(encoding="utf-8", newline="") as file:
+            return file.read()
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: cannot be read (not UTF-8 text)") from None
-    return _load(text, path)
 
 
-def _one(documents: list[Any], where: Path | str) -> Any:
+_Document = tuple[yaml.Node | None, Any]
+
+
+def _read(path: Path) -> list[_Document]:
+    return _load(text_of(path), path)
+
+
+def _one(documents: list[_Document], where: Path | str) -> _Document:
     if len(documents) > 1:
         raise ConfigError(f"{where}: has {len(documents)} YAML documents (---), but must be one")
-    return documents[0] if documents else None
+    return documents[0] if documents else (None, None)
 
 
-def _load(text: str, where: Path | str) -> list[Any]:
+def _load(text: str, where: Path | str) -> list[_Document]:
+    found = []
     try:
-        return list(yaml.load_all(text, _Loader))
+        loader = _Loader(text)
+        while loader.check_node():
+            node = loader.get_node()
+            found.append((node, loader.construct_document(node)))
+        return found
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
@@ -77,8 +116,10 @@ def _load(text: str, where: Path | str) -> list[Any]:
         if "found character '\\t'" in problem:
             problem = "there is a tab, which YAML refuses; use spaces"
         raise ConfigError(f"{where}:{at} {problem}") from None
-    except ValueError as error:  # such as a date in a month that there is not
+    except ValueError as error:  # such as a number that Python does not take
         raise ConfigError(f"{where}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply to be read") from None
 
 
 WIDTH = 96

@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,7 +173,9 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay
 @keys.command()
 @click.argument("name")
 @click.option("--models", metavar="IDS", help="What it may name: ids or patterns, with commas.")
-@click.option("--expires", type=click.DateTime(["%Y-%m-%d"]), help="The day it ends, in UTC.")
+@click.option(
+    "--expires", metavar="DAY", help="When it ends: 2027-01-31, or 2027-01-31T18:00, UTC."
+)
 @click.option("--admin", is_flag=True, help="It also sees what concerns all keys.")
 @click.option("--requests-per-minute", type=int, metavar="N", help="In the last 60 s.")
 @click.option("--tokens-per-minute", type=int, metavar="N", help="Prompts and completions.")
@@ -186,7 +187,7 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay
 def new(
     name: str,
     models: str | None,
-    expires: datetime | None,
+    expires: str | None,
     admin: bool,
     file: Path | None,
     **limits: int | None,
@@ -201,7 +202,7 @@ def new(
         raise UserError("--models names no model; leave it out for a key that may use all of them")
     entry = keys_file.entry(name, hash, named, expires, admin, limits)
     if file:
-        keys_file.add(file, entry)
+        keys_file.add(file, name, entry)
     click.echo(key)
     click.echo(f"its entry is in {file}" if file else entry.rstrip(), err=file is not None)
 
@@ -216,11 +217,15 @@ def list_keys(file: Path) -> None:
         said = [key.name, ", ".join(key.models), *(["admin"] if key.admin else [])]
         if key.expires:
             word = "expired" if keys_file.expired(key) else "expires"
-            said.append(f"{word} {key.expires:%Y-%m-%d}")
-        if key.limited:
-            said.append(key.words())
+            said.append(f"{word} {keys_file.moment(key.expires)}")
+        if key.priority:
+            said.append(f"priority {key.priority}")
+        if key.weight != 1:
+            said.append(f"weight {key.weight:g}")
+        if words := keys_file.limits(key):
+            said.append(words)
         for model, limits in key.model_limits.items():
-            said.append(f"of {model}: {limits.words()}")
+            said.append(f"of {model}: {keys_file.limits(limits) or 'no limit'}")
         click.echo("  ".join(said))
 
 
@@ -231,8 +236,10 @@ def revoke(file: Path, name: str) -> None:
     """Take the key of NAME out of FILE; running gateways refuse it within 5 s."""
     from serve_app.local import keys_file
 
-    keys_file.revoke(file, name)
+    comments = keys_file.revoke(file, name)
     click.echo(f"revoked {name}")
+    if comments:
+        click.echo(f"with its comment:\n{comments.rstrip()}", err=True)
 
 
 def _server(port: int | None) -> Server:

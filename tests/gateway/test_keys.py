@@ -294,10 +294,10 @@ def test_a_new_key_is_long_and_its_hash_is_that_of_the_file() -> None:
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
-        ({"a": 1}, "k: must be a list of keys, not a dict"),
+        ({"a": 1}, "k: must be a list of keys, each as `serve-app keys new` prints it, not a map"),
         (["a"], "k: key 1 must be a mapping with a name and a hash"),
         ([{"name": "a"}], "k: key a: 'hash' is missing"),
-        ([{"name": "a b", "hash": HASH}], "k: key a b: name: has up to 64 letters"),
+        ([{"name": "a b", "hash": HASH}], "k: key 1: name: 'a b' must be up to 64"),
         ([{"name": KEY, "hash": HASH}], "k: key 1: name: is a key; write whose it is"),
         ([{"name": "a", "hash": KEY}], "k: key a: hash: is not 'sha256:'"),
         ([{"name": "a", "hash": [KEY]}], "k: key a: hash: is not 'sha256:'"),
@@ -306,11 +306,33 @@ def test_a_new_key_is_long_and_its_hash_is_that_of_the_file() -> None:
             "k: key a: 'model_limits.m.tokens_per_hour' is not a setting",
         ),
         ([{"name": "a", "hash": HASH, "weight": 0}], "k: key a: weight is 0, but"),
-        ([{"name": "a", "hash": HASH, "models": []}], "k: key a: models"),
-        ([{"name": "a", "hash": HASH}] * 2, "k: key a is there twice; keep one"),
+        *(
+            ([{"name": "a", "hash": HASH, **entry}], f"k: key a: {said}")
+            for entry, said in (
+                ({"models": []}, "models: is empty, so the key may use none; list ids or patterns"),
+                ({"models": None}, "models: is empty, so the key may use none; list ids or patt"),
+                ({"models": ["[*]"]}, "models: '[*]' is neither a model's id nor a pattern, in w"),
+                ({"models": ["a, b"]}, "models: 'a, b' is neither a model's id nor a pattern"),
+                ({"model_limits": {"m?": {}}}, "model_limits: 'm?' is neither a model's id nor"),
+                ({"tokens_per_minute": True}, "tokens_per_minute is true, but must be a whole nu"),
+                ({"weight": True}, "weight is true, but must be a number, without a unit"),
+                ({"expires": "31.1.2027"}, "expires: '31.1.2027' is no day or time; write a day,"),
+                ({"expires": 20270131}, "expires: 20270131 is no day or time; write a day, "),
+                ({"admin": "maybe"}, "admin is 'maybe', but must be true or false"),
+            )
+        ),
+        ([{"name": "", "hash": HASH}], "k: key 1: name: is empty; write whose key it is, such as"),
+        ([{"name": None, "hash": HASH}], "k: key 1: name: is empty; write whose key it is"),
+        ([{"name": "_x", "hash": HASH}], "k: key 1: name: '_x' must be up to 64 letters (a to z)"),
+        ([{"name": [KEY], "hash": HASH}], "k: key 1: name: must be text"),
+        ([{"hash": HASH}], "k: key 1: 'name' is missing"),
+        (
+            [{"name": name, "hash": keys.new()[1]} for name in "bacda"],
+            "k: two keys are named a, the 2nd and the 5th of the list; give one of them another",
+        ),
         (
             [{"name": "a", "hash": HASH}, {"name": "b", "hash": HASH}],
-            "k: key b has the same hash as a; keep one",
+            "k: a and b have the same hash, so they are one key; remove one",
         ),
     ],
 )

@@ -216,7 +216,7 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
     ("args", "why"),
     [
         ({"modle": "x"}, "'modle' is not a setting; did you mean 'model'? (known: model, "),
-        ({"model": None}, "model is None, but must be text; put it in quotes, or remove it"),
+        ({"model": None}, "model is empty; give it a value or remove it"),
         ({"model": ""}, "model is empty; give it a value or remove it"),
         ({"served_as": "z"}, "served_as is 'z', but must be a list, such as ['z']"),
         ({"served_as": ["a b"]}, "served_as.0 is 'a b'"),
@@ -280,7 +280,7 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
         ({"engine": 5}, "engine is 5, but must be a mapping of names to values"),
         (
             {"autoscaling": True},
-            "autoscaling is True, but must be a mapping with some of: min_replicas, max_replicas, ",
+            "autoscaling is true, but must be a mapping with some of: min_replicas, max_replicas, ",
         ),
         ({"adapters": ["z"]}, "adapters.0 is 'z', but must be a mapping with some of: name, path"),
     ],
@@ -299,9 +299,14 @@ def test_numbers_and_booleans_of_the_environment_are_text() -> None:
     assert ModelConfig.model_validate(args).env == {"A": "1", "B": "true", "C": "x", "D": "0.5"}
 
 
+def shown(value: Any) -> str:
+    """As YAML has it."""
+    return "empty" if value is None else "true" if value is True else repr(value)
+
+
 @pytest.mark.parametrize("value", [0, -1, 17, 4.5, True, None, "Auto", "", [1]])
 def test_a_wrong_number_of_front_ends_is_one_sentence(value: Any) -> None:
-    why = f"frontends is {value!r}; give a number from 1 to 16, or auto"
+    why = f"frontends is {shown(value)}; give a number from 1 to 16, or auto"
     assert refused_args(frontends=value) == why
 
 
@@ -317,8 +322,36 @@ def test_front_ends_are_a_number_or_auto(args: dict[str, Any], read: Any) -> Non
 def test_a_wrong_number_of_gateways_is_one_sentence(value: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         parse(GatewayConfig, {"replicas": value}, "args")
-    told = f"args: replicas is {value!r}; give a whole number, at least 1, or auto"
+    told = f"args: replicas is {shown(value)}; give a whole number, at least 1, or auto"
     assert str(raised.value) == told
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (
+            {"keys": None},
+            "keys: empty would let everybody in; name the keys' file, such as {file: keys.yaml}, ",
+        ),
+        ({"access_log": "/var/log/x"}, "access_log: '/var/log/x' is a path, but it is true or f"),
+        ({"access_log": "always"}, "access_log is 'always', but must be true or false"),
+        ({"otlp_endpoint": 4318}, "otlp_endpoint: 4318 is no URL; write it whole: http://local"),
+        ({"max_body_mib": True}, "max_body_mib is true, but must be a number, without a unit"),
+        ({"queue": {"max_requests": True}}, "queue.max_requests is true, but must be a whole num"),
+        ({"queue": None}, "queue is empty; give it a value or remove it"),
+    ],
+)
+def test_a_wrong_setting_of_the_gateway_is_said_as_it_was_written(
+    args: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse(GatewayConfig, args, "args")
+    assert str(raised.value).startswith(f"args: {why}")
+
+
+def test_true_is_still_a_truth() -> None:
+    assert parse(GatewayConfig, {"access_log": True}, "args").access_log is True
+    assert ModelConfig.model_validate({"model": "m", "engine": {"enable_lora": True}})
 
 
 def test_gateways_are_a_number_or_auto() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import stat
 from pathlib import Path
 
@@ -69,7 +70,10 @@ def test_a_link_stays_one(file: Path, tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     absent = tmp_path / "absent/keys.yaml"
     said = typed("new", "ann", "--file", str(absent), status=1).exception
-    assert str(said) == f"{absent} cannot be written (No such file or directory)"
+    assert str(said) == (
+        f"{absent} cannot be written: a new file in {absent.parent} takes its place (No such file "
+        "or directory)"
+    )
 
 
 def test_without_a_file_the_entry_is_printed() -> None:
@@ -84,7 +88,10 @@ def test_an_added_key_leaves_the_rest_as_it_was(file: Path) -> None:
     assert file.read_text().startswith(WRITTEN)
     assert [key.name for key in keys_file.listed(file)] == ["team-a", "booth", "ann"]
     again = typed("new", "ann", "--file", str(file), status=1)
-    assert str(again.exception) == f"{file}: key ann is there twice; keep one"
+    assert str(again.exception) == (
+        f"{file} has a key 'ann' already; choose another name, or first revoke that one "
+        f"(serve-app keys revoke {file} ann)"
+    )
     assert again.stdout == ""  # no key that is in no file
 
 
@@ -96,13 +103,59 @@ def test_the_list(file: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "first", "last"), [("team-a", 1, 6), ("booth", 7, 8)])
-def test_a_revoked_key_goes_with_its_lines_alone(
-    file: Path, name: str, first: int, last: int
+@pytest.mark.parametrize(
+    ("name", "first", "last", "comment"),
+    [("team-a", 0, 6, "# Team A pays for this one."), ("booth", 6, 8, "# Until the fair.")],
+)
+def test_a_revoked_key_goes_with_its_lines_and_its_comment(
+    file: Path, name: str, first: int, last: int, comment: str
 ) -> None:
-    assert typed("revoke", str(file), name).stdout == f"revoked {name}\n"
+    done = typed("revoke", str(file), name)
+    assert (done.stdout, done.stderr) == (f"revoked {name}\n", f"with its comment:\n{comment}\n")
     lines = WRITTEN.splitlines(keepends=True)
     assert file.read_text() == "".join(lines[:first] + lines[last:])
+
+
+def test_comments_about_the_file_and_about_other_keys_stay(file: Path) -> None:
+    made = [keys.new()[1] for _ in range(4)]
+    file.write_text(f"""\
+# Of the production gateway.
+
+# Of a.
+- name: a
+  hash: {made[0]}
+  # models: [m]
+
+# Of b.
+-   # the dash alone
+  name: b
+  hash: {made[1]}
+  # expires: 2027-01-31
+# Of c.
+- name: c
+  hash: {made[2]}
+
+# The end.
+""")
+    typed("revoke", str(file), "b")
+    typed("revoke", str(file), "a")
+    assert (
+        file.read_text()
+        == f"""\
+# Of the production gateway.
+
+# Of c.
+- name: c
+  hash: {made[2]}
+
+# The end.
+"""
+    )
+    typed("revoke", str(file), "c")
+    assert file.read_text() == "# Of the production gateway.\n\n# The end.\n"
+    assert keys_file.listed(file) == []
+    typed("new", "d", "--file", str(file))
+    assert [key.name for key in keys_file.listed(file)] == ["d"]
 
 
 def test_a_key_that_is_not_there(file: Path) -> None:
@@ -122,9 +175,153 @@ def test_entries_on_one_line_are_left_to_people(file: Path) -> None:
 def test_a_wrong_name_makes_no_key(tmp_path: Path) -> None:
     refused = typed("new", "a b", status=1)
     assert str(refused.exception) == (
-        "keys new: key a b: name: has up to 64 letters, digits and . _ @ -"
+        "keys new: name: 'a b' must be up to 64 letters (a to z), digits and . _ @ -, and begin "
+        "with a letter or digit"
     )
     assert refused.stdout == ""
+
+
+def test_keys_made_at_the_same_time_are_all_in_the_file(file: Path) -> None:
+    names = [f"k{n}" for n in range(16)]
+    file.chmod(0o640)
+
+    with multiprocessing.get_context("fork").Pool(8) as pool:
+        pool.starmap(_come_and_go, [(file, name) for name in names], chunksize=1)
+    left = [key.name for key in keys_file.listed(file)]
+    assert sorted(left) == sorted(["team-a", "booth", *names[:5], *names[6:15]])
+    assert [path.name for path in file.parent.iterdir()] == ["keys.yaml"]
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+
+
+def _come_and_go(file: Path, name: str) -> None:
+    keys_file.add(file, name, f"- name: {name}\n  hash: {keys.new()[1]}\n")
+    if name.endswith("5"):
+        keys_file.revoke(file, name)
+
+
+def test_what_a_killed_command_left_is_no_part_of_the_file(file: Path) -> None:
+    beside = file.with_name(".keys.yaml.new")
+    beside.write_text("- half of an entry that is longer than what comes" * 100)
+    typed("new", "ann", "--file", str(file))
+    assert [key.name for key in keys_file.listed(file)] == ["team-a", "booth", "ann"]
+    assert not beside.exists()
+
+
+def test_a_refused_change_leaves_nothing_beside_the_file(file: Path) -> None:
+    typed("new", "booth", "--file", str(file), status=1)
+    typed("revoke", str(file), "nobody", status=1)
+    assert [path.name for path in file.parent.iterdir()] == ["keys.yaml"]
+    assert file.read_text() == WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("tomorrow", "'tomorrow' is no day or time; write a day, from whose first moment"),
+        ("2020-01-31", "'2020-01-31' is past (it is "),
+        ("2020-01-31T18:00+02:00", "'2020-01-31T18:00+02:00' is past (it is "),
+        ("", "'' is no day or time; write a day"),
+    ],
+)
+def test_an_end_that_is_none_or_past_makes_no_key(tmp_path: Path, given: str, said: str) -> None:
+    file = tmp_path / "keys.yaml"
+    refused = typed("new", "ann", "--expires", given, "--file", str(file), status=1)
+    assert str(refused.exception).startswith(f"keys new: expires: {said}")
+    assert refused.stdout == ""
+    assert not file.exists()
+
+
+def test_an_end_with_an_hour_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "keys.yaml"
+    typed("new", "ann", "--expires", "2127-01-31T18:00+02:00", "--file", str(file))
+    assert typed("list", str(file)).stdout == "ann  *  expires 2127-01-31 16:00\n"
+
+
+def test_the_list_has_all_that_is_not_the_default(file: Path) -> None:
+    file.write_text(f"""\
+- name: a
+  hash: {FIRST}
+  priority: 5
+  weight: 2.5
+  tokens_per_minute: 10
+  cached_token_weight: 0.1
+  model_limits:
+    m: {{cached_token_weight: 0}}
+    "*": {{}}
+""")
+    assert typed("list", str(file)).stdout == (
+        "a  *  priority 5  weight 2.5  10 tokens/min, cached tokens count 0.1  "
+        "of m: cached tokens count 0  of *: no limit\n"
+    )
+
+
+@pytest.mark.parametrize("first", ["", "\ufeff", "\ufeff# All.\r\n\r\n", "---\r\n"])
+def test_another_systems_line_ends_stay(file: Path, first: str) -> None:
+    before = first + WRITTEN.replace("\n", "\r\n")
+    file.write_bytes(before.encode())
+    typed("new", "ann", "--file", str(file))
+    after = file.read_bytes().decode()
+    assert after.startswith(before)
+    assert after.count("\n") == after.count("\r\n")
+    typed("revoke", str(file), "team-a")
+    typed("revoke", str(file), "ann")
+    left = file.read_bytes().decode()
+    booth = "".join(WRITTEN.splitlines(keepends=True)[6:]).replace("\n", "\r\n")
+    assert left in (first + booth, booth)
+
+
+def test_a_list_that_is_indented_goes_on_so(file: Path) -> None:
+    file.write_text("".join(f"   {line}" for line in WRITTEN.splitlines(keepends=True)))
+    typed("new", "ann", "--models", "m,n", "--file", str(file))
+    assert [key.name for key in keys_file.listed(file)] == ["team-a", "booth", "ann"]
+    typed("revoke", str(file), "booth")
+    assert [key.name for key in keys_file.listed(file)] == ["team-a", "ann"]
+
+
+@pytest.mark.parametrize("text", ["[]\n", f"[{{name: a, hash: '{FIRST}'}}]\n"])
+def test_a_list_in_brackets_is_left_to_people(file: Path, text: str) -> None:
+    file.write_text(text)
+    said = str(typed("new", "ann", "--file", str(file), status=1).exception)
+    assert said.startswith(f"{file}: its list is in brackets, so nothing can be put at its end")
+    assert file.read_text() == text
+
+
+def test_an_entry_to_which_others_refer_is_left_to_people(file: Path) -> None:
+    text = f"""\
+- &team
+  name: a
+  hash: {FIRST}
+  models: &models
+  - m
+- <<: *team
+  name: b
+  hash: {SECOND}
+- name: c
+  hash: {keys.new()[1]}
+  models: *models
+"""
+    file.write_text(text)
+    said = str(typed("revoke", str(file), "a", status=1).exception)
+    assert "or they refer to it (&, *); delete it in an editor" in said
+    assert file.read_text() == text
+    typed("revoke", str(file), "c")
+    typed("revoke", str(file), "b")
+    assert file.read_text() == "".join(text.splitlines(keepends=True)[:5])
+
+
+def test_a_file_that_is_no_yaml_is_one_sentence(file: Path) -> None:
+    for text, said in (
+        ("- name: a\n\thash: x", "line 2, column 1: there is a tab, which YAML refuses"),
+        ("- {name: a, expires: 2027-13-45}", "line 1, column 22: '2027-13-45' is no date (month"),
+        ("[" * 5000, "is nested too deeply to be read"),
+        ("---\n---\n", "has 2 YAML documents (---), but must be one"),
+    ):
+        file.write_text(text)
+        for words in (("list", str(file)), ("new", "b", "--file", str(file))):
+            assert said in str(typed(*words, status=1).exception)
+        assert file.read_text() == text
+    file.write_bytes(b"- name: caf\xe9\n")
+    assert "not UTF-8 text" in str(typed("list", str(file), status=1).exception)
 
 
 def test_limits_are_written_and_listed(tmp_path: Path) -> None:
@@ -142,5 +339,5 @@ def test_limits_are_written_and_listed(tmp_path: Path) -> None:
     assert typed("list", str(file)).stdout == f"ann  *  {kept.words()}  of org/*: 2 at once\n"
     wrong = typed("new", "bob", "--tokens-per-day", "0", "--file", str(file), status=1)
     assert str(wrong.exception) == (
-        "keys new: key bob: tokens_per_day is 0, but should be greater than or equal to 1"
+        "keys new: tokens_per_day is 0, but should be greater than or equal to 1"
     )

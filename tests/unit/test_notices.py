@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from harness.processes import REPO
 from ray.serve.schema import HTTPOptionsSchema
 
+from serve_app.config import keys
 from serve_app.config.document import Fleet, load, parse_document
 from serve_app.config.notices import HTTP_OPTIONS, ignored_by_running_serve, notices
 
@@ -89,6 +91,64 @@ def test_what_cuts_or_ignores_what_was_meant_is_said(changed: dict[str, Any], sa
 )
 def test_what_does_as_it_says_needs_no_word(harmless: dict[str, Any]) -> None:
     assert notices(fleet_of(**harmless)) == []
+
+
+def with_keys(tmp_path: Path, *entries: dict[str, Any]) -> Fleet:
+    """A model with an alias and two adapters, one of them live, and these keys."""
+    file = tmp_path / "keys.yaml"
+    named = [{"name": f"k{n}", "hash": keys.new()[1], **it} for n, it in enumerate(entries)]
+    file.write_text(yaml.safe_dump(named))
+    lora = {"name": "poet", "path": "/poet"}
+    model = {"model": "org/m", "served_as": ["org/m"], "adapters": [lora]}
+    live = [{"name": "ModelServer", "user_config": {"adapters": [lora | {"name": "live"}]}}]
+    applications = [
+        {"name": "m", "route_prefix": None, "import_path": "serve_app.model:app", "args": model,
+         "deployments": live},
+        {"name": "gateway", "route_prefix": "/", "import_path": "serve_app.gateway:app",
+         "args": {"keys": {"file": str(file)}}},
+    ]  # fmt: skip
+    return parse_document({"applications": applications}, Path("c.yaml"))
+
+
+def test_a_key_with_limits_for_what_it_may_not_use_is_said(tmp_path: Path) -> None:
+    limits = {"requests_per_minute": 1}
+    fleet = with_keys(
+        tmp_path,
+        {"models": ["m"], "model_limits": {"org/m": limits, "live": limits}},
+        {"model_limits": {"m": limits, "mm": limits}},
+        {"models": ["org/*", "live", "nothing*"]},
+        {"model_limits": {"mm": limits}},
+    )
+    where = tmp_path / "keys.yaml"
+    assert notices(fleet) == [
+        f"{where}: key k0: model_limits has 'live', which the key may not use; add it to its "
+        "models",
+        f"{where}: key k1 (and 1 more): model_limits has 'mm', but there is no such model here"
+        "; did you mean 'm'?",
+        f"{where}: key k2: models has 'nothing*', but there is no such model here",
+    ]
+
+
+def test_many_keys_for_other_models_are_not_a_line_each(tmp_path: Path) -> None:
+    fleet = with_keys(tmp_path, *({"models": [f"other-{n}"]} for n in range(9)))
+    said = notices(fleet)
+    assert len(said) == 6
+    assert said[-1] == f"{tmp_path / 'keys.yaml'}: 4 more of its models are not in this config"
+
+
+def test_keys_that_cannot_be_read_here_are_no_notice(tmp_path: Path) -> None:
+    fleet = with_keys(tmp_path, {})
+    (tmp_path / "keys.yaml").unlink()
+    assert notices(fleet) == []
+
+
+def test_prompts_in_traces_without_a_receiver_are_said() -> None:
+    document = fleet_of().document
+    document["applications"][1]["args"] = {"trace_content": True}
+    [sentence] = notices(parse_document(document, Path("c.yaml")))
+    assert sentence.startswith("the gateway's trace_content has no effect without otlp_endpoint")
+    document["applications"][1]["args"]["otlp_endpoint"] = "http://localhost:4318"
+    assert notices(parse_document(document, Path("c.yaml"))) == []
 
 
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
