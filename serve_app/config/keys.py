@@ -25,7 +25,7 @@ PREFIX = "sk-"
 _BYTES = 32
 """Of randomness in a key. From 16 on a plain SHA-256 suffices: nobody can try them all."""
 
-_EXAMPLE = "2027-01-31"
+_EXAMPLE = "2030-01-31"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")

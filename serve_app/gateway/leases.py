@@ -29,6 +29,10 @@ LOST_S = 5.0
 """Seconds without an exchange after which the others' running requests do not count any more."""
 
 _TIMEOUT_S = 2.0
+
+_START_S = 60.0
+"""Seconds that the actor may take to start, before its silence is worth a word."""
+
 _PRUNE_S = 10.0
 
 
@@ -210,6 +214,9 @@ class Leases:
         self._wanted = wanted
         self._id = uuid.uuid4().hex
         self._coordinator: Coordinator | None = None
+        self._silent_until: float | None = None
+        """How long the actor may still be starting; None before the first exchange."""
+
         self._away = False
 
     async def run(self) -> None:
@@ -218,13 +225,19 @@ class Leases:
             if self._wanted():
                 try:
                     await self.exchange()
-                    self._away = False
+                    self._away, self._silent_until = False, 0.0
                 except Exception as error:
                     self._coordinator = None
-                    if not self._away:
+                    if not self._away and not self._starts(error):
                         logger.warning(f"the limits' actor is away: {error!r}")
-                    self._away = True
+                        self._away = True
             await asyncio.sleep(EVERY_S)
+
+    def _starts(self, error: Exception) -> bool:
+        """Whether the actor has never answered yet, and its process may still be starting."""
+        if self._silent_until is None:
+            self._silent_until = time.monotonic() + _START_S
+        return isinstance(error, TimeoutError) and time.monotonic() < self._silent_until
 
     async def exchange(self) -> None:
         """Exchange once. Raises whatever goes wrong, such as TimeoutError."""

@@ -174,7 +174,7 @@ _file_argument = click.argument("file", type=click.Path(path_type=Path, dir_okay
 @click.argument("name")
 @click.option("--models", metavar="IDS", help="What it may name: ids or patterns, with commas.")
 @click.option(
-    "--expires", metavar="DAY", help="When it ends: 2027-01-31, or 2027-01-31T18:00, UTC."
+    "--expires", metavar="DAY", help="When it ends: 2030-01-31, or 2030-01-31T18:00, UTC."
 )
 @click.option("--admin", is_flag=True, help="It also sees what concerns all keys.")
 @click.option("--requests-per-minute", type=int, metavar="N", help="In the last 60 s.")

@@ -77,10 +77,10 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def test_without_a_file_the_entry_is_printed() -> None:
-    key, entry = typed("new", "ann", "--expires", "2027-01-31").stdout.split("\n", 1)
+    key, entry = typed("new", "ann", "--expires", "2127-01-31").stdout.split("\n", 1)
     [kept] = keys.parse_all(keys_file.yaml_files.parse(entry, "printed"), "printed")
     assert kept.hash == keys.digest(key.encode())
-    assert f"{kept.expires:%Y-%m-%d %H:%M %Z}" == "2027-01-31 00:00 UTC"
+    assert f"{kept.expires:%Y-%m-%d %H:%M %Z}" == "2127-01-31 00:00 UTC"
 
 
 def test_an_added_key_leaves_the_rest_as_it_was(file: Path) -> None:

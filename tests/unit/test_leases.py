@@ -220,3 +220,44 @@ async def test_a_failed_exchange_is_tried_again(monkeypatch: pytest.MonkeyPatch)
     assert await until(lambda: counts.room("a", REQUESTS, 10, 1, NOON).left == 1)
     assert away.told[0]["a"].keys() == {DAILY}
     running.cancel()
+
+
+async def test_an_actor_that_still_starts_is_not_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(leases, "EVERY_S", 0.01)
+    monkeypatch.setattr(leases, "_TIMEOUT_S", 0.01)
+    away, counts, tries = Away(), Counts(), []
+
+    def connect() -> Any:
+        tries.append(1)
+        return away
+
+    async def tried(times: int) -> bool:
+        before = len(tries)
+        return bool(await until(lambda: len(tries) > before + times))
+
+    away.hangs = True
+    running = asyncio.create_task(Leases(counts, connect, lambda: True).run())
+    assert await tried(3)
+    assert caplog.messages == []
+    away.hangs = False
+    assert await until(lambda: counts._exchanges > 0)
+    away.hangs = True  # from now on it is
+    assert await tried(3)
+    assert caplog.messages == ["the limits' actor is away: TimeoutError()"]
+    running.cancel()
+
+    caplog.clear()
+    monkeypatch.setattr(leases, "_START_S", 0.0)
+    running = asyncio.create_task(Leases(Counts(), connect, lambda: True).run())
+    assert await tried(3)
+    assert caplog.messages == ["the limits' actor is away: TimeoutError()"]
+    running.cancel()
+
+    caplog.clear()
+    away.hangs, away.fails = False, RuntimeError("no head")  # no wait, but a reason
+    running = asyncio.create_task(Leases(Counts(), connect, lambda: True).run())
+    assert await tried(3)
+    assert caplog.messages == ["the limits' actor is away: RuntimeError('no head')"]
+    running.cancel()
