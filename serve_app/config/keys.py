@@ -8,8 +8,8 @@ import re
 import secrets
 from collections.abc import Collection, Iterable, Iterator
 from datetime import UTC, datetime
-from functools import cached_property
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 

@@ -62,23 +62,22 @@ def add(file: Path, name: str, text: str) -> None:
     """
 
     def added(before: str) -> str:
-        document, known = _parsed(before, file)
-        if any(key.name == name for key in known):
+        end = "\r\n" if "\r\n" in before else "\n"
+        dash = _DASH.search(before)
+        lines = textwrap.indent(text, dash[1] if dash else "").replace("\n", end)
+        after = before + (end if before and not before.endswith("\n") else "") + lines
+        entries = _entries(after, file)
+        if entries and entries[-1].name == name:
+            return after
+        if any(key.name == name for key in _parsed(before, file)[1]):
             raise UserError(
                 f"{file} has a key '{name}' already; choose another name, or first revoke that one "
                 f"(serve-app keys revoke {file} {name})"
             )
-        end = "\r\n" if "\r\n" in before else "\n"
-        column = document.start_mark.column if known and document else 0
-        lines = textwrap.indent(text, " " * column).replace("\n", end)
-        after = before + (end if before and not before.endswith("\n") else "") + lines
-        entries = _entries(after, file)
-        if not entries or (entries[:-1], entries[-1].name) != (known, name):
-            raise UserError(
-                f"{file}: its list is in brackets, so nothing can be put at its end; write its "
-                "entries as lines (- name: …)"
-            )
-        return after
+        raise UserError(
+            f"{file}: its list is in brackets, so nothing can be put at its end; write its entries "
+            "as lines (- name: …)"
+        )
 
     _change(file, added)
 
@@ -184,6 +183,7 @@ def _with_comments(lines: list[str], first: int, end: int, dash: int) -> tuple[i
     return first, end
 
 
+_DASH = re.compile(r"^\ufeff?( *)-(?=\s)", re.MULTILINE)
 _LONE_DASH = re.compile(r" *-\s*(#.*\s*)?")
 
 
