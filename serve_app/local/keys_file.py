@@ -75,8 +75,8 @@ def add(file: Path, name: str, text: str) -> None:
                 f"(serve-app keys revoke {file} {name})"
             )
         raise UserError(
-            f"{file}: its list is in brackets, so nothing can be put at its end; write its entries "
-            "as lines (- name: …)"
+            f"{file}: nothing can be put at its end, since its list is in brackets or '...' comes "
+            "after it; write its entries as lines (- name: …), and nothing after them"
         )
 
     _change(file, added)
@@ -109,7 +109,7 @@ def revoke(file: Path, name: str) -> str:
         assert document is not None  # it has a key
         lines = before.splitlines(keepends=True)
         node, dash = document.value[names.index(name)], document.start_mark.column
-        first, end = _with_comments(lines, node.start_mark.line, _last_line(node) + 1, dash)
+        first, end = _lines_of(lines, node, dash)
         gone = lines[first:end]
         comments = "".join(line.lstrip() for line in gone if _comment(line) is not None)
         if not "".join(lines[:first][-1:]).strip():  # else two blank lines would follow each other
@@ -169,11 +169,14 @@ def _some(names: list[str]) -> str:
     return (", ".join(names[:10]) or "none") + more
 
 
-def _with_comments(lines: list[str], first: int, end: int, dash: int) -> tuple[int, int]:
-    """The lines of an entry from ``first`` on and before ``end``, with the comments about it.
+def _lines_of(lines: list[str], entry: yaml.Node, dash: int) -> tuple[int, int]:
+    """The first line of an entry and the line after its last, with the comments about it.
 
     ``dash`` is the column of its dash.
     """
+    first, end = entry.start_mark.line, _last_line(entry) + 1
+    while not lines[end - 1].strip():  # of a text in a block
+        end -= 1
     while first and _LONE_DASH.fullmatch(lines[first - 1]):
         first -= 1
     while first and (column := _comment(lines[first - 1])) is not None and column <= dash:
@@ -184,7 +187,7 @@ def _with_comments(lines: list[str], first: int, end: int, dash: int) -> tuple[i
 
 
 _DASH = re.compile(r"^\ufeff?( *)-(?=\s)", re.MULTILINE)
-_LONE_DASH = re.compile(r" *-\s*(#.*\s*)?")
+_LONE_DASH = re.compile(r"\ufeff? *-\s*(#.*\s*)?")
 
 
 def _comment(line: str) -> int | None:
@@ -199,6 +202,8 @@ def _last_line(node: yaml.Node) -> int:
         return max(_last_line(child) for pair in node.value for child in pair)
     if isinstance(node, yaml.SequenceNode) and not node.flow_style:
         return max(_last_line(child) for child in node.value)
+    if isinstance(node, yaml.ScalarNode) and node.style in ("|", ">") and not node.end_mark.column:
+        return int(node.end_mark.line) - 1
     return int(node.end_mark.line)
 
 

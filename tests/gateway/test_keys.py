@@ -184,6 +184,26 @@ async def test_a_changed_file_counts_and_a_broken_one_does_not(gateway: Any, fil
         assert "keys" not in (await at.client.get("/ready", headers=bearer(OTHER))).json()
 
 
+def test_a_mounted_secret_is_followed_as_the_kubelet_changes_it(tmp_path: Path) -> None:
+    """By one link, ``..data``, that another takes the place of; the file's own link stays."""
+    for version, entry in (
+        ("..1", {"name": "team-a", "hash": HASH}),
+        ("..2", {"name": "team-b", "hash": OTHER_HASH}),
+    ):
+        (tmp_path / version).mkdir()
+        write(tmp_path / version / "keys.yaml", entry)
+    (tmp_path / "..data").symlink_to("..1")
+    (tmp_path / "keys.yaml").symlink_to("..data/keys.yaml")
+    ring = Keyring(KeySource(file=str(tmp_path / "keys.yaml")))
+    assert ring.caller({b"x-api-key": KEY.encode()}).name == "team-a"
+    (tmp_path / "..data_tmp").symlink_to("..2")
+    (tmp_path / "..data_tmp").replace(tmp_path / "..data")
+    ring.refresh()
+    assert ring.caller({b"x-api-key": OTHER.encode()}).name == "team-b"
+    with pytest.raises(GatewayError):
+        ring.caller({b"x-api-key": KEY.encode()})
+
+
 async def test_an_expired_key_says_so(gateway: Any, file: Path) -> None:
     write(file, {"name": "old", "hash": HASH, "expires": "2026-01-31"})
     async with Upstream() as upstream, gateway(upstream) as at:

@@ -278,11 +278,22 @@ def test_a_list_that_is_indented_goes_on_so(file: Path) -> None:
     assert [key.name for key in keys_file.listed(file)] == ["team-a", "ann"]
 
 
+def test_a_text_in_a_block_is_no_part_of_what_follows(file: Path) -> None:
+    rest = f"# Of b.\n- name: b\n  hash: {SECOND}\n"
+    for space in ("", "\n\n"):
+        file.write_text(f"\ufeff-\n  name: a\n  hash: |-\n    {FIRST}\n{space}{rest}")
+        typed("revoke", str(file), "a")
+        assert file.read_text() == rest
+    file.write_text(f"{rest}- name: a\n  hash: >-\n    {FIRST}")
+    typed("revoke", str(file), "a")
+    assert file.read_text() == rest
+
+
 @pytest.mark.parametrize("text", ["[]\n", f"[{{name: a, hash: '{FIRST}'}}]\n"])
 def test_a_list_in_brackets_is_left_to_people(file: Path, text: str) -> None:
     file.write_text(text)
     said = str(typed("new", "ann", "--file", str(file), status=1).exception)
-    assert said.startswith(f"{file}: its list is in brackets, so nothing can be put at its end")
+    assert said.startswith(f"{file}: nothing can be put at its end, since its list is in brackets")
     assert file.read_text() == text
 
 
