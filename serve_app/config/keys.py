@@ -169,7 +169,7 @@ class Key(KeyLimits):
 
 
 def moment(when: Any) -> datetime:
-    """A day's first moment, or a time, in UTC where it names no zone.
+    """A day's first moment, or a time, in UTC; it may name another zone.
 
     Raises:
         ValueError: it is neither, in one sentence.
@@ -182,12 +182,12 @@ def moment(when: Any) -> datetime:
             read = when
         else:
             read = datetime(when.year, when.month, when.day)
-    except (ValueError, AttributeError):
+        return read.astimezone(UTC) if read.tzinfo else read.replace(tzinfo=UTC)
+    except (ValueError, AttributeError, OverflowError):
         raise ValueError(
             f"{when!r} is no day or time; write a day, from whose first moment in UTC the key is "
             f"refused, such as {_EXAMPLE}, or a time, such as {_EXAMPLE}T18:00"
         ) from None
-    return read if read.tzinfo else read.replace(tzinfo=UTC)
 
 
 def parse_all(entries: Any, where: str) -> list[Key]:

@@ -134,13 +134,12 @@ def expired(key: Key) -> bool:
 
 
 def moment(when: datetime) -> str:
-    """In UTC, and without the hour where it is a day's first."""
-    when = when.astimezone(UTC)
+    """A time in UTC, without the hour where it is a day's first."""
     return f"{when:%Y-%m-%d}" if _is_midnight(when) else f"{when:%Y-%m-%d %H:%M}"
 
 
 def _is_midnight(when: datetime) -> bool:
-    return when.timetz() == time(tzinfo=UTC)
+    return when.time() == time.min
 
 
 def limits(of: KeyLimits) -> str:

@@ -205,7 +205,7 @@ def test_a_mounted_secret_is_followed_as_the_kubelet_changes_it(tmp_path: Path) 
 
 
 async def test_an_expired_key_says_so(gateway: Any, file: Path) -> None:
-    write(file, {"name": "old", "hash": HASH, "expires": "2026-01-31"})
+    write(file, {"name": "old", "hash": HASH, "expires": "2026-01-31T02:00+02:00"})
     async with Upstream() as upstream, gateway(upstream) as at:
         answer = await at.client.get("/v1/models", headers=bearer(KEY))
         assert answer.status_code == 401
@@ -337,6 +337,7 @@ def test_a_new_key_is_long_and_its_hash_is_that_of_the_file() -> None:
                 ({"tokens_per_minute": True}, "tokens_per_minute is true, but must be a whole nu"),
                 ({"weight": True}, "weight is true, but must be a number, without a unit"),
                 ({"expires": "31.1.2027"}, "expires: '31.1.2027' is no day or time; write a day,"),
+                ({"expires": "9999-12-31T23:00-02:00"}, "expires: '9999-12-31T23:00-02:00' is no"),
                 ({"expires": 20270131}, "expires: 20270131 is no day or time; write a day, "),
                 ({"admin": "maybe"}, "admin is 'maybe', but must be true or false"),
             )
