@@ -289,7 +289,9 @@ def test_a_text_in_a_block_is_no_part_of_what_follows(file: Path) -> None:
     assert file.read_text() == rest
 
 
-@pytest.mark.parametrize("text", ["[]\n", f"[{{name: a, hash: '{FIRST}'}}]\n"])
+@pytest.mark.parametrize(
+    "text", ["[]\n", f"[{{name: a, hash: '{FIRST}'}}]\n"], ids=["empty", "one"]
+)
 def test_a_list_in_brackets_is_left_to_people(file: Path, text: str) -> None:
     file.write_text(text)
     said = str(typed("new", "ann", "--file", str(file), status=1).exception)
