@@ -27,6 +27,7 @@ from serve_app.kuberay.render.workers import replicas_of
 from serve_app.kuberay.validate.judge import judge
 from serve_app.kuberay.validate.manifests import Document, Manifests, get, mapping, read
 from serve_app.kuberay.validate.serving import CONFIG
+from serve_app.local import gateway_needs
 from serve_app.local import judge as on_this_machine
 from serve_app.planner import check_machine, check_model
 from serve_app.planner.finding import Finding, Status
@@ -108,12 +109,15 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
         if why := check_model.undeployable(config):
             fix = "mend the setting: a deployment would refuse it, or wait in vain"
             findings.append(Finding("placement", "fail", name, why, fix))
+        findings += _started_elsewhere(name, config, fleet)
         findings += _chat_template(name, config)
-    if not gpus_needed(fleet)[1]:  # then it is for a machine such as this one
+    for_here = not gpus_needed(fleet)[1]  # then it is for a machine such as this one
+    if for_here:
         findings += check_machine.lacks(fleet, on_this_machine.limits(fleet, all_memory=True))
     if fleet.gateway is None:
         fix = "add an application with import_path serve_app.gateway:app and route_prefix /"
         findings.append(Finding("gateway", "fail", str(path), "no client can reach a model", fix))
+    findings += _gateway(fleet, for_here=for_here and documents is None)
     findings += [Finding("serve settings", "warn", str(path), said) for said in notices(fleet)]
     findings += _renamed_metrics(str(path), path.read_text())
     findings += _secrets(fleet)
@@ -156,6 +160,28 @@ def _engine_arguments(document: Document) -> Iterator[Finding]:
         if not wrong:
             known = f"{len(arguments)} known to vLLM {engine_args.VLLM_VERSION}"
             yield Finding(check, "ok", name, known)
+
+
+def _started_elsewhere(name: str, config: ModelConfig, fleet: Fleet) -> Iterator[Finding]:
+    if hint := fleet.start_hint(config.model):
+        said = f"model is {config.model}, and there is no such folder here"
+        yield Finding("model", "warn", name, said, hint.removeprefix("; "))
+
+
+def _gateway(fleet: Fleet, *, for_here: bool) -> Iterator[Finding]:
+    """What the gateway finds when it starts, and who is let in."""
+    if fleet.gateway is None:
+        return
+    about = str(fleet.path)
+    problems = gateway_needs.problems(fleet, os.environ)
+    wrong = [why for why, elsewhere in problems if for_here or not elsewhere]
+    yield from (Finding("gateway", "fail", about, why) for why in wrong)
+    notes = [*gateway_needs.odd_keys(fleet, os.environ)]
+    if for_here:  # others have a network of their own, and `render` a rule for what is public
+        notes += gateway_needs.open_to_all(fleet)
+    yield from (Finding("keys", "warn", about, said) for said in notes)
+    if not any(why.startswith("keys: ") for why in wrong):
+        yield Finding("keys", "ok", about, gateway_needs.in_force(fleet, os.environ))
 
 
 def _chat_template(name: str, config: ModelConfig) -> Iterator[Finding]:

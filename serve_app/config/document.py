@@ -80,6 +80,15 @@ class Fleet:
                 f"import_path {GATEWAY_IMPORT_PATH} and route_prefix /"
             )
 
+    def start_hint(self, relative: str) -> str:
+        """``"; start it in <folder>, …"`` where a path is missing here, but not from a folder above
+        the file, as a checkout's models are; or an empty string."""
+        if not relative or Path(relative).exists() or Path(relative).is_absolute():
+            return ""
+        above = self.path.resolve().parents
+        folder = next((folder for folder in above if (folder / relative).exists()), None)
+        return f"; start it in {folder}, where that is" if folder else ""
+
     def on_port(self, port: int) -> Fleet:
         """A copy with another ``http_options.port``."""
         options = self.http_options | {"port": port}

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -253,8 +253,8 @@ def _matches(pattern: str, ids: Collection[str]) -> bool:
     return any(fnmatchcase(id, pattern) for id in ids)
 
 
-def read(source: KeySource) -> list[Key]:
-    """The keys of a source, as they are now.
+def read(source: KeySource, environment: Mapping[str, str] = os.environ) -> list[Key]:
+    """The keys of a source, as they are now. ``environment`` is that of the gateways.
 
     Raises:
         ConfigError: they cannot be read, in one sentence.
@@ -262,7 +262,7 @@ def read(source: KeySource) -> list[Key]:
     if source.file:
         return parse_all(yaml_files.read(Path(source.file)), source.file)
     name = source.secret_env or ""
-    text = os.environ.get(name)
+    text = environment.get(name)
     if text is None:
         raise ConfigError(f"the environment variable {name} is not set")
     return parse_all(yaml_files.parse(text, name), name)

@@ -52,9 +52,11 @@ class Keyring:
             self.problem = f"{said}; {kept}"
             logger.error(self.problem)
             return
-        self.problem, self._was_read = "", True
+        where = self._source.file or self._source.secret_env
+        self.problem = "" if found else f"{where} lists no API key, so nobody is let in"
+        self._was_read = True
         self._keys = {key.hash: (key, _caller(key)) for key in [*found, *self._operator]}
-        logger.info(f"{len(found)} API keys are in force")
+        logger.info(self.problem or f"{len(found)} API keys are in force")
 
     @property
     def limited(self) -> bool:

@@ -12,12 +12,14 @@ import urllib.request
 from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 from urllib.parse import urlsplit
 
 from serve_app.errors import UserError, did_you_mean
 from serve_app.local.endpoint import authorization
 from serve_app.planner.model import runner
+from serve_app.planner.model.metadata import as_folder
 
 Message = dict[str, str]
 """``{"role": …, "content": …}``, as OpenAI's API has it."""
@@ -37,14 +39,17 @@ class Server:
     key: str = field(default="", repr=False)
     """The API key to send; that of SERVE_APP_API_KEY where it is empty."""
 
+    folder: Path = Path()
+    """What relative paths of its models begin at."""
+
     @classmethod
-    def at(cls, url: str, key: str = "") -> Server:
+    def at(cls, url: str, key: str = "", folder: Path = Path()) -> Server:
         """The server at a URL with or without ``/v1``."""
         url = url if "://" in url else f"http://{url}"
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(f"--url is {url}, but must be like http://127.0.0.1:8000/v1")
         base = url.rstrip("/")
-        return cls(base if base.endswith("/v1") else f"{base}/v1", key)
+        return cls(base if base.endswith("/v1") else f"{base}/v1", key, folder)
 
     def chat_model(self, named: str | None) -> str:
         """The id of the model to talk to: the one named, else the only one that writes text.
@@ -67,7 +72,7 @@ class Server:
         for card in cards:
             if card.get("parent") is None:
                 first.setdefault(str(card.get("root") or card["id"]), str(card["id"]))
-        writing = [id for root, id in first.items() if not runner.pools(root, {}, os.environ)]
+        writing = [id for root, id in first.items() if not self._pools(root)]
         if len(writing) == 1:
             return writing[0]
         if not writing:
@@ -76,6 +81,10 @@ class Server:
         raise UserError(
             f"{self.base} has several models; name one: serve-app chat {' | '.join(writing)}"
         )
+
+    def _pools(self, model: str) -> bool:
+        there = self.folder / as_folder(model)
+        return runner.pools(str(there) if there.is_dir() else model, {}, os.environ)
 
     def answer(
         self, model: str, messages: list[Message]

@@ -249,7 +249,7 @@ def _server(port: int | None) -> Server:
 
     found = [r for r in runs.running(instance.bases()) if port in (None, r.port)]
     if len(found) == 1:
-        return Server.at(found[0].endpoint.url, found[0].key)
+        return Server.at(found[0].endpoint.url, found[0].key, found[0].working_folder)
     return Server.at(f"http://127.0.0.1:{port or 8000}")
 
 

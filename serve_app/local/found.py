@@ -71,8 +71,9 @@ def here(port: int | None = None) -> Server | None:
             there = ", ".join(str(run.port) for run in all_runs) or "none"
             raise UserError(f"no serve-app run has port {port} here (ports: {there})")
         return of(chosen[0])
-    if named := by_environment():
-        return Server(None, named)
+    if named := by_environment():  # also after `eval "$(serve-app env)"`
+        ours = next((run for run in all_runs if run.gcs == named.address), None)
+        return of(ours) if ours else Server(None, named)
     if len(all_runs) > 1:
         ports = ", ".join(str(run.port) for run in all_runs)
         raise UserError(f"{len(all_runs)} servers run here; name one by --port (ports: {ports})")

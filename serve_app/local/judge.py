@@ -8,20 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 
 from serve_app.config.document import Fleet
 from serve_app.errors import UserError
-from serve_app.local import this_machine, weights
+from serve_app.local import gateway_needs, this_machine, weights
 from serve_app.planner import check_model
 from serve_app.planner.check_machine import Limits
 
 
-def refuse(fleet: Fleet, *, here: bool, replaces: bool = False) -> None:
+def refuse(
+    fleet: Fleet,
+    *,
+    here: bool,
+    replaces: bool = False,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
     """Refuse a config that cannot work.
 
     Args:
         here: whether this machine alone is to run it; another one may have other files and GPUs.
         replaces: whether it takes the place of what runs here already, which then makes room.
+        environment: that of the server.
 
     Raises:
         ConfigError: the first reason, and what to change.
@@ -29,6 +37,7 @@ def refuse(fleet: Fleet, *, here: bool, replaces: bool = False) -> None:
     fleet.require_gateway()
     check_model.refuse(fleet, limits(fleet, all_memory=replaces) if here else None)
     if here:
+        gateway_needs.refuse(fleet, environment)
         weights.refuse_missing(fleet)
 
 

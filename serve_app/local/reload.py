@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.config import notices
 from serve_app.config.document import Fleet
 from serve_app.errors import UserError
-from serve_app.local import judge
+from serve_app.local import gateway_needs, judge
 from serve_app.local.endpoint import Endpoint
 from serve_app.local.found import Server
 
@@ -48,9 +48,10 @@ def reload(
     Raises:
         UserError: the config cannot work, the server does not answer, or Serve refuses the config.
     """
+    ours = server.run if server.run is not None and server.run.ray_address is None else None
+    environment = ours.environment() if ours else {}
     if check:
-        here = server.run is not None and server.run.ray_address is None
-        judge.refuse(fleet, here=here, replaces=True)
+        judge.refuse(fleet, here=ours is not None, replaces=True, environment=environment)
     fleet.require_gateway()
     connection = server.reached()
     client = connection.serve()  # imports Ray, with what it has to know of this cluster
@@ -61,7 +62,8 @@ def reload(
     before = serve.applications(details)
     running = details.get("http_options") or {}
     said = notices.ignored_by_running_serve(fleet, running, again=_again(server, fleet))
-    for sentence in [*notices.notices(fleet), *said]:
+    of_keys = gateway_needs.odd_keys(fleet, environment) if ours else ()
+    for sentence in [*of_keys, *notices.notices(fleet), *said]:
         tell(f"note: {sentence}")
     wanted = {application["name"]: application for application in fleet.document["applications"]}
     changed = {

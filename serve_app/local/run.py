@@ -29,7 +29,7 @@ from serve_app.config.document import OPERATOR_HASH, RUN_ID, USAGE_DB, Fleet, lo
 from serve_app.config.settings import usage_url
 from serve_app.errors import UserError
 from serve_app.local import endpoint as endpoints
-from serve_app.local import found, reasons, runs, serve_process
+from serve_app.local import found, gateway_needs, reasons, runs, serve_process
 from serve_app.local import instance as instances
 from serve_app.local.door import Door
 from serve_app.local.endpoint import Endpoint
@@ -57,9 +57,9 @@ def run(
     what can work.
 
     Raises:
-        UserError: no engine is installed, the API keys cannot be read, the port is taken,
-            RAY_ADDRESS names a cluster that is silent or serves something, no model came up, or
-            ``serve run`` ended by itself.
+        UserError: no engine is installed, the port is taken, RAY_ADDRESS names a cluster that is
+            silent or serves something, the gateway or no model came up, or ``serve run`` ended by
+            itself.
     """
     fleet.require_gateway()
     if port is not None:
@@ -70,8 +70,6 @@ def run(
             "no engine is installed in this environment; install serve-app[gpu], or serve-app[cpu] "
             "on a machine without a GPU (docs/install.md)"
         )
-    if cluster is None and fleet.gateway and fleet.gateway.keys:
-        keys.read(fleet.gateway.keys)  # else the gateway starts, and lets nobody in
     key, hash = keys.new() if cluster is None else ("", "")
     endpoint = dataclasses.replace(_endpoint(fleet, cluster), key=key)
     for sentence in _notices(fleet, cluster):
@@ -217,16 +215,8 @@ def _refuse_own(port: int) -> None:
 def _notices(fleet: Fleet, cluster: NamedCluster | None) -> list[str]:
     running = cluster.http_options if cluster else None
     ignored = [] if running is None else notices.ignored_by_running_serve(fleet, running)
-    return [*_open_to_all(fleet), *notices.notices(fleet), *ignored]
-
-
-def _open_to_all(fleet: Fleet) -> list[str]:
-    if (fleet.gateway and fleet.gateway.keys) or addresses.is_loopback(fleet.host):
-        return []
-    return [
-        f"whoever reaches {fleet.host} may use the models: there are no API keys "
-        "(gateway.args.keys; serve-app keys new)"
-    ]
+    of_keys = [*gateway_needs.open_to_all(fleet), *gateway_needs.odd_keys(fleet, os.environ)]
+    return [*of_keys, *notices.notices(fleet), *ignored]
 
 
 def _environment(instance: Instance, endpoint: Endpoint, ours: dict[str, str]) -> dict[str, str]:

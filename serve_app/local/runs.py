@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,6 +66,15 @@ class Run:
             if port := file.read_text().strip():
                 return f"127.0.0.1:{port}"
         return None
+
+    def environment(self) -> dict[str, str]:
+        """The variables that it was started with, which its gateway has too."""
+        try:
+            entries = Path(f"/proc/{self.pid}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            return {}
+        pairs = (os.fsdecode(entry).partition("=") for entry in entries if entry)
+        return {name: value for name, _, value in pairs}
 
     def lives(self) -> bool:
         return self.born == birth(self.pid)

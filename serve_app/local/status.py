@@ -53,6 +53,10 @@ def show(server: Server, console: Console, only: str | None = None) -> bool:
     if only is not None:
         waiting &= {only}
     console.print(f"{endpoint.url}/v1 ({started_by})", highlight=False, soft_wrap=True)
+    for what in ("keys", "usage"):  # as GET /ready tells them
+        if why := (ready or {}).get(what):
+            said = f"{what}: {why}"
+            console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("model", "status", "replicas", ""):
         table.add_column(column, overflow="fold")

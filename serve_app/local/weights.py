@@ -34,6 +34,8 @@ def refuse_missing(fleet: Fleet) -> None:
             continue  # loaded neither from the hub nor from its cache
         for setting, value in _named(config):
             if why := _missing(value, environment):
+                if hint := fleet.start_hint(value):
+                    why = f"there is no folder {metadata.as_folder(value).absolute()}{hint}"
                 raise ConfigError(
                     f"{fleet.path}: application '{name}': {setting} is '{value}', but {why}"
                 )

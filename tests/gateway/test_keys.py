@@ -153,6 +153,16 @@ def test_with_a_broken_file_at_the_start_the_operator_gets_in_and_hears_of_it(
         ring.caller({b"x-api-key": KEY.encode()})
 
 
+def test_a_file_without_a_key_lets_nobody_in_and_says_so(file: Path) -> None:
+    write(file)
+    ring = Keyring(KeySource(file=str(file)))
+    assert ring.problem == f"{file} lists no API key, so nobody is let in"
+    write(file, {"name": "team-a", "hash": HASH})
+    ring.refresh()
+    assert ring.problem == ""
+    assert ring.caller({b"x-api-key": KEY.encode()}).name == "team-a"
+
+
 async def test_a_changed_file_counts_and_a_broken_one_does_not(gateway: Any, file: Path) -> None:
     async with Upstream() as upstream, gateway(upstream) as at:
         ring = at.app._keyring

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from harness.command import refusal
 from harness.processes import free_port
 
 from serve_app import cli
+from serve_app.errors import UserError
+from serve_app.local.chat import Server
 
 CHAT = {"id": "smol", "root": "models/smol", "parent": None}
 ALIAS = {"id": "org/smol", "root": "models/smol", "parent": None}
@@ -197,6 +200,21 @@ def test_the_model_must_be_clear(
     server.cards = cards
     [line] = refusal("chat", *arguments, "--port", server.port, "-m", "hi")
     assert told in line
+
+
+def test_a_model_s_folder_is_looked_for_where_the_server_was_started(
+    server: OpenAI, tmp_path: Path
+) -> None:
+    """Else the answer to which models write text would be that of the folder that one is in."""
+    embedder = tmp_path / "models/embedder"
+    embedder.mkdir(parents=True)
+    modules = [{"type": "sentence_transformers.models.Pooling"}]
+    (embedder / "modules.json").write_text(json.dumps(modules))
+    server.cards = [CHAT, {"id": "e", "root": "models/embedder", "parent": None}]
+    url = f"http://127.0.0.1:{server.port}"
+    assert Server.at(url, folder=tmp_path).chat_model(None) == "smol"
+    with pytest.raises(UserError, match="has several models"):
+        Server.at(url).chat_model(None)
 
 
 def test_a_server_that_still_starts_is_said(server: OpenAI) -> None:

@@ -76,28 +76,6 @@ def test_the_first_request_has_a_key_where_there_are_keys(tmp_path: Path) -> Non
     assert "SERVE_APP_API_KEY" not in how_to_ask(open_to_all, Endpoint.of(open_to_all))
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        ({"file": "absent.yaml"}, "absent.yaml: no such file"),
-        ({"file": "broken.yaml"}, "did you mean 'hash'?"),
-        ({"secret_env": "NO_KEYS_HERE"}, "the environment variable NO_KEYS_HERE is not set"),
-    ],
-)
-def test_run_refuses_keys_that_cannot_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str], said: str
-) -> None:
-    """Else the gateway starts, and lets nobody in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    (tmp_path / "broken.yaml").write_text("- {name: a, hsah: b}")
-    document = yaml.safe_load((REPO / "configs/team.yaml").read_text())
-    document["applications"][-1]["args"]["keys"] = keys
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
-    with pytest.raises(UserError, match=re.escape(said)):
-        run_module.run(load(tmp_path / "config.yaml"), Console())
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1"])
 def test_a_port_is_free_or_taken_on_the_address_that_is_asked_for(host: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

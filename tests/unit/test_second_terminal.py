@@ -190,6 +190,18 @@ def test_of_several_runs_one_is_named_by_its_port(base: Path) -> None:
         found.server(9)
 
 
+def test_ray_address_may_be_that_of_a_run(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `eval "$(serve-app env)"` a reload still knows the config."""
+    run = record(base, 8000)
+    ports = run.folder / "ray" / "session_latest"
+    ports.mkdir(parents=True)
+    (ports / "gcs_server_port_0abc").write_text("6390")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6390")
+    assert found.server().run == run
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6391")
+    assert found.server().run is None
+
+
 @pytest.mark.parametrize(
     "command",
     [("status",), ("logs",), ("reload",), ("env",), ("admin", "m", "wake")],
@@ -292,6 +304,18 @@ def test_status_says_of_each_model_what_it_does(
         "broken failed 0 no such model",
         "GPU 0 NVIDIA H100 80GB HBM3: 71.5 of 79.6 GiB in use, 97 % busy",
     ]
+
+
+def test_status_has_the_troubles_that_ready_has(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = {"keys": "keys.yaml: key a: x", "usage": "the database is away since 12:00 [UTC]"}
+    monkeypatch.setattr(f"{__name__}.READY", READY | why)
+    out = io.StringIO()
+    with answering(Gateway) as port:
+        record(base, port)
+        status.show(found.server(), Console(file=out, width=40))
+    assert out.getvalue().splitlines()[1:3] == [f"{what}: {said}" for what, said in why.items()]
 
 
 def test_status_of_one_model(base: Path) -> None:
