@@ -6,6 +6,7 @@ One OpenAI-compatible endpoint in front of every model of the cluster.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from typing import Any
@@ -19,6 +20,8 @@ from serve_app.config.document import DEPLOYMENT, GATEWAY_DEPLOYMENT
 from serve_app.config.settings import GatewayConfig, parse
 from serve_app.errors import ConfigError
 from serve_app.gateway import scaling
+
+logger = logging.getLogger("ray.serve")
 
 # Each streaming request occupies one of Serve's slots. vLLM bounds the load, so Serve need not.
 _UNBOUNDED = 1_000_000
@@ -73,6 +76,14 @@ class GatewayServer:
     """One gateway process."""
 
     async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]
+        try:
+            await self._start(args)
+        except Exception as error:
+            # Serve has its traceback in the controller's log, where nobody looks for it.
+            logger.error(f"the gateway cannot start: {error}")
+            raise
+
+    async def _start(self, args: dict[str, Any]) -> None:
         from serve_app.cluster import grpc_port
         from serve_app.cluster.gateways import Gateways
         from serve_app.cluster.limits_actor import Coordinator

@@ -22,8 +22,9 @@ from serve_app.errors import UserError
 if TYPE_CHECKING:
     from serve_app.local.chat import Server
 
-_STOP_S = 150.0
-"""Seconds that a stopping run gets: it gives `serve run` 60, and Ray's processes some more."""
+_STOP_S = 180.0
+"""Seconds that a stopping run gets: it gives running requests 30, `serve run` 60, and Ray's
+processes some more."""
 
 _SAY_S = 2.0
 """Seconds after which a stop that is still under way is said to be."""
@@ -73,7 +74,10 @@ def reload(config: Path | None, port: int | None, no_check: bool, wait: bool) ->
 @click.command()
 @port_option
 def stop(port: int | None) -> None:
-    """End the serve-app run of this machine, as Ctrl-C does, and wait until it is gone."""
+    """End the serve-app run of this machine, as Ctrl-C does, and wait until it is gone.
+
+    Running requests get 30 s to end; a second stop ends them at once.
+    """
     from serve_app.local import found
 
     server = found.here(port)

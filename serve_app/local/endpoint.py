@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import json
 import os
+import re
 import socket
 import urllib.error
 import urllib.request
@@ -15,6 +16,8 @@ from typing import Any
 from serve_app import addresses
 from serve_app.config.document import API_KEY, Fleet
 from serve_app.errors import UserError
+
+_RUNNING = "serve_app_gateway_inflight_requests"
 
 # Requests to this machine never use a proxy, whatever HTTP_PROXY says.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -96,6 +99,18 @@ class Endpoint:
         if not isinstance(body, dict) or not isinstance(body.get("models"), dict):
             return None
         return body if run is None or body.get("run") == run else None
+
+    def running(self) -> int:
+        """The requests that its gateways are answering now; 0 where they do not tell."""
+        headers = authorization(self.key)
+        try:
+            request = urllib.request.Request(f"{self.url}/metrics", headers=headers)
+            with _open(request, timeout=10) as answer:
+                page = answer.read().decode()
+        except (OSError, ValueError):
+            return 0
+        counts = re.findall(rf"^{_RUNNING}{{[^\n]*}} ([0-9.e+]+)$", page, re.MULTILINE)
+        return int(sum(map(float, counts)))
 
 
 def authorization(key: str = "") -> dict[str, str]:

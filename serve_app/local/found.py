@@ -8,6 +8,7 @@ from typing import Any
 
 from serve_app import addresses
 from serve_app.cluster.connection import Connection, at_hand, by_environment
+from serve_app.config.document import GATEWAY_IMPORT_PATH
 from serve_app.errors import UserError
 from serve_app.local import instance, runs
 from serve_app.local.endpoint import Endpoint
@@ -48,6 +49,26 @@ class Server:
         ):
             host = head[0]
         return Endpoint(host, int(options.get("port") or 8000))
+
+
+def failed_gateway(server: Server) -> str:
+    """Why no gateway of a server came up, which then cannot tell it; empty while one may."""
+    if server.connection is None:
+        return ""
+    try:
+        details = server.connection.serve().get_serve_details()
+    except (UserError, OSError, RuntimeError):  # Ray is starting, or ending
+        return ""
+    from serve_app.cluster import serve
+
+    for application in serve.applications(details).values():
+        if (
+            application.import_path == GATEWAY_IMPORT_PATH
+            and application.status == "DEPLOY_FAILED"
+            and not any(replica.state == "RUNNING" for replica in application.replicas)
+        ):
+            return application.message or "Serve gives no reason"
+    return ""
 
 
 def server(port: int | None = None) -> Server:

@@ -62,6 +62,8 @@ def run(
             itself.
     """
     fleet.require_gateway()
+    assert fleet.gateway
+    patience_s = min(_DRAIN_S, fleet.gateway.graceful_shutdown_timeout_s)
     if port is not None:
         fleet = fleet.on_port(port)
     cluster = named_cluster()
@@ -82,7 +84,7 @@ def run(
     started = time.monotonic()
     log = None if verbose else instance.log
     stop = _Stop()
-    asked = False
+    asked = cut = False
     run = _recorded(
         fleet,
         instance,
@@ -96,12 +98,12 @@ def run(
     try:
         if log:
             console.print(f"starting {len(fleet.models)} models; full log: {log}", highlight=False)
-        ready = _wait_until_ready(fleet, endpoint, ours, serve, stop, console, started)
+        ready = _wait_until_ready(fleet, run, ours, serve, stop, console, started)
         if serve.poll() is not None and not stop.asked and reasons.was_slow(log):
             console.print("Ray did not start in its 30 s; starting it once more")
             serve_process.end(serve, console)
             serve = serve_process.start(fleet, instance, env, log)
-            ready = _wait_until_ready(fleet, endpoint, ours, serve, stop, console, started)
+            ready = _wait_until_ready(fleet, run, ours, serve, stop, console, started)
         if ready:
             told = how_to_ask(fleet, endpoint)  # never wrapped, so that it can be copied
             console.print(told, soft_wrap=True, markup=False, highlight=False)
@@ -113,9 +115,12 @@ def run(
         asked = stop.asked
         if not asked:
             raise UserError(reasons.why_it_ended(serve.returncode, log))
+        cut = not _let_end(endpoint, patience_s, serve, stop, console)
         return 0
     finally:
-        serve_process.end(serve, console)
+        serve_process.end(
+            serve, console, patience_s=_CUT_S if cut else _END_S, at_once=lambda: stop.again
+        )
         if door:
             door.close()
         instance.close(keep=not asked)
@@ -238,6 +243,10 @@ def _usage_db(env: Mapping[str, str]) -> str | None:
         return None
 
 
+_SILENT_S = 15.0
+"""Seconds of a silent gateway after which Serve is asked whether it has failed."""
+
+
 class Terminal(Console):
     """Standard output. The server goes on when nobody reads it any more."""
 
@@ -253,33 +262,80 @@ class Terminal(Console):
 
 
 class _Stop:
-    """Notes Ctrl-C, SIGTERM or a closed terminal. A second signal has no effect."""
+    """Notes Ctrl-C, SIGTERM or a closed terminal, and a second one of them."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.again = False
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
             signal.signal(signal.SIGHUP, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.again = self.asked
         self.asked = True
+
+
+_DRAIN_S = 30.0
+"""Seconds at most that running requests get to end."""
+
+_END_S = 60.0
+"""Seconds that ``serve run`` gets to end by itself."""
+
+_CUT_S = 5.0
+"""The same where requests run on, whose clients Serve has left: it would wait 30 s for them."""
+
+
+def _let_end(
+    endpoint: Endpoint,
+    patience_s: float,
+    serve: subprocess.Popen[bytes],
+    stop: _Stop,
+    console: Console,
+) -> bool:
+    """Wait for the requests that are running; whether all have ended.
+
+    Serve's own shutdown ends its proxies first, and with them each client's connection.
+    """
+    running = endpoint.running() if patience_s else 0
+    if not running:
+        return True
+    what = "1 request is" if running == 1 else f"{running} requests are"
+    console.print(
+        f"{what} running and may take {patience_s:g} s to end; Ctrl-C again ends all now",
+        highlight=False,
+    )
+    deadline = time.monotonic() + patience_s
+    while running and serve.poll() is None and not stop.again and time.monotonic() < deadline:
+        time.sleep(0.5)
+        running = endpoint.running()
+    return not running
 
 
 def _wait_until_ready(
     fleet: Fleet,
-    endpoint: Endpoint,
+    run: Run,
     ours: str | None,
     serve: subprocess.Popen[bytes],
     stop: _Stop,
     console: Console,
     started: float,
 ) -> bool:
-    """Report each model when it is up; True when all are, False when asked to stop."""
+    """Report each model when it is up; True when all are, False when asked to stop.
+
+    Raises:
+        UserError: the gateway, or no model, came up.
+    """
     told: set[str] = set()
+    ask_serve = time.monotonic() + _SILENT_S
     with console.status("starting Ray") as status:
         while serve.poll() is None and not stop.asked:
-            report = endpoint.ready(ours) or {"models": {}, "waiting_for": []}
+            report = run.endpoint.ready(ours)
+            if report is None and time.monotonic() > ask_serve:
+                if why := found.failed_gateway(found.of(run)):
+                    raise UserError(f"the gateway failed: {why}")
+                ask_serve = time.monotonic() + _SILENT_S
+            report = report or {"models": {}, "waiting_for": []}
             waiting = [n for n in fleet.models if n not in told]
             if report["models"]:
                 status.update("; ".join(_doing(n, report["models"].get(n, {})) for n in waiting))

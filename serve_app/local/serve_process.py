@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -47,14 +48,24 @@ def start(
             output.close()
 
 
-def end(serve: subprocess.Popen[bytes], console: Console) -> None:
-    """Pass Ctrl-C on, and kill all that ``serve run`` started and is still there a minute later."""
+def end(
+    serve: subprocess.Popen[bytes],
+    console: Console,
+    *,
+    patience_s: float = 60.0,
+    at_once: Callable[[], bool] = lambda: False,
+) -> None:
+    """Pass Ctrl-C on, and kill all that ``serve run`` started and is still there later.
+
+    ``at_once`` ends the patience.
+    """
     if serve.poll() is None:
         console.print("stopping")
         serve.send_signal(signal.SIGINT)
-        try:
-            serve.wait(timeout=60)
-        except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + patience_s
+        while serve.poll() is None and time.monotonic() < deadline and not at_once():
+            time.sleep(0.1)
+        if serve.poll() is None:
             serve.kill()
             serve.wait()
     # Ray's processes may need a moment to notice that their driver is gone.

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.errors import UserError, did_you_mean
+from serve_app.local import found
 from serve_app.local.found import Server
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ def show(server: Server, console: Console, only: str | None = None) -> bool:
         ready = endpoint.ready()
         started_by = f"serve-app run, pid {server.run.pid}"
         if ready is None:
-            said = f"{endpoint.url} does not answer yet: it is starting ({started_by})"
-            console.print(said, highlight=False, soft_wrap=True)
+            failed = found.failed_gateway(server)
+            state = f": the gateway failed: {failed}" if failed else " yet: it is starting"
+            said = f"{endpoint.url} does not answer{state} ({started_by})"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
             return False
         models = ready["models"]
     else:

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from harness import processes, servers
 from harness.local_run import Run
 from harness.processes import children, eventually, free_port, in_session, is_port_free
 from harness.servers import EMBED
 from openai import OpenAI
+
+from serve_app.local import logs
 
 
 def test_serve_app_run_says_how_to_ask_and_leaves_nothing_after_ctrl_c(tmp_path: Path) -> None:
@@ -142,5 +145,55 @@ def test_output_that_nobody_reads_any_more_ends_nothing(tmp_path: Path) -> None:
         assert eventually(ready, 300, 0.5), run.out.read_text()
         assert run.embeds() == 384
         assert run.end(signal.SIGTERM) == {}
+    finally:
+        run.kill()
+
+
+# ------------------------------------------------------------------- how it ends
+
+
+def test_a_gateway_that_cannot_start_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    run = Run(tmp_path, options=("--no-check",))  # without it nothing would start
+    document = yaml.safe_load(run.config.read_text())
+    document["applications"][-1]["args"]["usage_dir"] = "/etc/passwd"
+    run.config.write_text(yaml.safe_dump(document))
+    run.start()
+    try:
+        assert run.process.wait(timeout=300) == 2
+        said = run.out.read_text()
+        why = "usage_dir: /etc/passwd cannot be written"
+        assert f"serve-app: the gateway failed: {why}" in said
+        assert "Traceback" not in said
+        log = Path(re.findall(r"full log: (\S+)", said)[0])
+        told = list(logs.read(log, "gateway", tail=10))
+        assert any(f"the gateway cannot start: {why}" in line for line in told)
+    finally:
+        run.kill()
+
+
+def test_a_running_answer_ends_before_its_server(tmp_path: Path) -> None:
+    run = Run(tmp_path, name="chat")
+    document = yaml.safe_load(run.config.read_text())
+    args = servers.demo_args("smollm2-135m") | {"served_as": []}
+    args["model"] = str(processes.REPO / args["model"])
+    document["applications"][0]["args"] = args
+    run.config.write_text(yaml.safe_dump(document))
+    run.start()
+    try:
+        run.wait_until_ready()
+        with OpenAI(base_url=f"http://127.0.0.1:{run.port}/v1", api_key="-") as client:
+            stream = client.chat.completions.create(
+                model="chat",
+                messages=[{"role": "user", "content": "hi"}],
+                max_tokens=100,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+            next(stream)
+            run.process.send_signal(signal.SIGINT)
+            last = [chunk.choices[0] for chunk in stream if chunk.choices][-1]
+        assert last.finish_reason == "length"
+        assert run.process.wait(timeout=120) == 0
+        assert "1 request is running and may take 30 s to end" in run.out.read_text()
     finally:
         run.kill()

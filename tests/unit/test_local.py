@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -603,3 +604,79 @@ def test_haproxy_s_longest_socket_fits(short: Path, monkeypatch: pytest.MonkeyPa
     file.write_text(f"global\n  stats socket {folder}x/metrics.sock\n")
     done = subprocess.run(check, capture_output=True, text=True)
     assert "too long (max 97)" in done.stderr
+
+
+# --------------------------------------------------------------------------------------- the end
+
+
+METRICS = b"""\
+# HELP serve_app_gateway_inflight_requests now
+serve_app_gateway_inflight_requests{gateway="a",model="m"} 2.0
+serve_app_gateway_inflight_requests{gateway="b",model="m"} 1.0
+serve_app_gateway_queued_requests{gateway="a",model="m"} 7.0
+"""
+
+
+class Metrics(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        known = self.headers["authorization"] == "Bearer sk-x" and self.path == "/metrics"
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(METRICS if known else b"{}")
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_the_gateways_tell_how_many_requests_are_running() -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        assert Endpoint("127.0.0.1", port, "sk-x").running() == 3
+        assert Endpoint("127.0.0.1", port, "sk-y").running() == 0
+        server.shutdown()
+    assert Endpoint("127.0.0.1", port).running() == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "patience_s", "again_after", "ended"),
+    [
+        ([0], 30.0, None, True),
+        ([2, 1, 0], 30.0, None, True),
+        ([2, 2, 2], 0.0, None, True),  # the config gives them no time: none is asked for
+        ([1, 1, 1], 30.0, 1, False),
+    ],
+    ids=["none", "they end", "no time", "a second Ctrl-C"],
+)
+def test_running_requests_get_their_time(
+    counts: list[int],
+    patience_s: float,
+    again_after: int | None,
+    ended: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop: Any = SimpleNamespace(again=False)
+    sleeps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        sleeps.append(seconds)
+        stop.again = len(sleeps) == again_after
+
+    monkeypatch.setattr(run_module.time, "sleep", sleep)
+    asked = iter(counts)
+    endpoint: Any = SimpleNamespace(running=lambda: next(asked))
+    serve: Any = SimpleNamespace(poll=lambda: None)
+    out = io.StringIO()
+    console = Console(file=out, width=200)
+    assert run_module._let_end(endpoint, patience_s, serve, stop, console) == ended
+    assert ("running and may take 30 s to end" in out.getvalue()) == bool(sleeps)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_process.orphans, "orphans", list)  # others' are none of ours
+    deaf = ["/bin/sh", "-c", "trap '' INT; echo deaf; while :; do sleep 0.1; done"]
+    serve = subprocess.Popen(deaf, start_new_session=True, stdout=subprocess.PIPE)
+    assert serve.stdout and serve.stdout.readline() == b"deaf\n"
+    serve_process.end(serve, Console(file=io.StringIO()), patience_s=600, at_once=lambda: True)
+    assert serve.returncode == -signal.SIGKILL
+    serve.stdout.close()

@@ -344,6 +344,54 @@ def test_a_run_s_port_is_not_taken_by_a_stranger(base: Path, tmp_path: Path) -> 
     )
 
 
+def gateway_in_serve(state: str, *replicas: str) -> dict[str, Any]:
+    """What Serve reports of an application whose one deployment has this state."""
+    running = [
+        {"replica_id": id, "state": "RUNNING", "node_id": "n", "start_time_s": 0} for id in replicas
+    ]
+    of: dict[str, Any] = {"status": state, "message": "", "replicas": running}
+    why = "Traceback …\nserve_app.errors.ConfigError: usage_dir: x cannot be written; name another"
+    return {
+        "status": state,
+        "message": "Failed to update the deployments ['Gateway'].",
+        "deployed_app_config": {"import_path": GATEWAY_IMPORT_PATH},
+        "deployments": {"Gateway": of | ({"message": why} if state == "DEPLOY_FAILED" else {})},
+    }
+
+
+def test_a_gateway_that_failed_is_told_by_serve(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = record(base, free_port())
+    ports = silent.folder / "ray" / "session_latest"
+    ports.mkdir(parents=True)
+    (ports / "gcs_server_port_0abc").write_text("6390")
+    reported = gateway_in_serve("DEPLOYING")
+    answer: Any = lambda _: SimpleNamespace(  # noqa: E731
+        get_serve_details=lambda: {"applications": {"gateway": reported}}
+    )
+    monkeypatch.setattr(Connection, "serve", answer)
+    why = "usage_dir: x cannot be written; name another"
+
+    def said() -> str:
+        out = io.StringIO()
+        assert not status.show(found.server(), Console(file=out, width=40))
+        return out.getvalue()
+
+    assert "does not answer yet: it is starting" in said()
+    reported = gateway_in_serve("DEPLOY_FAILED", "r")  # an update; the one before serves on
+    assert found.failed_gateway(found.of(silent)) == ""
+    reported = gateway_in_serve("DEPLOY_FAILED")
+    assert f"does not answer: the gateway failed: {why} (serve-app run, pid" in said()
+    monkeypatch.setattr(run, "_SILENT_S", 0.0)
+    fleet: Any = SimpleNamespace(models={"m": None})
+    lives: Any = SimpleNamespace(poll=lambda: None)
+    goes_on: Any = SimpleNamespace(asked=False)
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError, match=f"the gateway failed: {why}"):
+        run._wait_until_ready(fleet, silent, None, lives, goes_on, console, 0.0)
+
+
 def test_status_of_a_run_that_does_not_answer_yet(base: Path) -> None:
     record(base, free_port())
     out = io.StringIO()
@@ -569,9 +617,10 @@ def test_a_server_that_tells_nothing_without_a_key_is_asked_by_serve() -> None:
 
 def test_a_run_on_a_cluster_with_keys_ends_its_waiting() -> None:
     reports = iter(["not ready", "ready"])
-    answers: Any = SimpleNamespace(
+    endpoint = SimpleNamespace(
         ready=lambda ours: {"status": next(reports), "waiting_for": [], "models": {}}
     )
+    answers: Any = SimpleNamespace(endpoint=endpoint)
     fleet: Any = SimpleNamespace(models={"m": None})
     lives: Any = SimpleNamespace(poll=lambda: None)
     goes_on: Any = SimpleNamespace(asked=False)
