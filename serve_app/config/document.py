@@ -7,6 +7,7 @@ application, with :class:`GatewayConfig`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,10 @@ class Fleet:
     def start_hint(self, relative: str) -> str:
         """``"; start it in <folder>, …"`` where a path is missing here, but not from a folder above
         the file, as a checkout's models are; or an empty string."""
-        if not relative or Path(relative).exists() or Path(relative).is_absolute():
+        if not relative or os.path.isabs(relative) or os.path.exists(relative):
             return ""
         above = self.path.resolve().parents
-        folder = next((folder for folder in above if (folder / relative).exists()), None)
+        folder = next((folder for folder in above if os.path.exists(folder / relative)), None)
         return f"; start it in {folder}, where that is" if folder else ""
 
     def on_port(self, port: int) -> Fleet:
