@@ -10,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -238,6 +239,7 @@ def _usage_db(env: Mapping[str, str]) -> str | None:
         state = env.get("XDG_STATE_HOME") or f"{env.get('HOME') or Path.home()}/.local/state"
         folder = Path(state) / "serve_app"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # it may be root's, of a run with sudo
         return usage_url(f"sqlite:///{folder}/usage.db")
     except (OSError, RuntimeError, ValueError):
         return None

@@ -606,6 +606,15 @@ def test_haproxy_s_longest_socket_fits(short: Path, monkeypatch: pytest.MonkeyPa
     assert "too long (max 97)" in done.stderr
 
 
+def test_a_state_folder_that_cannot_be_written_means_no_usage_db(tmp_path: Path) -> None:
+    """Else the gateway would not start, though nobody asked for a database."""
+    env = {"XDG_STATE_HOME": str(tmp_path)}
+    assert run_module._usage_db(env) == f"sqlite:///{tmp_path}/serve_app/usage.db"
+    (tmp_path / "serve_app").rmdir()
+    (tmp_path / "serve_app").symlink_to("/proc/self")  # a folder in which not even root makes files
+    assert run_module._usage_db(env) is None
+
+
 # --------------------------------------------------------------------------------------- the end
 
 
