@@ -119,8 +119,12 @@ def run(
         cut = not _let_end(endpoint, patience_s, serve, stop, console)
         return 0
     finally:
+        own = cluster is None  # on another's Ray what it deployed is to be ended, too
         serve_process.end(
-            serve, console, patience_s=_CUT_S if cut else _END_S, at_once=lambda: stop.again
+            serve,
+            console,
+            patience_s=_CUT_S if cut and own else _END_S,
+            at_once=lambda: own and stop.again,
         )
         if door:
             door.close()
@@ -264,19 +268,30 @@ class Terminal(Console):
 
 
 class _Stop:
-    """Notes Ctrl-C, SIGTERM or a closed terminal, and a second one of them."""
+    """Notes Ctrl-C, SIGTERM or a closed terminal, and a second one of them.
+
+    A shell passes the end of its terminal on to what was told of it already, and other wrappers do
+    so with Ctrl-C: that is not a second one.
+    """
 
     def __init__(self) -> None:
         self.asked = self.again = False
+        self._asked_at = 0.0
         signal.signal(signal.SIGINT, self._note)
         signal.signal(signal.SIGTERM, self._note)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
             signal.signal(signal.SIGHUP, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.again = self.asked
-        self.asked = True
+        now = time.monotonic()
+        if not self.asked:
+            self.asked, self._asked_at = True, now
+        elif now > self._asked_at + _SAME_S:
+            self.again = True
 
+
+_SAME_S = 1.0
+"""Seconds within which two signals are one."""
 
 _DRAIN_S = 30.0
 """Seconds at most that running requests get to end."""

@@ -60,6 +60,7 @@ def test_env_is_for_every_other_command_of_ray(run: Run) -> None:
     exports = typed("serve-app", "env")
     said = typed("bash", "-c", f"{exports}\nserve status && ray status")
     assert f"{EMBED}:" in said and "Active:" in said
+    assert typed("bash", "-c", f"{exports}\nserve-app reload") == "nothing changed\n"
 
 
 def test_status_admin_and_check_reach_it(run: Run) -> None:
@@ -104,6 +105,15 @@ def test_reload_says_what_it_did(run: Run, tmp_path: Path) -> None:
     ):
         changed = {**model, "args": {**model["args"], **wrong}}
         second.write_text(yaml.safe_dump({**document, "applications": [changed, gateway]}))
+        [line] = typed("serve-app", "reload", str(second), status=2).splitlines()
+        assert told in line
+    (tmp_path / "broken.yaml").write_text("- {name: a, hsah: x}")
+    for wrong, told in (
+        ({"usage_dir": "/etc/passwd"}, "usage_dir: /etc/passwd cannot be written"),
+        ({"keys": {"file": str(tmp_path / "broken.yaml")}}, "did you mean 'hash'?"),
+    ):
+        changed = {**gateway, "args": {**gateway["args"], **wrong}}
+        second.write_text(yaml.safe_dump({**document, "applications": [model, changed]}))
         [line] = typed("serve-app", "reload", str(second), status=2).splitlines()
         assert told in line
     assert run.embeds() == 384

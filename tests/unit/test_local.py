@@ -681,6 +681,19 @@ def test_running_requests_get_their_time(
     assert ("running and may take 30 s to end" in out.getvalue()) == bool(sleeps)
 
 
+def test_a_signal_that_comes_twice_at_once_is_one(
+    signals: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([10.0, 10.2, 12.0])
+    stop = run_module._Stop()
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(now))
+    seen = []
+    for _ in range(3):
+        stop._note(signal.SIGINT, None)
+        seen.append((stop.asked, stop.again))
+    assert seen == [(True, False), (True, False), (True, True)]
+
+
 def test_a_second_ctrl_c_does_not_wait_for_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve_process.orphans, "orphans", list)  # others' are none of ours
     deaf = ["/bin/sh", "-c", "trap '' INT; echo deaf; while :; do sleep 0.1; done"]
