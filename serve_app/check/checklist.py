@@ -174,13 +174,17 @@ def _gateway(fleet: Fleet, *, for_here: bool) -> Iterator[Finding]:
         return
     about = str(fleet.path)
     problems = gateway_needs.problems(fleet, os.environ)
-    wrong = [why for why, elsewhere in problems if for_here or not elsewhere]
-    yield from (Finding("gateway", "fail", about, why) for why in wrong)
+    wrong = [problem for problem in problems if for_here or not problem.elsewhere]
+    for problem in wrong:
+        status: Status = "warn" if problem.hint else "fail"
+        yield Finding(
+            "gateway", status, about, problem.why, problem.hint.removeprefix("; ") or None
+        )
     notes = [*gateway_needs.odd_keys(fleet, os.environ)]
     if for_here:  # others have a network of their own, and `render` a rule for what is public
         notes += gateway_needs.open_to_all(fleet)
     yield from (Finding("keys", "warn", about, said) for said in notes)
-    if not any(why.startswith("keys: ") for why in wrong):
+    if not any(problem.why.startswith("keys: ") for problem in wrong):
         yield Finding("keys", "ok", about, gateway_needs.in_force(fleet, os.environ))
 
 

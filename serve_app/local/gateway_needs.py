@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from serve_app import addresses
 from serve_app.config import keys
@@ -23,6 +23,18 @@ EXAMPLES = frozenset(
 """The hashes of configs/keys/team.yaml, whose keys everybody can read there."""
 
 
+class Problem(NamedTuple):
+    """Why a gateway of this machine would not start, or let nobody in."""
+
+    why: str
+    elsewhere: bool
+    """Whether another machine, or a pod with a Secret, may well have what is missing here. It never
+    has what a relative path names."""
+
+    hint: str = ""
+    """Where it is found, if only the server is started in that folder."""
+
+
 def refuse(fleet: Fleet, environment: Mapping[str, str]) -> None:
     """Refuse settings with which a gateway of this machine would not start, or let nobody in.
 
@@ -31,16 +43,13 @@ def refuse(fleet: Fleet, environment: Mapping[str, str]) -> None:
     Raises:
         ConfigError: the first reason, and what to change.
     """
-    for why, _ in problems(fleet, environment):
-        raise ConfigError(f"{fleet.path}: application '{_name(fleet)}': {why}")
+    for problem in problems(fleet, environment):
+        where = f"{fleet.path}: application '{_name(fleet)}'"
+        raise ConfigError(f"{where}: {problem.why}{problem.hint}")
 
 
-def problems(fleet: Fleet, environment: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
-    """Each reason for :func:`refuse`, without the file's name.
-
-    With it: whether another machine, or a pod with a Secret, may well have what is missing here. It
-    never has what a relative path names.
-    """
+def problems(fleet: Fleet, environment: Mapping[str, str]) -> Iterator[Problem]:
+    """Each reason for :func:`refuse`, without the file's name."""
     if (gateway := fleet.gateway) is None:
         return
     environment = {**environment, **_runtime_env(fleet)}
@@ -49,16 +58,17 @@ def problems(fleet: Fleet, environment: Mapping[str, str]) -> Iterator[tuple[str
         try:
             keys.read(gateway.keys, environment)
         except ConfigError as error:
-            yield f"keys: {error}{fleet.start_hint(file or '')}", _may_be_elsewhere(file)
+            hint = fleet.start_hint(file or "")
+            yield Problem(f"keys: {error}", _may_be_elsewhere(file), hint)
     for setting in ("usage_dir", "usage_spool"):
         folder = getattr(gateway, setting)
         if folder and (why := _not_writable(Path(folder))):
             said = f"{setting}: {folder} cannot be written ({why}); name another folder"
-            yield said, _may_be_elsewhere(folder)
+            yield Problem(said, _may_be_elsewhere(folder))
     try:
         _usage_db(gateway, environment)
     except ConfigError as error:
-        yield str(error), True
+        yield Problem(str(error), elsewhere=True)
 
 
 def open_to_all(fleet: Fleet) -> Iterator[str]:

@@ -14,7 +14,7 @@ from serve_app.check import checklist
 from serve_app.config import keys
 from serve_app.config.document import Fleet, load
 from serve_app.errors import ConfigError
-from serve_app.local import gateway_needs, judge, reload, runs
+from serve_app.local import gateway_needs, judge, reload, runs, weights
 from serve_app.local.found import Server
 from serve_app.local.runs import Run
 
@@ -210,14 +210,16 @@ def test_a_config_of_another_folder_says_where_to_start_it(
     moved = checkout / "configs" / "fleet.yaml"
     moved.write_text(yaml.safe_dump(document))
     hint = f"start it in {checkout}, where that is"
-    assert found(moved, "gateway") == [("fail", f"keys: keys.yaml: no such file; {hint}")]
+    assert found(moved, "gateway") == [("warn", "keys: keys.yaml: no such file")]
     assert found(moved, "model") == [
         ("warn", "model is models/m, and there is no such folder here")
     ]
+    fixes = [(f.check, f.fix) for f in checklist.static(moved, None) if f.fix == hint]
+    assert sorted(fixes) == [("gateway", hint), ("model", hint)]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match=hint):
-        from serve_app.local import weights
-
+    with pytest.raises(ConfigError, match=f"keys.yaml: no such file; {hint}"):
+        gateway_needs.refuse(load(moved), {})
+    with pytest.raises(ConfigError, match=f"there is no folder {folder}/models/m; {hint}"):
         weights.refuse_missing(load(moved))
     monkeypatch.chdir(checkout)
     assert found(moved, "gateway") == found(moved, "model") == []
