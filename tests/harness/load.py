@@ -60,7 +60,7 @@ def ask(base_url: str, body: dict[str, Any], into: Request | None = None) -> Req
 def _read(answer: httpx.Response, request: Request) -> None:
     for line in answer.iter_lines():
         data = line.removeprefix("data: ")
-        if not data:
+        if not data or line.startswith(":"):  # a comment: the stream still waits
             continue
         event = {} if data == "[DONE]" else json.loads(data)
         if "error" in event:
