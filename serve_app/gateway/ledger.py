@@ -76,7 +76,7 @@ class Listener(Protocol):
     """Whoever wants to know of every request."""
 
     def entered(self, entry: Entry) -> None:
-        """Called once for each request that named a model, in the event loop. Must not raise."""
+        """Called once for each request to a model, in the event loop. Must not raise."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Traces: a span of OpenTelemetry for each request that named a model.
+"""Traces: a span of OpenTelemetry for each request to a model that its caller may use.
 
 It continues the client's trace (W3C's ``traceparent``), and the model's server continues it: vLLM's
 span is a child of this one. The span ends when the request's entry is in the ledger, with the
