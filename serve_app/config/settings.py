@@ -473,6 +473,10 @@ class GatewayConfig(_Args):
     trace_content: bool = False
     """Whether spans have the prompt's text: its last 16,384 characters."""
 
+    page: bool = True
+    """Whether a browser that opens the gateway's address gets a page: the fleet, a chat, charts.
+    With false it gets the JSON that other clients get there."""
+
     cors_allow_origins: list[str] = []
     """Origins of the web pages that may call the API from a browser, such as
     ``https://chat.example.com``; ``*`` is any page. By default no page may."""

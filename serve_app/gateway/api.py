@@ -17,15 +17,15 @@ from pydantic import BaseModel, Field
 
 from serve_app import __version__
 from serve_app.config.document import RUN_ID
-from serve_app.gateway import models
-from serve_app.gateway.callers import Caller
+from serve_app.gateway import models, static
+from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.exposition import CONTENT_TYPE, Exposition
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.queue import Waiting
 from serve_app.gateway.replicas import Board
-from serve_app.gateway.routes import RELAYED, Route
+from serve_app.gateway.routes import RELAYED, Route, no_route
 from serve_app.gateway.usage.record import Record
 from serve_app.gateway.usage.report import PARAMETERS, UsageReport, report
 from serve_app.gateway.versions import versions
@@ -48,6 +48,16 @@ class ErrorEnvelope(BaseModel):
     """The body of every error, as OpenAI has it; `/v1/messages` adds Anthropic's `type: error`."""
 
     error: Error
+
+
+class Service(BaseModel):
+    """What this is, for those who ask at ``/`` and are no browser."""
+
+    service: Literal["serve_app"]
+    version: str | None = None
+    """serve_app's; for nobody without a key, where there are keys."""
+
+    links: dict[str, str]
 
 
 class Health(BaseModel):
@@ -136,8 +146,20 @@ class ModelList(BaseModel):
 CALLER = "serve_app.caller"
 """Where an ASGI scope has the :class:`Caller`, or None where the gateway has no keys."""
 
-OPEN = ("/health", "/ready")
-"""Routes that answer without a key: probes have none. They then tell nothing of the models."""
+_OPEN = ("/", "/health", "/ready")
+_LINKS = {
+    "models": "/v1/models",
+    "ready": "/ready",
+    "usage": "/v1/usage",
+    "metrics": "/metrics",
+    "openapi": "/openapi.json",
+}
+
+
+def is_open(path: str) -> bool:
+    """Whether a route answers without a key, and then tells nothing of the models: probes have
+    none, nor has a browser that opens the page."""
+    return path in _OPEN or path.startswith(static.UNDER)
 
 
 def build(
@@ -148,12 +170,15 @@ def build(
     waiting: Callable[[str], Waiting],
     exposition: Exposition,
     answer_error: Callable[[Request, Exception], Coroutine[Any, Any, Response]],
+    *,
+    page: bool,
 ) -> FastAPI:
     """The app.
 
     Args:
         waiting: tells what waits for a model, by its name.
         answer_error: makes an error's answer, as it is elsewhere in the gateway.
+        page: whether browsers get the page.
     """
     app = FastAPI(
         title="serve_app",
@@ -165,6 +190,34 @@ def build(
     )
     absent: dict[int | str, dict[str, Any]] = {404: {"model": ErrorEnvelope}}
     not_ready: dict[int | str, dict[str, Any]] = {503: {"model": Readiness}}
+
+    files = static.read() if page else {}
+
+    @app.get(
+        "/",
+        summary="Show the page to a browser, and links to others",
+        tags=_OWN,
+        response_model=Service,
+        response_model_exclude_unset=True,
+        responses={200: {"content": {"text/html": {}}}, 304: _UNCHANGED},
+    )
+    async def root(request: Request, response: Response) -> Any:
+        if page and "text/html" in request.headers.get("accept", ""):
+            return files[static.INDEX].answer(request, vary=["accept"])
+        response.headers["vary"] = "accept"
+        known = request.scope[CALLER] is not NOBODY
+        below = request.scope.get("root_path", "")
+        return Service(
+            service="serve_app",
+            **({"version": __version__} if known else {}),
+            links={name: below + path for name, path in _LINKS.items()},
+        )
+
+    @app.get(static.UNDER + "{name:path}", include_in_schema=False)
+    async def file(name: str, request: Request) -> Response:
+        if name not in files or name == static.INDEX:
+            raise no_route("GET", static.UNDER + name)
+        return files[name].answer(request)
 
     @app.get("/health", summary="Tell that the gateway is up", tags=_OWN)
     async def health() -> Health:
@@ -282,6 +335,7 @@ def _card(directory: Directory, board: Board, id: str, caller: Caller | None) ->
 # --- the document ------------------------------------------------------------------------------
 
 _OWN: list[Any] = ["gateway"]
+_UNCHANGED = {"description": "What If-None-Match names is still so."}
 _ENVELOPE = {"$ref": "#/components/schemas/ErrorEnvelope"}
 _ERROR = {
     "description": "An error of the gateway or of the model.",

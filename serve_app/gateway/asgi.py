@@ -95,7 +95,14 @@ def build(
         ledger.listen(traces)
     dispatcher = Dispatcher(board, queue, relay)
     own = api.build(
-        directory, board, keyring, record, queue.waiting, exposition, _error_of_own_route
+        directory,
+        board,
+        keyring,
+        record,
+        queue.waiting,
+        exposition,
+        _error_of_own_route,
+        page=config.page,
     )
     gateway = Gateway(
         config,
@@ -191,7 +198,7 @@ class Gateway:
             answer.keep_alive(self._keepalive_s, lambda: request_body.asks_for_stream(request.body))
 
     def _caller(self, scope: Any, path: str) -> Caller | None:
-        """Who asks; None where everybody may, as on the routes that probes ask without a key.
+        """Who asks; None where everybody may. Nobody, on the routes that are open to all.
 
         Raises:
             GatewayError: 401, on every other route, before anything of the body is read.
@@ -201,7 +208,7 @@ class Gateway:
         try:
             return self._keyring.caller(dict(scope["headers"]))
         except GatewayError:
-            if path in api.OPEN:
+            if api.is_open(path):
                 return NOBODY
             raise
 

@@ -164,12 +164,12 @@ async def test_the_openapi_document_lists_every_route_and_how_errors_look() -> N
     assert document["info"]["title"] == "serve_app"
     assert document["servers"] == [{"url": "/llm"}]
     listed = {(method.upper(), path) for path, of in document["paths"].items() for method in of}
-    paths = ("/health", "/metrics", "/ready", "/v1/models", "/v1/models/{id}", "/v1/usage")
+    paths = ("/", "/health", "/metrics", "/ready", "/v1/models", "/v1/models/{id}", "/v1/usage")
     own = {("GET", path) for path in paths}
     assert listed == own | {(r.method, r.path) for r in RELAYED}
     for of in document["paths"].values():
         for operation in of.values():
-            assert operation["responses"].keys() <= {"200", "404", "503", "default"}
+            assert operation["responses"].keys() <= {"200", "304", "404", "503", "default"}
             said = operation["responses"]["default"]["content"]["application/json"]["schema"]
             assert said == {"$ref": "#/components/schemas/ErrorEnvelope"}
     ids = [
@@ -274,7 +274,7 @@ async def test_versions_that_name_no_model_are_the_gateways(query: str) -> None:
         assert [e.target for e in upstream.exchanges] == ["/version?mod%65l=m"]
 
 
-@pytest.mark.parametrize("path", ["/v1/nothing", "/", "/completions/x", "/ping", "/load"])
+@pytest.mark.parametrize("path", ["/v1/nothing", "/-/page", "/completions/x", "/ping", "/load"])
 async def test_any_other_path_is_told_where_the_routes_are_listed(path: str) -> None:
     async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
         answer = await gateway.client.post(path, json={"model": "m"})
