@@ -116,7 +116,7 @@ async def _report(gateway: GatewayProcess, engine: int) -> None:
     async with httpx.AsyncClient(timeout=30) as client:
         while True:
             text = (await client.get(f"http://127.0.0.1:{engine}/metrics")).text
-            found = {name: int(_gauge(text, metric)) for name, metric in _GAUGES.items()}
+            found: dict[str, Any] = {name: int(_gauge(text, m)) for name, m in _GAUGES.items()}
             usage = _gauge(text, "kv_cache_usage_perc")
             load = Load(capacity=SEQUENCES, kv_cache_usage=usage, **found)
             gateway.board.report("r0", load)

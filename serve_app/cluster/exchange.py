@@ -88,6 +88,9 @@ class Load:
     gateways: int = 1
     """Gateways that send to it."""
 
+    asleep: bool = False
+    """Whether it has been put to sleep."""
+
 
 @dataclass(frozen=True)
 class Question:

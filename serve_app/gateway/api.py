@@ -17,11 +17,12 @@ from pydantic import BaseModel, Field
 
 from serve_app import __version__
 from serve_app.config.document import RUN_ID
-from serve_app.gateway import models, static
+from serve_app.gateway import models, pace, static
 from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.exposition import CONTENT_TYPE, Exposition
+from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.queue import Waiting
 from serve_app.gateway.replicas import Board
@@ -64,28 +65,6 @@ class Health(BaseModel):
     """The gateway process is up."""
 
     status: Literal["ok"]
-
-
-class Versions(BaseModel):
-    """What is installed here; of a model, its vLLM's ``version`` alone."""
-
-    version: str | None = None
-    """vLLM's, as on vLLM's own route."""
-
-    vllm: str | None = None
-    serve_app: str | None = None
-    ray: str | None = None
-
-
-class Starting(BaseModel):
-    """A replica that does not run yet."""
-
-    replica: str
-    phase: str
-    """What it is doing."""
-
-    seconds: int
-    """For how long."""
 
 
 class ModelStatus(BaseModel):
@@ -150,10 +129,24 @@ _OPEN = ("/", "/health", "/ready")
 _LINKS = {
     "models": "/v1/models",
     "ready": "/ready",
+    "fleet": "/fleet",
     "usage": "/v1/usage",
     "metrics": "/metrics",
     "openapi": "/openapi.json",
 }
+
+
+_LOOK_S = 2.0
+"""Seconds between two looks of one page at the fleet, while there are few."""
+
+_LOOKS_PER_S = 20.0
+"""Looks of all pages together: docs/decisions.md has what they cost."""
+
+_SCRAPE_S = 5.0
+_SCRAPES_PER_S = 5.0
+"""The same of pages that show charts."""
+
+_MAX_AGE = re.compile(r"max-age=(\d{1,4})(?!\d)")
 
 
 def is_open(path: str) -> bool:
@@ -242,6 +235,27 @@ def build(
         response.status_code = 200 if readiness.status == "ready" else 503
         return readiness
 
+    fleets = Fleets(directory, board, keyring, record, waiting)
+    turns = pace.Pace(_LOOKS_PER_S, _LOOK_S)
+
+    @app.get(
+        "/fleet",
+        summary="Tell how each model is",
+        tags=_OWN,
+        response_model=Fleet,
+        responses={304: _UNCHANGED},
+    )
+    async def fleet(request: Request) -> Response:
+        seen = fleets.seen_by(request.scope[CALLER])
+        headers = {
+            "etag": seen.etag,
+            "cache-control": "private, no-cache",
+            pace.HEADER: f"{turns.next_s():.2f}",
+        }
+        if static.has(request, seen.etag):
+            return Response(status_code=304, headers=headers)
+        return Response(seen.body, headers=headers, media_type="application/json")
+
     @app.get("/v1/models/", include_in_schema=False)
     @app.get("/v1/models", summary="List the models", tags=_OWN)
     async def list_models(request: Request) -> ModelList:
@@ -264,6 +278,8 @@ def build(
     async def usage(request: Request) -> UsageReport:
         return await report(record, request.scope[CALLER], request.query_params)
 
+    scrapes = pace.Pace(_SCRAPES_PER_S, _SCRAPE_S)
+
     @app.get(
         "/metrics",
         summary="Tell Prometheus of the gateways, and of every replica's vLLM",
@@ -271,8 +287,17 @@ def build(
         response_class=PlainTextResponse,
     )
     async def metrics(request: Request) -> Response:
-        page = await exposition.page(request.scope[CALLER])
-        return Response(page, media_type=CONTENT_TYPE)
+        # Prometheus asks for what is now; a page with charts says how old it may be.
+        asked = _MAX_AGE.search(request.headers.get("cache-control", ""))
+        if not asked:
+            made = await exposition.page(request.scope[CALLER])
+            return Response(made.plain, media_type=CONTENT_TYPE)
+        made = await exposition.page(request.scope[CALLER], float(asked[1]))
+        headers = {"vary": "accept-encoding", pace.HEADER: f"{scrapes.next_s():.2f}"}
+        if not static.takes_gzip(request):
+            return Response(made.plain, headers=headers, media_type=CONTENT_TYPE)
+        headers["content-encoding"] = "gzip"
+        return Response(await made.packed(), headers=headers, media_type=CONTENT_TYPE)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:

@@ -7,8 +7,10 @@ and a scrape reaches any of them. So each tells of all, and a label tells them a
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 import re
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -33,6 +35,29 @@ OWN = "own_metrics"
 """The method by which a gateway's process tells others what :meth:`Exposition.own` returns."""
 
 _OF_VLLM = "vllm:"
+
+
+class Page:
+    """A page that was made."""
+
+    def __init__(self, plain: bytes) -> None:
+        self.plain = plain
+        self.made = time.monotonic()
+        self._packing: asyncio.Task[bytes] | None = None
+
+    async def packed(self) -> bytes:
+        """The page as gzip, a tenth of its size. All who ask for it share the work."""
+        if self._packing is None:
+            packing = asyncio.to_thread(gzip.compress, self.plain, 1)
+            self._packing = asyncio.create_task(packing)
+        return await asyncio.shield(self._packing)
+
+
+def _serves(made: asyncio.Task[Page], max_age_s: float) -> bool:
+    """Whether a page was made, and is not older than that."""
+    if made.cancelled() or made.exception():
+        return False
+    return time.monotonic() - made.result().made < max_age_s
 
 
 class Gateways(Protocol):
@@ -63,10 +88,13 @@ class Exposition:
         self._board = board
         self._credential = credential
         self._gateways = gateways or Alone()
-        self._making: asyncio.Task[bytes] | None = None
+        self._making: asyncio.Task[Page] | None = None
 
-    async def page(self, caller: Caller | None) -> bytes:
+    async def page(self, caller: Caller | None, max_age_s: float = 0.0) -> Page:
         """The page. Those who ask while one is made get that one.
+
+        Args:
+            max_age_s: the last one will do if it is not older.
 
         Raises:
             GatewayError: 403 for a key that is not an admin's.
@@ -78,9 +106,10 @@ class Exposition:
                 "permission_error",
                 code="admin_only",
             )
-        if self._making is None or self._making.done():
-            self._making = asyncio.create_task(self._make())
-        return await asyncio.shield(self._making)
+        making = self._making
+        if making is None or (making.done() and not _serves(making, max_age_s)):
+            making = self._making = asyncio.create_task(self._make())
+        return await asyncio.shield(making)
 
     async def own(self) -> tuple[str, str]:
         """This gateway's id, and a page of its series alone."""
@@ -88,7 +117,7 @@ class Exposition:
         page = await asyncio.to_thread(generate_latest, self.metrics.registry)
         return self._gateways.own, page.decode()
 
-    async def _make(self) -> bytes:
+    async def _make(self) -> Page:
         pool = Pool(connect_timeout_s=PATIENCE_S, silence_timeout_s=PATIENCE_S)
         # The first front end has the statistics of all.
         engines = [(m, it) for m, it in self._board.all() if it.id == it.replica.id]
@@ -105,7 +134,7 @@ class Exposition:
             ({"model": m, "replica": it.id}, p)
             for (m, it), p in zip(engines, replicas, strict=True)
         ]
-        return await asyncio.to_thread(_page, gateways, all_told, found)
+        return Page(await asyncio.to_thread(_page, gateways, all_told, found))
 
     async def _replica(self, pool: Pool, front_end: FrontEnd) -> str | None:
         """A replica's page; None where it gives none."""

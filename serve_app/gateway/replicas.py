@@ -106,6 +106,11 @@ class Replica:
         self.others = max(0, load.running + load.waiting - self.inflight)
         self.load_until = time.monotonic() + STALE_S
 
+    @property
+    def fresh_load(self) -> Load | None:
+        """Its engine's load, unless its last report is out of date."""
+        return self.load if time.monotonic() < self.load_until else None
+
     def room(self) -> Room | None:
         """What it can be sent now; None before its first report."""
         if self.load is None:

@@ -68,7 +68,7 @@ class File:
 
     def answer(self, request: Request, vary: Iterable[str] = ()) -> Response:
         """The file, or 304 for who has it. ``vary``: further headers that decided on this file."""
-        form = self.packed if _takes_gzip(request) else self.plain
+        form = self.packed if takes_gzip(request) else self.plain
         headers = {**_HEADERS, "etag": form.etag, "vary": ", ".join([*vary, "accept-encoding"])}
         if form.encoding:
             headers["content-encoding"] = form.encoding
@@ -100,7 +100,7 @@ def _file(path: Path) -> File:
     return File(_TYPES[path.suffix], _Form(body), packed)
 
 
-def _takes_gzip(request: Request) -> bool:
+def takes_gzip(request: Request) -> bool:
     """Whether ``Accept-Encoding`` names gzip, and not to refuse it."""
     for coding in request.headers.get("accept-encoding", "").lower().split(","):
         name, _, weight = coding.partition(";")

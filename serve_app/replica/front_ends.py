@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import time
 from argparse import Namespace
+from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -106,7 +107,9 @@ class FrontEnds:
         """
         self._engine = engine
         self.first = await self._order.front_end(
-            engine, 0, lambda: load.now(self.running, busy=self.busy)
+            engine,
+            0,
+            lambda: replace(load.now(self.running, busy=self.busy), asleep=engine.asleep),
         )
         await self.first.listen(self._order.host)
         await asyncio.gather(*(one.listening for one in self.further))

@@ -1,0 +1,238 @@
+"""``GET /fleet``: each model as this gateway knows it, for the page and for whoever draws one.
+
+A page that is open asks again and again, so the answer is made once for all who may see the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from serve_app.cluster.exchange import Load
+from serve_app.gateway.callers import Caller
+from serve_app.gateway.directory import Directory, Model
+from serve_app.gateway.keyring import Keyring
+from serve_app.gateway.queue import Waiting
+from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.usage.record import Record
+from serve_app.gateway.versions import versions
+
+FRESH_S = 0.5
+"""Seconds for which an answer is given to all who may see the same."""
+
+
+class Versions(BaseModel):
+    """What is installed here; of a model, its vLLM's ``version`` alone."""
+
+    version: str | None = None
+    """vLLM's, as on vLLM's own route."""
+
+    vllm: str | None = None
+    serve_app: str | None = None
+    ray: str | None = None
+
+
+class Starting(BaseModel):
+    """A replica that does not run yet."""
+
+    replica: str
+    phase: str
+    """What it is doing."""
+
+    seconds: int
+    """For how long."""
+
+
+class EngineLoad(BaseModel):
+    """What an engine does now."""
+
+    running: int
+    """Requests that it runs."""
+
+    waiting: int
+    """Requests that wait in it."""
+
+    capacity: int
+    """How many it can run: ``max_num_seqs``."""
+
+    kv_cache_usage: float
+    """From 0 to 1."""
+
+
+class RunningReplica(BaseModel):
+    """A replica that runs."""
+
+    id: str
+    front_ends: int
+    """Its processes that take requests."""
+
+    asleep: bool
+    load: EngineLoad | None
+    """Null while it has told none for some seconds."""
+
+
+class FleetModel(BaseModel):
+    """A deployed model."""
+
+    status: str
+    """Serve's ApplicationStatus."""
+
+    message: str
+    """Why it is not running, or not as it was deployed; empty while all is well."""
+
+    mend: str
+    """The command that mends that, or tells more of it; empty while all is well."""
+
+    ids: list[str]
+    """The ids that a request of this key can name, without adapters."""
+
+    adapters: list[str]
+    """Ids of the adapters that this key may use."""
+
+    asleep: bool
+    """Whether all its engines sleep."""
+
+    max_model_len: int | None
+    queued: int
+    """Requests that wait in this gateway for a replica of it."""
+
+    longest_wait_s: float
+    starting: list[Starting]
+    replicas: list[RunningReplica]
+
+
+class Fleet(BaseModel):
+    """The models that a key may use, and how they are."""
+
+    object: Literal["fleet"] = "fleet"
+    version: Versions
+    keys: str | None = Field(
+        None, description="Why the API keys in force are not those of their file; for an admin."
+    )
+    usage: str | None = Field(
+        None, description="Why `usage_db` lacks requests; for an admin, and where are no keys."
+    )
+    models: dict[str, FleetModel]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The fleet as some callers may see it."""
+
+    body: bytes
+    etag: str
+    until: float
+    """By ``time.monotonic``."""
+
+
+class Fleets:
+    """Makes the answers."""
+
+    def __init__(
+        self,
+        directory: Directory,
+        board: Board,
+        keyring: Keyring | None,
+        record: Record | None,
+        waiting: Callable[[str], Waiting],
+    ) -> None:
+        self._directory = directory
+        self._board = board
+        self._keyring = keyring
+        self._record = record
+        self._waiting = waiting
+        self._made: dict[tuple[tuple[str, ...], bool], Snapshot] = {}
+
+    def seen_by(self, caller: Caller | None) -> Snapshot:
+        """The fleet as this caller may see it, at most :data:`FRESH_S` old."""
+        sees = (("*",), True) if caller is None else (caller.models, caller.admin)
+        now = time.monotonic()
+        snapshot = self._made.get(sees)
+        if snapshot is None or snapshot.until < now:
+            self._made = {of: it for of, it in self._made.items() if it.until >= now}
+            body = self._fleet(caller).model_dump_json(exclude_unset=True).encode()
+            etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+            snapshot = self._made[sees] = Snapshot(body, etag, now + FRESH_S)
+        return snapshot
+
+    def _fleet(self, caller: Caller | None) -> Fleet:
+        sees_all = caller is None or caller.admin
+        problem = self._keyring.problem if self._keyring and sees_all else ""
+        unrecorded = self._record.problem if self._record and sees_all else ""
+        replicas: dict[str, dict[Replica, int]] = {}
+        for name, front_end in self._board.all():
+            of = replicas.setdefault(name, {})
+            of[front_end.replica] = of.get(front_end.replica, 0) + 1
+        return Fleet(
+            object="fleet",
+            version=Versions(**versions()),
+            **({"keys": problem} if problem else {}),
+            **({"usage": unrecorded} if unrecorded else {}),
+            models={
+                m.name: self._model(m, caller, replicas.get(m.name, {}))
+                for m in self._directory.models()
+                if caller is None or caller.may_use(m.name, m)
+            },
+        )
+
+    def _model(
+        self, model: Model, caller: Caller | None, replicas: dict[Replica, int]
+    ) -> FleetModel:
+        usable = [id for id in model.ids if caller is None or caller.may_use(id, model)]
+        starting = [Starting(**it) for it in self._directory.starting(model)]
+        running = [_running(it, front_ends) for it, front_ends in replicas.items()]
+        asleep = bool(running) and all(it.asleep for it in running)
+        waits = self._waiting(model.name)
+        return FleetModel(
+            status=model.status,
+            message=model.message,
+            mend=_mend(model, starting, asleep),
+            ids=[id for id in usable if id not in model.adapters],
+            adapters=[id for id in usable if id in model.adapters],
+            asleep=asleep,
+            max_model_len=model.max_model_len or self._board.max_model_len.get(model.name),
+            queued=waits.requests,
+            longest_wait_s=round(waits.longest_s, 1),
+            starting=starting,
+            replicas=running,
+        )
+
+
+def _running(replica: Replica, front_ends: int) -> RunningReplica:
+    load = replica.fresh_load
+    return RunningReplica(
+        id=replica.id,
+        front_ends=front_ends,
+        asleep=bool(load and load.asleep),
+        load=_load(load) if load else None,
+    )
+
+
+def _load(load: Load) -> EngineLoad:
+    return EngineLoad(
+        running=load.running,
+        waiting=load.waiting,
+        capacity=load.capacity,
+        kv_cache_usage=round(load.kv_cache_usage, 3),
+    )
+
+
+def _mend(model: Model, starting: list[Starting], asleep: bool) -> str:
+    """A command of docs/troubleshooting.md; its words in capitals are the operator's to fill in."""
+    name = shlex.quote(model.name)
+    if model.message:
+        # On Kubernetes the command asks for the fleet's name, which its pods do not know.
+        fleet = "FLEET " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
+        return f"serve-app logs {fleet}{name}"
+    if asleep:
+        return f"serve-app admin {name} wake"
+    if any(it.phase.startswith("waiting for ") for it in starting):
+        return "serve-app check CONFIG --cluster"
+    return ""
