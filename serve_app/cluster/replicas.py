@@ -36,11 +36,13 @@ class Board(Protocol):
         application: str,
         running: dict[str, tuple[str, int]],
         max_model_len: int | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """An application's front ends are now these: ``{front end id: (host, port)}``.
 
         Args:
             max_model_len: the replicas' limit on a request's tokens; None where none reports it.
+            about: what the replicas tell of their model, ``takes`` and ``memory``; or None.
         """
 
     def forget(self, application: str) -> None:
@@ -102,6 +104,7 @@ class Watcher:
         else:
             self._ids.pop(application, None)
         lengths = [length for it in running.values() if (length := it.get("max_model_len"))]
+        abouts = [about for it in running.values() if (about := it.get("about"))]
         self._board.publish(
             application,
             {
@@ -110,4 +113,5 @@ class Watcher:
                 for id, at in addresses(replica, it).items()
             },
             lengths[-1] if lengths else None,
+            abouts[-1] if abouts else None,
         )

@@ -78,6 +78,20 @@ class RunningReplica(BaseModel):
     """Null while it has told none for some seconds."""
 
 
+class Memory(BaseModel):
+    """What is in the memory of each GPU of a replica, in GiB."""
+
+    gpu_gib: float
+    """All of the GPU's."""
+
+    gpus: int
+    """On which the model lies."""
+
+    parts: dict[str, float]
+    """``weights``, ``kv_cache``, ``graphs`` (CUDA's) and ``other`` (activations), as vLLM measured
+    them at the start."""
+
+
 class FleetModel(BaseModel):
     """A deployed model."""
 
@@ -99,7 +113,15 @@ class FleetModel(BaseModel):
     asleep: bool
     """Whether all its engines sleep."""
 
+    takes: list[str]
+    """``chat``, ``completions``, ``embeddings``, ``rerank``, ``score``, ``classify``,
+    ``transcriptions``; in a chat ``images``, ``audio``, ``videos``, ``tools``; and whether it tells
+    its ``reasoning`` apart. Empty until a replica has run."""
+
     max_model_len: int | None
+    memory: Memory | None
+    """Null on a CPU, and where vLLM did not measure it."""
+
     queued: int
     """Requests that wait in this gateway for a replica of it."""
 
@@ -190,6 +212,7 @@ class Fleets:
         running = [_running(it, front_ends) for it, front_ends in replicas.items()]
         asleep = bool(running) and all(it.asleep for it in running)
         waits = self._waiting(model.name)
+        about = self._board.about.get(model.name, {})
         return FleetModel(
             status=model.status,
             message=model.message,
@@ -197,6 +220,8 @@ class Fleets:
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
             asleep=asleep,
+            takes=about.get("takes", []),
+            memory=about.get("memory"),
             max_model_len=model.max_model_len or self._board.max_model_len.get(model.name),
             queued=waits.requests,
             longest_wait_s=round(waits.longest_s, 1),

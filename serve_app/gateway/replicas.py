@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from serve_app.cluster import front_end_ids
 from serve_app.cluster.exchange import Load
@@ -145,6 +145,9 @@ class Board:
         self.max_model_len: dict[str, int] = {}
         """By application, as its replicas reported it last; kept while there are none."""
 
+        self.about: dict[str, Mapping[str, Any]] = {}
+        """The same, of what they tell of their model."""
+
         self.changed: Callable[[str], None] = lambda application: None
         """Called with an application when it has other front ends or one reports its load."""
 
@@ -156,13 +159,16 @@ class Board:
         application: str,
         running: Mapping[str, Address],
         max_model_len: int | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         """Replace an application's front ends by ``{front end id: (host, port)}``.
 
-        ``max_model_len`` is what the replicas report; None keeps the last value.
+        ``max_model_len`` and ``about`` are what the replicas report; None keeps the last value.
         """
         if max_model_len:
             self.max_model_len[application] = max_model_len
+        if about:
+            self.about[application] = about
         before = self._front_ends.get(application, {})
         replicas = {it.replica.id: it.replica for it in before.values()}
         self._front_ends[application] = {
@@ -175,6 +181,7 @@ class Board:
         """Forget an application that was removed."""
         self._front_ends.pop(application, None)
         self.max_model_len.pop(application, None)
+        self.about.pop(application, None)
 
     def avoid(self, front_end: FrontEnd) -> None:
         """Keep a front end that failed a request out of :meth:`live` for a few seconds.

@@ -34,6 +34,8 @@ class FrontEnd:
         self.serving_models = app.state.openai_serving_models
         """vLLM's record of the adapters that this front end knows."""
 
+        self.routes = {getattr(route, "path", "") for route in app.routes}
+
         self._guard = guard
         self._server = _Server(
             uvicorn.Config(

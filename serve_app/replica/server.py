@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,13 +22,15 @@ from serve_app.config.environment import environment
 from serve_app.config.settings import LiveConfig, ModelConfig, parse
 from serve_app.errors import UserError
 from serve_app.planner import front_ends
-from serve_app.replica import gang
+from serve_app.replica import about, gang
 from serve_app.replica.adapters import Adapters
 from serve_app.replica.engine import Engine, configure, parse_args
 from serve_app.replica.front_ends import FrontEnds
 from serve_app.replica.health import exit_with_engine
 from serve_app.replica.load import EngineLoad
 from serve_app.replica.sleep import Sleep
+from serve_app.replica.start import memory
+from serve_app.replica.start.plugin import MEMORY, START_FOLDER
 from serve_app.replica.start.supervision import supervised
 
 logger = logging.getLogger("ray.serve")
@@ -73,6 +76,13 @@ class ModelServer:
                 self._load = EngineLoad(args.served_model_name[0])
                 self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
                 await ours.listen(self._engine, self._load)
+                self._about = {
+                    "takes": about.takes(args, self._engine.llm.renderer, ours.first.routes),
+                    "memory": memory.read(
+                        Path(os.environ[START_FOLDER]) / MEMORY,
+                        vllm_config.parallel_config.world_size,
+                    ),
+                }
             except BaseException:
                 ours.kill()
                 raise
@@ -86,6 +96,7 @@ class ModelServer:
             "ports": self._front_ends.ports,
             "ids": _ids(self._config),
             "max_model_len": self._engine.llm.model_config.max_model_len,
+            "about": self._about,
         }
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from harness.scripted import CREDENTIAL, RUNNING, Exchange, GatewayProcess, Upst
 
 from serve_app.cluster.exchange import Load
 from serve_app.cluster.progress import Phase
+from serve_app.cluster.replicas import Watcher
 from serve_app.config import keys
 from serve_app.gateway import directory, exposition, fleet, pace
 from serve_app.gateway.pace import HEADER, Pace
@@ -77,7 +79,9 @@ async def test_it_tells_what_the_gateway_knows_of_a_model() -> None:
             "ids": ["m", "org/m"],
             "adapters": ["m-sql", "m-law"],
             "asleep": False,
+            "takes": [],
             "max_model_len": 4096,
+            "memory": None,
             "queued": 0,
             "longest_wait_s": 0.0,
             "starting": [],
@@ -87,6 +91,27 @@ async def test_it_tells_what_the_gateway_knows_of_a_model() -> None:
             ],
         }
     }
+
+
+async def test_what_a_replica_tells_of_its_model_stays_while_there_is_none() -> None:
+    parts = {"weights": 16.1, "kv_cache": 50.2, "graphs": 1.2, "other": 2.0}
+    about = {"takes": ["chat"], "memory": {"gpu_gib": 79.2, "gpus": 1, "parts": parts}}
+    place = {"host": "h", "port": 1}
+    before, now = place, place | {"about": about}  # of an image that does not tell; of this one
+    replicas = [
+        SimpleNamespace(replica_id=SimpleNamespace(unique_id=f"r{n}"), replica_metadata=metadata)
+        for n, metadata in enumerate((before, now))
+    ]
+    async with GatewayProcess() as gateway:
+        watcher = Watcher(gateway.board, "ModelServer")
+        watcher._clients["m"] = cast(Any, None)
+        watcher._publish("m", SimpleNamespace(running_replicas=replicas))
+        watcher._publish("m", SimpleNamespace(running_replicas=[]))
+        told = (await gateway.client.get("/fleet")).json()["models"]["m"]
+        gateway.board.forget("m")
+        assert not gateway.board.about
+    assert (told["takes"], told["memory"]) == (about["takes"], about["memory"])
+    assert told["replicas"] == []
 
 
 async def test_an_old_report_is_no_load() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import logging
 import os
@@ -14,8 +15,8 @@ from pathlib import Path
 import pytest
 from harness.processes import eventually, title
 
-from serve_app.replica.start import plugin
-from serve_app.replica.start.plugin import LINES, PHASE, START_FOLDER
+from serve_app.replica.start import memory, plugin
+from serve_app.replica.start.plugin import LINES, MEMORY, PHASE, START_FOLDER
 
 # --- phases of a start ---------------------------------------------------------------------------
 
@@ -89,6 +90,61 @@ def test_the_installed_vllm_still_logs_there() -> None:
     for name in (*plugin._DETAILS, *plugin._LOGGERS):
         file = vllm_folder().parent.joinpath(*name.split(".")).with_suffix(".py")
         assert "logger = init_logger(__name__)" in file.read_text()
+
+
+# --- the memory of a GPU -------------------------------------------------------------------------
+
+LOADED = "Model loading took %s GiB memory and %.6f seconds"
+
+
+def told_at_the_end() -> str:
+    """The line of the installed vLLM after the start, with a number for each that it fills in."""
+    code = (vllm_folder() / "v1/worker/gpu_worker.py").read_text()
+    texts = [it.values for it in ast.walk(ast.parse(code)) if isinstance(it, ast.JoinedStr)]
+    numbers = (f"{n}.25" for n in range(1, 100))
+    (found,) = (
+        "".join(v.value if isinstance(v, ast.Constant) else next(numbers) for v in values)
+        for values in texts
+        if isinstance(values[0], ast.Constant)
+        and str(values[0].value).startswith("Free memory on device (")
+    )
+    return found
+
+
+def test_vllms_lines_tell_what_is_in_a_gpus_memory(
+    vllm_logger: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(START_FOLDER, str(tmp_path))
+    plugin.prepare()
+    folder = vllm_folder() / "v1/worker"
+    for file in ("gpu_model_runner.py", "gpu/model_runner.py"):
+        assert f'"{LOADED}"' in (folder / file).read_text()
+    line = told_at_the_end()  # free 1.25, all 2.25, utilization 3.25, of all 4.25, …
+    assert line.startswith("Free memory on device (1.25/2.25 GiB) on startup")
+    vllm_logger.info(LOADED, "0.5", 3.0)
+    vllm_logger.info("nothing about memory")
+    assert memory.read(tmp_path / MEMORY, 2) is None  # it is not over
+    for free in ("1.25", "99.25"):  # a second worker
+        vllm_logger.info(line.replace("(1.25/", f"({free}/"))
+    graphs, kv_cache = 7.25, float(line.split()[-2])
+    assert "7.25 GiB for CUDAGraph memory" in line
+    parts = {"weights": 0.5, "kv_cache": kv_cache, "graphs": graphs, "other": 0.0}
+    assert memory.read(tmp_path / MEMORY, 2) == {"gpu_gib": 2.25, "gpus": 2, "parts": parts}
+
+
+def test_what_remains_of_the_memory_that_vllm_may_use_is_for_other_things(tmp_path: Path) -> None:
+    file = tmp_path / MEMORY
+    assert memory.read(file, 1) is None
+    file.write_text(
+        "Model loading took 16.1 GiB memory and 9.000000 seconds\n"
+        "Free memory on device (78.6/79.2 GiB) on startup. Desired GPU memory utilization is "
+        "(0.9, 71.28 GiB). Actual usage is 17.0 GiB for consumed memory (weights + non-torch), 1.5 "
+        "GiB for peak activation, and 0.6 GiB for CUDAGraph memory. Replace … Current kv cache "
+        "memory in use is 52.78 GiB.\n"
+    )
+    found = memory.read(file, 1)
+    assert found is not None
+    assert found["parts"] == {"weights": 16.1, "kv_cache": 52.78, "graphs": 0.6, "other": 1.8}
 
 
 # --- the tie to the parent -----------------------------------------------------------------------

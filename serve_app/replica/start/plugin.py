@@ -13,6 +13,7 @@ from pathlib import Path
 
 from serve_app import lifeline
 from serve_app.replica import clients
+from serve_app.replica.start import memory
 
 START_FOLDER = "SERVE_APP_START_FOLDER"
 """Environment variable: the folder in which processes tell the replica of the engine's start."""
@@ -22,6 +23,9 @@ REASON = "reason"
 
 PHASE = "phase"
 """File in it: what the engine is doing now."""
+
+MEMORY = "memory"
+"""File in it: vLLM's lines about a GPU's memory."""
 
 LINES = {
     "Initializing a V1 LLM engine": "starting the workers",
@@ -66,6 +70,7 @@ def prepare() -> None:
         return
     folder = Path(os.environ[START_FOLDER])
     logging.getLogger("vllm").addHandler(_Phase(folder / PHASE))
+    logging.getLogger("vllm").addHandler(_Memory(folder / MEMORY))
     for name in _DETAILS:
         logging.getLogger(name).setLevel(logging.DEBUG)
     if multiprocessing.parent_process() is None:
@@ -106,3 +111,16 @@ class _Phase(logging.Handler):
             if str(record.msg).startswith(line):
                 with contextlib.suppress(OSError):  # the start is over, or on another node
                     self._path.write_text(phase)
+
+
+class _Memory(logging.Handler):
+    """Keeps the lines of :mod:`serve_app.replica.start.memory` in a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith(memory.LINES):
+            with contextlib.suppress(OSError), self._path.open("a") as file:
+                file.write(record.getMessage() + "\n")
