@@ -27,7 +27,7 @@ from benchmarks import processes, report
 from benchmarks.relay.__main__ import _cpu_ns
 from benchmarks.relay.gateway import LikeServe
 from serve_app.cluster.exchange import Load
-from serve_app.gateway.pace import HEADER
+from serve_app.gateway.pace import HEADER, MOST_S
 
 MODELS = 12
 FEW_S = 1.0
@@ -106,7 +106,7 @@ async def together(pid: int, port: int, pages: int, seconds: float) -> None:
     base_url = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=base_url, limits=limits, timeout=60) as client:
         looking = [asyncio.create_task(_page(client, asked)) for _ in range(pages)]
-        await asyncio.sleep(30)
+        await asyncio.sleep(MOST_S)
         asked.clear()
         busy = await _share(pid, seconds)
         waits = list(asked)
@@ -151,7 +151,9 @@ def main() -> None:
     with processes.process(command, {}) as pid:
         _wait(options.port)
         each(pid, options.port, options.rounds, options.requests)
-        for pages in options.pages:
+    for pages in options.pages:
+        with processes.process(command, {}) as pid:  # another: who asked in a loop took all turns
+            _wait(options.port)
             asyncio.run(together(pid, options.port, pages, options.seconds))
 
 

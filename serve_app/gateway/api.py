@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
@@ -145,6 +146,9 @@ _LOOKS_PER_S = 20.0
 _SCRAPE_S = 5.0
 _SCRAPES_PER_S = 5.0
 """The same of pages that show charts."""
+
+_AGE = "x-age-s"
+"""Header of a shared page: seconds since it was made, with decimals, which Age cannot have."""
 
 _MAX_AGE = re.compile(r"max-age=(\d{1,4})(?!\d)")
 
@@ -293,7 +297,11 @@ def build(
             made = await exposition.page(request.scope[CALLER])
             return Response(made.plain, media_type=CONTENT_TYPE)
         made = await exposition.page(request.scope[CALLER], float(asked[1]))
-        headers = {"vary": "accept-encoding", pace.HEADER: f"{scrapes.next_s():.2f}"}
+        headers = {
+            "vary": "accept-encoding",
+            _AGE: f"{time.monotonic() - made.made:.2f}",
+            pace.HEADER: f"{scrapes.next_s():.2f}",
+        }
         if not static.takes_gzip(request):
             return Response(made.plain, headers=headers, media_type=CONTENT_TYPE)
         headers["content-encoding"] = "gzip"

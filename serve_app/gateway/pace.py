@@ -7,8 +7,8 @@ import time
 HEADER = "x-poll-s"
 """Of an answer: the seconds after which its client shall ask again."""
 
-MOST_S = 300.0
-"""Seconds that a client is sent away for, at most."""
+MOST_S = 60.0
+"""Seconds that a client is sent away for, at most: one that asks in a loop takes many turns."""
 
 
 class Pace:

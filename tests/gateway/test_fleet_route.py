@@ -276,10 +276,14 @@ async def engine(exchange: Exchange) -> None:
 
 async def test_charts_share_a_page_and_prometheus_gets_its_own() -> None:
     async with Upstream(engine) as upstream, GatewayProcess(upstream) as gateway:
+        ages: list[float] = []
         for _ in range(3):
             shared = await gateway.client.get("/metrics", headers={"cache-control": "max-age=900"})
             assert float(shared.headers[HEADER]) >= 4
+            ages.append(float(shared.headers["x-age-s"]))
         assert len(upstream.exchanges) == 1
+        assert ages == sorted(ages)
+        assert ages[0] >= 0
         packed = await gateway.client.get(
             "/metrics", headers={"cache-control": "max-age=900", "accept-encoding": "gzip"}
         )
