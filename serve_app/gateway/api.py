@@ -137,15 +137,8 @@ _LINKS = {
 }
 
 
-_LOOK_S = 2.0
-"""Seconds between two looks of one page at the fleet, while there are few."""
-
-_LOOKS_PER_S = 20.0
-"""Looks of all pages together: docs/decisions.md has what they cost."""
-
-_SCRAPE_S = 5.0
-_SCRAPES_PER_S = 5.0
-"""The same of pages that show charts."""
+_LOOK_S, _SCRAPE_S = 2.0, 5.0
+"""Seconds between two looks of one page at the fleet, and at the metrics, while there are few."""
 
 _AGE = "x-age-s"
 """Header of a shared page: seconds since it was made, with decimals, which Age cannot have."""
@@ -240,7 +233,7 @@ def build(
         return readiness
 
     fleets = Fleets(directory, board, keyring, record, waiting)
-    turns = pace.Pace(_LOOKS_PER_S, _LOOK_S)
+    turns = pace.Pace(pace.affordable_per_s())
 
     @app.get(
         "/fleet",
@@ -254,7 +247,7 @@ def build(
         headers = {
             "etag": seen.etag,
             "cache-control": "private, no-cache",
-            pace.HEADER: f"{turns.next_s():.2f}",
+            pace.HEADER: f"{turns.next_s(_LOOK_S):.2f}",
         }
         if static.has(request, seen.etag):
             return Response(status_code=304, headers=headers)
@@ -282,8 +275,6 @@ def build(
     async def usage(request: Request) -> UsageReport:
         return await report(record, request.scope[CALLER], request.query_params)
 
-    scrapes = pace.Pace(_SCRAPES_PER_S, _SCRAPE_S)
-
     @app.get(
         "/metrics",
         summary="Tell Prometheus of the gateways, and of every replica's vLLM",
@@ -300,7 +291,7 @@ def build(
         headers = {
             "vary": "accept-encoding",
             _AGE: f"{time.monotonic() - made.made:.2f}",
-            pace.HEADER: f"{scrapes.next_s():.2f}",
+            pace.HEADER: f"{turns.next_s(_SCRAPE_S):.2f}",
         }
         if not static.takes_gzip(request):
             return Response(made.plain, headers=headers, media_type=CONTENT_TYPE)

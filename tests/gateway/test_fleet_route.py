@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -232,24 +233,27 @@ async def test_who_has_it_gets_304_until_something_changes(
 
 
 @pytest.mark.parametrize(("pages", "every_s"), [(1, 2.0), (40, 2.0), (1000, 50.0)])
-def test_pages_get_turns_of_which_the_gateway_bears_so_many_a_second(
+def test_pages_together_ask_as_often_as_the_gateway_bears(
     pages: int, every_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each asks again when it was told to; the clock goes from one turn to the next."""
+    """Each asks again when it was told to; the clock goes from one request to the next."""
     now = 1000.0
     monkeypatch.setattr(pace.time, "monotonic", lambda: now)
-    turns = Pace(per_s=20.0, least_s=2.0)
-    due = [now + page / 1000 for page in range(pages)]  # they are opened almost at once
+    turns = Pace(per_s=20.0)
+    due = [(now + page / 1000, page) for page in range(pages)]  # they are opened almost at once
     asked: list[float] = []
-    while now < 1300:
-        page = due.index(min(due))
-        now = due[page]
+    while now < 1400:
+        now, page = heapq.heappop(due)
         asked.append(now)
-        due[page] = now + turns.next_s()
-    late = [at for at in asked if at > 1200]  # 100 s
-    assert len(late) == pytest.approx(pages * 100 / every_s, rel=0.05)
-    for second in range(1200, 1300):
-        assert sum(second <= at < second + 1 for at in late) <= 21 + (pages < 40) * pages
+        heapq.heappush(due, (now + turns.next_s(2.0), page))
+    late = [at for at in asked if 1200 <= at < 1400]
+    assert len(late) == pytest.approx(pages * 200 / every_s, rel=0.05)
+
+
+def test_a_chart_does_not_make_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace.time, "monotonic", lambda: 1000.0)
+    turns = Pace(per_s=20.0)
+    assert [turns.next_s(least_s) for least_s in (5.0, 2.0, 5.0)] == [5.0, 2.0, 5.0]
 
 
 def test_who_asks_in_a_loop_does_not_send_others_away_for_ever(
@@ -257,12 +261,19 @@ def test_who_asks_in_a_loop_does_not_send_others_away_for_ever(
 ) -> None:
     now = 1000.0
     monkeypatch.setattr(pace.time, "monotonic", lambda: now)
-    turns = Pace(per_s=20.0, least_s=2.0)
+    turns = Pace(per_s=20.0)
     for _ in range(100_000):
-        turns.next_s()
-    assert turns.next_s() == pace.MOST_S
+        turns.next_s(2.0)
+    assert turns.next_s(2.0) == pace.MOST_S
     now += pace.MOST_S
-    assert turns.next_s() == 2.0
+    assert turns.next_s(2.0) == 2.0
+
+
+def test_there_are_more_turns_where_a_request_costs_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_SERVE_ENABLE_HA_PROXY", raising=False)
+    through_ray = pace.affordable_per_s()
+    monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
+    assert pace.affordable_per_s() > through_ray > 0
 
 
 # --- GET /metrics, for pages with charts ---------------------------------------------------------
