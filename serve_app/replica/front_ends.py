@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from serve_app.cluster.exchange import Load
 from serve_app.replica import clients, further
 from serve_app.replica.channel import Channel, Lost
 from serve_app.replica.clients import Client
@@ -106,11 +107,7 @@ class FrontEnds:
             RuntimeError: why one of them could not start.
         """
         self._engine = engine
-        self.first = await self._order.front_end(
-            engine,
-            0,
-            lambda: replace(load.now(self.running, busy=self.busy), asleep=engine.asleep),
-        )
+        self.first = await self._order.front_end(engine, 0, lambda: self.told(load))
         await self.first.listen(self._order.host)
         await asyncio.gather(*(one.listening for one in self.further))
         if self.further:
@@ -130,6 +127,11 @@ class FrontEnds:
     def waiting(self) -> int:
         """Number of requests that wait in the gateways for this model."""
         return self.first.reports.waiting
+
+    def told(self, load: EngineLoad) -> Load:
+        """What gateways are told of the engine's load."""
+        now = load.now(self.running, busy=self.busy)
+        return replace(now, asleep=self._engine.asleep)
 
     @property
     def _due(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from harness.processes import REPO
+from harness.processes import REPO, eventually
 from harness.servers import CHAT, CHAT_ALIASES, EMBED, EMBED_ALIASES, BareVllm, Cluster
 from openai.types import Model
 from transformers import AutoTokenizer
@@ -71,7 +71,26 @@ def test_ready_told_what_a_start_was_doing(cluster: Cluster, model: str) -> None
     assert phases <= {"starting the process", progress.FIRST, *LINES.values()}
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", f"/v1/models/{CHAT}"])
+def test_the_fleet_tells_what_each_model_takes_and_how_its_engine_is(http: httpx.Client) -> None:
+    def loads() -> list[Any]:
+        models = http.get("/fleet").json()["models"]
+        return [replica["load"] for it in models.values() for replica in it["replicas"]]
+
+    assert eventually(lambda: len(loads()) == 2 and all(loads()))
+    models = http.get("/fleet").json()["models"]
+    assert {"chat", "completions"} <= set(models[CHAT]["takes"])
+    assert "embeddings" in models[EMBED]["takes"]
+    assert "chat" not in models[EMBED]["takes"]
+    for name, ids in ((CHAT, CHAT_ALIASES), (EMBED, EMBED_ALIASES)):
+        assert models[name]["ids"] == [name, *ids]
+        assert not models[name]["asleep"]
+        assert models[name]["replicas"][0]["load"]["capacity"] > 0
+        assert models[name]["memory"] is None  # it is on a CPU
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/health", "/ready", "/fleet", "/v1/models", f"/v1/models/{CHAT}"]
+)
 def test_head_is_get_without_the_body(http: httpx.Client, path: str) -> None:
     head, get = http.head(path), http.get(path)
     assert head.status_code == get.status_code == 200

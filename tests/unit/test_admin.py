@@ -12,11 +12,14 @@ from click.testing import CliRunner
 from harness.command import refusal
 
 from serve_app.cli import cli
+from serve_app.cluster.exchange import Answer
 from serve_app.cluster.serve import Application, ReplicaStatus
 from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH
 from serve_app.errors import UserError
 from serve_app.local import admin
 from serve_app.replica import sleep
+from serve_app.replica.front_ends import FrontEnds
+from serve_app.replica.load import EngineLoad
 
 
 class Replica:
@@ -136,3 +139,13 @@ def test_the_command_ends_as_its_replicas_do(
     monkeypatch.setattr(admin, "broadcast", lambda *_: [("r1", "asleep"), ("r2", said)])
     done = CliRunner().invoke(cli, ["admin", "m", "sleep", "--address", "127.0.0.1:1"])
     assert (done.exit_code, done.output) == (status, f"r1: asleep\nr2: {said}\n")
+
+
+@pytest.mark.parametrize("asleep", [True, False])
+def test_gateways_hear_whether_the_engine_sleeps(asleep: bool) -> None:
+    ours: Any = FrontEnds.__new__(FrontEnds)
+    ours.first, ours.further = SimpleNamespace(running=0), []
+    ours._engine = SimpleNamespace(asleep=asleep, busy=False)
+    told = ours.told(EngineLoad("m"))
+    assert Answer.decode(Answer("", 0, load=told).encode()).load == told
+    assert told.asleep is asleep
