@@ -27,7 +27,7 @@ from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.queue import Waiting
 from serve_app.gateway.replicas import Board
-from serve_app.gateway.routes import RELAYED, Route, no_route
+from serve_app.gateway.routes import RELAYED, Route
 from serve_app.gateway.usage.record import Record
 from serve_app.gateway.usage.report import PARAMETERS, UsageReport, report
 from serve_app.gateway.versions import versions
@@ -206,7 +206,8 @@ def build(
     @app.get(static.UNDER + "{name:path}", include_in_schema=False)
     async def file(name: str, request: Request) -> Response:
         if name not in files or name == static.INDEX:
-            raise no_route("GET", static.UNDER + name)
+            said = f"The page has no file {name[:200]}; GET / shows the page."
+            raise GatewayError(404, said, "invalid_request_error", code="not_found")
         return files[name].answer(request)
 
     @app.get("/health", summary="Tell that the gateway is up", tags=_OWN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,10 +79,9 @@ class File:
 
 
 def has(request: Request, etag: str) -> bool:
-    """Whether the client has said that it has what this strong ETag names."""
-    given = request.headers.get("if-none-match", "")
-    # What is between may have made it weak, as nginx does where it compresses.
-    return etag in (it.strip().removeprefix("W/") for it in given.split(","))
+    """Whether the client has said that it has what this ETag names; also among others, and weakly,
+    as what is between may have made it."""
+    return etag in request.headers.get("if-none-match", "")
 
 
 @functools.cache
@@ -100,10 +100,11 @@ def _file(path: Path) -> File:
     return File(_TYPES[path.suffix], _Form(body), packed)
 
 
+_GZIP = re.compile(
+    r"(?:^|,)\s*gzip\s*(?:;\s*q=(?!0(?:\.0*)?\s*(?:,|$))[^,]*)?(?:,|$)", re.IGNORECASE
+)
+
+
 def takes_gzip(request: Request) -> bool:
     """Whether ``Accept-Encoding`` names gzip, and not to refuse it."""
-    for coding in request.headers.get("accept-encoding", "").lower().split(","):
-        name, _, weight = coding.partition(";")
-        if name.strip() == "gzip":
-            return weight.replace(" ", "").rstrip("0") not in ("q=", "q=0.")
-    return False
+    return bool(_GZIP.search(request.headers.get("accept-encoding", "")))

@@ -79,11 +79,22 @@ async def test_who_has_a_file_gets_304_and_gzip_has_a_tag_of_its_own() -> None:
         assert other.status_code == 200
 
 
-@pytest.mark.parametrize("coding", ["gzip;q=0", "gzip; q=0.000", "identity", "xgzip", ""])
+@pytest.mark.parametrize(
+    "coding", ["gzip;q=0", "gzip; q=0.000", "br, gzip;q=0 , x", "identity", "xgzip", "gzipx", ""]
+)
 async def test_gzip_goes_only_to_those_who_take_it(coding: str) -> None:
     async with GatewayProcess() as gateway:
         answer = await gateway.client.get("/", headers={**BROWSER, "accept-encoding": coding})
         assert "content-encoding" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "coding", ["gzip", "GZIP", "br , gzip;q=0.5,x", "gzip; q=1", "gzip;q=0.01"]
+)
+async def test_gzip_goes_to_whoever_takes_it(coding: str) -> None:
+    async with GatewayProcess() as gateway:
+        answer = await gateway.client.get("/", headers={**BROWSER, "accept-encoding": coding})
+        assert answer.headers["content-encoding"] == "gzip"
 
 
 async def test_head_has_the_headers_of_get() -> None:
