@@ -139,7 +139,8 @@ class Fleet(BaseModel):
         None, description="Why the API keys in force are not those of their file; for an admin."
     )
     usage: str | None = Field(
-        None, description="Why `usage_db` lacks requests; for an admin, and where are no keys."
+        None,
+        description="Why `usage_db` lacks requests; for an admin, and where there are no keys.",
     )
     models: dict[str, FleetModel]
 

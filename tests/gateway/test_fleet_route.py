@@ -18,6 +18,7 @@ from serve_app.cluster.replicas import Watcher
 from serve_app.config import keys
 from serve_app.gateway import directory, exposition, fleet, pace
 from serve_app.gateway.pace import HEADER, Pace
+from serve_app.gateway.usage.record import Record
 
 ONE, ONE_HASH = keys.new()
 ALIKE, ALIKE_HASH = keys.new()
@@ -190,6 +191,16 @@ async def test_only_an_admin_hears_of_a_broken_keys_file(keyed: dict[str, Any]) 
         assert "keys" not in told
         told = (await gateway.client.get("/fleet", headers={"x-api-key": ADMIN})).json()
         assert "stay in force" in told["keys"]
+
+
+async def test_who_sees_all_hears_that_usage_is_not_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Record, "problem", "the database is away")
+    database = {"usage_db": f"sqlite:///{tmp_path}/usage.db", "usage_spool": f"{tmp_path}/spool"}
+    async with GatewayProcess(1, **database) as gateway:
+        told = (await gateway.client.get("/fleet")).json()
+    assert told["usage"] == "the database is away"
 
 
 async def test_it_is_made_once_for_all_who_see_the_same(

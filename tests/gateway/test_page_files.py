@@ -163,6 +163,9 @@ async def test_the_page_works_below_a_prefix() -> None:
     assert not re.findall(r"""(?:src|href)=["']?(?:/|https?:)""", page)
     async with GatewayProcess(root_path="/llm") as gateway:
         assert (await gateway.client.get("/", headers=BROWSER)).status_code == 200
+        for name in EVERY_FILE:
+            answer = await gateway.client.get(static.UNDER + name)
+            assert answer.status_code == (404 if name == static.INDEX else 200)
         links = (await gateway.client.get("/")).json()["links"]
         assert links["models"] == "/llm/v1/models"
 
