@@ -12,10 +12,10 @@ HEADER = "x-poll-s"
 MOST_S = 300.0
 """Seconds that a client is sent away for, at most."""
 
-SHARE = 0.0125
+SHARE = 0.015
 """Part of a core that all of them together may take."""
 
-COST_S = {"HAProxy": 0.001, "Python proxy": 0.0035}
+COST_S = {"HAProxy": 0.0014, "Python proxy": 0.0035}
 """CPU time of the gateway for one request that comes alone, by Serve's proxy in front of it. Nearly
 all of it is Serve's and the server's: docs/decisions.md."""
 
