@@ -25,7 +25,6 @@ import uvloop
 from harness.scripted import GatewayProcess, Upstream, reported
 
 from benchmarks import processes, report
-from benchmarks.relay.__main__ import _cpu_ns
 from benchmarks.relay.gateway import LikeServe
 from serve_app.cluster.exchange import Load
 from serve_app.gateway import pace
@@ -86,7 +85,7 @@ def each(pid: int, port: int, rounds: int, requests: int) -> None:
         for kind, (path, headers) in KINDS.items():
             client = http.client.HTTPConnection("127.0.0.1", port)
             last, many = "", requests if path != "/metrics" else requests // 10
-            before = _cpu_ns(pid)
+            before = processes.cpu_ns(pid)
             for _ in range(many):
                 given = {"if-none-match": last} if "if-none-match" in headers else headers
                 client.request("GET", path, headers=given)
@@ -94,7 +93,7 @@ def each(pid: int, port: int, rounds: int, requests: int) -> None:
                 answer.read()
                 assert answer.status in (200, 304), answer.status
                 last = answer.headers.get("etag", "")
-            found[kind].append((_cpu_ns(pid) - before) / 1e3 / many)
+            found[kind].append((processes.cpu_ns(pid) - before) / 1e3 / many)
             client.close()
     rows = [[kind, report.spread(costs, "{:.0f}")] for kind, costs in found.items()]
     print(report.table(["µs of CPU per request, min-median-max", ""], rows))
@@ -132,9 +131,9 @@ async def _page(client: httpx.AsyncClient, asked: list[float]) -> None:
 
 
 async def _share(pid: int, seconds: float) -> float:
-    before, began = _cpu_ns(pid), time.monotonic()
+    before, began = processes.cpu_ns(pid), time.monotonic()
     await asyncio.sleep(seconds)
-    return (_cpu_ns(pid) - before) / 1e9 / (time.monotonic() - began)
+    return (processes.cpu_ns(pid) - before) / 1e9 / (time.monotonic() - began)
 
 
 def main() -> None:

@@ -64,6 +64,14 @@ def tree(pid: int) -> list[psutil.Process]:
         return []
 
 
+def cpu_ns(pid: int) -> int:
+    """CPU that a process has used in all its threads, by the scheduler's own clock."""
+    return sum(
+        int((task / "schedstat").read_text().split()[0])
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    )
+
+
 def cpu_s(pid: int) -> float:
     """CPU seconds, in user space and in the kernel, that such a tree has used."""
     times = [one.cpu_times() for one in tree(pid)]

@@ -43,7 +43,7 @@ class Arm:
 
     def cpu_us(self) -> float:
         """CPU that the processes have used, in microseconds."""
-        return sum(_cpu_ns(pid) for pid in self.processes) / 1e3
+        return sum(processes.cpu_ns(pid) for pid in self.processes) / 1e3
 
     def ticks(self) -> tuple[int, int]:
         """The same in the kernel's coarse ticks, in user space and in the kernel."""
@@ -52,13 +52,6 @@ class Arm:
             stat = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
             user, system = user + int(stat[11]), system + int(stat[12])
         return user, system
-
-
-def _cpu_ns(pid: int) -> int:
-    return sum(
-        int((task / "schedstat").read_text().split()[0])
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    )
 
 
 def main() -> int:
