@@ -45,7 +45,7 @@ test: venv  ## lint, types and every test that a CPU can run
 	@mkdir -p .cache && rm -f .cache/left-out
 	@# tests/kube waits more than it works, so it runs beside the others.
 	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; trap "kill $$kube 2> /dev/null" EXIT INT TERM; \
-	  $(TESTS) tests/unit tests/gateway tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
+	  $(TESTS) tests/unit tests/gateway tests/page tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
 	  wait $$kube; kube=$$?; cat .cache/kube.log; exit $$((others || kube))
 	@# The documentation's server first: it is gone when the one of tests/cluster starts.
 	@$(TESTS) $(AT_A_SERVER) tests/cluster $(ALONE:%=--ignore %)  # connected to a Ray

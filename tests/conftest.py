@@ -30,6 +30,7 @@ _SLOW = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--left-out", type=Path, help="add what was skipped, and why, to this file")
+    parser.addoption("--screenshots", type=Path, help="write the page's pictures into this folder")
     parser.addoption("--kube-context", help="run the day-two tests on this kubeconfig context")
     parser.addoption("--kube-image", default="", help="the image of target cpu for them")
 

@@ -159,10 +159,14 @@ class _Models(Directory):
     """A directory that knows what the test says instead of what Serve says."""
 
     def __init__(self, applications: dict[str, Any], board: Board) -> None:
-        self._models: dict[str, Model] = directory.read_details({"applications": applications})
-        self._by_id = directory._by_id(self._models)
+        self.hear(applications)
         self._phases: dict[str, Phase] = {}
         self._board = board
+
+    def hear(self, applications: dict[str, Any]) -> None:
+        """Take these for what Serve says now."""
+        self._models: dict[str, Model] = directory.read_details({"applications": applications})
+        self._by_id = directory._by_id(self._models)
 
     def handle(self, name: str) -> Any:
         return _Handle()

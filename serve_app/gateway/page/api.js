@@ -1,0 +1,53 @@
+// Calls of the gateway's public routes, with the key. Addresses are relative: the page may lie
+// below a prefix.
+
+import { currentKey } from "./store.js";
+
+/** What went wrong, in the server's own sentence. */
+export class ApiError extends Error {
+  constructor(message, status, code) {
+    super(message);
+    this.status = status;
+    this.code = code;
+  }
+}
+
+/** GET; the Response may be a 304 where `headers` ask for what has changed. */
+export function get(path, headers = {}) {
+  return call(path, { headers });
+}
+
+/** POST a body as JSON; the answer is the Response, as it may be a stream. */
+export function post(path, body, signal) {
+  const headers = { "content-type": "application/json" };
+  return call(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+}
+
+/** The gateway's address as clients write it, without a slash at the end. */
+export function baseUrl() {
+  return new URL(".", document.baseURI).href.replace(/\/$/, "");
+}
+
+/** The sentence of an error body: OpenAI's envelope, and Anthropic's. */
+export function sentence(body) {
+  const error = body?.error;
+  return typeof error === "string" ? error : error?.message;
+}
+
+async function call(path, { headers, ...options }) {
+  const key = currentKey();
+  if (key) headers.authorization = `Bearer ${key}`;
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, cache: "no-store" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The gateway cannot be reached.", 0, "unreachable");
+  }
+  if (response.ok || response.status === 304) return response;
+  const body = await response.json().catch(() => null);
+  const said = sentence(body) ?? `The gateway answered ${response.status} ${response.statusText}.`;
+  const error = new ApiError(said, response.status, body?.error?.code);
+  if (error.status === 401) document.dispatchEvent(new CustomEvent("key-wanted", { detail: said }));
+  throw error;
+}

@@ -1,0 +1,119 @@
+"""The view of the fleet: what Serve says of each model, and what mends it."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from conftest import Opened
+from harness.browser import ask
+from harness.scripted import GatewayProcess, Upstream, reported
+from playwright.async_api import Route, expect
+from scripted_model import Model
+
+from serve_app.cluster.exchange import Load
+
+SENTENCE = "'org/model' has no weights in this folder; set args.model to one that has."
+
+
+def failed() -> dict[str, Any]:
+    return reported(status="DEPLOY_FAILED") | {"message": SENTENCE, "deployments": {}}
+
+
+def starting() -> dict[str, Any]:
+    application = reported(status="DEPLOYING")
+    application["deployments"]["ModelServer"]["replicas"] = [
+        {"state": "STARTING", "replica_id": "r7", "start_time_s": time.time(), "node_id": "n0"}
+    ]
+    return application
+
+
+async def test_a_model_is_shown_with_its_names_and_its_load(opened: Opened) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        gateway.board.report("r0", Load(3, 1, 8, kv_cache_usage=0.41))
+        page = await opened(gateway)
+        card = page.get_by_role("article", name="m", exact=True)
+        for shown in ("running", "also org/m:1.0", "3 of 8", "41 %", "1 in vLLM"):
+            await expect(card.get_by_text(shown).first).to_be_visible()
+        await expect(page.get_by_text("1 of 1 models run")).to_be_visible()
+        await expect(page).to_have_title("Fleet · serve_app")
+
+
+async def test_a_model_that_failed_says_why_and_is_shown_as_mended(opened: Opened) -> None:
+    applications = {"m": reported(), "broken": failed()}
+    async with (
+        Upstream() as upstream,
+        GatewayProcess(upstream, applications=applications) as gateway,
+    ):
+        page = await opened(gateway, permissions=["clipboard-read", "clipboard-write"])
+        card = page.get_by_role("article", name="broken")
+        await expect(card.get_by_text("failed to start")).to_be_visible()
+        await expect(card.get_by_text(SENTENCE)).to_be_visible()
+        command = await card.get_by_role("code").inner_text()
+        assert command == "serve-app logs broken"
+        await card.get_by_role("button", name="Copy").click()
+        await expect(card.get_by_role("button", name="Copied")).to_be_visible()
+        assert await page.evaluate("navigator.clipboard.readText()") == command
+
+        gateway.directory.hear({"m": reported(), "broken": starting()})
+        await expect(card.get_by_text("starting the process")).to_be_visible()
+        await expect(card.get_by_text(SENTENCE)).to_be_hidden()
+
+        gateway.directory.hear({"m": reported(), "broken": reported()})
+        gateway.board.publish("broken", {"r7": (upstream.host, upstream.port)})
+        await expect(card.get_by_text("running", exact=True)).to_be_visible()
+        await expect(card.get_by_role("code")).to_have_count(0)
+
+
+async def test_a_model_that_is_removed_goes_from_the_page(opened: Opened) -> None:
+    applications = {"m": reported(), "old": reported()}
+    async with (
+        Upstream() as upstream,
+        GatewayProcess(upstream, applications=applications) as gateway,
+    ):
+        page = await opened(gateway)
+        await expect(page.get_by_role("article")).to_have_count(2)
+        gateway.directory.hear({"m": reported()})
+        await expect(page.get_by_role("article")).to_have_count(1)
+
+
+async def test_what_a_person_folds_stays_so_while_the_numbers_change(opened: Opened) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        gateway.board.report("r0", Load(3, 0, 8, kv_cache_usage=0.4))
+        page = await opened(gateway)
+        fold = page.get_by_role("article").get_by_text("1 replica")
+        row = page.get_by_role("rowheader", name="r0")
+        await expect(row).to_be_visible()
+        await fold.click()
+        await expect(row).to_be_hidden()
+        gateway.board.report("r0", Load(5, 0, 8, kv_cache_usage=0.4))
+        await expect(page.get_by_text("5 of 8")).to_be_visible()
+        await expect(row).to_be_hidden()
+
+
+async def test_a_gateway_that_cannot_be_reached_is_told_and_found_again(opened: Opened) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        page = await opened(gateway)
+        await expect(page.get_by_role("article")).to_have_count(1)
+        await page.context.set_offline(True)
+        await expect(page.get_by_text("The gateway cannot be reached.")).to_be_visible()
+        await expect(page.get_by_role("article")).to_have_count(1)
+        await page.context.set_offline(False)
+        await expect(page.get_by_text("The gateway cannot be reached.")).to_be_hidden()
+
+
+async def test_it_works_below_a_prefix(opened: Opened) -> None:
+    """As behind a proxy that takes the prefix off before it passes a request on."""
+
+    async def passed_on(route: Route) -> None:
+        await route.continue_(url=route.request.url.replace("/llm/", "/"))
+
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway, "chat")
+        await page.route("**/llm/**", passed_on)
+        await page.goto(f"{gateway.base_url}/llm/#chat")
+        await ask(page, "Hello?")
+        await expect(page.get_by_text("Hello.")).to_be_visible()
+        await page.get_by_text("As code").click()
+        address = f"{gateway.base_url}/llm/v1"
+        await expect(page.get_by_text(f"{address}/chat/completions").first).to_be_visible()
