@@ -64,7 +64,7 @@ class Example:
         """Points as the charts keep them: load that comes and goes."""
         now = time.time()
         return [
-            {"at": now - 3600 + second, "scopes": {"": _point(second)}}
+            {"at": now - 3600 + second, "seconds": 30, "scopes": {"": _point(second)}}
             for second in range(0, 3590, 10)
         ]
 

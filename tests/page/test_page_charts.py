@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import Opened
+from fleet_of_examples import example
 from harness.scripted import GatewayProcess, reported
 from playwright.async_api import expect
 from scripted_model import Model
@@ -56,6 +57,22 @@ async def test_points_outlive_a_reload(opened: Opened) -> None:
         await page.reload()
         kept = await page.evaluate("JSON.parse(sessionStorage['serve_app.charts'])")
         assert kept[-1]["scopes"]["m"]["kv"] == 0.25
+
+
+async def test_the_pointer_tells_of_that_time_in_all_charts(opened: Opened) -> None:
+    async with example() as it:
+        page = await opened(it.gateway)
+        kept = json.dumps(json.dumps(it.hour()))
+        await page.add_init_script(f"sessionStorage['serve_app.charts'] = {kept}")
+        await page.goto(f"{it.gateway.base_url}/#charts")
+        await page.reload()
+        hits = page.get_by_role("figure").filter(has_text="Prefix cache hits").locator("b")
+        await page.get_by_role("img", name="Tokens: ").hover()
+        middle = it.hour()[len(it.hour()) // 2]["scopes"][""]["hits"]
+        await expect(hits).to_have_text(f"{round(middle * 100)} %")
+        await expect(page.get_by_text("30 min ago")).to_have_count(7)
+        await page.get_by_role("link", name="Charts").hover()
+        await expect(page.get_by_text("30 min ago")).to_have_count(0)
 
 
 async def test_one_model_can_be_looked_at(opened: Opened) -> None:

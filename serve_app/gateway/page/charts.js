@@ -9,7 +9,7 @@ import { recall, remember } from "./store.js";
 const EVERY_S = 5;
 const KEPT_S = 3600;
 const WINDOW_S = 30; // a point tells of this long: shorter is noise, longer hides what happens now
-const GAP_S = 60; // no line is drawn over a time in which nobody looked
+const LONGEST_S = 600; // between two scrapes that a point is made of: the gateway may ask for long pauses
 
 const percent = (share) => `${Math.round(share * 100)} %`;
 const perSecond = (rate) => `${count(Number(rate.toPrecision(3)))}/s`;
@@ -32,10 +32,11 @@ export function charts() {
   const said = h("div");
   const grid = h("div", { class: "charts" });
   const element = h("div", {}, h("div", { class: "toolbar" }, model, h("p", { class: "hint" },
-    `Each point tells of ${WINDOW_S} s. The last hour is kept in this tab.`)), said, grid);
+    `Each point tells of the ${WINDOW_S} s before it. The last hour is kept in this tab.`)), said, grid);
 
   let points = recall("charts", []); // [{ at, scopes: { "": point, model: point } }]
-  let scrapes = []; // [{ at, samples }] of the last WINDOW_S
+  let scrapes = []; // [{ at, samples }] of the last WINDOW_S, one at least
+  let pointed = null; // where the pointer is in a chart, from 0 to 1
   let shown = false;
   let refused = false; // until there is another key
 
@@ -47,17 +48,9 @@ export function charts() {
       next = pause(response);
       const samples = parse(await response.text(), WANTED);
       const at = Date.now() / 1000 - Number(response.headers.get("x-age-s"));
-      const before = scrapes.find((it) => at - it.at <= WINDOW_S);
-      scrapes = [...scrapes.filter((it) => at - it.at <= WINDOW_S), { at, samples }];
+      take(samples, at);
       const models = [...new Set(samples.map((it) => it.labels.model).filter(Boolean))].sort();
       options(chosen, models, "all models");
-      if (before) {
-        const scopes = {};
-        for (const name of ["", ...models]) {
-          scopes[name] = point(before.samples, samples, at - before.at, name);
-        }
-        points = [...points.filter((it) => at - it.at < KEPT_S), { at, scopes }];
-      }
       morph(said);
     } catch (error) {
       refused = error.status === 401 || error.status === 403;
@@ -67,10 +60,34 @@ export function charts() {
     return next;
   }
 
-  function draw() {
-    const of = points.map((it) => ({ at: it.at, ...it.scopes[chosen.value] }));
-    morph(grid, CHARTS.map((chart) => figure(chart, of)));
+  function take(samples, at) {
+    const last = scrapes.at(-1);
+    if (last && at - last.at < 1) return; // the same page once more
+    const before = scrapes.find((it) => at - it.at <= WINDOW_S) ?? (at - last?.at < LONGEST_S && last);
+    scrapes = [...scrapes.filter((it) => at - it.at <= WINDOW_S), { at, samples }];
+    if (!before) return;
+    const seconds = at - before.at;
+    const models = new Set(samples.map((it) => it.labels.model ?? ""));
+    const scopes = {};
+    for (const name of new Set(["", ...models])) scopes[name] = point(before.samples, samples, seconds, name);
+    points = [...points.filter((it) => at - it.at < KEPT_S), { at, seconds, scopes }];
   }
+
+  function draw() {
+    const of = points.map((it) => ({ at: it.at, seconds: it.seconds, ...it.scopes[chosen.value] }));
+    morph(grid, CHARTS.map((chart) => figure(chart, of, pointed)));
+  }
+
+  // What a pointer is at in one chart is told in all.
+  function pointAt(event) {
+    const box = event.type === "pointermove" && event.target.closest("svg")?.getBoundingClientRect();
+    const share = box ? (event.clientX - box.left) / box.width : null;
+    if (share === pointed) return;
+    pointed = share;
+    draw();
+  }
+  grid.addEventListener("pointermove", pointAt);
+  grid.addEventListener("pointerleave", pointAt);
 
   addEventListener("pagehide", () => remember("charts", points));
   const again = poll(scrape, () => EVERY_S, () => shown && !refused);
@@ -90,7 +107,7 @@ export function charts() {
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [480, 160, 4, 18];
 
 /** One chart, with the last values in words beside its lines' names. */
-function figure(chart, points) {
+function figure(chart, points, pointed) {
   const lines = chart.lines
     ? Object.entries(chart.lines).map(([key, name]) => ({ name, of: (it) => it[key] }))
     : [...new Set(points.flatMap((it) => Object.keys(it.codes ?? {})))]
@@ -98,10 +115,11 @@ function figure(chart, points) {
         .map((code) => ({ name: code, of: (it) => it.codes?.[code] ?? 0 }));
   const drawn = lines.map((line) => ({
     name: line.name,
-    points: points.map((it) => ({ at: it.at, value: line.of(it) })),
+    points: points.map((it) => ({ at: it.at, since: it.at - it.seconds, value: line.of(it) })),
   }));
   const values = drawn.flatMap((line) => line.points.map((it) => it.value)).filter(Number.isFinite);
   const most = chart.most ?? round(Math.max(0, ...values));
+  const looked = index(points, pointed);
   const last = (line) => line.points.at(-1)?.value;
   const said = (value) => (Number.isFinite(value) ? chart.show(value) : "–");
   const words = drawn.map((line) => `${line.name} ${said(last(line))}`).join(", ") || "nothing yet";
@@ -110,8 +128,8 @@ function figure(chart, points) {
     { class: "card chart" },
     h("figcaption", {}, chart.title),
     h("ul", { class: "legend" }, drawn.map((line, n) =>
-      h("li", { class: `line-${n % 6}` }, h("i"), `${line.name} `, h("b", {}, said(last(line)))))),
-    plot(drawn, most, `${chart.title}: ${words}`, said),
+      h("li", { class: `line-${n % 6}` }, h("i"), `${line.name} `, h("b", {}, said(line.points[looked]?.value))))),
+    plot(drawn, most, `${chart.title}: ${words}`, said, pointed === null ? null : points[looked]?.at),
   );
 }
 
@@ -122,10 +140,22 @@ function round(value) {
   return [1, 2, 5, 10].find((it) => it * power >= value) * power;
 }
 
-function plot(lines, most, label, said) {
-  const times = lines.flatMap((line) => line.points.map((it) => it.at));
-  const end = Math.max(...times);
-  const begin = Math.max(end - KEPT_S, Math.min(...times, end - 60));
+/** The times of the left and the right edge. */
+function range(points) {
+  const end = points.at(-1)?.at ?? 0;
+  return [Math.max(end - KEPT_S, Math.min(points[0]?.at ?? 0, end - 60)), end];
+}
+
+/** Which of the points is nearest to where the pointer is; the last without one. */
+function index(points, pointed) {
+  if (pointed === null) return points.length - 1;
+  const [begin, end] = range(points);
+  const at = begin + ((pointed * WIDTH - LEFT) / (WIDTH - 2 * LEFT)) * (end - begin);
+  return points.reduce((best, it, n) => (Math.abs(it.at - at) < Math.abs(points[best].at - at) ? n : best), 0);
+}
+
+function plot(lines, most, label, said, looked) {
+  const [begin, end] = range(lines[0]?.points ?? []);
   const x = (at) => LEFT + ((at - begin) / (end - begin || 1)) * (WIDTH - 2 * LEFT);
   const y = (value) => 8 + (1 - Math.min(1, value / most)) * (HEIGHT - BOTTOM - 8);
   const path = (points) => {
@@ -133,21 +163,23 @@ function plot(lines, most, label, said) {
     let before = null;
     for (const it of points) {
       if (!Number.isFinite(it.value)) continue;
-      const begins = before === null || it.at - before > GAP_S;
+      const begins = before === null || it.since > before + 1; // nobody looked in between
       const place = `${x(it.at).toFixed(1)} ${y(it.value).toFixed(1)}`;
       text += begins ? `M${place}h0` : `L${place}`; // "h0": a point alone is a dot
       before = it.at;
     }
     return text;
   };
-  const minutes = Math.round((end - begin) / 60);
+  const ago = (at) => (end - at < 45 ? "now" : `${Math.round((end - at) / 60)} min ago`);
+  const edge = HEIGHT - BOTTOM;
   return s(
     "svg",
     { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": label },
     [0, 0.5, 1].map((share) => s("line", { class: "grid", x1: 0, x2: WIDTH, y1: y(most * share), y2: y(most * share) })),
     s("text", { x: LEFT, y: 19 }, said(most)),
-    s("text", { x: LEFT, y: HEIGHT - 4 }, times.length ? `${minutes} min ago` : ""),
-    s("text", { x: WIDTH - LEFT, y: HEIGHT - 4, "text-anchor": "end" }, times.length ? "now" : ""),
+    end > 0 && s("text", { x: LEFT, y: HEIGHT - 4 }, ago(begin)),
+    end > 0 && s("text", { x: WIDTH - LEFT, y: HEIGHT - 4, "text-anchor": "end" }, ago(looked ?? end)),
+    looked && s("line", { class: "looked", x1: x(looked), x2: x(looked), y1: 8, y2: edge }),
     lines.map((line, n) => s("path", { class: `line-${n % 6}`, d: path(line.points) })),
   );
 }
