@@ -208,7 +208,7 @@ function memory({ gpu_gib: size, gpus, parts }) {
 function facts(model) {
   const chips = [...(model.takes ?? [])];
   if (model.max_model_len) chips.push(`${count(model.max_model_len)} tokens`);
-  return h(
+  return (chips.length > 0 || model.adapters.length > 0) && h(
     "ul",
     { class: "chips" },
     chips.map((it) => h("li", {}, it)),
