@@ -248,6 +248,26 @@ async def test_two_models_answer_side_by_side(opened: Opened) -> None:
         assert len(one.chats) == 1
 
 
+async def test_an_adapter_is_a_model_to_chat_with(opened: Opened) -> None:
+    adapters = [{"name": "sql", "path": "/adapters/sql"}]
+    applications = {"m": reported({"adapters": adapters})}
+    async with (
+        Model(words("select 1")) as model,
+        GatewayProcess(model, applications=applications) as gateway,
+    ):
+        page = await opened(gateway, "chat/sql")
+        await ask(page, "Count.")
+        await expect(answers(page)).to_have_count(1)
+        assert [it["model"] for it in model.chats] == ["sql"]
+
+
+async def test_an_address_with_a_broken_name_is_no_error(opened: Opened) -> None:
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway, "chat/%")
+        await ask(page, "Hello?")
+        await expect(answers(page)).to_have_count(1)
+
+
 async def test_an_image_goes_as_a_data_url(opened: Opened) -> None:
     async with Model() as model, GatewayProcess(model) as gateway:
         page = await opened(gateway, "chat")

@@ -65,6 +65,41 @@ async def test_a_model_that_failed_says_why_and_is_shown_as_mended(opened: Opene
         await expect(card.get_by_role("code")).to_have_count(0)
 
 
+async def test_what_is_in_a_gpu_is_a_picture_with_words(opened: Opened) -> None:
+    parts = {"weights": 16.1, "kv_cache": 50.2, "graphs": 1.2, "other": 0.0}
+    about = {"takes": ["chat"], "memory": {"gpu_gib": 80.0, "gpus": 2, "parts": parts}}
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        gateway.board.publish("m", {"r0": (upstream.host, upstream.port)}, 8192, about=about)
+        page = await opened(gateway)
+        await expect(page.get_by_text("Each of 2 GPUs, 80.0 GiB")).to_be_visible()
+        words = "weights 16.1 GiB, kv cache 50.2 GiB, graphs 1.2 GiB"
+        picture = page.get_by_role("img", name=f"Memory of 80.0 GiB: {words}", exact=True)
+        widths = await picture.locator("rect").evaluate_all(
+            "all => all.map(it => it.width.baseVal.value)"
+        )
+        whole, *shares = widths
+        assert [round(80 * it / whole, 1) for it in shares] == [16.1, 50.2, 1.2]
+
+
+async def test_one_that_sleeps_says_how_to_wake_it(opened: Opened) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        gateway.board.report("r0", Load(0, 0, 8, kv_cache_usage=0.0, asleep=True))
+        page = await opened(gateway)
+        card = page.get_by_role("article", name="m", exact=True)
+        await expect(card.locator(".state")).to_have_text("asleep")
+        await expect(card.get_by_role("code")).to_have_text("serve-app admin m wake")
+
+
+async def test_one_without_replicas_is_scaled_to_zero(opened: Opened) -> None:
+    async with Upstream() as upstream, GatewayProcess(upstream) as gateway:
+        gateway.board.forget("m")
+        page = await opened(gateway)
+        card = page.get_by_role("article", name="m", exact=True)
+        await expect(card.locator(".state")).to_have_text("scaled to zero")
+        gateway.board.publish("m", {"r1": (upstream.host, upstream.port)})
+        await expect(card.locator(".state")).to_have_text("running")
+
+
 async def test_a_model_that_is_removed_goes_from_the_page(opened: Opened) -> None:
     applications = {"m": reported(), "old": reported()}
     async with (

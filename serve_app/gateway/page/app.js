@@ -29,7 +29,15 @@ function route() {
     else link.removeAttribute("aria-current");
   }
   document.title = `${document.querySelector("nav a[aria-current]").textContent} · serve_app`;
-  views[current].show(argument && decodeURIComponent(argument));
+  views[current].show(argument && decoded(argument));
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text; // somebody typed a "%"
+  }
 }
 
 // --- the key ---------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ export function chat(fleet) {
     if (compared && sides.length === 1) sides.push(new Side());
     if (!compared && sides.length === 2) sides.pop().answer?.stop();
     sides.forEach((side, n) => (side.model = models[n].value));
-    images.allow(sides.every((side) => fleet.models[side.model]?.takes?.includes("images")));
+    images.allow(sides.every((side) => fleet.of(side.model)?.takes?.includes("images")));
     draw();
   }
 

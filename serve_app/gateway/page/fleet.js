@@ -56,9 +56,15 @@ export class Fleet {
     listener(this);
   }
 
-  /** The names of models that take something; one of which nothing is known may. */
+  /** The ids of models and adapters that take something; one of which nothing is known may. */
   thatTake(what) {
-    return Object.keys(this.models).filter((name) => takes(this.models[name], what));
+    const found = Object.entries(this.models).filter(([, model]) => takes(model, what));
+    return found.flatMap(([name, model]) => [name, ...model.adapters]);
+  }
+
+  /** The model that an id belongs to. */
+  of(id) {
+    return this.models[id] ?? Object.values(this.models).find((model) => model.adapters.includes(id));
   }
 
   async #ask() {
