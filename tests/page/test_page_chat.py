@@ -263,9 +263,30 @@ async def test_an_adapter_is_a_model_to_chat_with(opened: Opened) -> None:
 
 async def test_an_address_with_a_broken_name_is_no_error(opened: Opened) -> None:
     async with Model() as model, GatewayProcess(model) as gateway:
+        await opened(gateway, "constructor")
         page = await opened(gateway, "chat/%")
         await ask(page, "Hello?")
         await expect(answers(page)).to_have_count(1)
+
+
+async def test_a_conversation_outlives_its_model_s_absence(opened: Opened) -> None:
+    """Neither does it end, nor does another model get the next question."""
+    applications = {"a": reported(), "m": reported()}
+    async with (
+        Model(words("I am m.")) as model,
+        GatewayProcess(model, applications=applications) as gateway,
+    ):
+        page = await opened(gateway, "chat/m")
+        await ask(page, "Who are you?")
+        await expect(page.get_by_text("I am m.")).to_be_visible()
+        gateway.directory.hear({"a": reported()})
+        await page.get_by_role("link", name="Fleet").click()
+        await expect(page.get_by_role("article")).to_have_count(1)
+        await page.get_by_role("link", name="Chat", exact=True).click()
+        await expect(page.get_by_role("combobox", name="Model", exact=True)).to_have_value("m")
+        await expect(page.get_by_text("I am m.")).to_be_visible()
+        await ask(page, "Still there?")
+        await expect(answers(page).get_by_role("alert")).to_contain_text("'m'")
 
 
 async def test_an_image_goes_as_a_data_url(opened: Opened) -> None:

@@ -22,7 +22,7 @@ for (const [name, view] of Object.entries(views)) {
 
 function route() {
   const [name, argument] = location.hash.slice(1).split("/");
-  current = name in views ? name : "fleet";
+  current = Object.hasOwn(views, name) ? name : "fleet";
   for (const section of main.children) section.hidden = section.id !== `view-${current}`;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${current}`) link.setAttribute("aria-current", "page");

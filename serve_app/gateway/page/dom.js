@@ -61,6 +61,7 @@ export function copyButton(text, label = "Copy") {
 export async function copy(button) {
   const text = button.dataset.copy || button.closest(".code")?.querySelector("code").textContent || "";
   const label = button.textContent;
+  button.disabled = true;
   try {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
@@ -68,7 +69,10 @@ export async function copy(button) {
     // Without https there is no clipboard but on localhost.
     button.textContent = "Select and copy by hand";
   }
-  setTimeout(() => (button.textContent = label), 1500);
+  setTimeout(() => {
+    button.textContent = label;
+    button.disabled = false;
+  }, 1500);
 }
 
 /** A labelled control: `control` gets the label's id, and a hint below. */
@@ -99,12 +103,13 @@ export function complaint(error) {
   return h("p", { class: "complaint", role: "alert" }, error.message || String(error));
 }
 
-/** Options of a select, keeping what was chosen where it is still there. */
+/** Options of a select. What was chosen stays, also where it is gone: nobody shall ask another
+ *  model than the one that was chosen. */
 export function options(select, names, empty) {
   const chosen = select.value;
-  const all = empty === undefined ? names : ["", ...names];
-  morph(select, all.map((name) => h("option", { value: name }, name || empty)));
-  select.value = all.includes(chosen) ? chosen : (all[0] ?? "");
+  const all = new Set([...(empty === undefined ? [] : [""]), ...names, ...(chosen ? [chosen] : [])]);
+  morph(select, [...all].map((name) => h("option", { value: name }, name || empty)));
+  select.value = chosen || [...all][0] || "";
 }
 
 export function count(number) {
