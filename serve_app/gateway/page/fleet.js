@@ -47,7 +47,7 @@ export class Fleet {
   keyChanged() {
     this.#refused = false;
     this.#forget();
-    this.#again();
+    this.#again(true);
   }
 
   /** Call `listener(fleet)` after each answer; `fleet.error` is set where there was none. */

@@ -10,13 +10,13 @@ for (const event of ["pointermove", "pointerdown", "keydown", "scroll"]) {
 }
 
 /** Call `ask` now and then every `seconds()`, or later where it answers with a longer pause, while
- *  `wanted()`; returns a function that asks at once. */
+ *  `wanted()`. Returns a function that asks at once, or with `true` again where one is on its way. */
 export function poll(ask, seconds, wanted) {
   let timer = 0;
   let running = false;
   let again = false;
-  async function turn() {
-    again = running;
+  async function turn(anew = false) {
+    again = running && (again || anew);
     if (running) return;
     clearTimeout(timer);
     running = true;
