@@ -35,6 +35,7 @@ class FrontEnd:
         """vLLM's record of the adapters that this front end knows."""
 
         self.routes = {getattr(route, "path", "") for route in app.routes}
+        """The paths that vLLM answers for this model."""
 
         self._guard = guard
         self._server = _Server(

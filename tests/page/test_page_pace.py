@@ -11,9 +11,13 @@ from scripted_model import Model
 
 
 class Watched:
-    """A page whose clock stands, and what it has asked of ``/fleet``."""
+    """A page whose clock stands, and what it has asked of ``/fleet``.
 
-    def __init__(self, page: Page, poll_s: float | None) -> None:
+    It is told ``poll_s``: the gateway, whose clock goes on, would take so many looks in a few
+    seconds for those of many pages.
+    """
+
+    def __init__(self, page: Page, poll_s: float = 2.0) -> None:
         self.page = page
         self.asked = 0
         self._open = 0
@@ -32,7 +36,7 @@ class Watched:
         self.asked += 1
         self._open += 1
         answer = await route.fetch()
-        headers: Any = answer.headers | ({"x-poll-s": str(self._poll_s)} if self._poll_s else {})
+        headers: Any = answer.headers | {"x-poll-s": str(self._poll_s)}
         await route.fulfill(response=answer, headers=headers)
         self._open -= 1
 
@@ -61,7 +65,7 @@ async def test_it_waits_as_long_as_the_gateway_says(opened: Opened) -> None:
 
 async def test_one_that_nobody_touches_asks_seldom_until_it_is_touched(opened: Opened) -> None:
     async with Model() as model, GatewayProcess(model) as gateway:
-        watched = Watched(await opened(gateway), poll_s=None)
+        watched = Watched(await opened(gateway))
         await watched.begin()
         assert await watched.asked_within(10) >= 3
         await watched.asked_within(130)
@@ -73,7 +77,7 @@ async def test_one_that_nobody_touches_asks_seldom_until_it_is_touched(opened: O
 
 async def test_a_hidden_one_asks_nothing_and_a_shown_one_at_once(opened: Opened) -> None:
     async with Model() as model, GatewayProcess(model) as gateway:
-        watched = Watched(await opened(gateway), poll_s=None)
+        watched = Watched(await opened(gateway))
         await watched.begin()
         hidden = (
             "(is) => Object.defineProperty(document, 'hidden', {get: () => is, configurable: true})"

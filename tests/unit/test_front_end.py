@@ -26,6 +26,7 @@ class App:
 
     def __init__(self) -> None:
         self.state = SimpleNamespace(openai_serving_models="vLLM's")
+        self.routes: list[Any] = []
         self.asked, self.may_answer = asyncio.Event(), asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
