@@ -62,6 +62,9 @@ async def test_no_text_becomes_an_element_that_is_not_markdown_s(opened: Opened,
         *("*" * 20_000, "**a" * 8000, "[" * 20_000, "[a](" * 8000, "`a``b" * 4000, "> " * 8000),
         *("__**" * 5000 + "a", "|-" * 9000 + "\n" + "|-" * 9000 + "x", "  - a\n" * 5000),
         "\n".join("  " * depth + "- x" for depth in range(400)),
+        *("**a " * 50_000, "__a " * 50_000, "a" + "`" * 200_000, "\\*" * 200_000),
+        *(f"{begin}{' ' * 200_000}b" for begin in ("[a](", "# a", "a|\n")),
+        "|a" * 50_000 + "\n" + "|-" * 20_000 + "\n" + "|\n" * 20_000,
     ],
     ids=lambda text: text[:8],
 )
@@ -119,3 +122,20 @@ async def test_an_error_event_is_the_server_s_sentence(opened: Opened) -> None:
             event,
         )
     assert found == said
+
+
+async def test_a_connection_that_breaks_off_is_told_in_a_sentence(opened: Opened) -> None:
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway)
+        found = await page.evaluate(
+            """async () => {
+              const { events } = await import('./-/page/stream.js');
+              const body = new ReadableStream({ pull: (it) => it.error(new TypeError('network')) });
+              try {
+                for await (const _ of events(new Response(body)));
+              } catch (error) {
+                return error.message;
+              }
+            }""",
+        )
+    assert found == "The connection broke off before the answer's end."

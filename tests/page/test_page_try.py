@@ -55,3 +55,11 @@ async def test_an_error_is_in_the_server_s_words(opened: Opened) -> None:
         gateway.directory.hear({})
         await part.get_by_role("button", name="Try").click()
         await expect(part.get_by_role("alert")).to_contain_text("'m'")
+
+
+async def test_without_a_model_each_part_says_so(opened: Opened) -> None:
+    async with Model() as model, GatewayProcess(model) as gateway:
+        gateway.directory.hear({})
+        page = await opened(gateway, "try")
+        part = page.get_by_role("region", name="Tokenize")
+        await expect(part.get_by_text("There is no model here yet")).to_be_visible()

@@ -19,7 +19,9 @@ function fill(node, attributes, children) {
     else node.setAttribute(key, value === true ? "" : value);
   }
   // An empty text stays a node: streamed text can then be morphed into it.
-  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  for (const child of children.flat(Infinity)) {
+    if (child !== null && child !== undefined && child !== false) node.append(child);
+  }
   return node;
 }
 

@@ -1,14 +1,15 @@
 // Markdown as DOM nodes. There is no way from a model's text to HTML: each piece of it becomes a
-// text node, and of links only http and https ones are made.
+// text node, and of links only http and https ones are made. A model may also write what no person
+// would, and it is read again as it grows: no pattern here looks twice at a long text.
 
 import { copyButton, h } from "./dom.js";
 
 const FENCE = /^ {0,3}(```+|~~~+)\s*([^\s`]*)/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*$/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])\s*(?:\1\s*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
-const DIVIDER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const DIVIDER = /^\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?$/;
 
 /** The blocks of a text, as elements. */
 export function markdown(text) {
@@ -37,7 +38,7 @@ function blocks(lines, depth) {
     } else if (heading) {
       at++;
       // The page's own headings are h1 and h2.
-      found.push(h(`h${Math.min(6, heading[1].length + 2)}`, {}, inline(heading[2])));
+      found.push(h(`h${Math.min(6, heading[1].length + 2)}`, {}, inline(heading[2].trimEnd().replace(/\s#+$/, "").trimEnd())));
     } else if (RULE.test(line)) {
       at++;
       found.push(h("hr"));
@@ -47,7 +48,7 @@ function blocks(lines, depth) {
     } else if (ITEM.test(line) && depth < 8) {
       const indent = ITEM.exec(line)[1].length;
       found.push(list(take((it, n) => n === 0 || ITEM.test(it) || !it.trim() || leading(it) > indent), depth));
-    } else if (line.includes("|") && DIVIDER.test(lines[at + 1] ?? "") && lines[at + 1].includes("-")) {
+    } else if (line.includes("|") && DIVIDER.test((lines[at + 1] ?? "").trim())) {
       found.push(table(take((it) => it.includes("|"))));
     } else {
       found.push(h("p", {}, inline(take((it, n) => n === 0 || (it.trim() && !startsBlock(it))).join("\n"))));
@@ -104,19 +105,20 @@ function table([head, , ...rows]) {
       "table",
       {},
       h("thead", {}, h("tr", {}, titles.map((it) => h("th", { scope: "col" }, inline(it))))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, titles.map((_, n) => h("td", {}, inline(cells(row)[n] ?? "")))))),
+      h("tbody", {}, rows.map((row) => h("tr", {}, cells(row).slice(0, titles.length).map((it) => h("td", {}, inline(it)))))),
     ),
   );
 }
 
-// Each pattern is one way to mark a piece of text, in order of their strength.
+// Each pattern is one way to mark a piece of text, in order of their strength. What looks for its end
+// does so for 1000 characters.
 const INLINE = [
-  [/^(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)/, (it) => h("code", {}, it[2])],
+  [/^(`+)([^`]|[^`][\s\S]{0,1000}?[^`])\1(?!`)/, (it) => h("code", {}, it[2])],
   [/^\\([\\`*_{}[\]()#+\-.!|~<>])/, (it) => it[1]],
-  [/^!?\[([^\][]*)\]\(\s*<?([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*)>?(?:\s+"[^"]*")?\s*\)/, (it) => link(it[2], it[1], it[0])],
+  [/^!?\[([^\][]*)\]\(\s*(?=\S)<?([^\s()<>]*(?:\([^\s()]*\)[^\s()<>]*)*)>?(?:\s+"[^"]*")?\s*\)/, (it) => link(it[2], it[1], it[0])],
   [/^<?(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}*_])>?/, (it) => link(it[1], it[1], it[0])],
-  [/^(\*\*|__)(?=\S)([\s\S]*?\S)\1/, (it) => h("strong", {}, inline(it[2]))],
-  [/^~~(?=\S)([\s\S]*?\S)~~/, (it) => h("del", {}, inline(it[1]))],
+  [/^(\*\*|__)(?=\S)([\s\S]{0,1000}?\S)\1/, (it) => h("strong", {}, inline(it[2]))],
+  [/^~~(?=\S)([\s\S]{0,1000}?\S)~~/, (it) => h("del", {}, inline(it[1]))],
   [/^\*(?=[^\s*])([^*]*[^\s*])\*(?!\*)/, (it) => h("em", {}, inline(it[1]))],
   [/^_(?=[^\s_])([^_]*[^\s_])_(?!\w)/, (it) => h("em", {}, inline(it[1]))],
   [/^(?: {2,}|\\)\n/, () => h("br")],
@@ -129,7 +131,10 @@ function inline(text) {
   let at = 0;
   while (at < text.length) {
     const marked = mark(text, at);
-    if (marked) {
+    if (typeof marked?.node === "string") {
+      plain += marked.node;
+      at += marked.length;
+    } else if (marked) {
       if (plain) found.push(plain);
       plain = "";
       found.push(marked.node);
@@ -142,6 +147,7 @@ function inline(text) {
 
 function mark(text, at) {
   if (!/[`\\![<h*_~ ]/.test(text[at])) return null;
+  if (/[` ]/.test(text[at]) && text[at - 1] === text[at]) return null; // a row of them was tried whole
   if (/[_h]/.test(text[at]) && /\w/.test(text[at - 1] ?? "")) return null; // snake_case
   const rest = text.slice(at);
   for (const [pattern, make] of INLINE) {

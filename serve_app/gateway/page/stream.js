@@ -20,7 +20,10 @@ export async function* datas(stream) {
   let lines = [];
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch((error) => {
+        if (error.name === "AbortError") throw error;
+        throw new ApiError("The connection broke off before the answer's end.", 0, "broken_off");
+      });
       rest += value ?? "";
       // A "\r" at the end may be half of "\r\n".
       const complete = done ? rest.length : rest.endsWith("\r") ? rest.length - 1 : rest.length;

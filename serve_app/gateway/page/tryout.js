@@ -45,7 +45,7 @@ function tried({ title, takes, path, label, text, body, show }, fleet) {
   const written = h("textarea", { rows: "4" }, text);
   const button = h("button", { type: "submit", class: "primary" }, "Try");
   const result = h("div", { "aria-live": "polite" });
-  const none = h("p", { class: "hint", hidden: true }, `No model here is known to take ${takes}.`);
+  const none = h("p", { class: "hint", hidden: true }, takes ? `No model here is known to take ${takes}.` : "There is no model here yet, or none that this key may use.");
   const form = h("form", {}, field("Model", model), field(label, written), h("div", { class: "row" }, button));
 
   fleet.listen(() => {
