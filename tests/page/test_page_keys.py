@@ -114,3 +114,13 @@ async def test_a_key_is_in_memory_alone_unless_it_shall_be_kept(
         await expect(page.get_by_text("You must provide an API key").first).to_be_visible()
         assert TEAM[0] not in await page.evaluate(stored)
         assert all(TEAM[0] not in it.target for it in model.exchanges)
+
+
+async def test_a_key_that_no_header_can_have_is_told_in_a_sentence(
+    opened: Opened, key_file: dict[str, str]
+) -> None:
+    async with Model() as model, GatewayProcess(model, keys=key_file) as gateway:
+        page = await opened(gateway)
+        await give(page, f"{TEAM[0]}\N{ZERO WIDTH SPACE}")
+        dialog = page.get_by_role("dialog", name="API key")
+        await expect(dialog.get_by_text("copy it again")).to_be_visible()

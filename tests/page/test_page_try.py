@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from conftest import Opened
-from harness.scripted import GatewayProcess
+from harness.scripted import GatewayProcess, reported
 from playwright.async_api import expect
 from scripted_model import Model
 
@@ -63,3 +63,16 @@ async def test_without_a_model_each_part_says_so(opened: Opened) -> None:
         page = await opened(gateway, "try")
         part = page.get_by_role("region", name="Tokenize")
         await expect(part.get_by_text("There is no model here yet")).to_be_visible()
+
+
+async def test_a_model_that_nobody_chose_is_left_when_another_takes_it(opened: Opened) -> None:
+    """Of a model that still starts nothing is known; the page shall not insist on it."""
+    applications = {"m": reported(), "embedder": reported()}
+    async with Model() as model, GatewayProcess(model, applications=applications) as gateway:
+        page = await opened(gateway, "try")
+        select = page.get_by_role("region", name="Embeddings").get_by_label("Model")
+        await expect(select).to_have_value("m")
+        gateway.board.about = {"m": {"takes": ["chat"]}, "embedder": {"takes": ["embeddings"]}}
+        await page.get_by_role("link", name="Fleet").click()
+        await page.get_by_role("link", name="Try").click()
+        await expect(select).to_have_value("embedder")

@@ -36,6 +36,7 @@ export function sentence(body) {
 
 async function call(path, { headers, ...options }) {
   const key = currentKey();
+  if (/[^!-~]/.test(key)) throw refused("The key has a character that no key has; copy it again.");
   if (key) headers.authorization = `Bearer ${key}`;
   let response;
   try {
@@ -47,7 +48,11 @@ async function call(path, { headers, ...options }) {
   if (response.ok || response.status === 304) return response;
   const body = await response.json().catch(() => null);
   const said = sentence(body) ?? `The gateway answered ${response.status} ${response.statusText}.`;
-  const error = new ApiError(said, response.status, body?.error?.code);
-  if (error.status === 401) document.dispatchEvent(new CustomEvent("key-wanted", { detail: said }));
-  throw error;
+  throw response.status === 401 ? refused(said, body?.error?.code) : new ApiError(said, response.status, body?.error?.code);
+}
+
+/** The error of a key that will not do, for which the user is asked anew. */
+function refused(said, code) {
+  document.dispatchEvent(new CustomEvent("key-wanted", { detail: said }));
+  return new ApiError(said, 401, code);
 }

@@ -2,7 +2,7 @@
 // writes goes to both.
 
 import { Answer } from "./answer.js";
-import { complaint, copyButton, count, duration, field, h, morph, options } from "./dom.js";
+import { complaint, copyButton, count, duration, field, h, mean, morph, options } from "./dom.js";
 import { codeBlock, markdown } from "./markdown.js";
 import { curl, python } from "./snippets.js";
 
@@ -50,6 +50,7 @@ export function chat(fleet) {
   function choose() {
     if (!fleet.thatTake("chat").includes(wanted)) return;
     models[0].value = wanted;
+    mean(models[0]);
     wanted = "";
   }
 
@@ -82,6 +83,7 @@ export function chat(fleet) {
       return;
     }
     morph(said);
+    models.forEach(mean);
     for (const side of sides) {
       side.add(written, images.urls);
       if (!side.pending) start(side, given);

@@ -105,10 +105,17 @@ export function complaint(error) {
   return h("p", { class: "complaint", role: "alert" }, error.message || String(error));
 }
 
-/** Options of a select. What was chosen stays, also where it is gone: nobody shall ask another
+/** What is in a select was meant: by who chose it there, by a link, or by who asked that model. */
+export function mean(select) {
+  select.dataset.meant = "";
+}
+
+addEventListener("change", ({ target }) => target instanceof HTMLSelectElement && mean(target), true);
+
+/** Options of a select. What was meant stays, also where it is gone: nobody shall ask another
  *  model than the one that was chosen. */
 export function options(select, names, empty) {
-  const chosen = select.value;
+  const chosen = names.includes(select.value) || "meant" in select.dataset ? select.value : "";
   const all = new Set([...(empty === undefined ? [] : [""]), ...names, ...(chosen ? [chosen] : [])]);
   morph(select, [...all].map((name) => h("option", { value: name }, name || empty)));
   select.value = chosen || [...all][0] || "";

@@ -1,7 +1,7 @@
 // Try what is not chat: embeddings, rerank, tokenize.
 
 import { post } from "./api.js";
-import { complaint, count, field, h, morph, options, s } from "./dom.js";
+import { complaint, count, field, h, mean, morph, options, s } from "./dom.js";
 import { codeBlock } from "./markdown.js";
 import { curl } from "./snippets.js";
 
@@ -57,6 +57,7 @@ function tried({ title, takes, path, label, text, body, show }, fleet) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     button.disabled = true;
+    mean(model);
     const sent = body(model.value, written.value);
     try {
       const answer = await (await post(path, sent)).json();
