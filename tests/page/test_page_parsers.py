@@ -124,18 +124,20 @@ async def test_an_error_event_is_the_server_s_sentence(opened: Opened) -> None:
     assert found == said
 
 
-async def test_a_connection_that_breaks_off_is_told_in_a_sentence(opened: Opened) -> None:
+@pytest.mark.parametrize("end", ["it.error(new TypeError('network'))", "it.close()"])
+async def test_a_connection_that_breaks_off_is_told_in_a_sentence(opened: Opened, end: str) -> None:
+    """Some proxies make a clean end of it; then `[DONE]` is missing."""
     async with Model() as model, GatewayProcess(model) as gateway:
         page = await opened(gateway)
         found = await page.evaluate(
-            """async () => {
-              const { events } = await import('./-/page/stream.js');
-              const body = new ReadableStream({ pull: (it) => it.error(new TypeError('network')) });
-              try {
+            f"""async () => {{
+              const {{ events }} = await import('./-/page/stream.js');
+              const body = new ReadableStream({{ pull: (it) => {end} }});
+              try {{
                 for await (const _ of events(new Response(body)));
-              } catch (error) {
+              }} catch (error) {{
                 return error.message;
-              }
-            }""",
+              }}
+            }}""",
         )
     assert found == "The connection broke off before the answer's end."

@@ -12,9 +12,12 @@ export class ApiError extends Error {
   }
 }
 
+// A gateway that hangs is told as one that is away: what was seen last must not pass for what is now.
+const PATIENCE_MS = 30_000;
+
 /** GET; the Response may be a 304 where `headers` ask for what has changed. */
 export function get(path, headers = {}) {
-  return call(path, { headers });
+  return call(path, { headers, signal: AbortSignal.timeout(PATIENCE_MS) });
 }
 
 /** POST a body as JSON; the answer is the Response, as it may be a stream. */

@@ -2,15 +2,20 @@
 
 import { ApiError, sentence } from "./api.js";
 
-/** The JSON of each event; an error event is thrown. It reads to the end: who closes the connection
- *  at `[DONE]` is taken for a client that left. */
+const brokenOff = () => new ApiError("The connection broke off before the answer's end.", 0, "broken_off");
+
+/** The JSON of each event; an error event is thrown, and an end without `[DONE]`. It reads to the
+ *  end: who closes the connection at `[DONE]` is taken for a client that left. */
 export async function* events(response) {
+  let ended = false;
   for await (const data of datas(response.body)) {
-    if (data === "[DONE]") continue;
+    ended = data === "[DONE]";
+    if (ended) continue;
     const event = JSON.parse(data);
     if (event.error) throw new ApiError(sentence(event) ?? "The stream broke off.", 0, event.error.code);
     yield event;
   }
+  if (!ended) throw brokenOff();
 }
 
 /** The `data` of each event: its lines joined; comments and other fields are skipped. */
@@ -22,7 +27,7 @@ export async function* datas(stream) {
     for (;;) {
       const { value, done } = await reader.read().catch((error) => {
         if (error.name === "AbortError") throw error;
-        throw new ApiError("The connection broke off before the answer's end.", 0, "broken_off");
+        throw brokenOff();
       });
       rest += value ?? "";
       // A "\r" at the end may be half of "\r\n".
