@@ -239,17 +239,18 @@ def out_of_reach(key: Key, models: Iterable[Collection[str]]) -> Iterator[str]:
     the others.
     """
     models = list(models)
-    usable = [ids for ids in models if any(_matches(pattern, ids) for pattern in key.models)]
+    usable = [ids for ids in models if any(matches(pattern, ids) for pattern in key.models)]
     for setting, patterns in (("models", key.models), ("model_limits", key.model_limits)):
         for pattern in patterns:
-            if not any(_matches(pattern, ids) for ids in models):
+            if not any(matches(pattern, ids) for ids in models):
                 near = did_you_mean(pattern, [id for ids in models for id in ids])
                 yield f"{setting} has '{pattern}', but there is no such model here{near}"
-            elif not any(_matches(pattern, ids) for ids in usable):
+            elif not any(matches(pattern, ids) for ids in usable):
                 yield f"{setting} has '{pattern}', which the key may not use; add it to its models"
 
 
-def _matches(pattern: str, ids: Collection[str]) -> bool:
+def matches(pattern: str, ids: Collection[str]) -> bool:
+    """Whether a pattern of a key is about the model with these ids."""
     return any(fnmatchcase(id, pattern) for id in ids)
 
 

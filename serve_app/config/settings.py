@@ -345,6 +345,22 @@ class UsageDb(Settings):
             raise ValueError("give 'url' or 'secret_env', one of the two")
         return self
 
+    def address(self, environment: Mapping[str, str]) -> str:
+        """The URL, also where it is in a variable of ``environment``.
+
+        Raises:
+            ConfigError: the variable is not set, or has none.
+        """
+        if self.secret_env is None:
+            return str(self.url)
+        url = environment.get(self.secret_env, "").strip()
+        if not url:
+            raise ConfigError(f"usage_db: the environment variable {self.secret_env} is not set")
+        try:
+            return usage_url(url)
+        except ValueError as error:
+            raise ConfigError(f"the environment variable {self.secret_env} {error}") from None
+
 
 def usage_url(text: Any) -> str:
     """Check a URL for ``usage_db``. The sentence does not repeat it, whatever it is: it may have a

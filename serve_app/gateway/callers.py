@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from serve_app.config.keys import UNLIMITED, KeyLimits
+from serve_app.config.keys import UNLIMITED, KeyLimits, matches
 from serve_app.gateway.directory import Model
 
 
@@ -35,13 +34,13 @@ class Caller:
         A model that it may use may be called by any of its ids. An adapter is a model of its own.
         """
         ids = _names(id, model)
-        return any(fnmatchcase(other, pattern) for pattern in self.models for other in ids)
+        return any(matches(pattern, ids) for pattern in self.models)
 
     def limits_for(self, id: str, model: Model) -> KeyLimits | None:
         """The limits for the model alone that it named ``id``: of the first entry that matches."""
         ids = _names(id, model)
         for pattern, limits in self.model_limits:
-            if any(fnmatchcase(other, pattern) for other in ids):
+            if matches(pattern, ids):
                 return limits
         return None
 

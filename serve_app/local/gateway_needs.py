@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from serve_app import addresses
 from serve_app.config import keys
 from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet
-from serve_app.config.settings import GatewayConfig, usage_url
+from serve_app.config.settings import GatewayConfig
 from serve_app.errors import ConfigError
 
 EXAMPLES = frozenset(
@@ -119,19 +119,9 @@ def _may_be_elsewhere(path: str | None) -> bool:
 
 
 def _usage_db(gateway: GatewayConfig, environment: Mapping[str, str]) -> None:
-    source = gateway.usage_db
-    if source is None:
+    if gateway.usage_db is None:
         return
-    url = source.url
-    if source.secret_env:
-        url = environment.get(source.secret_env, "").strip()
-        if not url:
-            raise ConfigError(f"usage_db: the environment variable {source.secret_env} is not set")
-        try:
-            usage_url(url)
-        except ValueError as error:
-            raise ConfigError(f"the environment variable {source.secret_env} {error}") from None
-    assert url
+    url = gateway.usage_db.address(environment)
     if url.startswith("sqlite:"):
         file = Path(url.removeprefix("sqlite:///"))
         if why := _not_writable(file.parent) or (file.is_dir() and "it is a folder"):

@@ -195,7 +195,7 @@ def _endpoint(fleet: Fleet, cluster: NamedCluster | None) -> Endpoint:
         UserError: another server answers there already.
     """
     endpoint = Endpoint.of(fleet)
-    if fleet.host == "::" and os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1":
+    if fleet.host == "::" and haproxy.in_front():
         raise UserError(f"http_options.host is {V6_IS_V4}")
     if cluster is not None and cluster.http_options:
         # A running Serve keeps the options that it started with.

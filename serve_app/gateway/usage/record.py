@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy.exc
 
 from serve_app.config.document import USAGE_DB
-from serve_app.config.settings import GatewayConfig, usage_url
+from serve_app.config.settings import GatewayConfig, UsageDb
 from serve_app.errors import ConfigError
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.ledger import Entry
@@ -147,18 +147,9 @@ class Record:
 
 def _url(config: GatewayConfig) -> str | None:
     source = config.usage_db
-    if source and source.url:
-        return source.url
-    name = source.secret_env if source and source.secret_env else USAGE_DB
-    url = os.environ.get(name, "").strip()
-    if not url:
-        if source:
-            raise ConfigError(f"usage_db: the environment variable {name} is not set")
-        return None
-    try:
-        return usage_url(url)
-    except ValueError as error:
-        raise ConfigError(f"the environment variable {name} {error}") from None
+    if source is None and os.environ.get(USAGE_DB, "").strip():
+        source = UsageDb(secret_env=USAGE_DB)
+    return source.address(os.environ) if source else None
 
 
 def _journal(setting: str, folder: Path, max_bytes: int, max_age_s: float) -> Journal:
