@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 
+_KERNELS = re.compile(r"Using .*(?:kernel|backend|Backend|Kernel|Linear).*")
+"""vLLM's lines on what computes a layer; some of them hold weights in a form of their own."""
+
 SETTLE_S = 1.0
 """Between two engines, for the driver to take the first one's memory back."""
 
@@ -41,6 +45,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "TOKENIZERS_PARALLELISM": "false",
+    # Workers of several GPUs are forked, so that what records here records there too.
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
 
 
@@ -86,6 +92,26 @@ CASES = [
           max_num_seqs=256, max_num_batched_tokens=2048, **EAGER),
 ]  # fmt: skip
 
+# On several GPUs, as one tensor-parallel group: mxfp4, AWQ, fewer KV heads than GPUs (one with
+# state space layers, one small), MLA, the README's first example with its graphs, experts in fp8.
+for _gpus in (2, 4, 8):
+    for _name, _model, _length, _more in (
+        ("gpt-oss-120b", "openai/gpt-oss-120b", 32768, EAGER),
+        ("qwen2.5-32b-awq", "Qwen/Qwen2.5-32B-Instruct-AWQ", 32768, EAGER),
+        ("qwen3-next-80b", "Qwen/Qwen3-Next-80B-A3B-Instruct", 32768, EAGER),
+        ("deepseek-v3, 12 layers", "deepseek-ai/DeepSeek-V3", 8192, EAGER | {"layers": 12}),
+        ("gemma-3-1b", "gemma-3-1b-it", 32768, EAGER),
+        ("llama-70b graphs", "meta-llama/Llama-3.3-70B-Instruct", 8192, {"max_num_seqs": 256}),
+        ("qwen3-235b-fp8", "Qwen/Qwen3-235B-A22B-Instruct-2507-FP8", 8192, EAGER),
+    ):
+        _more = _more | {"tensor_parallel_size": _gpus}
+        CASES.append(_case(f"{_name}, TP {_gpus}", _model, 0.92, _length, **_more))
+
+
+def gpus_of(case: Case) -> int:
+    """How many GPUs the case takes."""
+    return int(case.engine.get("tensor_parallel_size", 1))
+
 
 def model_config(case: Case) -> dict[str, Any]:
     """The model's ``config.json``, with fewer layers where the case says so."""
@@ -115,9 +141,9 @@ def start_engine(case: Case) -> dict[str, Any]:
     from vllm.v1.executor.abstract import Executor
 
     seen: dict[str, Any] = {}
-    _record_profile(gpu_worker, seen)
     _record_capacity(core, seen)
     with tempfile.TemporaryDirectory() as folder:
+        _record_profile(gpu_worker, Path(folder))
         (Path(folder) / "config.json").write_text(json.dumps(model_config(case)))
         arguments = EngineArgs(
             model=folder, load_format="dummy", skip_tokenizer_init=True, **case.engine
@@ -125,6 +151,7 @@ def start_engine(case: Case) -> dict[str, Any]:
         config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         with contextlib.suppress(_Measured):
             core.EngineCore(config, Executor.get_class(config), log_stats=False)
+        ranks = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("rank-*"))]
     scheduler, compilation = config.scheduler_config, config.compilation_config
     return {
         "case": asdict(case),
@@ -136,12 +163,15 @@ def start_engine(case: Case) -> dict[str, Any]:
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "cudagraph_mode": str(compilation.cudagraph_mode),
         "cudagraph_sizes": list(compilation.cudagraph_capture_sizes or []),
+        **ranks[0],
+        "weights_of_ranks": [rank["weights"] for rank in ranks],
         **seen,
     }
 
 
-def _record_profile(gpu_worker: Any, seen: dict[str, Any]) -> None:
-    """Keep what ``Worker.determine_available_memory`` measures."""
+def _record_profile(gpu_worker: Any, folder: Path) -> None:
+    """Keep what ``Worker.determine_available_memory`` measures, a file for each rank."""
+    seen: dict[str, Any] = {}
     profiling, determine = gpu_worker.memory_profiling, gpu_worker.Worker.determine_available_memory
 
     @contextlib.contextmanager
@@ -174,6 +204,7 @@ def _record_profile(gpu_worker: Any, seen: dict[str, Any]) -> None:
             cudagraph_estimate=int(worker.cudagraph_memory_estimate),
             available_kv_cache=int(available),
         )
+        (folder / f"rank-{worker.rank:02}").write_text(json.dumps(seen))
         return available
 
     gpu_worker.memory_profiling = recorded_profiling
@@ -205,8 +236,12 @@ def _record_capacity(core: Any, seen: dict[str, Any]) -> None:
     core.update_kv_cache_capacity = recorded
 
 
-def run(names: list[str], out: Path, budget_s: float, case_s: float, *, spawn: bool) -> None:
+def run(
+    names: list[str], out: Path, budget_s: float, case_s: float, *, spawn: bool, gpus: int = 1
+) -> None:
     """Start the engines one after another; what is recorded is on disk after each.
+
+    Without names, those that take so many GPUs.
 
     A case's process is forked from this one, where vLLM is imported but CUDA untouched, so that
     the import is paid once; ``spawn`` starts a fresh interpreter for each instead.
@@ -216,7 +251,7 @@ def run(names: list[str], out: Path, budget_s: float, case_s: float, *, spawn: b
     begun = time.monotonic()
     records: list[dict[str, Any]] = []
     for case in CASES:
-        if names and case.name not in names:
+        if case.name not in names if names else gpus_of(case) != gpus:
             continue
         left = budget_s - (time.monotonic() - begun)
         if left < 30:
@@ -237,7 +272,7 @@ def _in_own_process(case: Case, timeout_s: float, *, spawn: bool) -> dict[str, A
         pid = 0 if spawn else os.fork()
         if spawn:
             command = [sys.executable, __file__, "one", case.name, str(result), str(log)]
-            pid = subprocess.Popen(command).pid
+            pid = subprocess.Popen(command, start_new_session=True).pid
         elif pid == 0:
             _child(case, result, log)
         deadline = time.monotonic() + timeout_s
@@ -248,10 +283,13 @@ def _in_own_process(case: Case, timeout_s: float, *, spawn: bool) -> dict[str, A
         else:
             os.kill(pid, 9)
             os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, 9)  # its workers
+        said = log.read_text(errors="replace") if log.is_file() else ""
         if result.is_file():
             record: dict[str, Any] = json.loads(result.read_text())
-            return record
-        tail = log.read_text(errors="replace")[-3000:] if log.is_file() else ""
+            return record | {"kernels": sorted(set(_KERNELS.findall(said)))}
+        tail = said[-3000:]
         return {"case": asdict(case), "failed": tail or f"no result within {timeout_s:.0f} s"}
 
 
@@ -259,6 +297,8 @@ def _child(case: Case, result: Path, log: Path) -> None:
     """One engine start, in a process that ends here. The record appears whole or not at all."""
     code = 1
     try:
+        with contextlib.suppress(PermissionError):  # with --spawn it leads a session already
+            os.setsid()
         with log.open("w") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -330,7 +370,7 @@ def compare(recorded: Path) -> list[Comparison]:
         raw = dict(record["case"])
         case = Case(raw["name"], raw["model"], raw["engine"], raw["layers"])
         model = metadata._model(case.model, model_config(case), None, "benchmark")
-        gpu, _ = hardware.find("H200")
+        gpu, _ = hardware.find("H100" if "H100" in record.get("gpu", "") else "H200")
         gpu = replace(gpu, memory_bytes=record["total_memory"])
         plan = memory.plan(model, defaults.resolve(case.engine, model.shape, gpu), gpu)
         stage = plan.tightest
@@ -400,7 +440,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     on_gpu = commands.add_parser("run", help="record vLLM's own numbers on this machine's GPU")
-    on_gpu.add_argument("names", nargs="*", metavar="CASE", help="default: all")
+    on_gpu.add_argument("names", nargs="*", metavar="CASE", help="default: all of --gpus")
+    on_gpu.add_argument("--gpus", type=int, default=1, help="of each case's tensor-parallel group")
     on_gpu.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     on_gpu.add_argument("--budget-s", type=float, default=560, help="seconds for all cases")
     on_gpu.add_argument("--case-s", type=float, default=150, help="seconds for one case at most")
@@ -431,7 +472,10 @@ def main() -> None:
         begun = time.monotonic()
         spawn = arguments.spawn or not _import_before_fork()
         left = arguments.budget_s - (time.monotonic() - begun)
-        run(arguments.names, arguments.out, left, arguments.case_s, spawn=spawn)
+        run(
+            arguments.names, arguments.out, left, arguments.case_s, spawn=spawn,
+            gpus=arguments.gpus,
+        )  # fmt: skip
         driver = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv"]
         subprocess.run(driver, check=False)
 

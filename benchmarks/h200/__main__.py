@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overload
-from benchmarks.h200 import customers, failures, front_ends
+from benchmarks.h200 import customers, failures, front_ends, several
 from benchmarks.h200.server import (
     HAPROXY,
     MODEL,
@@ -96,15 +96,26 @@ def compare(at: Machine) -> dict[str, Any]:
     """Bare ``vllm serve`` and ours behind HAProxy on one GPU, measured in turn."""
     # Its size is given, so that the engines can start at the same time: none measures the
     # memory that another one takes.
-    engine = {
+    return _in_turn(at, at.model, {
         "max_model_len": 8192,
         "gpu_memory_utilization": 0.3,  # what must be free at the start, with the size given or not
         "kv_cache_memory_bytes": (38 if min(gpu_memory_mib("total")) > 100_000 else 18) << 30,
-    }
-    model = application(MODEL, at.model, engine)
+    })  # fmt: skip
+
+
+def compare_70b(at: Machine) -> dict[str, Any]:
+    """The same with a 70B in fp8, one tensor-parallel group of all GPUs: four or more."""
+    return _in_turn(at, shaped(at.model, LARGE, at.folder), {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.45, "kv_cache_memory_bytes": 14 << 30,
+        "tensor_parallel_size": len(gpu_memory_mib()),
+    })  # fmt: skip
+
+
+def _in_turn(at: Machine, model: Path, engine: dict[str, Any]) -> dict[str, Any]:
+    block = application(MODEL, model, engine)
     commands = {
-        "bare": (bare(at.model, at.port, load_format="dummy", **engine), {}),
-        "serve_app": (serve_run(at.folder, at.port + 1, model, gateways=2), HAPROXY),
+        "bare": (bare(model, at.port, load_format="dummy", **engine), {}),
+        "serve_app": (serve_run(at.folder, at.port + 1, block, gateways=2), HAPROXY),
     }
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         servers = {}
@@ -214,14 +225,28 @@ def executor_8b(at: Machine) -> dict[str, Any]:
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names, most=64)
 
 
-def front_ends_tp2(at: Machine) -> dict[str, Any]:
-    """The 8B shape as one tensor-parallel group of two GPUs."""
+def front_ends_tp(at: Machine) -> dict[str, Any]:
+    """The 8B shape as one tensor-parallel group of all GPUs."""
+    gpus = len(gpu_memory_mib())
     engine = {
-        "max_model_len": 8192, "gpu_memory_utilization": 0.2, "tensor_parallel_size": 2,
+        "max_model_len": 8192, "gpu_memory_utilization": 0.2, "tensor_parallel_size": gpus,
         "kv_cache_memory_bytes": 12 << 30,
     }  # fmt: skip
-    names = dict.fromkeys(("bare-1", "bare-4", "ours-4"), "0,1")
+    names = dict.fromkeys(("bare-1", "bare-4", "ours-4"), ",".join(map(str, range(gpus))))
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
+
+
+def as_written_70b(at: Machine) -> dict[str, Any]:
+    """``serve run configs/llama70b.yaml``, the README's first example: four GPUs."""
+    model = shaped(at.model, LARGE_BF16, at.folder)
+    return several.as_written("llama70b.yaml", model, at.folder, at.port)
+
+
+def groups(at: Machine) -> dict[str, Any]:
+    """A 70B as TP × PP, two replicas of a group, experts, 1 → 2 replicas: on all GPUs."""
+    large, experts = (shaped(at.model, it, at.folder) for it in (LARGE, MOE))
+    gpus = len(gpu_memory_mib())
+    return several.groups(large, at.model, experts, at.folder, at.port, gpus)
 
 
 def start(at: Machine) -> dict[str, Any]:
@@ -380,8 +405,9 @@ def refusals(at: Machine) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
-        front_ends_1b, front_ends_8b, executor_8b, front_ends_tp2, compare,
-        customers_1b, overload_8b, start, sleep, large, tp2, pp2, dp2, pair, refusals,
+        front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
+        overload_8b, start, sleep, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups,
+        compare_70b,
     )
 }  # fmt: skip
 
@@ -402,6 +428,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     if options.results.is_file():
         report = json.loads(options.results.read_text())
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
     try:
         for name in options.only.split(","):

@@ -16,6 +16,9 @@ REPLICA = (f"ray::ServeReplica:{MODEL}:",)
 RAYLET = ("/raylet/raylet",)
 OURS = (*WORKER, *ENGINE, *REPLICA)
 
+IDLE_MIB = 2_000
+"""Memory in use of a GPU with nothing on it, and to spare."""
+
 
 def replicas(server: Server) -> int:
     return int(ready(server.port).get("models", {}).get(MODEL, {}).get("replicas", 0))
@@ -49,11 +52,10 @@ def hit(server: Server, number: signal.Signals, titles: tuple[str, ...]) -> dict
 
 def gone(server: Server, number: signal.Signals, titles: tuple[str, ...]) -> dict[str, Any]:
     """The server itself is killed: seconds until no engine is left and GPU memory is free."""
-    idle = 2_000  # MiB of a GPU with nothing on it, and to spare
     server.processes(*titles)[0].send_signal(number)
     since = time.monotonic()
     no_engine = until(lambda: not server.processes(*ENGINE, *WORKER), 60)
-    free = until(lambda: max(gpu_memory_mib()) < idle, 30)
+    free = until(lambda: max(gpu_memory_mib()) < IDLE_MIB, 30)
     left = [" ".join(p.cmdline())[:80] for p in server.processes(*OURS)]
     return {
         "no_engine_or_worker_after_s": no_engine,

@@ -50,9 +50,10 @@ BASE: dict[str, Any] = {}
 
 
 def completion(
-    port: int, tokens: int = 64, timeout: float = 120, headers: Mapping[str, str] = NONE
-) -> dict[str, Any]:
-    body = {"model": MODEL, "prompt": "x " * 200, "max_tokens": tokens, "ignore_eos": True}
+    port: int, tokens: int = 64, timeout: float = 120, headers: Mapping[str, str] = NONE,
+    model: str = MODEL,
+) -> dict[str, Any]:  # fmt: skip
+    body = {"model": model, "prompt": "x " * 200, "max_tokens": tokens, "ignore_eos": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
         json.dumps(body | {"temperature": 0}).encode(),
@@ -103,6 +104,8 @@ class Server:
         self.headers = NONE
         """What requests need to be let in."""
 
+        self.model = MODEL
+
         self._began = time.monotonic()
         with log.open("wb") as out:
             self.process = subprocess.Popen(
@@ -117,7 +120,7 @@ class Server:
         """
         try:
             while not self.answers():
-                broken = ready(self.port).get("models", {}).get(MODEL, {})
+                broken = ready(self.port).get("models", {}).get(self.model, {})
                 if broken.get("status") == "DEPLOY_FAILED":
                     raise SystemExit(f"failed: {broken['message']}\n{self.text()[-6000:]}")
                 if self.process.poll() is not None or time.monotonic() - self._began > limit_s:
@@ -131,7 +134,7 @@ class Server:
 
     def answers(self) -> bool:
         with contextlib.suppress(OSError):
-            return bool(completion(self.port, tokens=1, headers=self.headers))
+            return bool(completion(self.port, 1, headers=self.headers, model=self.model))
         return False
 
     def text(self) -> str:
