@@ -29,7 +29,7 @@ from serve_app.replica.front_ends import FrontEnds
 from serve_app.replica.health import exit_with_engine
 from serve_app.replica.load import EngineLoad
 from serve_app.replica.sleep import Sleep
-from serve_app.replica.start import memory
+from serve_app.replica.start import memory, parsers
 from serve_app.replica.start.plugin import MEMORY, START_FOLDER
 from serve_app.replica.start.supervision import supervised
 
@@ -70,6 +70,7 @@ class ModelServer:
             args = parse_args(config, _ids(config), rank)
             count = await asyncio.to_thread(_front_ends, config)
             vllm_config = configure(args, count)
+            await asyncio.to_thread(parsers.refuse_unfit, args, vllm_config)
             host = ray.util.get_node_ip_address()
             ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
             try:
