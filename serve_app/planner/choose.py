@@ -156,7 +156,7 @@ class Lighter:
     name: str
     gpus: int
     weights_bytes: int
-    """Over all GPUs of the replica's tensor group, per pipeline stage summed."""
+    """Over all GPUs of the replica."""
     how: str
 
 
@@ -178,9 +178,8 @@ def lighter(model: Model, arguments: dict[str, Any], gpu: GPU, gpus: int) -> lis
         lighter_model = replace(model, shape=shape, tensors=packed)
         choice = smallest(lighter_model, arguments, gpu)
         if choice.plan and choice.plan.parallel.gpus < gpus:
-            weights = sum(stage.weights for stage in choice.plan.stages)
-            tensor = choice.plan.parallel.tensor
-            found.append(Lighter(scheme.label, choice.plan.parallel.gpus, weights * tensor, how))
+            fewer, weights = choice.plan.parallel.gpus, choice.plan.weights_on_all_gpus
+            found.append(Lighter(scheme.label, fewer, weights, how))
     return found
 
 

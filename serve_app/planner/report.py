@@ -110,6 +110,7 @@ def as_json(report: Report) -> dict[str, Any]:
             precision: parameter_bytes(plan.model.parameters, precision)
             for precision in PRECISION_BITS
         },
+        "weights_bytes_on_all_gpus": plan.weights_on_all_gpus,
         "per_gpu": _gpu_json(plan.tightest),
         "stages": [_gpu_json(stage) for stage in plan.stages],
         "kv_bytes_per_token": plan.kv_bytes_per_token,
@@ -281,10 +282,12 @@ def _numbers(report: Report) -> Table:
     table.add_column(style="dim")
     table.add_column()
     precision = engine.quantization.label if engine.quantization else engine.dtype
-    weights = sum(stage.weights for stage in plan.stages) * plan.parallel.tensor
     table.add_row("parameters", f"{plan.model.parameters / 1e9:.2f} B, {precision}")
     on_cpu = plan.gpu.name == "CPU"
-    table.add_row("weights" if on_cpu else "weights over all GPUs", f"{weights / GIB:.1f} GiB")
+    table.add_row(
+        "weights" if on_cpu else "weights over all GPUs",
+        f"{plan.weights_on_all_gpus / GIB:.1f} GiB",
+    )
     table.add_row(
         "in other precisions",
         ", ".join(

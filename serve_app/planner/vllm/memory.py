@@ -111,6 +111,12 @@ class Plan:
         return min(self.stages, key=lambda stage: stage.kv_cache)
 
     @property
+    def weights_on_all_gpus(self) -> int:
+        """Bytes of weights over the replica's GPUs; each data-parallel rank has its own."""
+        ranks = self.parallel.tensor * self.parallel.data
+        return ranks * sum(stage.weights for stage in self.stages)
+
+    @property
     def kv_cache_tokens(self) -> int:
         """Tokens that the replica's KV cache holds, over all its data-parallel ranks."""
         return self.cache.tokens * self.parallel.data if self.fits else 0

@@ -127,6 +127,17 @@ def test_expert_parallelism_and_data_parallelism() -> None:
     assert both.kv_cache_tokens > 4 * alone.kv_cache_tokens
 
 
+def test_weights_on_all_gpus_are_those_of_every_data_parallel_rank() -> None:
+    """Experts are split over the ranks; all else is on each of them."""
+    of = kept("Qwen/Qwen3-30B-A3B")
+    found = plan(of, data_parallel_size=2, enable_expert_parallel=True, max_model_len=8192)
+    assert found.weights_on_all_gpus == 2 * found.tightest.weights
+    assert found.weights_on_all_gpus / GIB == pytest.approx(59.8, abs=0.05)
+    experts = 48 * 128 * 3 * 768 * 2048 * 2
+    alone = plan(of, max_model_len=8192).weights_on_all_gpus
+    assert found.weights_on_all_gpus == pytest.approx(2 * (alone - experts) + experts, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
