@@ -124,6 +124,9 @@ def _gqa(shape: ModelShape, at: str) -> Iterator[_Spec]:
         if bias:
             yield _one(f"{at}.{name}.bias", out)
     yield _one(f"{at}.o_proj.weight", hidden, q)
+    if shape.model_type == "gpt_oss":
+        yield _one(f"{at}.o_proj.bias", hidden)
+        yield _one(f"{at}.sinks", shape.num_attention_heads)
     if shape.model_type in _QK_NORM:
         yield _one(f"{at}.q_norm.weight", size)
         yield _one(f"{at}.k_norm.weight", size)
@@ -164,6 +167,10 @@ def _moe(shape: ModelShape, at: str) -> Iterator[_Spec]:
         yield _one(f"{at}.gate.e_score_correction_bias", moe.num_experts)
     for name, dims, _ in _mlp(f"{at}.experts.*", hidden, moe.intermediate_size):
         yield name, dims, moe.num_experts
+        if shape.model_type == "gpt_oss":
+            yield f"{name.removesuffix('.weight')}.bias", dims[:1], moe.num_experts
+    if shape.model_type == "gpt_oss":
+        yield _one(f"{at}.gate.bias", moe.num_experts)
     if moe.shared_intermediate_size:
         yield from _mlp(f"{at}.shared_experts", hidden, moe.shared_intermediate_size)
         if shape.model_type in ("qwen2_moe", "qwen3_next"):

@@ -50,6 +50,8 @@ class EngineArgs:
     """Engine arguments with every default resolved. Lengths and batches are in tokens."""
 
     parallel: Parallelism
+    capability: int
+    """The GPU's, times ten: it decides which kernels run."""
     gpu_memory_utilization: float
     max_model_len: int
     fit_max_model_len: bool
@@ -105,9 +107,11 @@ def resolve(
     draft = draft_of(arguments)
     eager = bool(get("enforce_eager")) or get("optimization_level") in (0, "0")
     query_len = 1 + (draft.num_speculative_tokens if draft else 0)
-    graphs = () if eager else cudagraph_sizes(arguments, gpu, seqs, tokens, query_len)
+    most = 1024 if shape.model_type == "gpt_oss" else None  # models/config.py:408
+    graphs = () if eager else cudagraph_sizes(arguments, gpu, seqs, tokens, query_len, most)
     return EngineArgs(
         parallel=parallel,
+        capability=gpu.capability,
         gpu_memory_utilization=utilization,
         max_model_len=max_len,
         fit_max_model_len=fit_len,
@@ -240,9 +244,17 @@ def _mamba_mode(arguments: dict[str, Any], shape: ModelShape) -> MambaMode:
 
 
 def cudagraph_sizes(
-    arguments: dict[str, Any], gpu: GPU, max_num_seqs: int, max_tokens: int, query_len: int = 1
+    arguments: dict[str, Any],
+    gpu: GPU,
+    max_num_seqs: int,
+    max_tokens: int,
+    query_len: int = 1,
+    of_model: int | None = None,
 ) -> tuple[int, ...]:
-    """Batch sizes that graphs are captured for (config/vllm.py:1990-2130)."""
+    """Batch sizes that graphs are captured for (config/vllm.py:1990-2130).
+
+    ``of_model`` is the largest one that the model's class sets where the arguments do not.
+    """
     compilation = arguments.get("compilation_config")
     compilation = compilation if isinstance(compilation, dict) else {}
     if str(compilation.get("cudagraph_mode", "")).upper() == "NONE":
@@ -250,9 +262,8 @@ def cudagraph_sizes(
     listed = arguments.get("cudagraph_capture_sizes") or compilation.get("cudagraph_capture_sizes")
     if isinstance(listed, list) and listed:
         return tuple(sorted({int(size) for size in listed if int(size) <= max_tokens}))
-    most = arguments.get("max_cudagraph_capture_size") or compilation.get(
-        "max_cudagraph_capture_size"
-    )
+    name = "max_cudagraph_capture_size"
+    most = arguments.get(name) or compilation.get(name) or of_model
     limit = 1024 if 100 <= gpu.capability < 110 else 512
     most = int(most) if most is not None else min(2 * max_num_seqs * query_len, limit)
     most = min(most, max_tokens)

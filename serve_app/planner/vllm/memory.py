@@ -24,7 +24,7 @@ from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
-from serve_app.planner.vllm import allocator, kv_cache, sharding
+from serve_app.planner.vllm import allocator, kernels, kv_cache, sharding
 from serve_app.planner.vllm.defaults import EngineArgs, LoRA
 from serve_app.planner.vllm.kv_cache import Group, KVCache
 from serve_app.planner.vllm.sharding import Parallelism
@@ -234,7 +234,7 @@ def weight_bytes(model: Model, engine: EngineArgs) -> list[int]:
     unsplit = [
         allocator.unsplit_bytes(parameters.values())
         for parameters in _parameters(
-            tensors_in_use(model, engine.quantization), model.shape, engine.parallel, engine.dtype
+            _held(model, engine), model.shape, engine.parallel, engine.dtype
         )
     ]
     return [sum(both) for both in zip(tensor_bytes(model, engine), unsplit, strict=True)]
@@ -242,9 +242,8 @@ def weight_bytes(model: Model, engine: EngineArgs) -> list[int]:
 
 def tensor_bytes(model: Model, engine: EngineArgs) -> list[int]:
     """The same without the CUDA allocator's rounding: parameters and permanent tables."""
-    tensors = tensors_in_use(model, engine.quantization)
     shape, parallel = model.shape, engine.parallel
-    stages = _parameters(tensors, shape, parallel, engine.dtype)
+    stages = _parameters(_held(model, engine), shape, parallel, engine.dtype)
     totals = [sum(parameters.values()) for parameters in stages]
     for index, part in enumerate(sharding.stages(shape.num_hidden_layers, parallel.pipeline)):
         totals[index] += rope_bytes(shape, engine.dtype)
@@ -257,6 +256,12 @@ def tensor_bytes(model: Model, engine: EngineArgs) -> list[int]:
 
 
 _parameters = lru_cache(maxsize=64)(sharding.stage_parameters)
+
+
+def _held(model: Model, engine: EngineArgs) -> tuple[Tensor, ...]:
+    scheme = engine.quantization
+    tensors = tensors_in_use(model, scheme)
+    return kernels.held(tensors, model.shape, scheme, engine.parallel, engine.capability)
 
 
 def tensors_in_use(model: Model, scheme: Quantization | None) -> tuple[Tensor, ...]:
