@@ -149,8 +149,8 @@ def rank_bytes(config: dict[str, Any], engine: dict[str, Any], *, repack: bool =
             model = initialize_model(vllm_config=found)
         if repack:
             process_weights_after_loading(model, found.model_config, meta)
-    kept = {id(one): one for one in [*model.parameters(), *model.buffers()]}
-    return sum(one.numel() * one.element_size() for one in kept.values())
+    storages = [one.untyped_storage() for one in [*model.parameters(), *model.buffers()]]
+    return sum({one._cdata: one.nbytes() for one in storages}.values())
 
 
 def main() -> None:

@@ -38,7 +38,8 @@ class Case:
 
     @property
     def id(self) -> str:
-        return f"{self.model.rpartition('/')[2]}-{self.gpu}-{self.engine}"
+        name = self.model.rpartition("/")[2]
+        return f"{name}-{self.gpu}-{self.engine}-{','.join(self.changed)}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -66,12 +67,35 @@ GPTQ_CONFIG: dict[str, Any] = {
         ],
     },
 }  # fmt: skip
+GEMMA_12B: dict[str, Any] = {
+    "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+}  # fmt: skip
+LONGROPE: dict[str, Any] = {
+    "original_max_position_embeddings": 8192,
+    "rope_scaling": {
+        "rope_type": "longrope", "factor": 16.0, "short_factor": [1.0] * 64,
+        "long_factor": [4.0] * 64,
+    },
+}  # fmt: skip
+YARN: dict[str, Any] = {
+    "max_position_embeddings": 32768,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768,
+    },
+}  # fmt: skip
 CASES = [
     Case("meta-llama/Llama-3.1-8B-Instruct", engine=tp(2)),
     Case("Qwen/Qwen3-32B-FP8", engine=tp(4), repack=False),
     Case("Qwen/Qwen3-30B-A3B", engine=tp(4)),
     Case("Qwen/Qwen3-30B-A3B", engine=tp(4, enable_expert_parallel=True)),
     Case("gemma-3-1b-it"),
+    Case("gemma-3-1b-it", engine=tp(2), changed=GEMMA_12B),
+    Case("deepseek-v2-lite", engine=tp(4)),
+    Case("Qwen/Qwen3-Next-80B-A3B-Instruct", engine=tp(4), repack=False),
+    Case("meta-llama/Llama-3.1-8B-Instruct", changed=LONGROPE),
+    Case("meta-llama/Llama-3.1-8B-Instruct", changed=YARN),
     Case("Qwen/Qwen2.5-32B-Instruct-AWQ"),
     Case("Qwen/Qwen2.5-32B-Instruct-AWQ", engine=tp(2)),
     Case(GPTQ, changed=GPTQ_CONFIG),
@@ -111,4 +135,4 @@ def test_tensors_are_those_of_vllms_own_classes(case: Case, by_vllm: dict[str, i
     engine = defaults.resolve(case.engine, of.shape, hardware.gpus()[case.gpu])
     [planned] = memory.tensor_bytes(of, engine)
     assert isinstance(by_vllm[case.id], int), by_vllm[case.id]
-    assert planned == pytest.approx(by_vllm[case.id], rel=1e-3)
+    assert planned == pytest.approx(by_vllm[case.id], rel=5e-4)

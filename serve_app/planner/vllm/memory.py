@@ -282,8 +282,30 @@ def rope_bytes(shape: ModelShape, dtype: str) -> int:
         return 0
     width = shape.mla.qk_rope_head_dim if shape.mla else shape.head_dim
     width = int(width * float(shape.config.get("partial_rotary_factor") or 1))
-    tables = 2 if "sliding" in shape.layers and "full" in shape.layers else 1
-    return tables * shape.max_position_embeddings * width * DTYPE_BITS[TORCH_DTYPES[dtype]] // 8
+    if shape.model_type == "gpt_oss":
+        dtype = "float32"  # models/gpt_oss.py:111
+    return _rope_rows(shape) * width * DTYPE_BITS[TORCH_DTYPES[dtype]] // 8
+
+
+def _rope_rows(shape: ModelShape) -> int:
+    """Positions that the tables have, by the kind of scaling (rotary_embedding/__init__.py:85)."""
+    rope = shape.config.get("rope_parameters") or shape.config.get("rope_scaling") or {}
+    of_windows = "gemma3" in shape.model_type or "sliding_attention" in rope
+    rope = rope.get("full_attention", rope)
+    kind, factor = rope.get("rope_type") or rope.get("type"), float(rope.get("factor") or 1)
+    own = int(shape.config.get("max_position_embeddings") or shape.max_position_embeddings)
+    original = int(rope.get("original_max_position_embeddings") or own)
+    rows = own
+    if "yarn" in str(kind):
+        rows = int(original * factor)
+    elif kind == "linear":
+        rows = int(own * factor)
+    elif kind in ("longrope", "su"):  # a table for short contexts, and one for long ones
+        rows = own + int(shape.config.get("original_max_position_embeddings") or original)
+    if "mrope_section" in rope:
+        rows *= 4  # mrope.py: positions of a video
+    # The layers with windows of some models have a table without scaling.
+    return rows + (own if of_windows else 0)
 
 
 def mla_copy_bytes(shape: ModelShape, engine: EngineArgs) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness.models import LLAMA, QWEN3_NEXT, kept, model, plan
+from harness.models import GEMMA, LLAMA, QWEN3_NEXT, kept, model, plan
 
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
@@ -161,3 +161,14 @@ def test_shared_memory_is_for_several_workers() -> None:
     assert memory.shm_bytes(1) == 0
     assert memory.shm_bytes(8) > memory.shm_bytes(4) > GIB
     assert LLAMA["num_hidden_layers"] == 32
+
+
+def test_rope_tables_are_as_long_as_their_scaling_makes_them() -> None:
+    """Of Gemma-3, the table of full attention is scaled and that of windows is not."""
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    of = model(GEMMA, max_position_embeddings=131072, **scaled).shape
+    assert memory.rope_bytes(of, "bfloat16") == (8 + 1) * 131072 * 256 * 2
+    video = model(LLAMA, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}).shape
+    assert memory.rope_bytes(video, "bfloat16") == 4 * 131072 * 128 * 2
+    gpt_oss = kept("openai/gpt-oss-20b").shape
+    assert memory.rope_bytes(gpt_oss, "bfloat16") == 131072 * 64 * 4
