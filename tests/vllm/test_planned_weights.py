@@ -87,6 +87,7 @@ YARN: dict[str, Any] = {
 }  # fmt: skip
 CASES = [
     Case("meta-llama/Llama-3.1-8B-Instruct", engine=tp(2)),
+    Case("meta-llama/Llama-3.1-8B-Instruct", engine=tp(2, runner="pooling")),
     Case("Qwen/Qwen3-32B-FP8", engine=tp(4), repack=False),
     Case("Qwen/Qwen3-30B-A3B", engine=tp(4)),
     Case("Qwen/Qwen3-30B-A3B", engine=tp(4, enable_expert_parallel=True)),

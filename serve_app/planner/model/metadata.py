@@ -170,10 +170,28 @@ def _from_folder(name: str, folder: Path) -> Model:
     found = [tensor for file in files for tensor in _read_header(file)]
     source = f"safetensors headers in {folder}" if files else f"{path} (no weights there)"
     model = _model(name, config, tensors.grouped(found) if files else None, source)
+    if pools_by_modules(folder / _MODULES):
+        model = _pooling(model)
     sentence = next((folder / s for s in _SENTENCE_CONFIGS if (folder / s).is_file()), None)
     if sentence is None:
         return model
     return _with_sentence_config(model, _object(_text(sentence), str(sentence)))
+
+
+_MODULES = "modules.json"
+
+
+def pools_by_modules(path: Path) -> bool:
+    """Whether a ``modules.json`` says that the model pools, as in vLLM's ``get_pooling_config``."""
+    try:
+        modules = json.loads(path.read_text())
+        return any(module["type"] == "sentence_transformers.models.Pooling" for module in modules)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # none, or one that vLLM could not read either
+
+
+def _pooling(model: Model) -> Model:
+    return replace(model, shape=replace(model.shape, pooling=True))
 
 
 _SENTENCE_CONFIGS = tuple(
@@ -297,24 +315,25 @@ def _from_hub(name: str) -> Model:
 
         config = read("config.json")
         sentence = next((read(file) for file in _SENTENCE_CONFIGS if file in there), {})
-        if "modules.json" in there:
-            hf_hub_download(name, "modules.json")  # tells that it embeds (planner/model/runner.py)
+        pools = _MODULES in there and pools_by_modules(Path(hf_hub_download(name, _MODULES)))
         try:
             metadata = api.get_safetensors_metadata(name)
         except NotASafetensorsRepoError:
-            source = f"config.json of {name} on the hub"
-            return _with_sentence_config(_model(name, config, None, source), sentence)
+            metadata = None
     except UserError:
         raise
     except Exception as error:
         raise _hub_error(name, error) from None
-    found = [
-        Tensor(tensor, info.dtype, tuple(info.shape))
-        for file in metadata.files_metadata.values()
-        for tensor, info in file.tensors.items()
-    ]
-    source = f"safetensors headers of {name} on the hub"
-    return _with_sentence_config(_model(name, config, tensors.grouped(found), source), sentence)
+    if metadata is None:
+        model = _model(name, config, None, f"config.json of {name} on the hub")
+    else:
+        found = tensors.grouped(
+            Tensor(tensor, info.dtype, tuple(info.shape))
+            for file in metadata.files_metadata.values()
+            for tensor, info in file.tensors.items()
+        )
+        model = _model(name, config, found, f"safetensors headers of {name} on the hub")
+    return _with_sentence_config(_pooling(model) if pools else model, sentence)
 
 
 def _hub_error(name: str, error: Exception) -> UserError:

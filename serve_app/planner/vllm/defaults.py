@@ -54,6 +54,8 @@ class EngineArgs:
     """The GPU's, times ten: it decides which kernels run."""
     gpu_memory_utilization: float
     max_model_len: int
+    pooling: bool
+    """Whether the engine embeds, scores or classifies; then the model's head is not loaded."""
     fit_max_model_len: bool
     """``max_model_len: -1``: the longest context that the KV cache allows."""
     max_num_seqs: int
@@ -101,7 +103,7 @@ def resolve(
     assert max_len is not None
     if max_len < 1:
         raise ConfigError(f"engine.max_model_len is {asked_len}, but must be at least 1 (or -1)")
-    pooling = shape.pooling or get("runner") == "pooling" or bool(get("convert"))
+    pooling = _pools(arguments, shape)
     tokens, seqs = _batch_limits(arguments, shape, gpu, max_len, pooling=pooling)
     dtype = _dtype(get("dtype"), shape, gpu, pooling=pooling)
     draft = draft_of(arguments)
@@ -114,6 +116,7 @@ def resolve(
         capability=gpu.capability,
         gpu_memory_utilization=utilization,
         max_model_len=max_len,
+        pooling=pooling,
         fit_max_model_len=fit_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
@@ -150,6 +153,14 @@ def parallelism(arguments: dict[str, Any]) -> Parallelism:
         bool(arguments.get("enable_expert_parallel")),
         size("decode_context_parallel_size") if prefill == 1 else 1,
     )
+
+
+def _pools(arguments: dict[str, Any], shape: ModelShape) -> bool:
+    """``ModelConfig._get_runner_type`` (config/model.py)."""
+    runner = arguments.get("runner") or "auto"
+    if runner != "auto":
+        return bool(runner == "pooling")
+    return shape.pooling or (arguments.get("convert") or "auto") not in ("auto", "none")
 
 
 def _batch_limits(

@@ -164,6 +164,8 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
         stages.append(replace(memory, kv_cache=left))
     specs = kv_cache.layer_specs(shape, engine) + _draft_specs(model, engine)
     groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
+    if not groups:  # an encoder: what is left over stays free
+        stages = [replace(stage, kv_cache=min(0, stage.kv_cache)) for stage in stages]
     # Draft layers come after the model's own and run on the last stage.
     parts[-1] = range(parts[-1].start, shape.num_hidden_layers + len(specs))
     free = [stage.kv_cache for stage in stages]
@@ -261,6 +263,8 @@ _parameters = lru_cache(maxsize=64)(sharding.stage_parameters)
 def _held(model: Model, engine: EngineArgs) -> tuple[Tensor, ...]:
     scheme = engine.quantization
     tensors = tensors_in_use(model, scheme)
+    if engine.pooling:  # models/adapters.py: _create_pooling_model_cls
+        tensors = tuple(one for one in tensors if "lm_head" not in one.name.split("."))
     return kernels.held(tensors, model.shape, scheme, engine.parallel, engine.capability)
 
 
@@ -393,7 +397,7 @@ def buffer_bytes(shape: ModelShape, engine: EngineArgs, *, first: bool, last: bo
     element = element_bytes(engine)
     total = TORCH_STATE_BYTES
     total += tokens * (4 + 8 + 1)  # input ids, positions, padding: input_batch.py:28
-    if last and not shape.pooling:
+    if last and not engine.pooling:
         words = math.ceil(shape.vocab_size / 32)
         total += seqs * (
             4 * words  # tokens of the prompt, for penalties: sample/penalties.py:35
@@ -462,7 +466,7 @@ def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> in
     if shape.ssm:
         inner = math.ceil((shape.ssm.conv_dim + 2 * shape.ssm.inner_size) / tp)
         places.append(stream + tokens * 2 * inner)
-    if last and not shape.pooling:
+    if last and not engine.pooling:
         requests = min(engine.max_num_seqs, tokens)
         # All-gathered logits are a second copy (layers/logits_processor.py: _gather_logits).
         copies = 1 if tp == 1 else 1 + 1 / tp

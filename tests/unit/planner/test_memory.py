@@ -172,3 +172,19 @@ def test_rope_tables_are_as_long_as_their_scaling_makes_them() -> None:
     assert memory.rope_bytes(video, "bfloat16") == 4 * 131072 * 128 * 2
     gpt_oss = kept("openai/gpt-oss-20b").shape
     assert memory.rope_bytes(gpt_oss, "bfloat16") == 131072 * 64 * 4
+
+
+def test_a_pooling_model_has_no_head() -> None:
+    """Qwen3-Embedding-8B's shape: 1.16 GiB less than the model that writes text."""
+    of = model(LLAMA, vocab_size=151_669, num_hidden_layers=36)
+    head = 151_669 * 4096 * 2
+    generating = plan(of, max_model_len=8192).tightest
+    for arguments in ({"runner": "pooling"}, {"convert": "embed"}):
+        pooling = plan(of, max_model_len=8192, **arguments)
+        assert generating.weights - pooling.tightest.weights == pytest.approx(head, rel=1e-2)
+        assert pooling.groups
+    assert plan(of, max_model_len=8192, runner="generate").tightest.weights == generating.weights
+
+
+def test_an_encoder_leaves_what_it_does_not_need() -> None:
+    assert plan(kept("BAAI/bge-m3"), "L4").tightest.kv_cache == 0

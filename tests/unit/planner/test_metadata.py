@@ -198,8 +198,12 @@ def test_the_hub_gives_config_and_headers(hub: Hub) -> None:
 
 def test_what_tells_that_a_model_embeds_is_fetched_too(hub: Hub) -> None:
     hub.headers, hub.files = EMBEDDING, ["config.json", "modules.json", "model.safetensors"]
-    metadata.load("someone/something")
+    assert not metadata.load("someone/something").shape.pooling
     assert hub.fetched == ["config.json", "modules.json"]
+    modules = [{"type": "sentence_transformers.models.Pooling"}]
+    (hub.folder / "modules.json").write_text(json.dumps(modules))
+    assert metadata.load("someone/something").shape.pooling
+    assert metadata.load(str(hub.folder)).shape.pooling
 
 
 # --- a store -----------------------------------------------------------------------------------
