@@ -173,9 +173,6 @@ def malformed(config: ModelConfig, model: Model) -> str | None:
     return None
 
 
-_OFFLOADS = ("cpu_offload_gb", "cpu_offload_params", "offload_group_size", "offload_params")
-
-
 def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str | None:
     """Why the model could not start; None where it might.
 
@@ -201,7 +198,7 @@ def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str
     except UserError:
         return None  # a GPU that the planner's tables lack may still be enough
     refused = choose.refusal(plan.engine.quantization, plan.engine, gpu)
-    if refused or might or any(map(arguments.get, _OFFLOADS)):
+    if refused or might:
         return refused
     return _memory_finding("", config, plan, choose.smallest(model, arguments, gpu)).text
 

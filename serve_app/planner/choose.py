@@ -16,7 +16,7 @@ from serve_app.config import yaml_files
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.planner import hardware
-from serve_app.planner.hardware import GPU, Instance
+from serve_app.planner.hardware import GPU, MIB, Instance
 from serve_app.planner.model import quantization
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
@@ -199,7 +199,7 @@ def machines(
     """
     parallel = found.parallel
     cpu_m = 1000 * (_own_cpus(config) if config else 1)
-    host_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
+    reserved_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
     good: list[Machines] = []
     refused: list[RefusedInstance] = []
     for instance in hardware.instances().values():
@@ -223,6 +223,8 @@ def machines(
                 RefusedInstance(instance.name, "spans machines, but the type has no EFA")
             )
             continue
+        pinned_mib = found.host_bytes / MIB * min(1, groups_per_node / groups)
+        host_mib = max(reserved_mib, pinned_mib)
         if cpu_m > instance.allocatable_cpu_m or host_mib > instance.allocatable_memory_mib:
             refused.append(
                 RefusedInstance(

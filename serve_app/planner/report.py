@@ -66,6 +66,10 @@ def notes_on(plan: Plan) -> list[str]:
         notes.append("the vision encoder's own peak is not modelled; leave it 1 to 2 GiB")
     if plan.engine.draft and plan.engine.draft.model and model.draft is None:
         notes.append("the draft model's metadata is not at hand; its memory is left out")
+    if plan.engine.draft and plan.engine.draft.in_checkpoint and not plan.draft_weights:
+        notes.append(
+            "the MTP layers' weights are left out: neither config.json nor the weights tell them"
+        )
     if plan.gpu.name != "CPU" and not plan.gpu.measured:
         notes.append(
             f"non-torch memory and CUDA graphs are an estimate on {plan.gpu.name}: measured on an "
@@ -111,6 +115,7 @@ def as_json(report: Report) -> dict[str, Any]:
             for precision in PRECISION_BITS
         },
         "weights_bytes_on_all_gpus": plan.weights_on_all_gpus,
+        "pinned_host_bytes": plan.host_bytes,
         "per_gpu": _gpu_json(plan.tightest),
         "stages": [_gpu_json(stage) for stage in plan.stages],
         "kv_bytes_per_token": plan.kv_bytes_per_token,
@@ -316,6 +321,10 @@ def _numbers(report: Report) -> Table:
         )
     else:
         table.add_row("KV cache", "none (an encoder)")
+    if plan.host_bytes:
+        table.add_row(
+            "host memory", f"{plan.host_bytes / GIB:.1f} GiB pinned for what is offloaded"
+        )
     table.add_row("front ends", _front_ends(report.front_ends))
     table.add_row("metadata", plan.model.source)
     return table

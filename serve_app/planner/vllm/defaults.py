@@ -16,7 +16,9 @@ from serve_app.planner.model import quantization
 from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import TORCH_DTYPES
+from serve_app.planner.vllm import offload
 from serve_app.planner.vllm.kv_cache import MambaMode
+from serve_app.planner.vllm.offload import Offload
 from serve_app.planner.vllm.sharding import Parallelism
 
 DEFAULT_UTILIZATION = 0.92  # vllm/config/cache.py:111
@@ -41,8 +43,8 @@ class Draft:
 
     @property
     def in_checkpoint(self) -> bool:
-        """Whether the draft layers are part of the model's own checkpoint."""
-        return self.method.endswith("mtp") and self.model is None
+        """Whether the draft is the MTP layers of a checkpoint: the model's own, or ``model``'s."""
+        return self.method.endswith("mtp")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class EngineArgs:
     quantization: Quantization | None
     lora: LoRA | None
     draft: Draft | None
+    offload: Offload
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
 
@@ -130,6 +133,7 @@ def resolve(
         quantization=_quantization(get("quantization"), shape),
         lora=_lora(arguments),
         draft=draft,
+        offload=offload.of(arguments),
         kv_cache_memory_bytes=count(get("kv_cache_memory_bytes"), "kv_cache_memory_bytes"),
         num_gpu_blocks_override=count(get("num_gpu_blocks_override"), "num_gpu_blocks_override"),
     )

@@ -24,7 +24,7 @@ from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
-from serve_app.planner.vllm import allocator, kernels, kv_cache, sharding
+from serve_app.planner.vllm import allocator, kernels, kv_cache, offload, sharding
 from serve_app.planner.vllm.defaults import EngineArgs, LoRA
 from serve_app.planner.vllm.kv_cache import Group, KVCache
 from serve_app.planner.vllm.sharding import Parallelism
@@ -100,6 +100,8 @@ class Plan:
     """On one GPU of the tightest stage, over its layers that keep every token."""
     fits: bool
     reasons: tuple[str, ...]
+    host_bytes: int = 0
+    """Pinned host memory of the whole replica: what is offloaded to it."""
 
     @property
     def parallel(self) -> Parallelism:
@@ -109,6 +111,11 @@ class Plan:
     def tightest(self) -> GPUMemory:
         """The stage whose GPUs have the least memory left for the KV cache."""
         return min(self.stages, key=lambda stage: stage.kv_cache)
+
+    @property
+    def draft_weights(self) -> int:
+        """Bytes of weights on one GPU that only speculative decoding needs."""
+        return draft_weight_bytes(self.model, self.engine)
 
     @property
     def weights_on_all_gpus(self) -> int:
@@ -162,7 +169,8 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
         )
         left = engine.kv_cache_memory_bytes or requested - memory.without_kv
         stages.append(replace(memory, kv_cache=left))
-    specs = kv_cache.layer_specs(shape, engine) + _draft_specs(model, engine)
+    specs = kv_cache.layer_specs(shape, engine)
+    specs += _draft_specs(model, engine, specs)
     groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
     if not groups:  # an encoder: what is left over stays free
         stages = [replace(stage, kv_cache=min(0, stage.kv_cache)) for stage in stages]
@@ -195,7 +203,16 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
         for part in parts
     )
     return Plan(
-        model, engine, gpu, tuple(stages), cache, tuple(groups), token_bytes, not reasons, reasons
+        model,
+        engine,
+        gpu,
+        tuple(stages),
+        cache,
+        tuple(groups),
+        token_bytes,
+        not reasons,
+        reasons,
+        host_bytes(model, engine),
     )
 
 
@@ -246,7 +263,10 @@ def tensor_bytes(model: Model, engine: EngineArgs) -> list[int]:
     """The same without the CUDA allocator's rounding: parameters and permanent tables."""
     shape, parallel = model.shape, engine.parallel
     stages = _parameters(_held(model, engine), shape, parallel, engine.dtype)
-    totals = [sum(parameters.values()) for parameters in stages]
+    totals = [
+        sum(parameters.values()) - offload.moved(parameters, engine.offload)[1]
+        for parameters in stages
+    ]
     for index, part in enumerate(sharding.stages(shape.num_hidden_layers, parallel.pipeline)):
         totals[index] += rope_bytes(shape, engine.dtype)
         totals[index] += len(part) * mla_copy_bytes(shape, engine)
@@ -255,6 +275,14 @@ def tensor_bytes(model: Model, engine: EngineArgs) -> list[int]:
             totals[index] += extra
     totals[-1] += draft_weight_bytes(model, engine)
     return totals
+
+
+def host_bytes(model: Model, engine: EngineArgs) -> int:
+    """Pinned host memory of one replica: weights and KV cache that its GPUs do not hold."""
+    parallel = engine.parallel
+    stages = _parameters(_held(model, engine), model.shape, parallel, engine.dtype)
+    weights = sum(offload.moved(parameters, engine.offload)[0] for parameters in stages)
+    return parallel.data * (parallel.tensor * weights + engine.offload.kv_cache)
 
 
 _parameters = lru_cache(maxsize=64)(sharding.stage_parameters)
@@ -356,11 +384,12 @@ def draft_weight_bytes(model: Model, engine: EngineArgs) -> int:
     if draft is None:
         return 0
     if draft.in_checkpoint:
+        of = model.draft or model
         return sum(
-            sharding.rank_bytes(tensor, model.shape, engine.parallel, engine.dtype)
-            for tensor in model.tensors
-            if names.is_loaded(tensor, model.shape, draft=True)
-            and not names.is_loaded(tensor, model.shape)
+            sharding.rank_bytes(tensor, of.shape, engine.parallel, engine.dtype)
+            for tensor in of.tensors
+            if names.is_loaded(tensor, of.shape, draft=True)
+            and not names.is_loaded(tensor, of.shape)
         )
     if model.draft is None:
         return 0
@@ -370,21 +399,26 @@ def draft_weight_bytes(model: Model, engine: EngineArgs) -> int:
     ) + rope_bytes(model.draft.shape, engine.dtype)
 
 
-def _draft_specs(model: Model, engine: EngineArgs) -> list[tuple[int, kv_cache.LayerSpec]]:
-    """The KV cache of the draft's layers, which come after the model's."""
+def _draft_specs(
+    model: Model, engine: EngineArgs, own: Sequence[tuple[int, kv_cache.LayerSpec]]
+) -> list[tuple[int, kv_cache.LayerSpec]]:
+    """The KV cache of the draft's layers, which come after the model's ``own``."""
     if engine.draft is None:
         return []
     first = model.shape.num_hidden_layers
     if engine.draft.in_checkpoint:
-        shape, layers = model.shape, max(1, model.shape.draft_layers)
+        shape = (model.draft or model).shape
+        layers = max(1, shape.draft_layers)
     elif model.draft is not None:
         shape, layers = model.draft.shape, model.draft.shape.num_hidden_layers
     else:
         return []
-    page = engine.block_size * kv_cache.attention_bytes_per_token(
+    full = [spec.block_size for _, spec in own if spec.kind == "full"]  # longer in a hybrid
+    block_size = max(full, default=engine.block_size)
+    page = block_size * kv_cache.attention_bytes_per_token(
         shape, engine.parallel.tensor, engine.kv_dtype
     )
-    spec = kv_cache.LayerSpec("full", engine.block_size, page)
+    spec = kv_cache.LayerSpec("full", block_size, page)
     return [(first + i, spec) for i in range(layers)]
 
 
