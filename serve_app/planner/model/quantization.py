@@ -209,7 +209,9 @@ def from_config(config: dict[str, Any]) -> Quantization | None:
     if method in ("experts_int8", "torchao", "quark", "inc", "fp_quant"):
         return Quantization(method, bits=8, ignored=ignored)
     raise ConfigError(
-        f"the checkpoint's quantization '{method or 'unnamed'}' is not one that vLLM 0.29 loads"
+        f"the checkpoint's quantization '{method or 'unnamed'}' is not one that vLLM 0.29 loads; "
+        "take an AWQ, GPTQ or fp8 checkpoint of the model, or the model itself with "
+        "engine.quantization: fp8"
     )
 
 

@@ -129,11 +129,18 @@ class Plan:
         return self.cache.tokens * self.parallel.data if self.fits else 0
 
     def concurrency(self, length: int | None = None) -> float:
-        """Requests of ``length`` tokens (None: ``max_model_len``) that run at once."""
+        """Requests of ``length`` tokens (None: ``max_model_len``) that run at once.
+
+        ``max_num_seqs`` is the scheduler's own limit, which vLLM's log leaves out.
+        """
         if not self.fits:
             return 0.0
-        if not self.groups:  # no KV cache: the scheduler's own limit
-            return float(self.engine.max_num_seqs * self.parallel.data)
+        return min(self.room(length), float(self.engine.max_num_seqs * self.parallel.data))
+
+    def room(self, length: int | None = None) -> float:
+        """Requests of ``length`` tokens that the KV cache holds; without one, any number."""
+        if not self.groups:
+            return math.inf
         if length is None:
             return self.cache.max_concurrency * self.parallel.data
         blocks = kv_cache.blocks_per_request(self.groups, length, self.engine.in_flight_tokens)

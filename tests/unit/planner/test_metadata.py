@@ -126,7 +126,11 @@ def test_damaged_metadata_is_one_sentence(
 
 def test_an_alias_does_not_stand_for_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be the name of the model that was served before."""
-    monkeypatch.setattr(metadata, "_from_hub", lambda name: (_ for _ in ()).throw(UserError(name)))
+
+    def no_hub(name: str, _: object) -> None:
+        raise UserError(name)
+
+    monkeypatch.setattr(metadata, "_from_hub", no_hub)
     with pytest.raises(UserError, match=r"^Qwen/Qwen3-8B-Typo$"):
         metadata.load("Qwen/Qwen3-8B-Typo", also_known_as=["meta-llama/Llama-3.3-70B-Instruct"])
 
