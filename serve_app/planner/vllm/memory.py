@@ -38,8 +38,9 @@ modules and library workspaces. The same for all models."""
 ALLOCATOR_SLACK_BYTES = 64 * MIB
 """Memory that PyTorch's allocator then has reserved but not handed out: 6 to 123 MiB, mean 49."""
 
-COMMUNICATION_BYTES = int(0.35 * GIB)
-"""An estimate: buffers of NCCL and of the custom all-reduce, where TP or PP exceeds 1."""
+COMMUNICATION_BYTES = int(0.1 * GIB)
+"""Buffers of the custom all-reduce where TP or PP exceeds 1, as TP 4 on H100s had them; NCCL's own
+are there before vLLM's first snapshot."""
 
 TORCH_STATE_BYTES = 32 * MIB
 """Small persistent tensors that are not modelled one by one (cuBLAS workspaces, sampler state)."""
