@@ -22,7 +22,7 @@ from serve_app.planner.loading import cpu_plan, load_known, load_model
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY
 from serve_app.planner.vllm import defaults, parallelism
-from serve_app.planner.vllm.memory import Plan
+from serve_app.planner.vllm.memory import TIGHT_SHARE, Plan
 
 _SKIP = "(--no-check skips this)"
 
@@ -192,7 +192,7 @@ def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str
         if gpu is None:
             return None
         plan = choose.plan_on(model, arguments, gpu)
-        larger = replace(gpu, memory_bytes=int(gpu.memory_bytes * (1 + verdict.TIGHT_SHARE)))
+        larger = replace(gpu, memory_bytes=int(gpu.memory_bytes * (1 + TIGHT_SHARE)))
         might = choose.plan_on(model, arguments, larger).fits
         if not model.shape.known:  # then only the weights are not guessed
             might = max(stage.weights for stage in plan.stages) < gpu.memory_bytes
@@ -290,7 +290,7 @@ def _memory_finding(
     where = f", on {best.count} × {best.instance.name}"
     if best.stranded_gpus:
         where += f" ({best.stranded_gpus} GPUs idle)"
-    if verdict.is_tight(plan):
+    if plan.tight:
         return Finding(
             "memory",
             "warn",

@@ -106,17 +106,26 @@ def refusal(scheme: Quantization | None, engine: defaults.EngineArgs, gpu: GPU) 
 
 
 def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
-    """The smallest layout on one GPU type. Data parallelism stays as the arguments say."""
+    """The smallest layout on one GPU type. Data parallelism stays as the arguments say.
+
+    One that is tight is taken only if no other fits.
+    """
     asked = defaults.parallelism(arguments)
     closest: Plan | None = None
+    tight: Plan | None = None
     for parallel in layouts(model, arguments, gpu):
         found = plan_on(model, arguments, gpu, parallel)
-        if found.fits:
+        if found.fits and not found.tight:
             return Choice(gpu, found)
+        if found.fits:
+            tight = tight or found
+            continue
         refused = refusal(found.engine.quantization, found.engine, gpu)
         if refused:
             return Choice(gpu, None, refused)
         closest = found
+    if tight is not None:
+        return Choice(gpu, tight)
     if closest is None:
         alone = replace(asked, tensor=1, pipeline=1)
         return Choice(gpu, None, "; ".join(parallelism.problems(model.shape, alone)))

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose, verdict
+from serve_app.planner import choose
 from serve_app.planner.choose import Choice, Lighter, Machines, RefusedInstance
 from serve_app.planner.front_ends import FrontEnds
 from serve_app.planner.hardware import GIB
@@ -78,7 +78,7 @@ def notes_on(plan: Plan) -> list[str]:
         )
     if plan.parallel.gpus > 1:
         notes.append("buffers for communication between GPUs are an estimate")
-    if verdict.is_tight(plan):
+    if plan.tight:
         notes.append(
             "a tight fit: less than 3 % of the GPU to spare, which is the planner's own error"
         )
@@ -225,13 +225,20 @@ def save(reports: list[Report], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+_ANSWERS = {
+    (True, False): ("fits", "bold green"),
+    (True, True): ("barely fits", "bold yellow"),
+    (False, False): ("does not fit", "bold red"),
+}
+
+
 def _verdict(report: Report) -> RenderableType:
     plan = report.plan
     where = "on a CPU" if plan.gpu.name == "CPU" else f"on {plan.parallel.gpus} × {plan.gpu.name}"
     title = Text.assemble(
         (report.name, "bold"), f" {where}",
         f" ({plan.parallel})" if plan.parallel.gpus > 1 else "", ": ",
-        ("fits", "bold green") if plan.fits else ("does not fit", "bold red"),
+        _ANSWERS[plan.fits, plan.tight],
     )  # fmt: skip
     lines: list[RenderableType] = [title]
     if plan.fits:

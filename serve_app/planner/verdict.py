@@ -16,10 +16,6 @@ from serve_app.planner.hardware import GIB, Instance
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.vllm.memory import Plan
 
-TIGHT_SHARE = 0.03
-"""A plan is tight if its KV cache exceeds the need of one request by less than this share of the
-GPU: that is within the planner's own error (docs/planner-accuracy.md)."""
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -109,11 +105,3 @@ def short_of_host_memory(plan: Plan, config: ModelConfig) -> tuple[str, str] | N
         f"{reserved:g}",
         "raise resources.memory_gib, or offload less",
     )
-
-
-def is_tight(plan: Plan) -> bool:
-    """Whether a plan that fits could fail by the planner's own error."""
-    if not plan.fits or not plan.groups or plan.gpu.name == "CPU":
-        return False
-    needed = plan.cache.bytes_per_block * plan.cache.blocks_per_request
-    return plan.tightest.kv_cache - needed < TIGHT_SHARE * plan.tightest.total

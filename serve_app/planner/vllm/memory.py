@@ -49,10 +49,10 @@ CUDAGRAPH_BASE_BYTES = 150 * MIB
 """Memory pool of the first graph: activations of the largest captured batch."""
 
 CUDAGRAPH_BYTES_PER_GRAPH = int(1.0 * MIB)
-"""For each captured batch size; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
+"""For each graph of a decode step; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
 
 CUDAGRAPH_BYTES_PER_LAYER = int(0.47 * MIB)
-"""For each layer and captured batch size: a line through models of 32, 48 and 64 layers."""
+"""For each layer and graph of a decode step: a line through models of 32, 48 and 64 layers."""
 
 CONTEXT_BYTES = 527 * MIB
 """Memory of the CUDA context, taken before the first snapshot. It must be free beside the budget
@@ -62,6 +62,10 @@ FRONT_END_BYTES = int(1.1 * GIB)
 """Host memory of one more front end: 1.06 GiB in vLLM's API servers, mostly imports."""
 
 # ------------------------------------------------------------------------------------------------
+
+TIGHT_SHARE = 0.03
+"""A plan is tight if its KV cache exceeds the need of one request by less than this share of the
+GPU: that is within the planner's own error (docs/planner-accuracy.md)."""
 
 MLA_WORKSPACE_TOKENS = 64 * 1024  # mla_attention.py:2176
 
@@ -112,6 +116,14 @@ class Plan:
     def tightest(self) -> GPUMemory:
         """The stage whose GPUs have the least memory left for the KV cache."""
         return min(self.stages, key=lambda stage: stage.kv_cache)
+
+    @property
+    def tight(self) -> bool:
+        """Whether it fits, but could fail by the planner's own error."""
+        if not self.fits or not self.groups or self.gpu.name == "CPU":
+            return False
+        needed = self.cache.bytes_per_block * self.cache.blocks_per_request
+        return self.tightest.kv_cache - needed < TIGHT_SHARE * self.tightest.total
 
     @property
     def draft_weights(self) -> int:
@@ -518,10 +530,15 @@ def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> in
 
 
 def cudagraph_bytes(shape: ModelShape, engine: EngineArgs) -> int:
-    """vLLM's own estimate before capture (v1/worker/gpu/cudagraph_utils.py:718)."""
-    graphs = len(engine.cudagraph_sizes)
-    if not graphs:
+    """vLLM's own estimate before capture (v1/worker/gpu/cudagraph_utils.py:718).
+
+    What grows with their number are graphs of whole decode steps, whose batches are of at most
+    ``max_num_seqs`` requests (:195). Graphs of pieces share one pool.
+    """
+    if not engine.cudagraph_sizes:
         return 0
+    query_len = 1 + (engine.draft.num_speculative_tokens if engine.draft else 0)
+    graphs = sum(size <= engine.max_num_seqs * query_len for size in engine.cudagraph_sizes)
     layers = math.ceil(shape.num_hidden_layers / engine.parallel.pipeline)
     per_size = CUDAGRAPH_BYTES_PER_GRAPH + layers * CUDAGRAPH_BYTES_PER_LAYER
     return CUDAGRAPH_BASE_BYTES + graphs * per_size

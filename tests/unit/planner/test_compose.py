@@ -18,7 +18,7 @@ from serve_app.planner import choose, hardware
 from serve_app.planner.compose import compose, described
 from serve_app.planner.hardware import GIB, Machine
 from serve_app.planner.loading import cpu_plan, load_model
-from serve_app.planner.verdict import TIGHT_SHARE
+from serve_app.planner.vllm.memory import TIGHT_SHARE
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 LLAMA_70B = "meta-llama/Llama-3.3-70B-Instruct"

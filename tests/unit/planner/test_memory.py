@@ -46,6 +46,15 @@ def test_the_parts_add_up_to_what_is_requested() -> None:
     assert stage.requested == -(-hardware.gpus()["H200"].memory_bytes * 9 // 10)
 
 
+def test_graphs_of_decode_steps_are_of_at_most_max_num_seqs() -> None:
+    few = plan(kept(LLAMA_8B), max_model_len=8192, max_num_seqs=256)
+    assert len(few.engine.cudagraph_sizes) == 51
+    many = plan(kept(LLAMA_8B), max_model_len=8192)
+    base = memory.CUDAGRAPH_BASE_BYTES
+    share = (few.tightest.cudagraph - base) / (many.tightest.cudagraph - base)
+    assert share == pytest.approx(35 / 51)  # 1, 2, 4, 8 … 248 by 8, 256
+
+
 def weights(**arguments: Any) -> int:
     return plan(kept(LLAMA_8B), max_model_len=8192, **arguments).tightest.weights
 
