@@ -16,7 +16,7 @@ from serve_app.config import yaml_files
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.planner import hardware
-from serve_app.planner.hardware import GPU, Instance
+from serve_app.planner.hardware import GPU, MIB, Instance
 from serve_app.planner.model import quantization
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
@@ -106,17 +106,26 @@ def refusal(scheme: Quantization | None, engine: defaults.EngineArgs, gpu: GPU) 
 
 
 def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
-    """The smallest layout on one GPU type. Data parallelism stays as the arguments say."""
+    """The smallest layout on one GPU type. Data parallelism stays as the arguments say.
+
+    One that is tight is taken only if no other fits.
+    """
     asked = defaults.parallelism(arguments)
     closest: Plan | None = None
+    tight: Plan | None = None
     for parallel in layouts(model, arguments, gpu):
         found = plan_on(model, arguments, gpu, parallel)
-        if found.fits:
+        if found.fits and not found.tight:
             return Choice(gpu, found)
+        if found.fits:
+            tight = tight or found
+            continue
         refused = refusal(found.engine.quantization, found.engine, gpu)
         if refused:
             return Choice(gpu, None, refused)
         closest = found
+    if tight is not None:
+        return Choice(gpu, tight)
     if closest is None:
         alone = replace(asked, tensor=1, pipeline=1)
         return Choice(gpu, None, "; ".join(parallelism.problems(model.shape, alone)))
@@ -156,7 +165,7 @@ class Lighter:
     name: str
     gpus: int
     weights_bytes: int
-    """Over all GPUs of the replica's tensor group, per pipeline stage summed."""
+    """Over all GPUs of the replica."""
     how: str
 
 
@@ -178,9 +187,8 @@ def lighter(model: Model, arguments: dict[str, Any], gpu: GPU, gpus: int) -> lis
         lighter_model = replace(model, shape=shape, tensors=packed)
         choice = smallest(lighter_model, arguments, gpu)
         if choice.plan and choice.plan.parallel.gpus < gpus:
-            weights = sum(stage.weights for stage in choice.plan.stages)
-            tensor = choice.plan.parallel.tensor
-            found.append(Lighter(scheme.label, choice.plan.parallel.gpus, weights * tensor, how))
+            fewer, weights = choice.plan.parallel.gpus, choice.plan.weights_on_all_gpus
+            found.append(Lighter(scheme.label, fewer, weights, how))
     return found
 
 
@@ -200,7 +208,7 @@ def machines(
     """
     parallel = found.parallel
     cpu_m = 1000 * (_own_cpus(config) if config else 1)
-    host_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
+    reserved_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
     good: list[Machines] = []
     refused: list[RefusedInstance] = []
     for instance in hardware.instances().values():
@@ -224,6 +232,8 @@ def machines(
                 RefusedInstance(instance.name, "spans machines, but the type has no EFA")
             )
             continue
+        pinned_mib = found.host_bytes / MIB * min(1, groups_per_node / groups)
+        host_mib = max(reserved_mib, pinned_mib)
         if cpu_m > instance.allocatable_cpu_m or host_mib > instance.allocatable_memory_mib:
             refused.append(
                 RefusedInstance(

@@ -110,7 +110,7 @@ def _estimated(config: ModelConfig, node: Node, accelerator: str | None) -> Fron
 
 def on_plan(config: ModelConfig, plan: Plan, node: Node | None) -> FrontEnds:
     """The front ends of a planned replica; ``node`` is None where the machine is not known."""
-    given = _given(config) or _pooling(config, shape_pools=plan.model.shape.pooling)
+    given = _given(config) or _pooling(config, shape_pools=plan.engine.pooling)
     if given is not None:
         return given
     if not plan.gpu.bandwidth:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -130,11 +131,34 @@ def find(name: str) -> tuple[GPU, Instance | None]:
     key = name.lower().removeprefix("nvidia-").replace("_", "-").replace("-80gb", "-80g")
     if key in names:
         return names[key], None
+    if elsewhere := _not_on_ec2(name):
+        raise UserError(elsewhere)
     known = [*gpus(), *instances()]
     raise UserError(
         f"'{name}' is neither a GPU nor an EC2 GPU instance"
         f"{did_you_mean(name, known)} (GPUs: {', '.join(gpus())})"
     )
+
+
+_LIKE = {"3090": "A10G", "4090": "L4", "5090": "RTX-PRO-4500", "A6000": "L40S", "6000 ADA": "L40S"}
+"""GPUs of workstations, and one of the table that is of their generation and about their size."""
+
+
+def _not_on_ec2(name: str) -> str | None:
+    """A sentence on a GPU that is well known but not in the table."""
+    spelled = name.upper().replace("-", " ").replace("_", " ")
+    if re.search(r"\bMI ?\d{3}", spelled):
+        return (
+            f"{name} is made by AMD, and only NVIDIA's GPUs are planned for; vLLM needs its ROCm "
+            "build there, which serve_app is not tested with"
+        )
+    for model, like in _LIKE.items():
+        if model in spelled:
+            return (
+                f"{name} is in no EC2 machine, so its sizes are not kept here; {like} "
+                f"({gpus()[like].memory_gib:.1f} GiB) is nearly the same: --gpu {like}"
+            )
+    return None
 
 
 def refuse_misnamed(accelerator: str | None) -> None:
@@ -173,6 +197,15 @@ def with_accelerator(accelerator: str, where: str) -> tuple[Instance, ...]:
             f"{did_you_mean(accelerator, names)} (known: {', '.join(names)})"
         )
     return tuple(i for i in instances().values() if i.gpu in names[accelerator])
+
+
+def either_size(name: str | None) -> tuple[str, str] | None:
+    """What a name means that stands for two sizes of a GPU, and what to say instead."""
+    if (name or "").upper() != "A100":
+        return None
+    return "A100 may be either size, and is planned as the one with 80 GB", (
+        "say A100-40G or A100-80G"
+    )
 
 
 def max_gpus_per_node(gpu: GPU) -> int:

@@ -16,6 +16,8 @@ from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.planner import front_ends, hardware
 from serve_app.planner.hardware import GIB, Instance, with_accelerator
+from serve_app.planner.vllm import offload
+from serve_app.planner.vllm.defaults import parallelism
 from serve_app.planner.vllm.memory import FRONT_END_BYTES
 
 OBJECT_STORE_GIB = 1
@@ -181,7 +183,10 @@ def _own_cpus(model: ModelConfig) -> int:
 
 
 def _memory_gib(model: ModelConfig, gpus: int, cores: int) -> int:
-    asked = max(math.ceil(model.resources.memory_gib or 0), _MEMORY_PER_GPU_GIB * gpus)
+    size = parallelism(model.engine)
+    engines = max(1, gpus // (size.tensor * size.pipeline))
+    pinned = math.ceil(offload.asked(model.engine, gpus, engines) / GIB)
+    asked = max(math.ceil(model.resources.memory_gib or 0), _MEMORY_PER_GPU_GIB * gpus + pinned)
     return asked + _MEMORY_BASE_GIB + _front_ends_gib(model, cores, gpus)
 
 

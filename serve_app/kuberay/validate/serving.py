@@ -29,8 +29,7 @@ from serve_app.kuberay.validate.manifests import (
 )
 from serve_app.kuberay.validate.rule import Found, check, fail, warn
 from serve_app.planner import check_model, front_ends, hardware
-from serve_app.planner.loading import load_model
-from serve_app.planner.model import metadata
+from serve_app.planner.loading import load_known
 
 CONFIG = "spec.serveConfigV2"
 GROUPS = "spec.rayClusterConfig.workerGroupSpecs"
@@ -115,11 +114,8 @@ def models(fleet: Fleet) -> Found:
     Needs no network: a model whose metadata is not on this machine passes.
     """
     for name, model in fleet.models.items():
-        if model.engine.keys() & metadata.OTHER_CONFIG:
-            continue
-        try:
-            known = load_model(model, offline=True)
-        except UserError:
+        known = load_known(model)
+        if known is None:
             continue
         try:
             why = check_model.impossible(model, known)

@@ -132,7 +132,7 @@ def test_what_each_check_catches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any], check: str, status: str, words: str,
 ) -> None:  # fmt: skip
-    def no_hub(name: str) -> None:
+    def no_hub(name: str, _: object) -> None:
         raise UserError(f"{name}: the hub cannot be reached")
 
     monkeypatch.setattr(metadata, "_from_hub", no_hub)
