@@ -270,7 +270,8 @@ class GatewayProcess:
         app: Any = _CancelledOnDisconnect(self.app)
         if self._front:
             app = Front(RequestIdMiddleware(app))
-        listener = socket.socket()
+        # asyncio sets TCP_NODELAY only where the protocol is named; Serve's uvloop always does.
+        listener = socket.socket(proto=socket.IPPROTO_TCP)
         listener.bind(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"

@@ -26,7 +26,7 @@ const CHARTS = [
 ];
 
 /** The view. Scrapes begin when it is first shown and go on while the page is looked at. */
-export function charts() {
+export function view(fleet, watched) {
   const chosen = h("select", { change: () => draw() });
   const model = field("Model", chosen);
   const said = h("div");

@@ -6,7 +6,7 @@ import { complaint, copyButton, count, duration, field, h, mean, morph, options 
 import { codeBlock, markdown } from "./markdown.js";
 import { curl, python } from "./snippets.js";
 
-export function chat(fleet) {
+export function view(fleet) {
   const models = [h("select", { change: changed }), h("select", { change: changed })];
   const settings = new Settings();
   const panes = h("div", { class: "panes" });

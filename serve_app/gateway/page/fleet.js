@@ -26,6 +26,7 @@ const takes = (model, what) => !model.takes?.length || model.takes.includes(what
 export class Fleet {
   answer = { models: {} };
   error = null;
+  asked = false; // whether there was an answer, or none to be had
   #listeners = [];
   #refused = false; // until there is another key
   #etag = null;
@@ -90,11 +91,12 @@ export class Fleet {
 
   #tell(error) {
     this.error = error;
+    this.asked = true;
     for (const listener of this.#listeners) listener(this);
   }
 }
 
-export function fleetView(fleet) {
+export function view(fleet) {
   const element = h("div", { class: "fleet" });
   fleet.listen(() => {
     // What is wrong comes first, then what changes.

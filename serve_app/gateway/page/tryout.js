@@ -5,7 +5,7 @@ import { complaint, count, field, h, mean, morph, options, s } from "./dom.js";
 import { codeBlock } from "./markdown.js";
 import { curl } from "./snippets.js";
 
-export function tryout(fleet) {
+export function view(fleet) {
   const parts = [
     {
       title: "Embeddings",

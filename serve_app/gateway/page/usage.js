@@ -6,7 +6,7 @@ import { complaint, count, field, h, morph } from "./dom.js";
 const GROUPS = ["key", "model", "day"];
 const NUMBERS = ["requests", "refused", "unreported", "prompt_tokens", "cached_tokens", "completion_tokens"];
 
-export function usage() {
+export function view() {
   const day = (daysAgo) => new Date(Date.now() - daysAgo * 86_400_000).toISOString().slice(0, 10);
   const from = h("input", { type: "date", value: day(29), change: load });
   const to = h("input", { type: "date", value: day(0), change: load });
