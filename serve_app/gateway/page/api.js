@@ -1,5 +1,5 @@
-// Calls of the gateway's public routes, with the key. Addresses are relative: the page may lie
-// below a prefix.
+// Calls of the gateway's public routes, with the key. Addresses are relative to this file's: the page
+// may lie below a prefix, and be opened with or without a slash at the end.
 
 import { currentKey } from "./store.js";
 
@@ -15,9 +15,13 @@ export class ApiError extends Error {
 // A gateway that hangs is told as one that is away: what was seen last must not pass for what is now.
 const PATIENCE_MS = 30_000;
 
-/** GET; the Response may be a 304 where `headers` ask for what has changed. */
-export function get(path, headers = {}) {
-  return call(path, { headers, signal: AbortSignal.timeout(PATIENCE_MS) });
+/** GET; the Response may be a 304 where `headers` ask for what has changed. What came for a key that
+ *  was changed meanwhile is not looked at: it is asked for again. */
+export async function get(path, headers = {}) {
+  const key = currentKey();
+  const coming = call(path, { headers: { ...headers }, signal: AbortSignal.timeout(PATIENCE_MS) });
+  await coming.catch(() => {});
+  return currentKey() === key ? coming : get(path);
 }
 
 /** POST a body as JSON; the answer is the Response, as it may be a stream. */
@@ -28,7 +32,7 @@ export function post(path, body, signal) {
 
 /** The gateway's address as clients write it, without a slash at the end. */
 export function baseUrl() {
-  return new URL(".", document.baseURI).href.replace(/\/$/, "");
+  return new URL("../..", import.meta.url).href.replace(/\/$/, "");
 }
 
 /** The sentence of an error body: OpenAI's envelope, and Anthropic's. */
@@ -43,7 +47,7 @@ async function call(path, { headers, ...options }) {
   if (key) headers.authorization = `Bearer ${key}`;
   let response;
   try {
-    response = await fetch(path, { ...options, headers, cache: "no-store" });
+    response = await fetch(`${baseUrl()}/${path}`, { ...options, headers, cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The gateway cannot be reached.", 0, "unreachable");

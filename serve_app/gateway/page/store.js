@@ -7,6 +7,7 @@ export const currentKey = () => key;
 
 export function setKey(text, keep) {
   key = text.trim();
+  if (!key) forget(); // whoever forgets the key leaves nothing behind
   if (key && keep) sessionStorage.setItem(KEY, key);
   else sessionStorage.removeItem(KEY);
 }
@@ -19,10 +20,19 @@ export function recall(name, otherwise) {
   }
 }
 
+/** Keep a value over a reload; false where the storage is full, and then nothing older is left. */
 export function remember(name, value) {
   try {
     sessionStorage.setItem(`serve_app.${name}`, JSON.stringify(value));
+    return true;
   } catch {
-    // The storage is full: what was to be kept lasts as long as the page.
+    sessionStorage.removeItem(`serve_app.${name}`);
+    return false;
+  }
+}
+
+function forget() {
+  for (const name of Object.keys(sessionStorage)) {
+    if (name.startsWith("serve_app.")) sessionStorage.removeItem(name);
   }
 }

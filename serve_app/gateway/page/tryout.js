@@ -49,8 +49,8 @@ function tried({ title, takes, path, label, text, body, show }, fleet) {
   const form = h("form", {}, field("Model", model), field(label, written), h("div", { class: "row" }, button));
 
   fleet.listen(() => {
-    const names = takes ? fleet.thatTake(takes) : Object.keys(fleet.models);
-    options(model, names);
+    const names = fleet.thatTake(takes);
+    options(model, names, undefined, (id) => fleet.label(id));
     form.hidden = !names.length;
     none.hidden = names.length > 0;
   });

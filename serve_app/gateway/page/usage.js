@@ -15,17 +15,27 @@ export function view() {
   const result = h("div", { "aria-live": "polite" });
   const groups = () => by.filter((it) => it.checked).map((it) => it.value);
   let rows = [];
+  let asked = 0; // of several on their way the last one counts
 
   async function load() {
+    const turn = ++asked;
+    let next = [];
+    let said;
     const query = new URLSearchParams({ from: from.value, to: to.value, group_by: groups().join(",") });
     for (const name of ["from", "to"]) if (!query.get(name)) query.delete(name);
     try {
-      rows = (await (await get(`v1/usage?${query}`)).json()).data;
-      morph(result, rows.length ? table(rows, groups()) : h("p", { class: "hint" }, "Nothing was used in these days."));
+      next = (await (await get(`v1/usage?${query}`)).json()).data;
+      said = next.length ? table(next, groups()) : h("p", { class: "hint" }, "Nothing was used in these days.");
     } catch (error) {
-      rows = [];
-      morph(result, complaint(error));
+      said = complaint(error);
     }
+    if (turn !== asked) return;
+    draw(next, said);
+  }
+
+  function draw(next, said) {
+    rows = next;
+    morph(result, said);
     save.disabled = !rows.length;
   }
 
@@ -44,7 +54,10 @@ export function view() {
       result,
     ),
     show: load,
-    keyChanged: () => morph(result),
+    keyChanged() {
+      asked += 1;
+      draw([], null);
+    },
   };
 }
 
