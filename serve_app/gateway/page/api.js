@@ -5,10 +5,12 @@ import { currentKey } from "./store.js";
 
 /** What went wrong, in the server's own sentence. */
 export class ApiError extends Error {
-  constructor(message, status, code) {
+  /** `retryS`: the seconds after which the server wants to be asked again; 0 where it did not say. */
+  constructor(message, status, code, retryS = 0) {
     super(message);
     this.status = status;
     this.code = code;
+    this.retryS = retryS;
   }
 }
 
@@ -28,6 +30,16 @@ export async function get(path, headers = {}) {
 export function post(path, body, signal) {
   const headers = { "content-type": "application/json" };
   return call(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+}
+
+/** The JSON of an answer; of what a proxy puts in its place, such as a form to log in, a sentence. */
+export async function json(response) {
+  try {
+    return await response.json();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("What answered is not the gateway: its answer is no JSON.", response.status, "no_json");
+  }
 }
 
 /** The gateway's address as clients write it, without a slash at the end. */
@@ -55,7 +67,8 @@ async function call(path, { headers, ...options }) {
   if (response.ok || response.status === 304) return response;
   const body = await response.json().catch(() => null);
   const said = sentence(body) ?? `The gateway answered ${response.status} ${response.statusText}.`;
-  throw response.status === 401 ? refused(said, body?.error?.code) : new ApiError(said, response.status, body?.error?.code);
+  if (response.status === 401) throw refused(said, body?.error?.code);
+  throw new ApiError(said, response.status, body?.error?.code, Number(response.headers.get("retry-after")) || 0);
 }
 
 /** The error of a key that will not do, for which the user is asked anew. */

@@ -57,6 +57,7 @@ export function view(fleet, watched) {
       morph(said);
     } catch (error) {
       refused = error.status === 401 || error.status === 403;
+      next = error.retryS;
       morph(said, complaint(error));
     }
     draw();
@@ -65,7 +66,8 @@ export function view(fleet, watched) {
 
   function take(samples, at) {
     const last = scrapes.at(-1);
-    if (last && at - last.at < 1) return; // the same page once more
+    if (last && Math.abs(at - last.at) < 1) return; // the same page once more
+    if (at < points.at(-1)?.at) scrapes = points = []; // the clock was set back
     const before = scrapes.find((it) => at - it.at <= WINDOW_S) ?? (at - last?.at < LONGEST_S && last);
     scrapes = [...scrapes.filter((it) => at - it.at <= WINDOW_S), { at, samples }];
     if (!before) return;

@@ -16,7 +16,7 @@ export function view(fleet) {
   const images = new Images();
   const text = h("textarea", { rows: "2", "aria-label": "Message", placeholder: "Message" });
   const send = h("button", { type: "submit", class: "primary" }, "Send");
-  const stop = h("button", { type: "button", hidden: true, click: () => sides.forEach((side) => side.answer?.stop()) }, "Stop");
+  const stop = h("button", { type: "button", hidden: true, click: stopped }, "Stop");
   const clear = h("button", { type: "button", class: "quiet", click: restart }, "New chat");
   const said = h("div");
   const code = h("details", { class: "snippets", hidden: true, toggle: drawSnippets }, h("summary", {}, "As code"));
@@ -39,7 +39,10 @@ export function view(fleet) {
     if (images.allowed) images.add(event.clipboardData.files);
   });
   panes.addEventListener("click", (event) => {
-    if (event.target.closest("button.again")) again(sides.find((side) => side.element.contains(event.target)));
+    const button = event.target.closest("button.again");
+    if (!button) return;
+    handOver(button);
+    again(sides.find((side) => side.element.contains(button)));
   });
 
   const label = (id) => fleet.label(id);
@@ -107,6 +110,16 @@ export function view(fleet) {
     code.hidden = true;
     changed();
     text.focus();
+  }
+
+  function stopped() {
+    sides.forEach((side) => side.answer?.stop());
+    handOver(stop);
+  }
+
+  /** A button that vanishes by its own press leaves a keyboard's user nowhere: the text is next. */
+  function handOver(button) {
+    if (button.matches(":focus-visible")) text.focus();
   }
 
   function ask() {

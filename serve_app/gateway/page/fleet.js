@@ -1,6 +1,6 @@
 // The fleet: a card for each model, with what is wrong and what mends it.
 
-import { get } from "./api.js";
+import { get, json } from "./api.js";
 import { bar, complaint, copyButton, count, duration, h, morph, s } from "./dom.js";
 import { pause, poll } from "./live.js";
 
@@ -84,7 +84,7 @@ export class Fleet {
     try {
       const response = await get("fleet", this.#etag ? { "if-none-match": this.#etag } : {});
       if (response.status !== 304 || this.error) {
-        if (response.status !== 304) this.answer = await response.json();
+        if (response.status !== 304) this.answer = await json(response);
         this.#etag = response.headers.get("etag");
         this.#tell(null);
       }
@@ -93,6 +93,7 @@ export class Fleet {
       this.#refused = error.status === 401;
       if (this.#refused) this.#forget();
       this.#tell(error);
+      return error.retryS;
     }
   }
 

@@ -1,9 +1,11 @@
 // Try what is not chat: embeddings, rerank, tokenize.
 
-import { post } from "./api.js";
+import { json, post } from "./api.js";
 import { complaint, count, field, h, mean, morph, options, s } from "./dom.js";
 import { codeBlock } from "./markdown.js";
 import { curl } from "./snippets.js";
+
+const MOST_TEXTS = 40;
 
 export function view(fleet) {
   const parts = [
@@ -13,7 +15,11 @@ export function view(fleet) {
       path: "v1/embeddings",
       label: "Texts, one a line",
       text: "The cat sleeps on the sofa.\nA kitten naps on the couch.\nThe stock market fell today.",
-      body: (model, text) => ({ model, input: lines(text) }),
+      body(model, text) {
+        const input = lines(text);
+        if (input.length > MOST_TEXTS) throw new Error(`A picture of ${count(input.length)} texts cannot be read; try ${MOST_TEXTS} at most.`);
+        return { model, input };
+      },
       show: (answer, body) => matrix(answer.data.map((it) => it.embedding), body.input),
     },
     {
@@ -58,9 +64,9 @@ function tried({ title, takes, path, label, text, body, show }, fleet) {
     event.preventDefault();
     button.disabled = true;
     mean(model);
-    const sent = body(model.value, written.value);
     try {
-      const answer = await (await post(path, sent)).json();
+      const sent = body(model.value, written.value);
+      const answer = await json(await post(path, sent));
       const code = h("details", {}, h("summary", {}, "As code"), codeBlock(curl(path, sent), "curl"));
       morph(result, show(answer, sent), code);
     } catch (error) {

@@ -1,6 +1,6 @@
 // Who used what: /v1/usage as a table, and as CSV.
 
-import { get } from "./api.js";
+import { get, json } from "./api.js";
 import { complaint, count, field, h, morph } from "./dom.js";
 
 const GROUPS = ["key", "model", "day"];
@@ -24,7 +24,7 @@ export function view() {
     const query = new URLSearchParams({ from: from.value, to: to.value, group_by: groups().join(",") });
     for (const name of ["from", "to"]) if (!query.get(name)) query.delete(name);
     try {
-      next = (await (await get(`v1/usage?${query}`)).json()).data;
+      next = (await json(await get(`v1/usage?${query}`))).data;
       said = next.length ? table(next, groups()) : h("p", { class: "hint" }, "Nothing was used in these days.");
     } catch (error) {
       said = complaint(error);
