@@ -115,6 +115,7 @@ async def test_the_fleet_waits_for_no_other_view_s_files(opened: Opened) -> None
         await page.route("**/fleet", lambda route: None)  # no answer yet
         asked: list[str] = []
         page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+        page.on("framenavigated", lambda frame: asked.clear())
         await page.reload()
         assert await until(lambda: "/fleet" in asked)
         others = {f"/-/page/{name}.js" for name in ("chat", "tryout", "charts", "usage")}
