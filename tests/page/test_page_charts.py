@@ -9,7 +9,7 @@ import pytest
 from conftest import Opened
 from fleet_of_examples import example
 from harness.scripted import GatewayProcess, reported
-from playwright.async_api import Route, expect
+from playwright.async_api import Page, Route, expect
 from scripted_model import Model
 from test_page_pace import Watched
 
@@ -94,14 +94,12 @@ async def test_one_model_can_be_looked_at(opened: Opened) -> None:
         await expect(running).to_have_accessible_name(both.replace("7", "5"))
 
 
-async def calculated(opened: Opened, expression: str) -> Any:
+async def calculated(modules: Page, expression: str) -> Any:
     """What functions of metrics.js, which is ``m`` in the expression, give."""
-    async with Model() as model, GatewayProcess(model) as gateway:
-        page = await opened(gateway)
-        return await page.evaluate(f"import('./-/page/metrics.js').then((m) => {expression})")
+    return await modules.evaluate(f"import('./-/page/metrics.js').then((m) => {expression})")
 
 
-async def test_quantiles_are_prometheus_s(opened: Opened) -> None:
+async def test_quantiles_are_prometheus_s(modules: Page) -> None:
     cases: list[tuple[float, dict[str, int], float | None]] = [
         (0.5, {"1": 10, "2": 10, "+Inf": 10}, 0.5),
         (0.95, {"1": 0, "2": 100, "+Inf": 100}, 1.95),
@@ -114,23 +112,23 @@ async def test_quantiles_are_prometheus_s(opened: Opened) -> None:
         [q, [{"labels": {"le": le}, "value": value} for le, value in buckets.items()]]
         for q, buckets, _ in cases
     ]
-    found = await calculated(opened, f"{json.dumps(given)}.map((it) => m.quantile(...it))")
+    found = await calculated(modules, f"{json.dumps(given)}.map((it) => m.quantile(...it))")
     assert found == [None if it is None else pytest.approx(it) for _, _, it in cases]
 
 
-async def test_labels_are_read_as_prometheus_writes_them(opened: Opened) -> None:
+async def test_labels_are_read_as_prometheus_writes_them(modules: Page) -> None:
     page = 'a{x="1"} 5\n# TYPE b gauge\nb 1\na{x="\\"} 2\\n",y=""} 7\na 1e3\na NaN 17\n'
-    found = await calculated(opened, f"m.parse({json.dumps(page)}, new Set(['a']))")
+    found = await calculated(modules, f"m.parse({json.dumps(page)}, new Set(['a']))")
     assert [it["labels"] for it in found] == [{"x": "1"}, {"x": '"} 2\n', "y": ""}, {}, {}]
     assert [it["value"] for it in found[:3]] == [5, 7, 1000]
 
 
-async def test_a_counter_that_begins_again_counts_from_nothing(opened: Opened) -> None:
+async def test_a_counter_that_begins_again_counts_from_nothing(modules: Page) -> None:
     before = 'a{replica="r"} 5\n'
     after = 'a{replica="r"} 2\na{replica="r",new=""} 3\na{replica="unheard"} 9\n'
     pages = [json.dumps(it) for it in (before, after)]
     parsed = ", ".join(f"m.parse({page}, new Set(['a']))" for page in pages)
-    found = await calculated(opened, f"m.increases({parsed}).map((it) => it.value)")
+    found = await calculated(modules, f"m.increases({parsed}).map((it) => it.value)")
     assert found == [2, 3, 0]
 
 
@@ -148,10 +146,10 @@ def of_hundred(generated: int) -> str:
     return "\n".join(lines).replace('"inf"', '"+Inf"')
 
 
-async def test_a_hundred_models_are_told_apart(opened: Opened) -> None:
+async def test_a_hundred_models_are_told_apart(opened: Opened, modules: Page) -> None:
     pages = [of_hundred(10), of_hundred(40)]
     found = await calculated(
-        opened,
+        modules,
         f"m.points(...{json.dumps(pages)}.map((it) => m.parse(it, m.WANTED)), 30)",
     )
     assert len(found) == 101

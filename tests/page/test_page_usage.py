@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import Opened
 from harness.scripted import GatewayProcess, reported, took, until
-from playwright.async_api import Route, expect
+from playwright.async_api import Page, Route, expect
 from scripted_model import Model
 from test_page_keys import give
 
@@ -83,15 +83,13 @@ async def test_usage_is_a_table_and_a_file_of_what_the_key_may_see(
         await expect(page.get_by_text("Nothing was used in these days.")).to_be_visible()
 
 
-async def test_no_cell_of_the_file_is_a_formula(opened: Opened) -> None:
-    async with Model() as model, GatewayProcess(model) as gateway:
-        page = await opened(gateway)
-        rows = '[{model: "=1+1", day: "a,\\"b"}]'
-        text = await page.evaluate(
-            f"import('./-/page/usage.js').then((m) => m.csv({rows}, ['model', 'day']))"
-        )
-        (row,) = csv.DictReader(io.StringIO(text))
-        assert (row["model"], row["day"]) == ("'=1+1", 'a,"b')
+async def test_no_cell_of_the_file_is_a_formula(modules: Page) -> None:
+    rows = '[{model: "=1+1", day: "a,\\"b"}]'
+    text = await modules.evaluate(
+        f"import('./-/page/usage.js').then((m) => m.csv({rows}, ['model', 'day']))"
+    )
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert (row["model"], row["day"]) == ("'=1+1", 'a,"b')
 
 
 async def test_where_nothing_is_recorded_it_says_how_to(opened: Opened) -> None:
