@@ -193,7 +193,9 @@ def build(
     )
     async def root(request: Request, response: Response) -> Any:
         if page and "text/html" in request.headers.get("accept", ""):
-            return files[static.INDEX].answer(request, vary=["accept"])
+            prefix = request.headers.get("x-forwarded-prefix", "")
+            shown = static.below(files[static.INDEX], prefix)
+            return shown.answer(request, vary=["accept", "x-forwarded-prefix"])
         response.headers["vary"] = "accept"
         known = request.scope[CALLER] is not NOBODY
         below = request.scope.get("root_path", "")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable
@@ -254,11 +255,21 @@ def _mend(model: Model, starting: list[Starting], asleep: bool) -> str:
     """A command of docs/troubleshooting.md; its words in capitals are the operator's to fill in."""
     name = shlex.quote(model.name)
     if model.message:
-        # On Kubernetes the command asks for the fleet's name, which its pods do not know.
-        fleet = "FLEET " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
+        fleet = f"{_fleet()} " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
         return f"serve-app logs {fleet}{name}"
     if asleep:
         return f"serve-app admin {name} wake"
     if any(it.phase.startswith("waiting for ") for it in starting):
         return "serve-app check CONFIG --cluster"
     return ""
+
+
+def _fleet() -> str:
+    """The fleet's name, for which commands ask on Kubernetes: its RayService's.
+
+    KubeRay gives its pods the RayCluster's name, which is the RayService's and five characters;
+    before KubeRay 1.4 "raycluster" stood between. Elsewhere it is the operator's to fill in.
+    """
+    cluster = os.environ.get("RAY_CLUSTER_NAME", "")
+    found = re.fullmatch(r"(.+?)(-raycluster)?-[a-z0-9]{5}", cluster)
+    return found[1] if found else "FLEET"

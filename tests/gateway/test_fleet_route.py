@@ -128,7 +128,8 @@ async def test_a_model_that_failed_and_its_command_until_it_is_mended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fleet, "FRESH_S", -1.0)
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for variable in ("KUBERNETES_SERVICE_HOST", "RAY_CLUSTER_NAME"):
+        monkeypatch.delenv(variable, raising=False)
     said = "'org/m' does not fit: the GPU ran out of memory"
     async with GatewayProcess(1, applications={"m": deployed(message=said)}) as gateway:
         model = (await gateway.client.get("/fleet")).json()["models"]["m"]
@@ -136,6 +137,10 @@ async def test_a_model_that_failed_and_its_command_until_it_is_mended(
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
         model = (await gateway.client.get("/fleet")).json()["models"]["m"]
         assert model["mend"] == "serve-app logs FLEET m"
+        for cluster in ("chat-eu-x7k2p", "chat-eu-raycluster-x7k2p"):
+            monkeypatch.setenv("RAY_CLUSTER_NAME", cluster)
+            model = (await gateway.client.get("/fleet")).json()["models"]["m"]
+            assert model["mend"] == "serve-app logs chat-eu m"
         mended = {"applications": {"m": deployed()}}
         gateway.directory._models = directory.read_details(mended)
         model = (await gateway.client.get("/fleet")).json()["models"]["m"]
