@@ -15,13 +15,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from serve_app.cluster import capacity, placement, progress, serve
+from serve_app.cluster import capacity, progress, serve
 from serve_app.cluster.progress import Phase
 from serve_app.cluster.replicas import Watcher
 from serve_app.config.document import DEPLOYMENT, MODEL_IMPORT_PATH, deployed
 from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig, ids_of
 from serve_app.errors import ConfigError
+from serve_app.planner import shares
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -184,7 +185,8 @@ def _waits_for(model: Model) -> str | None:
     """Why the model's next replica cannot be placed now; None where it could be."""
     if model.config is None:
         return None
-    return capacity.waiting_for(placement.of(model.config), capacity.nodes())
+    found = shares.placed(model.config, capacity.types_of_gpu())
+    return capacity.waiting_for(found, capacity.nodes())
 
 
 def _report(before: Model | None, now: Model) -> None:

@@ -160,7 +160,9 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
         )
     if either := hardware.either_size(asked):
         yield Finding("memory", "warn", name, *either)
-    yield _memory_finding(name, config, plan, choose.smallest(model, arguments, gpu))
+    part = config.resources.part_of_gpu  # whose reasons say which part would do
+    smallest = None if part else choose.smallest(model, arguments, gpu)
+    yield _memory_finding(name, config, plan, smallest)
     yield from _context(name, config, plan)
 
 
@@ -201,7 +203,8 @@ def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str
     refused = choose.refusal(plan.engine.quantization, plan.engine, gpu)
     if refused or might:
         return refused
-    return _memory_finding("", config, plan, choose.smallest(model, arguments, gpu)).text
+    smallest = None if config.resources.part_of_gpu else choose.smallest(model, arguments, gpu)
+    return _memory_finding("", config, plan, smallest).text
 
 
 def _parallelism(name: str, model: Model, plan: Plan) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ pipeline stages across machines, as vLLM advises (TP = GPUs per node, PP = nodes
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from serve_app.planner.hardware import GPU, MIB, Instance
 from serve_app.planner.model import quantization
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
-from serve_app.planner.vllm import defaults, memory, parallelism
+from serve_app.planner.vllm import defaults, memory, parallelism, share
 from serve_app.planner.vllm.memory import Plan
 from serve_app.planner.vllm.sharding import Parallelism
 
@@ -59,8 +60,12 @@ class RefusedInstance:
 
 
 def arguments_of(config: ModelConfig) -> dict[str, Any]:
-    """A config's engine arguments, with LoRA on if it has adapters (replica/engine.py)."""
+    """A config's engine arguments, with LoRA on if it has adapters (replica/engine.py), and with
+    the part of a GPU that it asks for."""
     arguments = dict(config.engine)
+    if config.resources.part_of_gpu:
+        resources = config.resources
+        arguments[share.KEY] = share.Share(resources.gpu_share, resources.gpu_memory_gib)
     if config.adapters:
         arguments.setdefault("enable_lora", True)
     return arguments
@@ -85,7 +90,23 @@ def plan_on(
     else:
         found = memory.plan(model, engine, gpu)
     reasons = (*wrong, *([refused] if refused else []), *(() if wrong else found.reasons))
+    if found.reasons and not wrong and not refused and share.KEY in arguments:
+        reasons += (_enough(model, arguments, gpu),)
     return replace(found, fits=not reasons, reasons=reasons)
+
+
+def _enough(model: Model, arguments: dict[str, Any], gpu: GPU) -> str:
+    """The smallest part of ``gpu`` that would do, in a sentence."""
+    part: share.Share = arguments[share.KEY]
+
+    def fits(percent: int) -> bool:
+        larger = arguments | {share.KEY: part.of_size(percent / 100, gpu)}
+        return memory.plan(model, defaults.resolve(larger, model.shape, gpu), gpu).fits
+
+    percent = bisect.bisect_left(range(100), True, key=fits)
+    if percent < 100:
+        return f"{part.of_size(percent / 100, gpu)} would fit"
+    return f"no part of {gpu.name} is enough; remove {str(part).split()[0]}"
 
 
 def refusal(scheme: Quantization | None, engine: defaults.EngineArgs, gpu: GPU) -> str | None:
@@ -129,7 +150,10 @@ def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
     if closest is None:
         alone = replace(asked, tensor=1, pipeline=1)
         return Choice(gpu, None, "; ".join(parallelism.problems(model.shape, alone)))
-    return Choice(gpu, None, f"not even {closest.parallel}: {'; '.join(closest.reasons)}")
+    reasons = "; ".join(closest.reasons)
+    if share.KEY in arguments:
+        return Choice(gpu, None, reasons)
+    return Choice(gpu, None, f"not even {closest.parallel}: {reasons}")
 
 
 def layouts(
@@ -141,6 +165,8 @@ def layouts(
     """
     asked = defaults.parallelism(arguments)
     scheme = defaults.resolve(arguments, model.shape, gpu).quantization
+    if share.KEY in arguments:  # of one GPU
+        gpus = 1
     sizes = [
         tp
         for tp in range(1, (gpus or hardware.max_gpus_per_node(gpu)) + 1)

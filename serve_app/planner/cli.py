@@ -19,6 +19,7 @@ from serve_app.planner import (
     front_ends,
     hardware,
     report,
+    together,
     totals,
     verdict,
 )
@@ -77,20 +78,31 @@ def plan(
     if target is None:
         raise click.UsageError("name a config file or a model")
     priced = choose.read_prices(prices) if prices else None
+    targets = _targets(target, only, engine_arguments(overrides))
+    shared_gpu = together.one_gpu((model, config) for _, model, config, _ in targets)
     reports = [
-        _report(*found, gpu_name=gpu_name, typical_length=typical_length, prices=priced)
-        for found in _targets(target, only, engine_arguments(overrides))
+        _report(
+            *found,
+            gpu_name=gpu_name or together.name_of(shared_gpu, found[2]),
+            typical_length=typical_length,
+            prices=priced,
+        )
+        for found in targets
     ]
     fits = all(one.plan.fits for one in reports)
+    shared = together.of_fleet(reports)
     if json_:
         found = [report.as_json(one) for one in reports]
         both = {"fits": fits, "machines": totals.as_json(reports), "models": found}
+        if shared:
+            both["shared_gpus"] = together.as_json(shared)
         click.echo(json.dumps(found[0] if len(found) == 1 else both, indent=2))
     else:
         for index, one in enumerate(reports):
             if index:
                 console.rule()
             report.show(one, console)
+        together.show(shared, console)
         if len(reports) > 1 and (total := totals.said(reports)):
             console.rule()
             console.print(Text(total, "bold"))
@@ -164,6 +176,8 @@ def _report(
     notes = report.notes_on(plan)
     if either := hardware.either_size(asked):
         notes.insert(0, "; ".join(either))
+    # The reasons against a part of a GPU say which part would do.
+    layout_told = not config.resources.part_of_gpu and (judged.of_layout or plan.fits)
     needed = smallest.plan.parallel.gpus if smallest.plan else 1 << 30
     on = instance or (good[0].instance if good else None)
     return Report(
@@ -172,7 +186,7 @@ def _report(
         typical_length=min(typical_length, plan.engine.max_model_len),
         front_ends=front_ends.on_plan(config, plan, front_ends.on_machine(on) if on else None),
         config=config,
-        smallest=smallest if judged.of_layout or plan.fits else None,
+        smallest=smallest if layout_told else None,
         choices=choices,
         lighter=choose.lighter(model, arguments, gpu, needed),
         machines=good,

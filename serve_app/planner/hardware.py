@@ -18,6 +18,12 @@ from serve_app.errors import ConfigError, UserError, did_you_mean
 MIB = 1 << 20
 GIB = 1 << 30
 
+CONTEXT_BYTES = 527 * MIB
+"""Memory of the CUDA context of one process (measured on an H200): no part of what vLLM counts."""
+
+_CUDA_SHARE = 0.97
+"""CUDA's total is below the driver's; the least among the GPUs of data/gpus.json."""
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -159,6 +165,17 @@ def _not_on_ec2(name: str) -> str | None:
                 f"({gpus()[like].memory_gib:.1f} GiB) is nearly the same: --gpu {like}"
             )
     return None
+
+
+def of_driver(name: str, memory: int, capability: int) -> GPU:
+    """The GPU of this name and size in bytes by NVIDIA's driver, else one made of what it says."""
+    words = set(re.split(r"[^A-Za-z0-9]+", name.upper()))
+    for known in gpus().values():
+        called = re.sub(r"-\d+G$", "", known.name).upper().split("-")
+        if words.issuperset(called) and _CUDA_SHARE - 0.01 < known.memory_bytes / memory < 1.01:
+            return known
+    short = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return GPU(short, None, 0, int(memory * _CUDA_SHARE), capability, None)
 
 
 def refuse_misnamed(accelerator: str | None) -> None:

@@ -22,7 +22,7 @@ from serve_app.config.environment import environment
 from serve_app.config.settings import LiveConfig, ModelConfig, parse
 from serve_app.errors import UserError
 from serve_app.planner import front_ends
-from serve_app.replica import about, gang
+from serve_app.replica import about, gang, share
 from serve_app.replica.adapters import Adapters
 from serve_app.replica.engine import Engine, configure, parse_args
 from serve_app.replica.front_ends import FrontEnds
@@ -67,7 +67,8 @@ class ModelServer:
         replica = context.replica_id.unique_id
         with supervised(config, context.app_name, replica):
             rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
-            args = parse_args(config, _ids(config), rank)
+            part = await asyncio.to_thread(share.of, config)
+            args = parse_args(config, _ids(config), rank | (part.arguments if part else {}))
             count = await asyncio.to_thread(_front_ends, config)
             vllm_config = configure(args, count)
             await asyncio.to_thread(parsers.refuse_unfit, args, vllm_config)
@@ -75,7 +76,8 @@ class ModelServer:
             ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
             try:
                 self._load = EngineLoad(args.served_model_name[0])
-                self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
+                with share.turn(part, config) if part else contextlib.nullcontext():
+                    self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
                 await ours.listen(self._engine, self._load)
                 self._about = {
                     "takes": about.takes(args, self._engine.llm.renderer, ours.first.routes),

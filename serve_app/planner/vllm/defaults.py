@@ -20,6 +20,7 @@ from serve_app.planner.vllm import offload
 from serve_app.planner.vllm.kv_cache import MambaMode
 from serve_app.planner.vllm.offload import Offload
 from serve_app.planner.vllm.sharding import Parallelism
+from serve_app.planner.vllm.share import KEY, Share
 
 DEFAULT_UTILIZATION = 0.92  # vllm/config/cache.py:111
 DEFAULT_BLOCK_SIZE = 16  # vllm/config/cache.py: DEFAULT_BLOCK_SIZE
@@ -75,6 +76,8 @@ class EngineArgs:
     offload: Offload
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
+    part_bytes: int | None = None
+    """What the replica may take of its GPU, where others share it."""
 
     @property
     def in_flight_tokens(self) -> int:
@@ -99,7 +102,10 @@ def resolve(
     get = arguments.get
     parallel = parallel or parallelism(arguments)
     utilization = get("gpu_memory_utilization")
-    utilization = DEFAULT_UTILIZATION if utilization is None else float(utilization)
+    part: Share | None = get(KEY)
+    if utilization is None:
+        utilization = part.utilization(gpu) if part else DEFAULT_UTILIZATION
+    utilization = float(utilization)
     asked_len = count(get("max_model_len"), "max_model_len", least=-1)
     fit_len = asked_len == -1
     max_len = shape.max_position_embeddings if asked_len in (None, -1) else asked_len
@@ -136,6 +142,7 @@ def resolve(
         offload=offload.of(arguments),
         kv_cache_memory_bytes=count(get("kv_cache_memory_bytes"), "kv_cache_memory_bytes"),
         num_gpu_blocks_override=count(get("num_gpu_blocks_override"), "num_gpu_blocks_override"),
+        part_bytes=part.bytes_of(gpu) if part else None,
     )
 
 

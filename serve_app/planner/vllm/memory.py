@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from serve_app.planner.hardware import GIB, GPU, MIB
+from serve_app.planner.hardware import CONTEXT_BYTES, GIB, GPU, MIB
 from serve_app.planner.model import derive, names
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import Quantization
@@ -28,6 +28,7 @@ from serve_app.planner.vllm import allocator, kernels, kv_cache, offload, shardi
 from serve_app.planner.vllm.defaults import EngineArgs, LoRA
 from serve_app.planner.vllm.kv_cache import Group, KVCache
 from serve_app.planner.vllm.sharding import Parallelism
+from serve_app.planner.vllm.share import SPARE_BYTES
 
 # --- Measured on one H200 (benchmarks/results/planner_h200.json), unless said otherwise. --------
 
@@ -53,10 +54,6 @@ CUDAGRAPH_BYTES_PER_GRAPH = int(1.0 * MIB)
 
 CUDAGRAPH_BYTES_PER_LAYER = int(0.47 * MIB)
 """For each layer and graph of a decode step: a line through models of 32, 48 and 64 layers."""
-
-CONTEXT_BYTES = 527 * MIB
-"""Memory of the CUDA context, taken before the first snapshot. It must be free beside the budget
-(vllm/v1/worker/utils.py:516)."""
 
 FRONT_END_BYTES = int(1.1 * GIB)
 """Host memory of one more front end: 1.06 GiB in vLLM's API servers, mostly imports."""
@@ -172,6 +169,7 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
     weights = weight_bytes(model, engine)
     graphs = cudagraph_bytes(shape, engine)
     alone = parallel.gpus == 1
+    spare = SPARE_BYTES if engine.part_bytes else 0
     stages = []
     for index in range(parallel.pipeline):
         first, last = index == 0, index == parallel.pipeline - 1
@@ -187,7 +185,7 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
             cudagraph=graphs,
             kv_cache=0,
         )
-        left = engine.kv_cache_memory_bytes or requested - memory.without_kv
+        left = engine.kv_cache_memory_bytes or requested - memory.without_kv - spare
         stages.append(replace(memory, kv_cache=left))
     specs = kv_cache.layer_specs(shape, engine)
     specs += _draft_specs(model, engine, specs)
@@ -240,17 +238,29 @@ def _why_not(
     stages: Sequence[GPUMemory], groups: list[Group], engine: EngineArgs, longest: int, gpu: GPU
 ) -> tuple[str, ...]:
     reasons = []
+    budget = engine.part_bytes
+    part = f"its part of {gpu.name} ({budget / GIB:.1f} GiB)" if budget else ""
     worst = min(stages, key=lambda stage: stage.kv_cache)
     if worst.kv_cache <= 0 and (groups or worst.kv_cache < 0):
         reasons.append(
-            f"weights, activations and CUDA graphs take {worst.without_kv / GIB:.1f} GiB per GPU, "
-            f"but {worst.requested / GIB:.1f} GiB of {gpu.name}'s {gpu.memory_gib:.1f} are "
+            f"weights, activations and CUDA graphs take {worst.without_kv / GIB:.1f} GiB, but "
+            f"{part} leaves {worst.requested / GIB:.1f} beside the CUDA context"
+            if part
+            else f"weights, activations and CUDA graphs take {worst.without_kv / GIB:.1f} GiB per "
+            f"GPU, but {worst.requested / GIB:.1f} GiB of {gpu.name}'s {gpu.memory_gib:.1f} are "
             f"vLLM's (gpu_memory_utilization {engine.gpu_memory_utilization:g})"
         )
     elif groups and longest < (1 if engine.fit_max_model_len else engine.max_model_len):
         reasons.append(
             f"the KV cache has {worst.kv_cache / GIB:.1f} GiB per GPU, which holds {longest} "
             f"tokens of one request, but max_model_len is {engine.max_model_len}"
+        )
+    taken = worst.without_kv + (max(0, worst.kv_cache) if groups else 0)
+    taken = CONTEXT_BYTES + max(taken, worst.requested)
+    if budget and not reasons and taken > budget:
+        reasons.append(
+            f"engine.gpu_memory_utilization or kv_cache_memory_bytes takes {taken / GIB:.1f} GiB "
+            f"with the CUDA context, more than {part}"
         )
     if gpu.memory_bytes - CONTEXT_BYTES < worst.requested:
         reasons.append(
