@@ -54,6 +54,14 @@ def fraction(config: ModelConfig, types: Iterable[str] = ()) -> float | None:
     return fraction_of(config, least)
 
 
+def about(config: ModelConfig) -> float:
+    """The fraction, also where it is not known of which GPU: then all of it."""
+    try:
+        return fraction(config) or 1.0
+    except ConfigError:
+        return 1.0
+
+
 def fraction_of(config: ModelConfig, gpu: GPU) -> float | None:
     """The same of a GPU of this type."""
     resources = config.resources
