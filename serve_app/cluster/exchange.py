@@ -91,6 +91,9 @@ class Load:
     asleep: bool = False
     """Whether it has been put to sleep."""
 
+    over_plan: int = 0
+    """Bytes of its GPU that it holds beyond its part (``resources.gpu_share``)."""
+
 
 @dataclass(frozen=True)
 class Question:

@@ -23,7 +23,7 @@ from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.exposition import CONTENT_TYPE, Exposition
-from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions
+from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions, over_plan
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.queue import Waiting
 from serve_app.gateway.replicas import Board
@@ -76,7 +76,8 @@ class ModelStatus(BaseModel):
     """Replicas that run."""
 
     message: str
-    """Why it is not running, or not as it was deployed; empty while all is well."""
+    """Why it is not running, or not as it was deployed, or that it holds more of its GPU than its
+    part; empty while all is well."""
 
     starting: list[Starting]
     queued: int
@@ -231,7 +232,7 @@ def build(
         responses=not_ready,
     )
     async def ready(request: Request, response: Response) -> Readiness:
-        readiness = _readiness(directory, keyring, record, waiting, request.scope[CALLER])
+        readiness = _readiness(directory, board, keyring, record, waiting, request.scope[CALLER])
         response.status_code = 200 if readiness.status == "ready" else 503
         return readiness
 
@@ -312,6 +313,7 @@ def build(
 
 def _readiness(
     directory: Directory,
+    board: Board,
     keyring: Keyring | None,
     record: Record | None,
     waiting: Callable[[str], Waiting],
@@ -338,7 +340,7 @@ def _readiness(
             m.name: ModelStatus(
                 status=m.status,
                 replicas=m.replicas,
-                message=m.message,
+                message=m.message or over_plan(m.name, board),
                 starting=[Starting(**start) for start in directory.starting(m)],
                 queued=(waits := waiting(m.name)).requests,
                 longest_wait_s=round(waits.longest_s, 1),

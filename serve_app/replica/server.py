@@ -75,21 +75,21 @@ class ModelServer:
             host = ray.util.get_node_ip_address()
             ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
             try:
-                self._load = EngineLoad(args.served_model_name[0])
+                part_of_gpu = config.resources.part_of_gpu
+                self._load = EngineLoad(args.served_model_name[0], part_of_gpu=part_of_gpu)
                 with share.turn(part, config) if part else contextlib.nullcontext():
                     self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
                 await ours.listen(self._engine, self._load)
                 self._about = {
                     "takes": about.takes(args, self._engine.llm.renderer, ours.first.routes),
-                    "memory": memory.read(
-                        Path(os.environ[START_FOLDER]) / MEMORY,
-                        vllm_config.parallel_config.world_size,
-                    ),
+                    "memory": _memory(vllm_config, part),
                 }
             except BaseException:
                 ours.kill()
                 raise
         self._front_ends = ours
+        if part:
+            self._part = asyncio.create_task(share.watch(part, ours))
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """For the gateway: where its front ends listen, and what the gateway tells of its model."""
@@ -153,6 +153,16 @@ class ModelServer:
         self._health.cancel()  # only now: an engine that died in the drain must end it
         await ours.close()
         await self._engine.stop()
+
+
+def _memory(vllm_config: Any, part: share.Part | None) -> dict[str, Any] | None:
+    """What is in the GPU's memory, for whoever asks the gateway."""
+    told = Path(os.environ[START_FOLDER]) / MEMORY
+    found = memory.read(told, vllm_config.parallel_config.world_size)
+    if part is None:
+        return found
+    planned = memory.of_part(told, vllm_config.cache_config.kv_cache_memory_bytes or 0, part.taken)
+    return part.described(found or planned)
 
 
 def _ids(config: ModelConfig) -> list[str]:

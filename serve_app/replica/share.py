@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import math
 import os
@@ -16,6 +18,7 @@ from serve_app.planner import choose, shares
 from serve_app.planner.hardware import CONTEXT_BYTES, GIB
 from serve_app.planner.loading import load_model
 from serve_app.planner.vllm.share import KEY, Share
+from serve_app.replica.front_ends import FrontEnds
 from serve_app.replica.start import gpu
 from serve_app.replica.start import turn as starts
 from serve_app.replica.start.plugin import PHASE, START_FOLDER
@@ -32,6 +35,25 @@ class Part:
     """Bytes that it may take of the GPU."""
     arguments: dict[str, Any]
     """What vLLM is told of it, beside what the config sets."""
+
+    @property
+    def held(self) -> int | None:
+        """Bytes that this replica holds; None where the driver does not tell, as in a container
+        whose processes have other numbers outside."""
+        return gpu.of_mine(self.device.holders())
+
+    @property
+    def taken(self) -> int:
+        """The same, or what it may hold at most."""
+        return self.held or self.budget
+
+    def described(self, memory: dict[str, Any]) -> dict[str, Any]:
+        """The ``memory`` of :mod:`serve_app.replica.start.memory`, and of which GPU it is."""
+        return memory | {
+            "gpu": self.device.uuid,
+            "gpu_gib": round(self.device.kind.memory_gib, 2),
+            "part_gib": round(self.budget / GIB, 2),
+        }
 
 
 def of(config: ModelConfig, device: gpu.Device | None = None) -> Part | None:
@@ -84,3 +106,25 @@ def turn(part: Part, config: ModelConfig) -> AbstractContextManager[None]:
         limit_s=config.start_timeout_s,
         tell=phase.write_text,
     )
+
+
+WATCH_S = 10.0
+"""Seconds between two looks at what an engine holds of its GPU."""
+
+
+async def watch(part: Part, front_ends: FrontEnds) -> None:
+    """Tell the gateways for ever whether the engine holds more of the GPU than its part.
+
+    Nothing keeps it from that but its plan: CUDA gives memory to whoever asks.
+    """
+    while True:
+        with contextlib.suppress(Exception):  # the driver does not answer
+            over = max(0, (await asyncio.to_thread(lambda: part.held) or 0) - part.budget)
+            if over and not front_ends.over_plan:
+                logger.warning(
+                    f"this engine holds {over / GIB:.2f} GiB of its GPU beyond its part of "
+                    f"{part.budget / GIB:.2f} GiB: a neighbour may find no memory; make its part "
+                    "larger, or set a smaller engine.kv_cache_memory_bytes"
+                )
+            front_ends.over_plan = over
+        await asyncio.sleep(WATCH_S)

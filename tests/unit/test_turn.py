@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -10,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -19,7 +21,7 @@ from serve_app.errors import UserError
 from serve_app.planner import hardware
 from serve_app.planner.hardware import CONTEXT_BYTES, GIB, MIB
 from serve_app.replica import share
-from serve_app.replica.start import gpu, turn
+from serve_app.replica.start import gpu, memory, turn
 from serve_app.replica.start.gpu import Holder
 from serve_app.replica.start.plugin import PHASE, START_FOLDER
 
@@ -231,6 +233,47 @@ def test_a_replica_waits_for_what_vllm_wants_free_and_its_context(
     with pytest.raises(UserError, match=r"needs 39\.6 GiB free"), share.turn(part, config()):
         pass
     assert (tmp_path / PHASE).read_text() == turn.MEMORY
+
+
+def test_what_the_engine_holds_is_told_beside_its_part(tmp_path: Path) -> None:
+    device = PlayedGPU({os.getpid(): 39 * GIB, 4_000_000: 20 * GIB})
+    part = share.of(config(gpu_share=0.5), device)
+    assert part is not None and part.held == 39 * GIB
+    file = tmp_path / "memory"
+    file.write_text("Model loading took 15.0 GiB memory and 9.0 seconds\n")
+    assert part.described(memory.of_part(file, 22 * GIB, part.taken)) == {
+        "gpu": "GPU-played",
+        "gpu_gib": 79.18,
+        "part_gib": 39.59,
+        "gpus": 1,
+        "parts": {"weights": 15.0, "kv_cache": 22.0, "other": 2.0},
+    }
+    device.held = {4_000_000: 20 * GIB}  # in a container: its number there is not known here
+    assert part.held is None and part.taken == part.budget
+
+
+async def test_an_engine_beyond_its_part_is_watched_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(share, "WATCH_S", 0.01)
+    monkeypatch.setattr(share.logger, "propagate", True)
+    device, front_ends = PlayedGPU(), SimpleNamespace(over_plan=0)
+    part = share.of(config(gpu_share=0.5), device)
+    assert part is not None
+    watch = asyncio.create_task(share.watch(part, cast(Any, front_ends)))
+
+    async def until_over(size: int) -> None:
+        async with asyncio.timeout(30):
+            while front_ends.over_plan != size:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+
+    device.held = {os.getpid(): part.budget + GIB}
+    await until_over(GIB)
+    device.held = {os.getpid(): part.budget}
+    await until_over(0)
+    watch.cancel()
+    [said] = {one for it in caplog.records if "beyond its part" in (one := it.getMessage())}
+    assert said.startswith("this engine holds 1.00 GiB of its GPU beyond its part of 39.59 GiB")
 
 
 def test_a_replica_with_whole_gpus_waits_for_nothing() -> None:

@@ -203,8 +203,8 @@ function replicas(model) {
 }
 
 /** A picture of one GPU's memory, in the planner's numbers. */
-function memory({ gpu_gib: size, gpus, parts }) {
-  const named = Object.entries(parts).filter(([, gib]) => gib > 0);
+function memory({ gpu_gib: size, gpus, parts, others }) {
+  const named = Object.entries({ ...parts, ...others }).filter(([, gib]) => gib > 0);
   const gib = (number) => `${number.toFixed(1)} GiB`;
   const label = named.map(([name, it]) => `${name.replaceAll("_", " ")} ${gib(it)}`).join(", ");
   let x = 0;

@@ -241,6 +241,13 @@ def _gpu_group(
         if all(t in m.instance_types for _, m in members)
         and all(_holds(instances[t], pod, fleet, profile) for pod in most)
     )
+    if not types and most:
+        fullest = max(most, key=lambda pod: len(pod.parts))
+        names = ", ".join(part.name for part in fullest.parts)
+        raise ConfigError(
+            f"{fleet.path}: no {shape.accelerator} machine has cores and memory for what shares "
+            f"its GPU: {names}; lower resources.num_cpus or memory_gib, or give larger parts"
+        )
     if not types:
         names = ", ".join(f"'{name}'" for name, _ in members)
         raise ConfigError(f"{fleet.path}: no {shape.accelerator} machine fits each of {names}")

@@ -27,8 +27,9 @@ RETURNED_S = 60.0
 PERIOD_S = 0.2
 """Seconds between two looks."""
 
-TURN = "waiting for another model's start on this GPU"
-MEMORY = "waiting for memory of the GPU to be free"
+TURN = "queued: another engine starts on its GPU"
+MEMORY = "held until its GPU has memory free"
+"""Phases of a start; one that begins with "waiting for" waits for a place in the cluster."""
 
 
 @contextmanager
