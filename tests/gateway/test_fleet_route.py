@@ -24,6 +24,8 @@ ONE, ONE_HASH = keys.new()
 ALIKE, ALIKE_HASH = keys.new()
 ADMIN, ADMIN_HASH = keys.new()
 
+OURS = "serve_app_gateway_"
+
 ADAPTERS = {"adapters": [{"name": "m-sql", "path": "/sql"}, {"name": "m-law", "path": "/law"}]}
 ENGINE = {"max_model_len": 4096, "enable_lora": True}
 
@@ -153,7 +155,7 @@ async def test_an_engine_that_holds_more_than_its_part_is_told(
         assert ready.json()["models"]["m"]["message"].startswith(said)
         model = (await gateway.client.get("/fleet")).json()["models"]["m"]
         assert model["message"].startswith(said)
-        series = "serve_app_gateway_gpu_memory_over_plan_bytes"
+        series = f"{OURS}gpu_memory_over_plan_bytes"
         page = (await gateway.client.get("/metrics")).text
         [line] = [line for line in page.splitlines() if line.startswith(f"{series}{{")]
         assert float(line.split()[-1]) == 3 << 29
