@@ -68,7 +68,7 @@ def test_a_free_gpu_is_started_on_at_once(tmp_path: Path) -> None:
     told: list[str] = []
     with take(PlayedGPU(), tmp_path, told=told):
         pass
-    assert told == []
+    assert told == [turn.FIRST]
 
 
 def test_a_second_start_waits_until_the_first_is_over(tmp_path: Path) -> None:
@@ -85,6 +85,7 @@ def test_a_second_start_waits_until_the_first_is_over(tmp_path: Path) -> None:
         order.append("first")
     thread.join(30)
     assert order == ["first", "second"]
+    assert told == [turn.TURN, turn.FIRST]
 
 
 def test_starts_on_two_gpus_do_not_wait_for_each_other(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_successor_waits_for_its_dead_predecessors_memory(tmp_path: Path) -> N
     with take(device, tmp_path, needed=40 * GIB, told=told):
         assert device.free() > 40 * GIB
     dies.join()
-    assert told == [turn.MEMORY]
+    assert told == [turn.MEMORY, turn.FIRST]
 
 
 def test_memory_that_stays_taken_is_told_with_who_holds_it(
@@ -225,7 +226,7 @@ def test_a_replica_waits_for_what_vllm_wants_free_and_its_context(
     assert part is not None and part.budget == int(0.5 * PlayedGPU.kind.memory_bytes)
     assert part.arguments.keys() == {"gpu_memory_utilization", "kv_cache_memory_bytes"}
     with share.turn(part, config(gpu_share=0.5)):
-        assert not (tmp_path / PHASE).exists()
+        assert (tmp_path / PHASE).read_text() == turn.FIRST
     part.device.held[4_000_000] = part.budget  # type: ignore[attr-defined]
     with share.turn(part, config(gpu_share=0.5)):
         pass

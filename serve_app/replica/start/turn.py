@@ -20,6 +20,7 @@ from typing import IO
 from serve_app.errors import UserError
 from serve_app.planner.hardware import GIB
 from serve_app.replica.start.gpu import Device, name_of
+from serve_app.replica.start.progress import FIRST
 
 RETURNED_S = 60.0
 """Seconds in which the memory of an engine that has died must be free again."""
@@ -47,7 +48,7 @@ def turn(
     Args:
         needed: bytes that must be free.
         limit_s: seconds to wait for the turn. The wait for memory has :data:`RETURNED_S`.
-        tell: gets the phase of the start while it waits.
+        tell: gets the phase of the start.
         folder: where the lock is; by default the machine's folder for temporary files.
 
     Raises:
@@ -70,6 +71,7 @@ def turn(
             lambda: tell(MEMORY),
             lambda: _full(device, needed, model),
         )
+        tell(FIRST)
         yield
 
 
