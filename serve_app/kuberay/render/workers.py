@@ -290,8 +290,8 @@ def packed(models: Iterable[tuple[ModelConfig, str, int]]) -> list[together.Shar
     """The GPUs that so many replicas of these models share; models with whole ones need none."""
     parts: list[together.Part] = []
     for model, name, replicas in models:
-        if part := together.part_of(name, model, None):
-            parts += [part] * replicas
+        if setting := model.resources.part_of_gpu:
+            parts += [together.Part(name, shares.about(model), setting)] * replicas
     return together.packed(parts)
 
 
