@@ -35,12 +35,14 @@ class Part:
     """Bytes that it may take of the GPU."""
     arguments: dict[str, Any]
     """What vLLM is told of it, beside what the config sets."""
+    measures: bool = False
+    """Whether vLLM measures what is left for its KV cache, because the planner cannot tell."""
 
     @property
     def held(self) -> int | None:
         """Bytes that this replica holds; None where the driver does not tell, as in a container
         whose processes have other numbers outside."""
-        return gpu.of_mine(self.device.holders())
+        return gpu.held_by(os.getpid(), self.device.holders())
 
     @property
     def taken(self) -> int:
@@ -81,11 +83,13 @@ def of(config: ModelConfig, device: gpu.Device | None = None) -> Part | None:
     except UserError as error:
         logger.warning(f"what {part} leaves for the KV cache is measured, not planned: {error}")
         utilization = part.utilization(device.kind)
-        return Part(device, budget, {"gpu_memory_utilization": utilization} | _set(config))
+        given = {"gpu_memory_utilization": utilization} | _set(config)
+        return Part(device, budget, given, measures="kv_cache_memory_bytes" not in given)
     arguments = shares.engine_arguments(config, model, device.kind)
     told = ", ".join(f"{key} {value}" for key, value in arguments.items())
     logger.info(f"{part} of {device.kind.name}, {budget / GIB:.2f} GiB: {told}")
-    return Part(device, budget, arguments)
+    guessed = not model.shape.known and config.engine.get("kv_cache_memory_bytes") is None
+    return Part(device, budget, arguments, measures=guessed)
 
 
 def _set(config: ModelConfig) -> dict[str, Any]:
@@ -94,7 +98,10 @@ def _set(config: ModelConfig) -> dict[str, Any]:
 
 
 def turn(part: Part, config: ModelConfig) -> AbstractContextManager[None]:
-    """Wait for the GPU, in this thread; within the ``with`` block no other engine starts on it."""
+    """Wait for the GPU, in this thread; within the ``with`` block its part is kept for the engine.
+
+    An engine that measures what its neighbours leave starts alone.
+    """
     phase = Path(os.environ[START_FOLDER]) / PHASE
     arguments = part.arguments | _set(config)
     # What vLLM itself wants to be free (vllm/v1/worker/utils.py:516), and the context before it.
@@ -105,6 +112,7 @@ def turn(part: Part, config: ModelConfig) -> AbstractContextManager[None]:
         model=config.model,
         limit_s=config.start_timeout_s,
         tell=phase.write_text,
+        alone=part.measures,
     )
 
 

@@ -1,4 +1,4 @@
-"""One engine at a time starts on a GPU, and only into memory that is free; the GPU is played."""
+"""An engine starts on a shared GPU only into memory that is and stays free; the GPU is played."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -45,7 +46,12 @@ class PlayedGPU:
 
 
 def take(
-    device: PlayedGPU, folder: Path, needed: int = GIB, limit_s: float = 60, told: Any = None
+    device: PlayedGPU,
+    folder: Path,
+    needed: int = GIB,
+    limit_s: float = 60,
+    told: Any = None,
+    alone: bool = False,
 ) -> Any:
     return turn.turn(
         device,
@@ -53,8 +59,38 @@ def take(
         model="m",
         limit_s=limit_s,
         tell=(told if told is not None else []).append,
+        alone=alone,
         folder=str(folder),
     )
+
+
+OTHER = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from serve_app.planner.hardware import GIB
+from serve_app.replica.start import turn
+device = SimpleNamespace(uuid="GPU-played", free=lambda: 80 * GIB, holders=list)
+with turn.turn(device, int(sys.argv[2]), model="other", limit_s=60, tell=lambda phase: None,
+               alone="alone" in sys.argv, folder=sys.argv[1]):
+    print("starts", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_starts(folder: Path, part: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Another replica, with such a part of the GPU, whose engine starts during the block."""
+    command = [sys.executable, "-c", OTHER, str(folder), str(part), *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "starts\n"
+        try:
+            yield process
+        finally:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -71,61 +107,71 @@ def test_a_free_gpu_is_started_on_at_once(tmp_path: Path) -> None:
     assert told == [turn.FIRST]
 
 
-def test_a_second_start_waits_until_the_first_is_over(tmp_path: Path) -> None:
-    device, told, order = PlayedGPU(), [], []
-
-    def second() -> None:
-        with take(device, tmp_path, told=told):
-            order.append("second")
-
-    with take(device, tmp_path):
-        thread = threading.Thread(target=second)
-        thread.start()
-        until(lambda: told == [turn.TURN])
-        order.append("first")
-    thread.join(30)
-    assert order == ["first", "second"]
-    assert told == [turn.TURN, turn.FIRST]
-
-
-def test_starts_on_two_gpus_do_not_wait_for_each_other(tmp_path: Path) -> None:
-    other = PlayedGPU()
-    other.uuid = "GPU-other"
-    with take(PlayedGPU(), tmp_path), take(other, tmp_path, limit_s=0):
-        assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_turn_that_does_not_come_ends_in_a_sentence(tmp_path: Path) -> None:
-    with (
-        take(PlayedGPU(), tmp_path),
-        pytest.raises(UserError, match=r"'m' did not get its turn .* raise start_timeout_s$"),
-        take(PlayedGPU(), tmp_path, limit_s=0),
-    ):
+def test_engines_whose_parts_fit_together_start_side_by_side(tmp_path: Path) -> None:
+    with another_starts(tmp_path, 40 * GIB), take(PlayedGPU(), tmp_path, 39 * GIB, limit_s=0):
         pass
 
 
-def test_the_turn_of_a_killed_process_is_free(tmp_path: Path) -> None:
-    holds = (
-        "import sys, time; from serve_app.replica.start import turn\n"
-        "with turn._lock(__import__('pathlib').Path(sys.argv[1])) as file:\n"
-        "    print(turn._taken(file), flush=True); time.sleep(600)"
-    )
-    lock = tmp_path / f"serve-app-{PlayedGPU.uuid}.lock"
-    command = [sys.executable, "-c", holds, str(lock)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
-        with pytest.raises(UserError), take(PlayedGPU(), tmp_path, limit_s=0):
+def test_what_a_neighbour_has_not_taken_yet_is_not_free(tmp_path: Path) -> None:
+    device, told = PlayedGPU(), []
+    with another_starts(tmp_path, 50 * GIB) as other:
+        ends = threading.Thread(target=lambda: (until(lambda: bool(told)), other.kill()))
+        ends.start()
+        with take(device, tmp_path, 40 * GIB, told=told):
+            assert other.wait(30) == -signal.SIGKILL  # its note is void
+        ends.join()
+    assert told == [turn.TURN, turn.FIRST]
+    assert [path.name for path in tmp_path.iterdir()] == ["serve-app-GPU-played.lock"]
+
+
+def test_what_a_neighbour_has_taken_of_its_part_is_counted_once(tmp_path: Path) -> None:
+    device = PlayedGPU()
+    with another_starts(tmp_path, 50 * GIB) as other:
+        device.held = {other.pid: 45 * GIB}  # 34.2 are free, of which 5 are still to come
+        with take(device, tmp_path, 29 * GIB, limit_s=0):
             pass
-        process.send_signal(signal.SIGKILL)
-    with take(PlayedGPU(), tmp_path, limit_s=0):
+        with pytest.raises(UserError), take(device, tmp_path, 30 * GIB, limit_s=0):
+            pass
+
+
+def test_an_engine_that_measures_starts_alone(tmp_path: Path) -> None:
+    with (
+        another_starts(tmp_path, GIB),
+        pytest.raises(UserError),
+        take(PlayedGPU(), tmp_path, limit_s=0, alone=True),
+    ):
+        pass
+    with (
+        another_starts(tmp_path, GIB, "alone"),
+        pytest.raises(UserError),
+        take(PlayedGPU(), tmp_path, limit_s=0),
+    ):
+        pass
+    with take(PlayedGPU(), tmp_path, limit_s=0, alone=True):
+        pass
+
+
+def test_starts_on_two_gpus_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    device = PlayedGPU()
+    device.uuid = "GPU-other"
+    with another_starts(tmp_path, 70 * GIB), take(device, tmp_path, 70 * GIB, limit_s=0):
+        pass
+
+
+def test_a_turn_that_does_not_come_ends_in_a_sentence(tmp_path: Path) -> None:
+    said = r"'m' did not get its turn .* raise start_timeout_s$"
+    with (
+        another_starts(tmp_path, 70 * GIB),
+        pytest.raises(UserError, match=said),
+        take(PlayedGPU(), tmp_path, 40 * GIB, limit_s=0),
+    ):
         pass
 
 
 def test_another_users_lock_can_be_taken(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     lock.touch(0o444)
-    with turn._lock(lock) as file:
+    with turn._file(lock) as file:
         assert turn._taken(file)
 
 
@@ -162,8 +208,8 @@ def test_an_engine_of_ours_is_named_by_its_model() -> None:
         process.stdout.readline()
         assert gpu.name_of(process.pid) == "'bge-m3'"
         mine = [Holder(process.pid, 5), Holder(os.getpid(), 2), Holder(1, 100)]
-        assert gpu.of_mine(mine) == 7
-        assert gpu.of_mine([Holder(process.pid, None)]) is None
+        assert gpu.held_by(os.getpid(), mine) == 7
+        assert gpu.held_by(os.getpid(), [Holder(process.pid, None)]) is None
         process.kill()
 
 
@@ -285,6 +331,14 @@ def test_what_cannot_be_planned_is_measured() -> None:
     unknown = config(gpu_share=0.5).model_copy(update={"model": "/no/such/model"})
     part = share.of(unknown, PlayedGPU())
     assert part is not None and part.arguments.keys() == {"gpu_memory_utilization"}
+    assert part.measures
+    given = config(gpu_share=0.5).model_copy(
+        update={"model": "/no/such/model", "engine": {"kv_cache_memory_bytes": 2 * GIB}}
+    )
+    part = share.of(given, PlayedGPU())
+    assert part is not None and not part.measures
+    planned = share.of(config(gpu_share=0.5), PlayedGPU())
+    assert planned is not None and not planned.measures
 
 
 def test_a_part_needs_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:

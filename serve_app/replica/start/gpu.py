@@ -88,9 +88,9 @@ def name_of(pid: int) -> str:
     return os.path.basename(command[0]) if command else "a process of another container"
 
 
-def of_mine(holders: list[Holder]) -> int | None:
-    """The bytes that this process and its children hold; None where the driver does not tell."""
-    held = [one.held for one in holders if os.getpid() in _with_parents(one.pid)]
+def held_by(pid: int, holders: list[Holder]) -> int | None:
+    """The bytes that a process and its children hold; None where the driver does not tell."""
+    held = [one.held for one in holders if pid in _with_parents(one.pid)]
     told = [size for size in held if size is not None]
     return sum(told) if told else None
 
