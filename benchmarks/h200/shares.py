@@ -37,15 +37,22 @@ _HOG += "print('held', flush=True); sys.stdin.read()"
 
 
 def measure(large: Path, small: Path, folder: Path, port: int, deadline: float) -> dict[str, Any]:
-    """The step; ``deadline`` is by ``time.monotonic``. It ends within 290 s all the same."""
-    deadline = min(deadline, time.monotonic() + 290)
+    """The step; ``deadline`` is by ``time.monotonic``. On a machine with no kernel compiled yet the
+    first start takes 200 s, all of it 450 s; where the time is short, the last parts are left out.
+    """
 
     def left(most: float) -> float:
         return max(0.0, min(most, deadline - time.monotonic() - 15))
 
     parts = PARTS | {TOO_SMALL: 0.02}
     models = [
-        application(name, large if name == MODEL else small, ENGINE, resources={"gpu_share": part})
+        application(
+            name,
+            large if name == MODEL else small,
+            ENGINE,
+            frontends=1,
+            resources={"gpu_share": part},
+        )
         for name, part in parts.items()
     ]
     device = gpu.given()
@@ -56,7 +63,7 @@ def measure(large: Path, small: Path, folder: Path, port: int, deadline: float) 
     server = Server(command, port, folder / "shares.log", **RAY)
     try:
         began = time.monotonic()
-        started = until(lambda: all(answers(port, name) for name in PARTS), left(200))
+        started = until(lambda: all(answers(port, name) for name in PARTS), left(280))
         found["all three answer after_s"] = started
         found["memory"] = _memory(server, device, Path(command[-1]))
         until(lambda: bool(state(port, TOO_SMALL).get("message")), left(10))
@@ -64,9 +71,10 @@ def measure(large: Path, small: Path, folder: Path, port: int, deadline: float) 
         _print(found)
         if started is None:
             return found | {"failed": server.text()[-6000:]}
-        found["two deaths"] = _two_deaths(server, left)
-        _print(found["two deaths"])
-        if left(1e9) > 60:
+        if left(1e9) > 130:
+            found["two deaths"] = _two_deaths(server, left)
+            _print(found["two deaths"])
+        if left(1e9) > 70:
             found["a full GPU"] = _full(server, device, left)
         found["step of seconds"] = round(time.monotonic() - began, 1)
         return found
@@ -121,11 +129,11 @@ def _two_deaths(server: Server, left: Any) -> dict[str, Any]:
     began = time.monotonic()
     first = _kill(server, "small-b")
     imports = ("", "starting the engine")
-    again = until(lambda: _starts(server.port, "small-b") not in imports, left(60))
+    again = until(lambda: _starts(server.port, "small-b") not in imports, left(90))
     phase = _starts(server.port, "small-b")
     second = _kill(server, MODEL)
     until(lambda: not answers(server.port, MODEL), 10)
-    back = until(lambda: all(answers(server.port, name) for name in PARTS), left(110))
+    back = until(lambda: all(answers(server.port, name) for name in PARTS), left(150))
     return {
         "killed": [first, second],
         "second killed after_s": again,
@@ -139,7 +147,7 @@ def _full(server: Server, device: gpu.Device, left: Any) -> dict[str, Any]:
     _kill(server, "small-a")
     until(lambda: device.free() > 0.25 * device.kind.memory_bytes, 20)
     with _hog(device.free() - 4 * GIB):
-        waits = until(lambda: "memory" in _starts(server.port, "small-a"), left(60))
+        waits = until(lambda: "memory" in _starts(server.port, "small-a"), left(90))
         phase = _starts(server.port, "small-a")
     began = time.monotonic()
     back = until(lambda: answers(server.port, "small-a"), left(60))
