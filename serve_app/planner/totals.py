@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from serve_app.config.settings import ModelConfig
-from serve_app.planner import hardware
+from serve_app.planner import hardware, shares
 from serve_app.planner.report import Report
 
 
@@ -30,7 +30,10 @@ def machines(reports: Iterable[Report]) -> tuple[dict[str, int], dict[str, int]]
         if not report.machines:
             continue
         best = report.machines[0]
-        share = report.plan.parallel.gpus / best.instance.gpus if best.count == 1 else best.count
+        gpus: float = report.plan.parallel.gpus
+        if report.config.resources.part_of_gpu:
+            gpus = shares.fraction_of(report.config, report.plan.gpu) or 1.0
+        share = gpus / best.instance.gpus if best.count == 1 else best.count
         for total, count in zip((fewest, most), replicas(report.config), strict=True):
             total[best.instance.name] = total.get(best.instance.name, 0) + count * share
     return _whole(fewest), _whole(most)

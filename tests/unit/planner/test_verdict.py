@@ -98,10 +98,14 @@ def test_a_fleet_gets_its_total_of_machines() -> None:
 def test_replicas_share_machines_of_a_type() -> None:
     from types import SimpleNamespace as Of
 
-    def report(gpus_: int, count: int, replicas: int, instance: str, each: int) -> Any:
+    def report(
+        gpus_: int, count: int, replicas: int, instance: str, each: int, share: float | None = None
+    ) -> Any:
         machine = Of(instance=Of(name=instance, gpus=each), count=count)
-        config = Of(autoscaling=None, replicas=replicas)
-        return Of(machines=[machine], plan=Of(parallel=Of(gpus=gpus_)), config=config)
+        resources = Of(part_of_gpu=share and "gpu_share", gpu_share=share, gpu_memory_gib=None)
+        config = Of(autoscaling=None, replicas=replicas, resources=resources)
+        plan = Of(parallel=Of(gpus=gpus_), gpu=None)
+        return Of(machines=[machine], plan=plan, config=config)
 
     fewest, most = totals.machines(
         [
@@ -109,9 +113,13 @@ def test_replicas_share_machines_of_a_type() -> None:
             report(2, 1, 1, "p5.48xlarge", 8),
             report(16, 2, 2, "p4d.24xlarge", 8),
             report(1, 1, 2, "g6.xlarge", 1),
+            report(1, 1, 1, "g6e.xlarge", 1, share=0.6),
+            report(1, 1, 2, "g6e.xlarge", 1, share=0.2),  # with it one GPU
         ]
     )
-    assert fewest == most == {"g6.xlarge": 2, "p4d.24xlarge": 4, "p5.48xlarge": 2}
+    assert fewest == most == {
+        "g6.xlarge": 2, "g6e.xlarge": 1, "p4d.24xlarge": 4, "p5.48xlarge": 2,
+    }  # fmt: skip
 
 
 def test_a100_is_said_to_be_either(tmp_path: Path) -> None:
