@@ -91,6 +91,9 @@ class Load:
     asleep: bool = False
     """Whether it has been put to sleep."""
 
+    wakes: bool = False
+    """Whether it then wakes by itself when requests wait for it: it is in a swap group."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -107,6 +110,9 @@ class Question:
 
     waiting: int = 0
     """Requests that wait in it for this model."""
+
+    waited_s: float = 0.0
+    """Seconds for which the oldest of these has waited."""
 
     def encode(self) -> bytes:
         return _encode(self)

@@ -19,8 +19,7 @@ from serve_app.cluster.exchange import Load
 from serve_app.gateway.callers import Caller
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.keyring import Keyring
-from serve_app.gateway.queue import Waiting
-from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.replicas import Board, Replica, Waiting
 from serve_app.gateway.usage.record import Record
 from serve_app.gateway.versions import versions
 

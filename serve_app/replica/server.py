@@ -15,8 +15,9 @@ import ray
 from ray import serve
 
 from serve_app import lifeline
-from serve_app.cluster import capacity, grpc_port
+from serve_app.cluster import capacity, grpc_port, swap_actor
 from serve_app.cluster.credential import internal_credential
+from serve_app.cluster.swap_actor import Coordinator
 from serve_app.config.document import DEPLOYMENT
 from serve_app.config.environment import environment
 from serve_app.config.settings import LiveConfig, ModelConfig, parse
@@ -30,8 +31,9 @@ from serve_app.replica.health import exit_with_engine
 from serve_app.replica.load import EngineLoad
 from serve_app.replica.sleep import Sleep
 from serve_app.replica.start import memory, parsers
-from serve_app.replica.start.plugin import MEMORY, START_FOLDER
+from serve_app.replica.start.plugin import MEMORY, PHASE, START_FOLDER
 from serve_app.replica.start.supervision import supervised
+from serve_app.replica.swap import Member
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,6 +74,7 @@ class ModelServer:
             vllm_config = configure(args, count)
             await asyncio.to_thread(parsers.refuse_unfit, args, vllm_config)
             host = ray.util.get_node_ip_address()
+            member = await _turn_to_load(config, replica)
             ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
             try:
                 self._load = EngineLoad(args.served_model_name[0])
@@ -88,6 +91,9 @@ class ModelServer:
                 ours.kill()
                 raise
         self._front_ends = ours
+        self._member = member
+        if member:
+            member.loaded(self._engine, ours)
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """For the gateway: where its front ends listen, and what the gateway tells of its model."""
@@ -149,6 +155,8 @@ class ModelServer:
         with contextlib.suppress(Exception):  # the engine must end, also without the GCS
             await gang.drained(left)
         self._health.cancel()  # only now: an engine that died in the drain must end it
+        if self._member:
+            self._member.stop()
         await ours.close()
         await self._engine.stop()
 
@@ -156,6 +164,19 @@ class ModelServer:
 def _ids(config: ModelConfig) -> list[str]:
     """The model ids that the engine answers to, without adapters."""
     return [serve.get_replica_context().app_name, *config.served_as]
+
+
+async def _turn_to_load(config: ModelConfig, replica: str) -> Member | None:
+    """Wait until the engine may have the GPU, where it shares one in a swap group."""
+    group = config.resources.swap_group
+    if group is None:
+        return None
+    id = await asyncio.to_thread(swap_actor.id_of, group)
+    exchange = Coordinator(group).exchange
+    member = Member(replica, id, config.resources.evict_cost, exchange)
+    (Path(os.environ[START_FOLDER]) / PHASE).write_text(f"waiting for its turn in '{group}'")
+    await member.turn_to_load()
+    return member
 
 
 def _front_ends(config: ModelConfig) -> int:
