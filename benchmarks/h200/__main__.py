@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks import overload
 from benchmarks.h200 import customers, failures, front_ends, several
+from benchmarks.h200 import swaps as swap_groups
 from benchmarks.h200.server import (
     HAPROXY,
     MODEL,
@@ -303,6 +304,18 @@ def sleep(at: Machine) -> dict[str, Any]:
         server.stop()
 
 
+def swaps(at: Machine) -> dict[str, Any]:
+    """Three 8B shapes in a swap group, without CUDA graphs: swaps by part; under 300 s in all."""
+    deadline = min(at.deadline, time.monotonic() + 280)
+    return swap_groups.measure(at.model, at.folder, at.port, deadline)
+
+
+def swaps_graphs(at: Machine) -> dict[str, Any]:
+    """The same with compiled code and CUDA graphs, which stay on the GPU while a model sleeps."""
+    deadline = min(at.deadline, time.monotonic() + 480)
+    return swap_groups.measure(at.model, at.folder, at.port, deadline, eager=False)
+
+
 def _describe(at: Machine, server: Server, *, gpus: int) -> dict[str, Any]:
     """What a model on several GPUs is and does; then its replica is killed."""
     began = time.monotonic()
@@ -406,8 +419,8 @@ STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
         front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
-        overload_8b, start, sleep, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups,
-        compare_70b,
+        overload_8b, start, sleep, swaps, swaps_graphs, large, tp2, pp2, dp2, pair, refusals,
+        as_written_70b, groups, compare_70b,
     )
 }  # fmt: skip
 

@@ -1,0 +1,251 @@
+"""A replica of a swap group, with as much of an engine as it reaches; and the slot's real lock."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.scripted import until
+
+from serve_app.cluster.swap import Order, Report
+from serve_app.replica import slot, swap
+from serve_app.replica.swap import Member
+
+
+class Replica:
+    """An engine and its front ends: what happened to them, in order."""
+
+    def __init__(self) -> None:
+        self.llm = self.engine_core = self
+        self.done: list[str] = []
+        self.wakes = False
+        self.running = self.waiting = 0
+        self.waited_s = 0.0
+        self.taken = ""
+        self.fails: Exception | None = None
+
+    async def call_utility_async(self, method: str, *args: Any) -> str:
+        if method == slot.TAKE:
+            self.done.append("take" if not self.taken else "refused")
+            await asyncio.sleep(0.01)
+            return self.taken
+        self.done.append("leave")
+        return ""
+
+    async def sleep(self, level: int, mode: str) -> None:
+        if self.fails:
+            raise self.fails
+        self.done.append(f"sleep {level} {mode}")
+
+    async def wake_up(self) -> None:
+        self.done.append("wake")
+
+    async def asleep(self, asleep: bool) -> None:
+        self.done.append("refuses" if asleep else "serves")
+
+    def tell_gateways(self) -> None:
+        self.done.append("told")
+
+
+class Coordinator:
+    """Answers a report with the next order, if there is one."""
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+        self.orders: list[Order] = []
+        self.away = False
+
+    def exchange(self, report: Report, news: Callable[[], bool]) -> Order | None:
+        self.reports.append(report)
+        if self.away:
+            raise ConnectionError("no coordinator")
+        for _ in range(20):
+            if self.orders:
+                return self.orders.pop(0)
+            if news():
+                break
+            swap.time.sleep(0.005)
+        return None
+
+    @property
+    def last(self) -> Report:
+        return self.reports[-1]
+
+
+WAKE, SLEEP = Order("c/1", True, 0), Order("c/2", False, 0, 0.05)
+
+
+@asynccontextmanager
+async def loaded() -> AsyncIterator[tuple[Member, Replica, Coordinator]]:
+    """A member that has had its turn to load."""
+    coordinator, engine = Coordinator(), Replica()
+    coordinator.orders.append(WAKE)
+    member = Member("r", "g", 1.0, coordinator.exchange)
+    try:
+        await member.turn_to_load()
+        assert os.environ[slot.SLOT_ENV] == slot.file("g", 0)
+        replica: Any = engine
+        member.loaded(replica, replica)
+        assert slot.SLOT_ENV not in os.environ
+        assert await until(lambda: coordinator.last.state == "awake")
+        yield member, engine, coordinator
+    finally:
+        member.stop()
+
+
+async def test_it_loads_when_it_has_the_slot() -> None:
+    coordinator = Coordinator()
+    member = Member("r", "g", 2.0, coordinator.exchange)
+    turn = asyncio.create_task(member.turn_to_load())
+    assert await until(lambda: len(coordinator.reports) > 2)
+    assert not turn.done()
+    assert coordinator.last.state == "asleep" and coordinator.last.evict_cost == 2.0
+    assert (coordinator.last.wants_s or 0) > 0
+    coordinator.orders.append(WAKE)
+    await turn
+    assert await until(lambda: coordinator.last.state == "waking")
+    assert (coordinator.last.slot, coordinator.last.heard) == (0, "c/1")
+    member.stop()
+
+
+async def test_it_sleeps_and_wakes_as_ordered_and_tells_the_gateways() -> None:
+    async with loaded() as (_, engine, coordinator):
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+        assert engine.done == ["refuses", "told", "sleep 1 keep", "leave"]
+        assert coordinator.last.slot is None and coordinator.last.wants_s is None
+        engine.done.clear()
+        engine.waiting, engine.waited_s = 1, 7.0
+        assert await until(lambda: coordinator.last.wants_s == 7.0)
+        coordinator.orders.append(Order("c/3", True, 1))
+        assert await until(lambda: coordinator.last.state == "awake")
+        assert engine.done == ["take", "wake", "serves", "told"]
+        assert coordinator.last.slot == 1
+
+
+async def test_requests_that_do_not_end_are_paused_and_want_to_go_on() -> None:
+    async with loaded() as (_, engine, coordinator):
+        engine.running = 3
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+        assert engine.done[2] == "sleep 1 keep"
+        assert coordinator.last.wants_s is not None and coordinator.last.busy
+
+
+async def test_an_order_is_done_once_and_one_that_does_not_apply_not_at_all() -> None:
+    async with loaded() as (member, engine, coordinator):
+        member.hear(Order("c/9", True, 1))  # it is awake
+        assert await until(lambda: coordinator.last.heard == "c/9")
+        coordinator.orders += [SLEEP, SLEEP]
+        assert await until(lambda: coordinator.last.state == "asleep")
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: not coordinator.orders)
+        assert engine.done.count("sleep 1 keep") == 1
+
+
+async def test_a_slot_that_another_has_is_not_woken_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slot, "TRY_S", 0.05)
+    async with loaded() as (_, engine, coordinator):
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+        engine.taken = "another engine has the slot"
+        coordinator.orders.append(Order("c/3", True, 0))
+        assert await until(lambda: "refused" in engine.done and coordinator.last.state == "asleep")
+        assert "wake" not in engine.done and coordinator.last.slot is None
+        engine.taken = ""
+        coordinator.orders.append(Order("c/4", True, 0))
+        assert await until(lambda: coordinator.last.state == "awake")
+
+
+async def test_an_engine_that_cannot_sleep_ends_its_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(swap.os, "_exit", ended.append)
+    async with loaded() as (_, engine, coordinator):
+        engine.fails = RuntimeError("no host memory")
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: ended)
+        assert ended == [1] and "leave" not in engine.done
+
+
+async def test_without_a_coordinator_who_is_awake_stays_awake_and_asks_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(swap, "_AGAIN_S", 0.01)
+    async with loaded() as (_, engine, coordinator):
+        coordinator.away = True
+        seen = len(coordinator.reports)
+        assert await until(lambda: len(coordinator.reports) > seen + 3)
+        assert not engine.done
+        assert caplog.text.count("coordinator does not answer") == 1
+        coordinator.away = False
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+
+
+def _engine_core(path: str, pipe: Any) -> None:
+    """A process with the slot's lock, or without."""
+    pipe.send(slot._lock(path))
+    pipe.recv()
+    slot._leave()
+    pipe.send("left")
+    pipe.recv()
+
+
+@pytest.fixture
+def process() -> Any:
+    """Starts one; ends all."""
+    started = []
+
+    def start(path: str) -> Any:
+        ours, theirs = multiprocessing.Pipe()
+        one = multiprocessing.get_context("spawn").Process(target=_engine_core, args=(path, theirs))
+        one.start()
+        started.append(one)
+        return one, ours, ours.recv()
+
+    yield start
+    for one in started:
+        one.kill()
+        one.join()
+
+
+@pytest.mark.parametrize("end", ["leaves", "is killed"])
+def test_a_slot_has_one_process_until_that_leaves_or_dies(
+    tmp_path: Path, process: Any, end: str
+) -> None:
+    path = str(tmp_path / "g.0")
+    first, pipe, has = process(path)
+    assert has
+    assert process(path)[2] is False
+    assert process(str(tmp_path / "g.1"))[2] is True
+    if end == "leaves":
+        pipe.send("leave")
+        assert pipe.recv() == "left"
+    else:
+        os.kill(first.pid, signal.SIGKILL)
+        first.join()
+    assert process(path)[2] is True
+
+
+def test_an_engine_wakes_when_the_gpu_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed neighbour's lock is free before its memory is."""
+    monkeypatch.setattr(slot, "_asleep_bytes", lambda: 60 << 30)
+    free = [1 << 30, 1 << 30, 70 << 30]
+    monkeypatch.setattr(slot, "_free_bytes", lambda: free.pop(0) if len(free) > 1 else free[0])
+    assert slot._take(str(tmp_path / "g.0")) == ""
+    slot._leave()
+    monkeypatch.setattr(slot, "MEMORY_S", 0.05)
+    free[:] = [1 << 30]
+    assert slot._take(str(tmp_path / "g.0")) == "60.0 GiB of the GPU are needed, and 1.0 are free"
+    assert slot._held is None
