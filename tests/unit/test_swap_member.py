@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
-import signal
-from collections.abc import AsyncIterator, Callable
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -191,31 +191,37 @@ async def test_without_a_coordinator_who_is_awake_stays_awake_and_asks_again(
         assert await until(lambda: coordinator.last.state == "asleep")
 
 
-def _engine_core(path: str, pipe: Any) -> None:
-    """A process with the slot's lock, or without."""
-    pipe.send(slot._lock(path))
-    pipe.recv()
-    slot._leave()
-    pipe.send("left")
-    pipe.recv()
+_ENGINE_CORE = """
+import sys
+from serve_app.replica import slot
+print(slot._lock(sys.argv[1]), flush=True)
+input()
+slot._leave()
+print("left", flush=True)
+input()
+"""
+"""A process with the slot's lock, or without."""
+
+Started = subprocess.Popen[str]
 
 
 @pytest.fixture
-def process() -> Any:
+def process() -> Iterator[Callable[[str], tuple[Started, bool]]]:
     """Starts one; ends all."""
-    started = []
+    started: list[Started] = []
 
-    def start(path: str) -> Any:
-        ours, theirs = multiprocessing.Pipe()
-        one = multiprocessing.get_context("spawn").Process(target=_engine_core, args=(path, theirs))
-        one.start()
+    def start(path: str) -> tuple[Started, bool]:
+        command = [sys.executable, "-c", _ENGINE_CORE, path]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        one = subprocess.Popen(command, text=True, **pipes)
         started.append(one)
-        return one, ours, ours.recv()
+        assert one.stdout
+        return one, one.stdout.readline() == "True\n"
 
     yield start
     for one in started:
         one.kill()
-        one.join()
+        one.communicate()
 
 
 @pytest.mark.parametrize("end", ["leaves", "is killed"])
@@ -223,17 +229,18 @@ def test_a_slot_has_one_process_until_that_leaves_or_dies(
     tmp_path: Path, process: Any, end: str
 ) -> None:
     path = str(tmp_path / "g.0")
-    first, pipe, has = process(path)
+    first, has = process(path)
     assert has
-    assert process(path)[2] is False
-    assert process(str(tmp_path / "g.1"))[2] is True
+    assert not process(path)[1]
+    assert process(str(tmp_path / "g.1"))[1]
     if end == "leaves":
-        pipe.send("leave")
-        assert pipe.recv() == "left"
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.stdout.readline() == "left\n"
     else:
-        os.kill(first.pid, signal.SIGKILL)
-        first.join()
-    assert process(path)[2] is True
+        first.kill()
+        first.wait()
+    assert process(path)[1]
 
 
 def test_an_engine_wakes_when_the_gpu_has_room_again(
