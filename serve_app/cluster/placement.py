@@ -28,6 +28,11 @@ _IN_PROCESS = ("mp", "uni")
 _EPSILON = 0.001  # Ray's convention for "on a node that has this resource"
 
 
+SWAP_GROUP_UTILIZATION = 0.85
+"""``gpu_memory_utilization`` of a member of a swap group, where it says none: vLLM's default leaves
+no room for what those that sleep keep on the GPU."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """The resources that each replica of one model reserves, and Serve's options for them.
@@ -157,7 +162,11 @@ def of(config: ModelConfig) -> Placement:
             {},
             in_process=True,
             shared={"GPU": 1.0, **type_of_node},
-            engine_defaults={"distributed_executor_backend": "uni", "enable_sleep_mode": True},
+            engine_defaults={
+                "distributed_executor_backend": "uni",
+                "enable_sleep_mode": True,
+                "gpu_memory_utilization": SWAP_GROUP_UTILIZATION,
+            },
         )
     if engine.get("distributed_executor_backend") in _IN_PROCESS:
         world = {"GPU": float(stages * per_stage), **type_of_node}

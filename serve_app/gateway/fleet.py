@@ -216,7 +216,7 @@ class Fleets:
         return FleetModel(
             status=model.status,
             message=model.message,
-            mend=_mend(model, starting, asleep),
+            mend=_mend(model, starting, asleep and not all(it.sleeps_for_now for it in replicas)),
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
             asleep=asleep,
@@ -249,14 +249,14 @@ def _load(load: Load) -> EngineLoad:
     )
 
 
-def _mend(model: Model, starting: list[Starting], asleep: bool) -> str:
+def _mend(model: Model, starting: list[Starting], put_to_sleep: bool) -> str:
     """A command of docs/troubleshooting.md; its words in capitals are the operator's to fill in."""
     name = shlex.quote(model.name)
     if model.message:
         # On Kubernetes the command asks for the fleet's name, which its pods do not know.
         fleet = "FLEET " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
         return f"serve-app logs {fleet}{name}"
-    if asleep:
+    if put_to_sleep:
         return f"serve-app admin {name} wake"
     if any(it.phase.startswith("waiting for ") for it in starting):
         return "serve-app check CONFIG --cluster"

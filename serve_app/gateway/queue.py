@@ -229,6 +229,12 @@ class Queue:
                 + (f"is {doing}." if doing else "may still be loading."),
                 retry_after_s=30,
             )
+        if all(it.replica.sleeps_for_now for it in self._board.live(name)):
+            return unavailable(
+                f"The model '{name}' did not get its turn on the GPU, which it shares in a swap "
+                f"group, within {patience_s:g} seconds; {len(line.places)} others wait.",
+                retry_after_s=30,
+            )
         return GatewayError(
             503,
             f"No replica of the model '{name}' had room for the request within {patience_s:g} "

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
+from serve_app.planner import swap
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.loading import cpu_bytes, cpu_plan, load_known
@@ -62,6 +63,7 @@ def lacks(fleet: Fleet, limits: Limits) -> Iterator[Finding]:
     }
     yield from _cores(fleet, counted, limits)
     yield from _memory(counted, limits)
+    yield from _swapped(counted, limits)
     if limits.gpus is not None:
         yield from _gpus(counted, limits, limits.gpus)
 
@@ -162,7 +164,10 @@ def _gpus(
             continue
         size = defaults.parallelism(config.engine)
         one = size.gpus // size.data
-        needed[name] = _fewest(config) * one
+        if group := config.resources.swap_group:
+            needed[f"swap group {group}"] = 1
+        else:
+            needed[name] = _fewest(config) * one
         asked = config.resources.accelerator_type
         if one > len(gpus):
             wrong = True
@@ -177,6 +182,22 @@ def _gpus(
         each = ", ".join(f"{name}: {count}" for name, count in needed.items())
         said = f"all replicas together need {total} GPUs ({each}), and {there}"
         yield Finding(_CHECK, "fail", next(iter(needed)), said, "serve fewer models or replicas")
+
+
+def _swapped(counted: dict[str, ModelConfig], limits: Limits) -> Iterator[Finding]:
+    """Whether there is host memory for all models of swap groups: while two change places, both
+    have their weights in it."""
+    asleep = {
+        name: swap.host_bytes(config)
+        for members in swap.groups(counted).values()
+        for name, config in members.items()
+        if config.resources.device == "gpu"
+    }
+    if sum(asleep.values()) > limits.room_bytes:
+        largest = max(asleep, key=lambda name: asleep[name])
+        said = f"the models of swap groups sleep in {sum(asleep.values()) / GIB:.1f} GiB of host "
+        said += f"memory, and {limits.room}"
+        yield Finding(_CHECK, "fail", largest, said, "take models out of the groups")
 
 
 def _without_gpus(config: ModelConfig, one: int, limits: Limits, gpus: tuple[GPU, ...]) -> str:

@@ -26,7 +26,7 @@ logger = logging.getLogger("ray.serve")
 STEP_S = 120.0
 """Seconds that vLLM may take to fall asleep or to wake; then the replica is to be replaced."""
 
-REQUESTS_COME_S = 1.0
+REQUESTS_COME_S = 0.3
 """Seconds after a wake for requests in which it counts as busy: they are on their way."""
 
 GATEWAYS_COME_S = 2.0

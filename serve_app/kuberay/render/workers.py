@@ -14,7 +14,7 @@ from serve_app.config.document import Fleet
 from serve_app.config.settings import GatewayConfig, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
-from serve_app.planner import front_ends, hardware
+from serve_app.planner import front_ends, hardware, swap
 from serve_app.planner.hardware import GIB, Instance, with_accelerator
 from serve_app.planner.vllm.memory import FRONT_END_BYTES
 
@@ -102,7 +102,7 @@ def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
         place = placement.of(model)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return int(place.stage["GPU"]), place.stages, place.ranks
+    return int({**place.shared, **place.stage}["GPU"]), place.stages, place.ranks
 
 
 def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerShape:
@@ -209,17 +209,45 @@ def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
     groups: list[WorkerGroup] = []
     if fleet.gateway is not None:
         groups.append(_gateway_group(str(fleet.path), fleet.gateway, profile))
-    on_cpu = {n: m for n, m in fleet.models.items() if m.resources.device == "cpu"}
+    on_cpu = {n: m for n, m in _by_pod(fleet).items() if m.resources.device == "cpu"}
     if on_cpu:
         groups.append(_cpu_group(on_cpu))
     alike: dict[tuple[str, int, int], list[tuple[str, WorkerShape]]] = {}
-    for name, model in fleet.models.items():
+    for name, model in _by_pod(fleet).items():
         if name not in on_cpu:
             shape = shape_of(f"{fleet.path}: application '{name}'", model, profile)
             key = (shape.accelerator, shape.gpus_per_pod, shape.pods_per_replica)
             alike.setdefault(key, []).append((name, shape))
     groups += [_gpu_group(members, fleet, profile) for members in alike.values()]
     return groups
+
+
+def _by_pod(fleet: Fleet) -> dict[str, ModelConfig]:
+    """The models; of those of a swap group, which have one pod, the first with all that they need.
+
+    Each sleeps in host memory of the size of its weights.
+    """
+    found = {n: m for n, m in fleet.models.items() if not m.resources.swap_group}
+    for members in swap.groups(fleet.models).values():
+        first = next(iter(members))
+        together = {
+            "num_cpus": sum(_own_cpus(member) for member in members.values()),
+            "memory_gib": sum(_asleep_gib(member) for member in members.values()),
+            "swap_group": members[first].resources.swap_group,
+        }
+        resources = members[first].resources.model_copy(update=together)
+        found[first] = members[first].model_copy(
+            update={"resources": resources, "replicas": 1, "autoscaling": None}
+        )
+    return {name: found[name] for name in fleet.models if name in found}
+
+
+def _asleep_gib(model: ModelConfig) -> float:
+    """Host memory of a model in a swap group: that of any replica, and its weights."""
+    if model.resources.device == "cpu":
+        return model.resources.memory_gib or 8
+    asked = model.resources.memory_gib or 0
+    return max(asked, _MEMORY_PER_GPU_GIB + swap.host_bytes(model) / GIB)
 
 
 def _gpu_group(
@@ -245,8 +273,9 @@ def _gpu_group(
         shm_gib=OBJECT_STORE_GIB + _SHM_PER_GPU_GIB * shape.gpus_per_pod,
         shape=shape,
     )
+    of_pod = _by_pod(fleet)
     for name, _ in members:
-        least, most = replicas_of(fleet.models[name])
+        least, most = replicas_of(of_pod[name])
         group.min_pods += least * shape.pods_per_replica
         group.max_pods += most * shape.pods_per_replica
     group.max_pods += SPARE * shape.pods_per_replica
