@@ -204,6 +204,9 @@ def _refuse_in_swap_group(config: ModelConfig) -> None:
         raise ConfigError(
             "engine.enable_sleep_mode is false, but the models of a swap group sleep; remove it"
         )
+    if config.adapters or engine.get("enable_lora"):
+        # They come and go while the model sleeps, when its memory is not there to be written.
+        raise ConfigError("a model of a swap group cannot have adapters; remove one of the two")
     most = config.autoscaling.max_replicas if config.autoscaling else config.replicas or 1
     if most > 1:
         raise ConfigError(

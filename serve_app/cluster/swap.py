@@ -14,7 +14,7 @@ from typing import Literal
 
 from serve_app.config.settings import SwapGroup
 
-LIVE_S = 3.0
+LIVE_S = 5.0
 """Seconds without a report after which a member counts as gone. Each reports every second."""
 
 LISTEN_S = 1.5
