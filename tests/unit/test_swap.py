@@ -3,14 +3,20 @@ moment, with a lock for each slot as the kernel has it."""
 
 from __future__ import annotations
 
+import asyncio
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from harness.scripted import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.cluster import swap_actor
 from serve_app.cluster.swap import LISTEN_S, LIVE_S, Group, Order, Report
+from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.settings import SwapGroup
 
 TERMS = SwapGroup(awake=1, min_awake_s=10, max_wait_s=30, drain_s=5)
@@ -306,3 +312,74 @@ def test_under_load_of_all_each_has_its_time_and_none_waits_for_ever() -> None:
     assert {name for name, _ in turns} == set("abc")
     assert all(now - at < 200 for at in slept_at.values())
     assert longest <= 2 * (TERMS.max_wait_s + 5)
+
+
+# --- the life of a coordinator ---------------------------------------------------------------
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes of a coordinator and its GPU; it looks every few milliseconds."""
+    import ray
+
+    done: list[str] = []
+    monkeypatch.setattr(swap_actor, "LEAVE_S", 0.05)
+    monkeypatch.setattr(swap_actor, "TERMS_S", 0.01)
+    monkeypatch.setattr(swap_actor, "_give_back", lambda name: done.append(f"GPU of {name}"))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(current_actor="me"))
+    monkeypatch.setattr(ray, "kill", lambda actor: done.append(actor))
+    return done
+
+
+async def test_a_group_without_applications_gives_its_gpu_back_and_its_coordinator_ends(
+    monkeypatch: pytest.MonkeyPatch, ended: list[str]
+) -> None:
+    async def reported() -> dict[str, Any]:
+        return {"applications": applications}
+
+    def application(group: str) -> dict[str, Any]:
+        args = {"model": "m", "resources": {"swap_group": group}}
+        return {"status": "DEPLOYING", "deployments": {}, "last_deployed_time_s": 1,
+                "deployed_app_config": dict(import_path=MODEL_IMPORT_PATH, args=args)}  # fmt: skip
+
+    monkeypatch.setattr(swap_actor.serve, "report_async", reported)
+    applications = {"other": application("other"), "a": application("g")}
+    actor = swap_actor.SwapActor("g")
+    await actor.begin()
+    try:
+        await asyncio.sleep(0.2)  # four times as long as it waits
+        assert not ended
+        del applications["a"]
+        assert await until(lambda: len(ended) > 1)
+        assert ended[:2] == ["GPU of g", "me"]
+    finally:
+        for task in actor._tasks:
+            task.cancel()
+
+
+async def test_a_report_is_answered_when_there_is_an_order_and_by_the_newest_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def away() -> dict[str, Any]:
+        raise ConnectionError("no controller")
+
+    monkeypatch.setattr(swap_actor.serve, "report_async", away)
+    monkeypatch.setattr(swap_actor, "HOLD_S", 30.0)
+    actor = swap_actor.SwapActor("g")
+    decode = swap_actor._order
+    try:
+        first = asyncio.create_task(actor.exchange(swap_actor.encode(awake("a", busy=True))))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(actor.exchange(swap_actor.encode(awake("a", busy=False))))
+        assert decode(await first) is None
+        asks = asyncio.create_task(actor.exchange(swap_actor.encode(asleep("b", 0.1))))
+        order = decode(await second)
+        assert order and not order.wake
+        asleep_now = replace(asleep("a"), heard=order.id)
+        again = asyncio.create_task(actor.exchange(swap_actor.encode(asleep_now)))
+        order = decode(await asks)
+        assert order and order.wake and not again.done()
+        again.cancel()
+    finally:
+        for task in actor._tasks:
+            task.cancel()
