@@ -37,7 +37,7 @@ class Report:
 
     wants_s: float | None = None
     """For how long it has wanted to be awake: since its oldest waiting request came, since its
-    running ones were paused, or since it could load. None: it does not want to."""
+    running ones were paused; or, until it has loaded, since it could. None: it does not want to."""
 
     busy: bool = False
     """Whether it has requests, running or waiting."""
@@ -137,6 +137,11 @@ class Group:
         for member in surplus:
             if member.state == "awake" and _may_sleep(member, terms, now):
                 self._give(member, wake=False, slot=member.slot or 0, drain_s=terms.drain_s)
+        # An order of another coordinator's may have sent one to load into a slot that is taken.
+        for member in members:
+            if member.state == "waking":
+                there = [it for it in members if it.slot == member.slot]
+                self._make_room(there, member, terms, now)
 
     def _make_room(
         self, members: Sequence[_Member], wanting: _Member, terms: SwapGroup, now: float

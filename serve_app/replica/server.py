@@ -31,7 +31,7 @@ from serve_app.replica.health import exit_with_engine
 from serve_app.replica.load import EngineLoad
 from serve_app.replica.sleep import Sleep
 from serve_app.replica.start import memory, parsers
-from serve_app.replica.start.plugin import MEMORY, PHASE, START_FOLDER
+from serve_app.replica.start.plugin import MEMORY, START_FOLDER
 from serve_app.replica.start.supervision import supervised
 from serve_app.replica.swap import Member
 
@@ -74,7 +74,7 @@ class ModelServer:
             vllm_config = configure(args, count)
             await asyncio.to_thread(parsers.refuse_unfit, args, vllm_config)
             host = ray.util.get_node_ip_address()
-            member = await _turn_to_load(config, replica)
+            member = await _member(config, replica)
             ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
             try:
                 self._load = EngineLoad(args.served_model_name[0])
@@ -166,17 +166,14 @@ def _ids(config: ModelConfig) -> list[str]:
     return [serve.get_replica_context().app_name, *config.served_as]
 
 
-async def _turn_to_load(config: ModelConfig, replica: str) -> Member | None:
-    """Wait until the engine may have the GPU, where it shares one in a swap group."""
+async def _member(config: ModelConfig, replica: str) -> Member | None:
+    """This replica in its swap group, if it is in one."""
     group = config.resources.swap_group
     if group is None:
         return None
     id = await asyncio.to_thread(swap_actor.id_of, group)
-    exchange = Coordinator(group).exchange
-    member = Member(replica, id, config.resources.evict_cost, exchange)
-    (Path(os.environ[START_FOLDER]) / PHASE).write_text(f"waiting for its turn in '{group}'")
-    await member.turn_to_load()
-    return member
+    turn = Path(os.environ[START_FOLDER]) / "turn"
+    return Member(replica, id, config.resources.evict_cost, Coordinator(group).exchange, turn)
 
 
 def _front_ends(config: ModelConfig) -> int:

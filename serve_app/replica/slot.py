@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-SLOT_ENV = "SERVE_APP_SLOT"
-"""Environment variable of an engine that starts: the file that it locks before it loads."""
+TURN_ENV = "SERVE_APP_TURN"
+"""Environment variable of an engine that starts: a file that will say which slot it is to lock
+before it loads. It has imported all it needs by then."""
 
 TAKE = "serve_app_take_slot"
 """The method that :func:`prepare` adds to EngineCore, by which :func:`take` asks."""
@@ -46,6 +47,13 @@ def file(group: str, slot: int) -> str:
     return str(folder / f"{group}.{slot}")
 
 
+def give_turn(turn: Path, path: str) -> None:
+    """Let the engine that waits for ``turn`` load once it has the slot."""
+    new = turn.with_suffix(".new")
+    new.write_text(path)
+    new.rename(turn)
+
+
 async def take(llm: Any, path: str) -> str:
     """Have the engine lock a slot; return why it could not, or an empty text."""
     deadline = time.monotonic() + TRY_S
@@ -64,15 +72,15 @@ async def leave(llm: Any) -> None:
 
 
 def prepare() -> None:
-    """Add the two methods; an engine that is to load into a slot waits here until it has it."""
+    """Add the two methods; an engine that is to load waits here until it has its slot."""
     core: Any = sys.modules.get("vllm.v1.engine.core")
     # Front ends have that module too.
     if core is None or not multiprocessing.current_process().name.startswith("EngineCore"):
         return
     setattr(core.EngineCore, TAKE, lambda _, path: _take(path))
     setattr(core.EngineCore, LEAVE, lambda _: _leave())
-    if path := os.environ.get(SLOT_ENV):
-        while not _lock(path):
+    if turn := os.environ.get(TURN_ENV):
+        while not (Path(turn).exists() and _lock(Path(turn).read_text())):
             time.sleep(0.05)
 
 

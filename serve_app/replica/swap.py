@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from serve_app.cluster.swap import Order, Report, State
@@ -43,10 +44,19 @@ Exchange = Callable[[Report, Callable[[], bool]], Order | None]
 class Member:
     """A replica of a model in a swap group; from the start to the end of its process."""
 
-    def __init__(self, replica: str, group: str, evict_cost: float, exchange: Exchange) -> None:
-        """``group`` is the id of the group's GPU, and ``exchange`` its coordinator's."""
+    def __init__(
+        self, replica: str, group: str, evict_cost: float, exchange: Exchange, turn: Path
+    ) -> None:
+        """Begin to report. The engine may start at once: before it loads, it waits for its turn.
+
+        Args:
+            group: the id of the group's GPU.
+            exchange: its coordinator's.
+            turn: a file that does not exist yet.
+        """
         self._replica, self._group, self._evict_cost = replica, group, evict_cost
-        self._exchange = exchange
+        self._exchange, self._turn = exchange, turn
+        os.environ[slot.TURN_ENV] = str(turn)
         self._loop = asyncio.get_running_loop()
         self._engine: Engine
         self._front_ends: FrontEnds | None = None
@@ -58,8 +68,8 @@ class Member:
         self._state: State = "asleep"
         self._slot: int | None = None
         self._heard = ""
-        self._since = time.monotonic()
-        """When it wanted to load, woke, or fell asleep; whichever was last."""
+        self._began = self._since = time.monotonic()
+        """When it woke or fell asleep, whichever was last."""
 
         self._paused = False
         """Whether it fell asleep with requests running."""
@@ -67,21 +77,13 @@ class Member:
         self._come_s = GATEWAYS_COME_S
         """Seconds since it woke in which requests may be on their way."""
 
-        self._may_load = asyncio.Event()
         self._doing: asyncio.Task[None] | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._talk, name="swap-group", daemon=True)
-
-    async def turn_to_load(self) -> None:
-        """Return when the engine may load; its process then takes the slot of :data:`SLOT_ENV`."""
-        self._thread.start()
-        await self._may_load.wait()
-        assert self._slot is not None
-        os.environ[slot.SLOT_ENV] = slot.file(self._group, self._slot)
+        threading.Thread(target=self._talk, name="swap-group", daemon=True).start()
 
     def loaded(self, engine: Engine, front_ends: FrontEnds) -> None:
         """The engine has loaded, and is awake."""
-        os.environ.pop(slot.SLOT_ENV, None)
+        os.environ.pop(slot.TURN_ENV, None)
         self._engine, self._front_ends = engine, front_ends
         engine.wakes = True
         self._becomes("awake")
@@ -100,11 +102,11 @@ class Member:
             waiting = ours.waiting if ours else 0
             wants_s = None
             if self._state == "asleep":
-                since = now - self._since
-                if ours is None or self._paused:
-                    wants_s = since
+                wants_s = now - self._since if self._paused else None
                 if ours and waiting:
                     wants_s = max(wants_s or 0.0, ours.waited_s)
+            if ours is None:
+                wants_s = now - self._began
             awake_s = now - self._since if self._state == "awake" else 0.0
             coming = self._state == "awake" and awake_s < self._come_s
             return Report(
@@ -146,7 +148,11 @@ class Member:
             self._heard = order.id
             if order.wake and self._state == "asleep":
                 self._state, self._slot = "waking", order.slot
-                work = self._wake(order.slot)
+                path = slot.file(self._group, order.slot)
+                if self._front_ends is None:
+                    slot.give_turn(self._turn, path)  # the loop may be blocked
+                    return
+                work = self._wake(path)
             elif not order.wake and self._state == "awake":
                 self._state = "falling"
                 work = self._fall_asleep(order.drain_s)
@@ -167,14 +173,12 @@ class Member:
             logger.error(f"this replica exits so that Serve replaces it: {error!r}")
             os._exit(1)
 
-    async def _wake(self, number: int) -> None:
+    async def _wake(self, path: str) -> None:
         ours = self._front_ends
-        if ours is None:
-            self._may_load.set()
-            return
+        assert ours is not None
         began = time.monotonic()
         self._come_s = REQUESTS_COME_S
-        if why := await slot.take(self._engine.llm, slot.file(self._group, number)):
+        if why := await slot.take(self._engine.llm, path):
             logger.warning(f"swap: not awake, {why}")
             self._becomes("asleep")
             return

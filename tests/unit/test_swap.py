@@ -161,8 +161,10 @@ class Played:
 
     def report(self, now: float) -> Report:
         wants = None
-        if self.state == "asleep" and (self.requests or not self.loaded):
-            wants = now - min([*self.requests, now] if self.loaded else [self.since])
+        if not self.loaded:
+            wants = now - self.since
+        elif self.state == "asleep" and self.requests:
+            wants = now - min(self.requests)
         awake_s = now - self.since if self.state == "awake" else 0.0
         return Report(
             self.name, self.state, self.slot, wants,  # type: ignore[arg-type]
@@ -184,7 +186,7 @@ class Played:
             assert self.slot is not None
             if self.locks.setdefault(self.slot, self.name) == self.name:
                 self.state, self.since, self.loaded = "awake", now, True
-            else:
+            elif self.loaded:  # one that is to load waits for the lock
                 self.state, self.slot = "asleep", None
         elif self.state == "falling":
             self._unlock()
@@ -339,8 +341,8 @@ async def test_a_group_without_applications_gives_its_gpu_back_and_its_coordinat
 
     def application(group: str) -> dict[str, Any]:
         args = {"model": "m", "resources": {"swap_group": group}}
-        return {"status": "DEPLOYING", "deployments": {}, "last_deployed_time_s": 1,
-                "deployed_app_config": dict(import_path=MODEL_IMPORT_PATH, args=args)}  # fmt: skip
+        config = {"import_path": MODEL_IMPORT_PATH, "args": args}
+        return {"status": "DEPLOYING", "deployments": {}, "deployed_app_config": config}
 
     monkeypatch.setattr(swap_actor.serve, "report_async", reported)
     applications = {"other": application("other"), "a": application("g")}

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -87,32 +88,37 @@ async def loaded() -> AsyncIterator[tuple[Member, Replica, Coordinator]]:
     """A member that has had its turn to load."""
     coordinator, engine = Coordinator(), Replica()
     coordinator.orders.append(WAKE)
-    member = Member("r", "g", 1.0, coordinator.exchange)
+    with TemporaryDirectory() as folder:
+        turn = Path(folder) / "turn"
+        member = Member("r", "g", 1.0, coordinator.exchange, turn)
+        assert await until(turn.exists)
     try:
-        await member.turn_to_load()
-        assert os.environ[slot.SLOT_ENV] == slot.file("g", 0)
         replica: Any = engine
         member.loaded(replica, replica)
-        assert slot.SLOT_ENV not in os.environ
         assert await until(lambda: coordinator.last.state == "awake")
         yield member, engine, coordinator
     finally:
         member.stop()
 
 
-async def test_it_loads_when_it_has_the_slot() -> None:
-    coordinator = Coordinator()
-    member = Member("r", "g", 2.0, coordinator.exchange)
-    turn = asyncio.create_task(member.turn_to_load())
-    assert await until(lambda: len(coordinator.reports) > 2)
-    assert not turn.done()
-    assert coordinator.last.state == "asleep" and coordinator.last.evict_cost == 2.0
-    assert (coordinator.last.wants_s or 0) > 0
-    coordinator.orders.append(WAKE)
-    await turn
-    assert await until(lambda: coordinator.last.state == "waking")
-    assert (coordinator.last.slot, coordinator.last.heard) == (0, "c/1")
-    member.stop()
+async def test_it_may_load_when_it_is_told_so(tmp_path: Path) -> None:
+    coordinator, turn = Coordinator(), tmp_path / "turn"
+    member = Member("r", "g", 2.0, coordinator.exchange, turn)
+    try:
+        assert os.environ[slot.TURN_ENV] == str(turn)
+        assert await until(lambda: len(coordinator.reports) > 2)
+        assert coordinator.last.state == "asleep" and coordinator.last.evict_cost == 2.0
+        assert (coordinator.last.wants_s or 0) > 0 and not turn.exists()
+        coordinator.orders.append(WAKE)
+        assert await until(turn.exists)
+        assert turn.read_text() == slot.file("g", 0)
+        assert await until(lambda: coordinator.last.state == "waking")
+        assert (coordinator.last.slot, coordinator.last.heard) == (0, "c/1")
+        member.loaded(Replica(), Replica())  # type: ignore[arg-type]
+        assert slot.TURN_ENV not in os.environ
+        assert await until(lambda: coordinator.last.state == "awake")
+    finally:
+        member.stop()
 
 
 async def test_it_sleeps_and_wakes_as_ordered_and_tells_the_gateways() -> None:

@@ -31,7 +31,7 @@ def test_an_engine_can_be_asked_for_both_by_name(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(slot, "_take", lambda path: asked.append(path) or "taken")
     monkeypatch.setattr(slot, "_leave", lambda: asked.append("leave"))
     monkeypatch.setattr(slot.multiprocessing.current_process(), "_name", "EngineCore")
-    monkeypatch.delenv(slot.SLOT_ENV, raising=False)
+    monkeypatch.delenv(slot.TURN_ENV, raising=False)
     for name in (slot.TAKE, slot.LEAVE):
         monkeypatch.setattr(core.EngineCore, name, None, raising=False)
     slot.prepare()

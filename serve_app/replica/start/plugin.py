@@ -80,6 +80,8 @@ def prepare() -> None:
         return
     lifeline.tie_children()
     clients.prepare()
+    if slot.TURN_ENV in os.environ:
+        (folder / PHASE).write_text("waiting for its turn on the GPU")
     slot.prepare()
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(_FirstError(folder / REASON))
