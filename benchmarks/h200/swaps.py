@@ -99,18 +99,32 @@ def engines_gib(server: Server) -> list[float]:
 
 
 def measure(
-    model: Path, folder: Path, port: int, deadline: float, *, eager: bool = True
+    model: Path,
+    folder: Path,
+    port: int,
+    deadline: float,
+    *,
+    eager: bool = True,
+    large: Path | None = None,
 ) -> dict[str, Any]:
     """Three models of the shape in a group: their start, swaps by part, and a paused stream.
 
     Ends at the ``deadline`` of ``time.monotonic`` with what there is.
+
+    Args:
+        large: a further shape, whose weights become fp8.
     """
     engine = {"max_model_len": 8192, "gpu_memory_utilization": 0.8, "enforce_eager": eager}
     resources = {"swap_group": "big", "num_cpus": 1}
     models = [application(name, model, engine, resources=resources) for name in NAMES]
+    names: tuple[str, ...] = NAMES
+    if large:
+        fp8 = engine | {"quantization": "fp8"}
+        models.append(application("large", large, fp8, resources=resources))
+        names = (*NAMES, "large")
     groups = {"big": TERMS.model_dump()}
     command = serve_run(folder, port, *models, swap_groups=groups)
-    log = folder / f"swaps-{'eager' if eager else 'graphs'}.log"
+    log = folder / f"swaps-{'eager' if eager else 'graphs'}{'-large' if large else ''}.log"
     before = host(), gpu_memory_mib()
     began = time.monotonic()
     server = Server(command, port, log, **RAY)
@@ -128,7 +142,7 @@ def measure(
                         if "start: " in line or "Sleep mode" in line or "sleep freed" in line],
         }  # fmt: skip
         found |= {"host_all_started": host(), "gpu_mib_all_started": gpu_memory_mib()}
-        found |= _swaps(server, deadline)
+        found |= _swaps(server, names, deadline)
         if time.monotonic() + 40 < deadline:
             found["a stream that is paused"] = _paused(server)
         found |= {"engines_gib": engines_gib(server), "host_after": host()}
@@ -141,12 +155,12 @@ def measure(
         server.stop()
 
 
-def _swaps(server: Server, deadline: float) -> dict[str, Any]:
+def _swaps(server: Server, names: tuple[str, ...], deadline: float) -> dict[str, Any]:
     """Ask each model in turn, so that every request needs a swap."""
     log, rows, texts = Log(server), [], dict[str, set[str]]()
     awake_ttft = []
     for turn in range(5):
-        for name in NAMES:
+        for name in names:
             if time.monotonic() + 30 > deadline:
                 break
             swaps = log.count()
@@ -160,8 +174,8 @@ def _swaps(server: Server, deadline: float) -> dict[str, Any]:
             awake_ttft.append(ask(server.port, name, 8)[0])
     return {
         "swaps": rows,
-        "first swaps": _spread(rows[: len(NAMES)]),
-        "later swaps": _spread(rows[len(NAMES) :]),
+        "first swaps": _spread(rows[: len(names)]),
+        "later swaps": _spread(rows[len(names) :]),
         "ttft_awake_s": sorted(awake_ttft),
         "says_the_same_after_swaps": {name: len(said) == 1 for name, said in texts.items()},
     }
