@@ -13,7 +13,7 @@ from rich.console import Console
 from serve_app.config.document import load
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.planner import check_model, choose, front_ends, hardware, report
+from serve_app.planner import check_model, choose, front_ends, hardware, report, swap
 from serve_app.planner.hardware import GPU, Instance
 from serve_app.planner.loading import cpu_plan, load_model
 from serve_app.planner.model import metadata
@@ -78,6 +78,8 @@ def plan(
             if index:
                 console.rule()
             report.show(one, console)
+        if is_config(target) and not only:
+            swap.show(load(Path(target)), gpu, console)
     if plot:
         report.save(reports, plot)
 

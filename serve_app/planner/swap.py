@@ -9,6 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from rich.console import Console
+from rich.markup import escape
+
 from serve_app.config.document import Fleet
 from serve_app.config.settings import ModelConfig, SwapGroup
 from serve_app.errors import ConfigError, UserError, did_you_mean
@@ -75,6 +78,13 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
                 continue  # for which there is another finding
         if gpu is not None:
             yield from _on_gpu(group, configs, terms(fleet, group).awake, gpu)
+
+
+def show(fleet: Fleet, gpu: GPU | None, console: Console) -> None:
+    """Print of each group whether it fits."""
+    for finding in problems(fleet, gpu):
+        verdict = "" if finding.status == "ok" else "[bold]does not fit[/]: "
+        console.print(f"\n[bold]swap group[/] {verdict}{escape(finding.text)}")
 
 
 def _unlike(group: str, configs: Mapping[str, ModelConfig]) -> Finding | None:

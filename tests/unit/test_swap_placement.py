@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from serve_app.cli import cli
 from serve_app.cluster.placement import of
 from serve_app.cluster.serve import Application
 from serve_app.cluster.swap_actor import part, terms_of
@@ -163,3 +165,11 @@ def test_a_pod_holds_the_group() -> None:
     assert (group.gpus, group.min_pods, group.max_pods) == (1, 1, 2)
     assert group.cpu >= 5
     assert group.memory_gib >= 3 * 12 + 62
+
+
+def test_plan_ends_with_the_groups() -> None:
+    config = Path(__file__).parents[2] / "configs/swap.yaml"
+    done = CliRunner().invoke(cli, ["plan", str(config)])
+    assert done.exit_code == 0
+    [line] = [it for it in done.output.splitlines() if it.startswith("swap group")]
+    assert "'big': 1 of 3 awake on one H100" in line
