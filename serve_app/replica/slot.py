@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ TRY_S = 2.0
 MEMORY_S = 20.0
 """Seconds for which a waking engine waits for the GPU's memory. A killed process's is freed after
 its locks."""
+
+_GROWS = 64 << 20
+"""Bytes in 0.3 s by which free memory grows while a dead engine's comes back."""
 
 _held: tuple[str, int] | None = None
 """In EngineCore's process: the slot's file and its descriptor."""
@@ -82,6 +86,7 @@ def prepare() -> None:
     if turn := os.environ.get(TURN_ENV):
         while not (Path(turn).exists() and _lock(Path(turn).read_text())):
             time.sleep(0.05)
+        _settle(_driver_free_bytes, time.sleep)
 
 
 def _take(path: str) -> str:
@@ -118,6 +123,33 @@ def _leave() -> None:
     if _held:
         os.close(_held[1])
         _held = None
+
+
+def _settle(free: Callable[[], int], sleep: Callable[[float], object]) -> None:
+    """Wait until the GPU's free memory grows no more: vLLM refuses to start in too little."""
+    deadline, before = time.monotonic() + MEMORY_S, free()
+    while time.monotonic() < deadline:
+        sleep(0.3)
+        now = free()
+        if now < before + _GROWS:
+            return
+        before = now
+
+
+def _driver_free_bytes() -> int:
+    """Free memory of this engine's GPU, by NVIDIA's driver: CUDA would make a context; 0 without
+    one."""
+    from vllm.third_party import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        named = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+        by_index = pynvml.nvmlDeviceGetHandleByIndex
+        by_uuid = pynvml.nvmlDeviceGetHandleByUUID
+        device = by_index(int(named)) if named.isdigit() else by_uuid(named)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(device).free)
+    except pynvml.NVMLError:
+        return 0
 
 
 def _asleep_bytes() -> int:

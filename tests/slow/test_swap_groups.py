@@ -22,7 +22,8 @@ from harness.servers import Cluster
 PATIENCE_S = 200.0
 """For an answer while replicas start on two cores."""
 
-A, B = "a", "b"
+A, B, C = "a", "b", "c"
+"""Two models, and a third one that is scaled to zero while nobody asks for it."""
 
 
 class Fleet:
@@ -92,7 +93,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
         "resources": {"device": "cpu", "num_cpus": 0, "swap_group": "pair"},
         "env": gpu_stand_in.environment(gpu),
     }
-    config = servers.document(free_port(), *(servers.application(name, **args) for name in (A, B)))
+    models = [servers.application(name, **args) for name in (A, B, C)]
+    models[2]["args"] |= {
+        "autoscaling": {"min_replicas": 0, "downscale_delay_s": 2, "max_replicas": 1}
+    }
+    config = servers.document(free_port(), *models, gateways=2)
     terms = {"min_awake_s": 0.5, "max_wait_s": 1, "drain_s": 0.5}
     config["applications"][-1]["args"]["swap_groups"] = {"pair": terms}
     with servers.running(config, folder, "python") as cluster:
@@ -104,7 +109,7 @@ def test_each_loads_alone_and_a_request_wakes_the_other(fleet: Fleet) -> None:
         assert fleet.ask(model).status_code == 200
         assert (fleet.phase(model), fleet.phase(other)) == ("awake", "asleep")
     listed = httpx.get(f"{fleet.cluster.base_url}/v1/models").json()["data"]
-    assert {it["id"] for it in listed} == {A, B}
+    assert {it["id"] for it in listed} == {A, B, C}
     assert not gpu_stand_in.out_of_memory(fleet.gpu)
 
 
@@ -116,6 +121,19 @@ def test_a_request_that_is_paused_says_what_it_would_have_said(fleet: Fleet) -> 
         assert not got
     assert got[0].json()["choices"][0]["text"] == whole
     assert "asleep with 1 requests paused" in fleet.cluster.log.read_text(errors="replace")
+
+
+def test_one_that_is_scaled_to_zero_starts_in_its_turn_and_ends_asleep_or_awake(
+    fleet: Fleet,
+) -> None:
+    for other in (A, None):
+        assert not fleet.cluster.replicas(C)
+        assert fleet.ask(C).status_code == 200
+        if other:
+            assert fleet.ask(other).status_code == 200
+            assert fleet.phase(C) == "asleep"
+        assert eventually(lambda: not fleet.cluster.replicas(C, "RUNNING", "STOPPING"), PATIENCE_S)
+    fleet.is_well()
 
 
 @pytest.mark.parametrize("process", ["engine", "replica"])
@@ -168,13 +186,14 @@ def test_the_coordinator_may_die_at_every_step(fleet: Fleet, moment: str) -> Non
     fleet.is_well()
 
 
-def test_the_gateway_may_die_while_a_request_waits(fleet: Fleet) -> None:
+def test_the_gateways_may_die_while_a_request_waits(fleet: Fleet) -> None:
     assert fleet.answers(A)
-    [gateway] = fleet.cluster.replicas("gateway", deployment="Gateway").values()
+    gateways = fleet.cluster.replicas("gateway", deployment="Gateway").values()
     engine = fleet.engine(A)
     with fleet.asking(B):
         assert eventually(
             lambda: gpu_stand_in.phase(fleet.gpu, engine) == "sleeping", PATIENCE_S, 0.01
         )
-        os.kill(gateway, signal.SIGKILL)
+        for gateway in gateways:
+            os.kill(gateway, signal.SIGKILL)
     fleet.is_well()

@@ -262,3 +262,10 @@ def test_an_engine_wakes_when_the_gpu_has_room_again(
     free[:] = [1 << 30]
     assert slot._take(str(tmp_path / "g.0")) == "60.0 GiB of the GPU are needed, and 1.0 are free"
     assert slot._held is None
+
+
+def test_an_engine_loads_when_the_memory_of_a_dead_one_is_back() -> None:
+    free = [10 << 30, 30 << 30, 60 << 30, 60 << 30, 80 << 30]
+    slept: list[float] = []
+    slot._settle(lambda: free.pop(0), slept.append)
+    assert free == [80 << 30] and len(slept) == 3

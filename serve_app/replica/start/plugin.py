@@ -81,7 +81,7 @@ def prepare() -> None:
     lifeline.tie_children()
     clients.prepare()
     if slot.TURN_ENV in os.environ:
-        (folder / PHASE).write_text("waiting for its turn on the GPU")
+        (folder / PHASE).write_text("queued for its turn on the GPU")
     slot.prepare()
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(_FirstError(folder / REASON))
