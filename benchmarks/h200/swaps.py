@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import statistics
+import subprocess
 import threading
 import time
 import urllib.request
@@ -83,6 +84,19 @@ class Log:
         return _ANSI.sub("", self._server.text())
 
 
+def up(port: int, count: int) -> bool:
+    """Whether so many models have started."""
+    found = ready(port).get("models", {})
+    return len(found) == count and all(it["status"] == "RUNNING" for it in found.values())
+
+
+def gpu_processes_mib() -> list[int]:
+    """The GPU's memory by process, most first; empty where the driver does not tell."""
+    query = ["nvidia-smi", "--query-compute-apps=used_memory", "--format=csv,noheader,nounits"]
+    shown = subprocess.run(query, capture_output=True, text=True, check=False).stdout
+    return sorted((int(it) for it in shown.split() if it.isdigit()), reverse=True)
+
+
 def host() -> dict[str, float]:
     """The machine's memory in use, in GiB."""
     memory = psutil.virtual_memory()
@@ -132,7 +146,7 @@ def measure(
     try:
         server.wait(max(10.0, deadline - time.monotonic()))
         all_up = until(
-            lambda: all(it["status"] == "RUNNING" for it in ready(port)["models"].values()),
+            lambda: up(port, len(models)),
             max(1.0, deadline - time.monotonic()),
         )
         found |= {
@@ -142,9 +156,11 @@ def measure(
                         if "start: " in line or "Sleep mode" in line or "sleep freed" in line],
         }  # fmt: skip
         found |= {"host_all_started": host(), "gpu_mib_all_started": gpu_memory_mib()}
+        found["gpu_mib_by_process"] = gpu_processes_mib()
         found |= _swaps(server, names, deadline)
-        if time.monotonic() + 40 < deadline:
+        if time.monotonic() + 60 < deadline:
             found["a stream that is paused"] = _paused(server)
+        found["gpu_mib_by_process_after"] = gpu_processes_mib()
         found |= {"engines_gib": engines_gib(server), "host_after": host()}
         return found
     except Exception as error:
@@ -159,7 +175,7 @@ def _swaps(server: Server, names: tuple[str, ...], deadline: float) -> dict[str,
     """Ask each model in turn, so that every request needs a swap."""
     log, rows, texts = Log(server), [], dict[str, set[str]]()
     awake_ttft = []
-    for turn in range(5):
+    for turn in range(4):
         for name in names:
             if time.monotonic() + 30 > deadline:
                 break
@@ -193,7 +209,7 @@ def _spread(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _paused(server: Server) -> dict[str, Any]:
     """A long stream of the first model; another one is asked for meanwhile."""
-    port, long = server.port, 1500
+    port, long = server.port, 1000
     _, alone_s, alone = ask(port, NAMES[0], long)
     said: list[tuple[float, float, str]] = []
     stream = threading.Thread(target=lambda: said.append(ask(port, NAMES[0], long)))

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.h200.server import MODEL, RAY, Server, application, ready, serve_run, until
-from benchmarks.h200.swaps import Log, ask
+from benchmarks.h200.server import MODEL, RAY, Server, application, serve_run, until
+from benchmarks.h200.swaps import Log, ask, up
 
 COUNT = 10
 RATE = 0.5
@@ -60,7 +60,7 @@ def measure(
     server = Server(command, port, folder / f"zipf-{way}.log", **RAY)
     try:
         server.wait(max(10.0, deadline - time.monotonic()))
-        until(lambda: _all_run(port), max(1.0, deadline - time.monotonic()))
+        until(lambda: up(port, COUNT), max(1.0, deadline - time.monotonic()))
         started = round(time.monotonic() - began, 1)
         asked = [it for it in trace() if time.monotonic() + it[0] + PATIENCE_S < deadline]
         with ThreadPoolExecutor(len(asked) or 1) as pool:
@@ -73,11 +73,6 @@ def measure(
 
 
 _SIZES = ("gpu_memory_utilization", "kv_cache_memory_bytes")
-
-
-def _all_run(port: int) -> bool:
-    found = ready(port)["models"]
-    return len(found) == COUNT and all(it["status"] == "RUNNING" for it in found.values())
 
 
 def _answer(port: int, at: float, model: str) -> float | None:
