@@ -89,6 +89,8 @@ class ModelServer:
                 }
             except BaseException:
                 ours.kill()
+                if member:
+                    member.stop()
                 raise
         self._front_ends = ours
         self._member = member

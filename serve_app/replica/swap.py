@@ -71,9 +71,6 @@ class Member:
         self._began = self._since = time.monotonic()
         """When it woke or fell asleep, whichever was last."""
 
-        self._paused = False
-        """Whether it fell asleep with requests running."""
-
         self._come_s = GATEWAYS_COME_S
         """Seconds since it woke in which requests may be on their way."""
 
@@ -98,15 +95,14 @@ class Member:
         """What it is now."""
         with self._lock:
             now, ours = time.monotonic(), self._front_ends
-            running = ours.running if ours else 0
-            waiting = ours.waiting if ours else 0
+            works = bool(ours and _works(ours))
+            waits = bool(ours and ours.waiting)
             wants_s = None
-            if self._state == "asleep":
-                wants_s = now - self._since if self._paused else None
-                if ours and waiting:
-                    wants_s = max(wants_s or 0.0, ours.waited_s)
             if ours is None:
                 wants_s = now - self._began
+            elif self._state == "asleep" and (works or waits):
+                # What works while the engine sleeps is paused, or came just before it fell asleep.
+                wants_s = max(now - self._since if works else 0.0, ours.waited_s)
             awake_s = now - self._since if self._state == "awake" else 0.0
             coming = self._state == "awake" and awake_s < self._come_s
             return Report(
@@ -114,7 +110,7 @@ class Member:
                 self._state,
                 self._slot,
                 wants_s,
-                busy=bool(running or waiting) or coming,
+                busy=works or waits or coming,
                 awake_s=awake_s,
                 evict_cost=self._evict_cost,
                 heard=self._heard,
@@ -185,8 +181,8 @@ class Member:
         taken = time.monotonic()
         async with asyncio.timeout(STEP_S):
             await self._engine.llm.wake_up()
-        self._becomes("awake")
         await ours.asleep(False)
+        self._becomes("awake")
         ours.tell_gateways()
         logger.info(
             f"swap: awake; the slot took {taken - began:.2f} s, "
@@ -200,7 +196,7 @@ class Member:
         await ours.asleep(True)  # from now on new requests are refused
         ours.tell_gateways()
         while True:
-            if not ours.running or time.monotonic() >= began + drain_s:
+            if not _works(ours) or time.monotonic() >= began + drain_s:
                 break
             await asyncio.sleep(0.01)
         drained, paused = time.monotonic(), ours.running
@@ -208,7 +204,6 @@ class Member:
             # What runs goes back to the engine's queue, and is computed again when it has woken.
             await self._engine.llm.sleep(level=1, mode="keep")
             await slot.leave(self._engine.llm)
-        self._paused = bool(paused)
         self._becomes("asleep")
         logger.info(
             f"swap: asleep with {paused} requests paused; the drain took {drained - began:.2f} s, "
@@ -220,6 +215,11 @@ class Member:
             self._state, self._since = state, time.monotonic()
             if state == "asleep":
                 self._slot = None
+
+
+def _works(front_ends: FrontEnds) -> bool:
+    """Whether it has requests, also such as are answered in the background."""
+    return front_ends.running > 0 or front_ends.busy
 
 
 def _timeless(report: Report) -> Report:

@@ -26,7 +26,7 @@ class Replica:
     def __init__(self) -> None:
         self.llm = self.engine_core = self
         self.done: list[str] = []
-        self.wakes = False
+        self.wakes = self.busy = False
         self.running = self.waiting = 0
         self.waited_s = 0.0
         self.taken = ""
@@ -136,13 +136,16 @@ async def test_it_sleeps_and_wakes_as_ordered_and_tells_the_gateways() -> None:
         assert coordinator.last.slot == 1
 
 
-async def test_requests_that_do_not_end_are_paused_and_want_to_go_on() -> None:
+@pytest.mark.parametrize("running", [3, 0])  # 0: one that is answered in the background
+async def test_requests_that_do_not_end_are_paused_and_want_to_go_on(running: int) -> None:
     async with loaded() as (_, engine, coordinator):
-        engine.running = 3
+        engine.running, engine.busy = running, True
         coordinator.orders.append(SLEEP)
         assert await until(lambda: coordinator.last.state == "asleep")
         assert engine.done[2] == "sleep 1 keep"
         assert coordinator.last.wants_s is not None and coordinator.last.busy
+        engine.running, engine.busy = 0, False  # its clients have left
+        assert await until(lambda: coordinator.last.wants_s is None)
 
 
 async def test_an_order_is_done_once_and_one_that_does_not_apply_not_at_all() -> None:
