@@ -5,10 +5,12 @@ step of a swap. The GPU that they share is a stand-in (harness/gpu_stand_in.py);
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,34 @@ def test_a_request_that_is_paused_says_what_it_would_have_said(fleet: Fleet) -> 
         assert not got
     assert got[0].json()["choices"][0]["text"] == whole
     assert "asleep with 1 requests paused" in fleet.cluster.log.read_text(errors="replace")
+
+
+def test_under_load_of_both_each_has_its_turns_and_no_request_is_lost(fleet: Fleet) -> None:
+    """Clients of both that ask again at once, until each model has slept twice."""
+    over = threading.Event()
+
+    def client(model: str) -> list[int]:
+        said = []
+        while not over.is_set():
+            said.append(fleet.ask(model, 16).status_code)
+        return said
+
+    def slept(model: str) -> int:
+        log = fleet.cluster.log.read_text(errors="replace")
+        return len(re.findall(rf"ServeReplica:{model}:.*swap: asleep", log))
+
+    before = {model: slept(model) for model in (A, B)}
+    with ThreadPoolExecutor() as pool:
+        clients = [pool.submit(client, model) for model in (A, B, A, B)]
+        try:
+            assert eventually(
+                lambda: all(slept(model) >= before[model] + 2 for model in (A, B)), PATIENCE_S, 0.5
+            )
+        finally:
+            over.set()
+    for one in clients:
+        assert set(one.result()) == {200}
+    assert not gpu_stand_in.out_of_memory(fleet.gpu)
 
 
 def test_one_that_is_scaled_to_zero_starts_in_its_turn_and_ends_asleep_or_awake(
