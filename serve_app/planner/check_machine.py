@@ -160,11 +160,12 @@ def _gpus(
     needed: dict[str, int] = {}
     wrong = False
     for name, config in counted.items():
-        if config.resources.device == "cpu" or not _fewest(config):
+        group = config.resources.swap_group  # which has its GPU also without a replica
+        if config.resources.device == "cpu" or not (_fewest(config) or group):
             continue
         size = defaults.parallelism(config.engine)
         one = size.gpus // size.data
-        if group := config.resources.swap_group:
+        if group:
             needed[f"swap group {group}"] = 1
         else:
             needed[name] = _fewest(config) * one
