@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,8 +44,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "INFO",
     "TOKENIZERS_PARALLELISM": "false",
-    # Workers of several GPUs are forked, so that what records here records there too.
-    "VLLM_WORKER_MULTIPROC_METHOD": "fork",
 }
 
 
@@ -135,19 +132,22 @@ def start_engine(case: Case) -> dict[str, Any]:
     """Start vLLM's engine as ``vllm serve`` would, up to the size of its KV cache."""
     import vllm
     import vllm.v1.engine.core as core
-    import vllm.v1.worker.gpu_worker as gpu_worker
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.executor.abstract import Executor
 
+    sys.path.insert(0, str(ROOT))  # for the processes of the ranks too
+    from benchmarks.planner_worker import RECORDS
+
     seen: dict[str, Any] = {}
     _record_capacity(core, seen)
     with tempfile.TemporaryDirectory() as folder:
-        _record_profile(gpu_worker, Path(folder))
+        os.environ[RECORDS] = folder
         (Path(folder) / "config.json").write_text(json.dumps(model_config(case)))
         arguments = EngineArgs(
-            model=folder, load_format="dummy", skip_tokenizer_init=True, **case.engine
-        )
+            model=folder, load_format="dummy", skip_tokenizer_init=True,
+            worker_cls="benchmarks.planner_worker.Worker", **case.engine,
+        )  # fmt: skip
         config = arguments.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
         with contextlib.suppress(_Measured):
             core.EngineCore(config, Executor.get_class(config), log_stats=False)
@@ -167,48 +167,6 @@ def start_engine(case: Case) -> dict[str, Any]:
         "weights_of_ranks": [rank["weights"] for rank in ranks],
         **seen,
     }
-
-
-def _record_profile(gpu_worker: Any, folder: Path) -> None:
-    """Keep what ``Worker.determine_available_memory`` measures, a file for each rank."""
-    seen: dict[str, Any] = {}
-    profiling, determine = gpu_worker.memory_profiling, gpu_worker.Worker.determine_available_memory
-
-    @contextlib.contextmanager
-    def recorded_profiling(*args: Any, **kwargs: Any) -> Iterator[Any]:
-        with profiling(*args, **kwargs) as result:
-            yield result
-        before, after = result.before_profile, result.after_profile
-        seen.update(
-            total_consumed=result.total_consumed,
-            activation_peak=result.transient_peak_headroom,
-            non_torch_increase=result.non_torch_increase,
-            non_torch_at_start=result.before_create.non_torch_memory,
-            allocated_before_profile=before.torch_allocated,
-            allocated_after_profile=after.torch_allocated,
-            reserved_after_profile=after.torch_memory,
-            profile_seconds=round(result.profile_time, 1),
-        )
-
-    def recorded_determine(worker: Any) -> int:
-        import torch
-
-        available: int = determine(worker)
-        start = worker.init_snapshot
-        seen.update(
-            gpu=torch.cuda.get_device_name(),
-            total_memory=start.total_memory,
-            free_at_start=start.free_memory,
-            requested_memory=worker.requested_memory,
-            weights=int(worker.model_runner.model_memory_usage),
-            cudagraph_estimate=int(worker.cudagraph_memory_estimate),
-            available_kv_cache=int(available),
-        )
-        (folder / f"rank-{worker.rank:02}").write_text(json.dumps(seen))
-        return available
-
-    gpu_worker.memory_profiling = recorded_profiling
-    gpu_worker.Worker.determine_available_memory = recorded_determine
 
 
 def _record_capacity(core: Any, seen: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig, ids_of, parse
 from serve_app.errors import ConfigError
-from serve_app.planner import hardware
+from serve_app.planner import hardware, shares
 from serve_app.planner.model import metadata
 from serve_app.planner.vllm import defaults, parallelism
 from serve_app.replica.server import ModelServer
@@ -36,7 +36,7 @@ def app(args: dict[str, Any]) -> Application:
         config = parse(ModelConfig, args, "args")
         hardware.refuse_misnamed(config.resources.accelerator_type)
         _refuse_sizes(config)
-        capacity.refuse_impossible(placement.of(config).alone)
+        capacity.refuse_impossible(_placement(config).alone)
         _refuse_ids_of_others(args, config)
     except ConfigError:
         # Serve shows `traceback.format_exc()` as the application's status. The frames tell the user
@@ -47,6 +47,10 @@ def app(args: dict[str, Any]) -> Application:
     return deployment.options(**_deployment_options(config)).bind(
         config.model_dump(exclude_unset=True)
     )
+
+
+def _placement(config: ModelConfig) -> placement.Placement:
+    return shares.placed(config, capacity.types_of_gpu())
 
 
 def _refuse_sizes(config: ModelConfig) -> None:
@@ -97,7 +101,7 @@ def _claims(name: str, args: dict[str, Any]) -> list[str]:
 
 def _deployment_options(config: ModelConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
-        **placement.of(config).options(),
+        **_placement(config).options(),
         **autoscaling.deployment_options(config),
         "max_ongoing_requests": _UNBOUNDED,
         # With Serve's default of 20 a 70B would load for hours before Serve reports why it fails.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overload
-from benchmarks.h200 import customers, failures, front_ends, several, zipf
+from benchmarks.h200 import customers, failures, front_ends, several, shares, zipf
 from benchmarks.h200 import swaps as swap_groups
 from benchmarks.h200.server import (
     HAPROXY,
@@ -443,12 +443,19 @@ def refusals(at: Machine) -> dict[str, Any]:
         server.stop()
 
 
+def shares_1gpu(at: Machine) -> dict[str, Any]:
+    """Three models with parts of one GPU: memory as planned and as taken, deaths, a full GPU."""
+    small, _ = _one_b(at, 1)
+    return shares.measure(at.model, small, at.folder, at.port, at.deadline)
+
+
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
         front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
         overload_8b, start, sleep, swaps, swaps_graphs, swaps_large, zipf_swap, zipf_zero,
         zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, compare_70b,
+        shares_1gpu,
     )
 }  # fmt: skip
 

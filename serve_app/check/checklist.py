@@ -23,7 +23,7 @@ from serve_app.config.notices import notices
 from serve_app.config.secrets import in_plain_text, instead, looks_like_one
 from serve_app.config.settings import ModelConfig, engine_problems
 from serve_app.errors import ConfigError
-from serve_app.kuberay.render.workers import replicas_of
+from serve_app.kuberay.render.workers import packed, replicas_of
 from serve_app.kuberay.validate.judge import judge
 from serve_app.kuberay.validate.manifests import Document, Manifests, get, mapping, read
 from serve_app.kuberay.validate.serving import CONFIG
@@ -118,6 +118,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
     if fleet.gateway is None:
         fix = "add an application with import_path serve_app.gateway:app and route_prefix /"
         findings.append(Finding("gateway", "fail", str(path), "no client can reach a model", fix))
+    findings += _shared_gpus(fleet)
     findings += _gateway(fleet, for_here=for_here and documents is None)
     findings += [Finding("serve settings", "warn", str(path), said) for said in notices(fleet)]
     findings += _renamed_metrics(str(path), path.read_text())
@@ -144,11 +145,35 @@ def gpus_needed(fleet: Fleet) -> tuple[int, int]:
         - {None}
     )
     for config in fleet.models.values():
-        if config.resources.device == "gpu" and not config.resources.swap_group:
+        resources = config.resources
+        whole = not (resources.part_of_gpu or resources.swap_group)
+        if resources.device == "gpu" and whole:
             each = defaults.parallelism(config.engine).gpus
             low, high = replicas_of(config)
             least, most = least + low * each, most + high * each
+    for sharing in _sharing(fleet).values():
+        least += len(packed((config, name, replicas_of(config)[0]) for name, config in sharing))
+        most += len(packed((config, name, replicas_of(config)[1]) for name, config in sharing))
     return least, most
+
+
+def _sharing(fleet: Fleet) -> dict[str, list[tuple[str, ModelConfig]]]:
+    """The models with parts of GPUs, by the type of GPU that they ask for."""
+    found: dict[str, list[tuple[str, ModelConfig]]] = {}
+    for name, config in fleet.models.items():
+        if config.resources.part_of_gpu:
+            found.setdefault(config.resources.accelerator_type or "", []).append((name, config))
+    return found
+
+
+def _shared_gpus(fleet: Fleet) -> Iterator[Finding]:
+    """What shares a GPU, with at least one replica of each model."""
+    for kind, sharing in _sharing(fleet).items():
+        models = ((config, name, max(1, replicas_of(config)[0])) for name, config in sharing)
+        for gpu in packed(models):
+            parts = " + ".join(f"{part.name} {part.fraction:g}" for part in gpu.parts)
+            said = f"{parts} of {kind or 'a GPU'}, {gpu.free:g} left"
+            yield Finding("shared GPU", "ok", str(fleet.path), said)
 
 
 def _engine_arguments(document: Document) -> Iterator[Finding]:

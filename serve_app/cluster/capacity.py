@@ -49,6 +49,18 @@ def here() -> Resources:
     return next((dict(it["Resources"]) for it in ray.nodes() if it["NodeID"] == mine), {})
 
 
+def types_of_gpu() -> set[str]:
+    """The types of GPU of this cluster, by Ray's names; empty where it has none, or may get others.
+
+    A node of an unnamed type has an empty name.
+    """
+    import ray
+
+    if not ray.is_initialized() or may_grow():
+        return set()
+    return {type_of(node.total).strip() for node in nodes() if node.total.get("GPU")}
+
+
 def cores() -> float:
     """The CPU cores of the cluster, by Ray's count; without one (``serve build``), this machine's.
 
@@ -93,7 +105,11 @@ def _times(bundle: Resources, node: Resources) -> int:
         for name, amount in bundle.items()
         if amount
     ]
-    return min((have // need for have, need in units), default=1_000_000)
+    times = [have // need for have, need in units]
+    gpus, part = node.get("GPU", 0), bundle.get("GPU", 0)
+    if 0 < part < 1:  # no replica has parts of two GPUs
+        times.append(int(gpus) * _times({"": part}, {"": 1}) + _times({"": part}, {"": gpus % 1}))
+    return min(times, default=1_000_000)
 
 
 def refuse_impossible(placement: Placement) -> None:

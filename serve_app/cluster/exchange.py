@@ -94,6 +94,9 @@ class Load:
     wakes: bool = False
     """Whether it then wakes by itself when requests wait for it: it is in a swap group."""
 
+    over_plan: int = 0
+    """Bytes of its GPU that it holds beyond its part (``resources.gpu_share``)."""
+
 
 @dataclass(frozen=True)
 class Question:

@@ -8,6 +8,9 @@ one has room, else to as few as possible, and no tensor-parallel group spans nod
 bundles or none, in the order of the requests. Until then the placement group is pending, which is
 what a cluster autoscaler acts on.
 
+A replica with a part of a GPU has no placement group: its own actor takes the fraction, and Ray
+fills a node's GPUs one after the other.
+
 vLLM itself expects bundles of one GPU; :mod:`serve_app.replica.executor` makes it take ours.
 Alternatives and measurements: docs/decisions-placement.md.
 """
@@ -97,9 +100,11 @@ class Placement:
 
     def __str__(self) -> str:
         """The needed resources, to be put into a sentence."""
-        gpus = int(self.head.get("GPU", 0))
+        gpus = self.head.get("GPU", 0)
         groups = self.ranks * self.stages
-        text = f"{gpus}{type_of(self.head)} GPU{'' if gpus == 1 else 's'}"
+        text = f"{gpus:g}{type_of(self.head)} GPU{'s' * (gpus > 1)}"
+        if 0 < gpus < 1:
+            text = f"{gpus:g} of {a_gpu(self.head)}"
         if not gpus:
             text = "a node"
         elif groups == 1:
@@ -121,8 +126,19 @@ def type_of(resources: Mapping[str, float]) -> str:
     return next((f" {name[len(TYPE) :]}" for name in resources if name.startswith(TYPE)), "")
 
 
-def of(config: ModelConfig) -> Placement:
+def a_gpu(resources: Mapping[str, float]) -> str:
+    """One GPU of the type, with its article."""
+    kind = type_of(resources)
+    article = "an" if kind[1:2] in {*"AHLR"} else "a"
+    return f"{article}{kind} GPU"
+
+
+def of(config: ModelConfig, share: float | None = None) -> Placement:
     """The placement that a model's engine arguments and resources ask for.
+
+    Args:
+        share: the fraction of a GPU that ``gpu_memory_gib`` is, by
+            :func:`serve_app.planner.shares.fraction`. Without it the whole GPU stands for it.
 
     Raises:
         ConfigError: an executor or a data-parallel mode for which there is no placement.
@@ -167,6 +183,14 @@ def of(config: ModelConfig) -> Placement:
                 "enable_sleep_mode": True,
                 "gpu_memory_utilization": SWAP_GROUP_UTILIZATION,
             },
+        )
+    if resources.part_of_gpu:
+        part = {"GPU": share or resources.gpu_share or 1.0, **type_of_node}
+        return Placement(
+            own | part,
+            part,
+            in_process=True,
+            engine_defaults={"distributed_executor_backend": "uni"},
         )
     if engine.get("distributed_executor_backend") in _IN_PROCESS:
         world = {"GPU": float(stages * per_stage), **type_of_node}

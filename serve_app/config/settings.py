@@ -73,6 +73,15 @@ class Resources(Settings):
     """A GPU type as Ray names it on a node (``H100``, ``L40S`` …); None takes any. Ray finds
     ``A100`` on both sizes of it; the rendered manifests declare ``A100-40G`` and ``A100-80G``."""
 
+    gpu_share: float | None = Field(default=None, gt=0)
+    """The part of one GPU's memory that a replica gets, such as 0.3: others share the GPU. The
+    planner makes vLLM's two sizes of it; what ``engine`` sets of them holds instead. Memory is
+    planned and not enforced, and the GPU's time is not divided."""
+
+    gpu_memory_gib: float | None = Field(default=None, gt=0)
+    """The same in GiB. Ray reserves a fraction before it chooses a GPU: of ``accelerator_type``,
+    else of the smallest GPU of the cluster."""
+
     num_cpus: float = Field(default=1.0, ge=0)
     """CPU cores reserved on the replica's node, for the engine's front ends. Where it is set,
     ``frontends: auto`` gives no more of them."""
@@ -86,6 +95,34 @@ class Resources(Settings):
 
     evict_cost: float = Field(default=1.0, ge=0)
     """Of several models of a swap group that could sleep, the one with the lowest cost does."""
+
+    @property
+    def part_of_gpu(self) -> str | None:
+        """The name of the setting that gives a part of a GPU; None where replicas have whole
+        ones."""
+        given = ("gpu_share", self.gpu_share), ("gpu_memory_gib", self.gpu_memory_gib)
+        return next((name for name, value in given if value is not None), None)
+
+    @model_validator(mode="after")
+    def _one_part(self) -> Resources:
+        if self.gpu_share is not None and self.gpu_memory_gib is not None:
+            raise ConfigError(
+                "resources.gpu_share and resources.gpu_memory_gib say the same in two units; keep "
+                "one"
+            )
+        if self.gpu_share is not None and self.gpu_share >= 1:
+            raise ConfigError(
+                f"resources.gpu_share is {self.gpu_share:g}, but a part of one GPU is below 1; "
+                "remove it for whole GPUs, as many as engine.tensor_parallel_size"
+            )
+        if self.part_of_gpu and self.swap_group:
+            raise ConfigError(
+                f"resources.{self.part_of_gpu} and resources.swap_group exclude each other: a "
+                "swap group has a whole GPU; keep one"
+            )
+        if self.part_of_gpu and self.device == "cpu":
+            raise ConfigError(f"resources.{self.part_of_gpu} needs device: gpu")
+        return self
 
 
 class Autoscaling(Settings):
@@ -236,6 +273,22 @@ class ModelConfig(_Args):
         return self
 
     @model_validator(mode="after")
+    def _part_of_one_gpu(self) -> ModelConfig:
+        part = self.resources.part_of_gpu
+        for name in _SIZES if part else ():
+            if (size := self.engine.get(name)) not in (None, 1):
+                raise ConfigError(
+                    f"resources.{part} is a part of one GPU, but engine.{name} is {size}; remove "
+                    "one of the two"
+                )
+        if part and self.engine.get("distributed_executor_backend") not in (None, "uni"):
+            raise ConfigError(
+                f"resources.{part} needs vLLM's executor 'uni', in which the replica holds its "
+                "part of the GPU; remove engine.distributed_executor_backend"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ids_once(self) -> ModelConfig:
         ids = ids_of("", self)[1:]
         twice = next((id for id in ids if ids.count(id) > 1), None)
@@ -250,6 +303,16 @@ class ModelConfig(_Args):
     @property
     def pipeline_parallel_size(self) -> int:
         return int(self.engine.get("pipeline_parallel_size") or 1)
+
+
+_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+)
+"""The sizes of a replica on more than one GPU."""
 
 
 def _number_or_auto(
@@ -278,7 +341,10 @@ def engine_problems(engine: dict[str, Any], env: Mapping[str, Any]) -> Iterator[
 def _belongs(key: Any, unknown: Mapping[Any, Any], under: str) -> str | None:
     """Where one of the keys that are not known ``under`` a setting belongs, and what to write."""
     name, value = engine_args.undashed(str(key)), unknown[key]
-    if name == "num_gpus":
+    gpus = name in ("num_gpus", "gpus")
+    if gpus and isinstance(value, float) and 0 < value < 1:
+        return f"a part of a GPU is `{_line('resources', {'gpu_share': value})}`"
+    if gpus:
         return (
             "a replica has as many GPUs as its engine asks for: set engine.tensor_parallel_size, "
             f"`{_line('engine', {'tensor_parallel_size': value})}`"

@@ -218,8 +218,11 @@ def _placement(model: Model, part: Part) -> None:
             model.put("resources", "accelerator_type", name.partition(":")[2])
         else:
             model.leave_out(part.named(f"{part.name}.{name}"), "no counterpart: a resource of Ray")
-    if any(0 < bundle.get("GPU", 0) < 1 for bundle in bundles):
-        model.leave_out(part, "no counterpart: each model has whole GPUs")
+    gpus = [bundle["GPU"] for bundle in bundles if bundle.get("GPU")]
+    if len(gpus) == 1 and 0 < gpus[0] < 1:
+        model.put("resources", "gpu_share", gpus[0])
+    elif any(0 < size < 1 for size in gpus):
+        model.leave_out(part, "no counterpart: a model has a part of one GPU, or whole GPUs")
     if cpus := sum(bundle.get("CPU", 0) for bundle in bundles):
         model.put("resources", "num_cpus", note(cpus, "As many as the bundles had together."))
     strategy = part["strategy"]

@@ -23,7 +23,7 @@ from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.exposition import CONTENT_TYPE, Exposition
-from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions
+from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions, over_plan
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.replicas import Board, Waiting
 from serve_app.gateway.routes import RELAYED, Route
@@ -75,7 +75,8 @@ class ModelStatus(BaseModel):
     """Replicas that run."""
 
     message: str
-    """Why it is not running, or not as it was deployed; empty while all is well."""
+    """Why it is not running, or not as it was deployed, or that it holds more of its GPU than its
+    part; empty while all is well."""
 
     starting: list[Starting]
     queued: int
@@ -192,7 +193,9 @@ def build(
     )
     async def root(request: Request, response: Response) -> Any:
         if page and "text/html" in request.headers.get("accept", ""):
-            return files[static.INDEX].answer(request, vary=["accept"])
+            prefix = request.headers.get("x-forwarded-prefix", "")
+            shown = static.below(files[static.INDEX], prefix)
+            return shown.answer(request, vary=["accept", "x-forwarded-prefix"])
         response.headers["vary"] = "accept"
         known = request.scope[CALLER] is not NOBODY
         below = request.scope.get("root_path", "")
@@ -228,7 +231,7 @@ def build(
         responses=not_ready,
     )
     async def ready(request: Request, response: Response) -> Readiness:
-        readiness = _readiness(directory, keyring, record, waiting, request.scope[CALLER])
+        readiness = _readiness(directory, board, keyring, record, waiting, request.scope[CALLER])
         response.status_code = 200 if readiness.status == "ready" else 503
         return readiness
 
@@ -309,6 +312,7 @@ def build(
 
 def _readiness(
     directory: Directory,
+    board: Board,
     keyring: Keyring | None,
     record: Record | None,
     waiting: Callable[[str], Waiting],
@@ -335,7 +339,7 @@ def _readiness(
             m.name: ModelStatus(
                 status=m.status,
                 replicas=m.replicas,
-                message=m.message,
+                message=m.message or over_plan(m.name, board),
                 starting=[Starting(**start) for start in directory.starting(m)],
                 queued=(waits := waiting(m.name)).requests,
                 longest_wait_s=round(waits.longest_s, 1),

@@ -83,7 +83,7 @@ def build(
     board.waiting = queue.waiting
     exposition = exposition or Exposition(Metrics(), board, b"")
     metrics = exposition.metrics
-    metrics.watch(lambda: [it.name for it in directory.models()], queue.waiting)
+    metrics.watch(lambda: [it.name for it in directory.models()], queue.waiting, board.over_plan)
     limits.hit = metrics.limit_hit
     if record:
         record.lost = metrics.unrecorded

@@ -15,13 +15,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from serve_app.cluster import capacity, placement, progress, serve
+from serve_app.cluster import capacity, progress, serve
 from serve_app.cluster.progress import Phase
 from serve_app.cluster.replicas import Watcher
 from serve_app.config.document import DEPLOYMENT, MODEL_IMPORT_PATH, deployed
 from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig, ids_of
 from serve_app.errors import ConfigError
+from serve_app.planner import shares
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -184,7 +185,7 @@ def _waits_for(model: Model, models: Collection[Model]) -> str | None:
     """Why the model's next replica cannot be placed now; None where it could be."""
     if model.config is None:
         return None
-    place, nodes = placement.of(model.config), capacity.nodes()
+    place = shares.placed(model.config, capacity.types_of_gpu())
     group = model.config.resources.swap_group
     if group and not any(
         it.config
@@ -193,7 +194,7 @@ def _waits_for(model: Model, models: Collection[Model]) -> str | None:
         for it in models
     ):
         place = place.alone  # the group has no GPU yet
-    return capacity.waiting_for(place, nodes)
+    return capacity.waiting_for(place, capacity.nodes())
 
 
 def _report(before: Model | None, now: Model) -> None:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
@@ -89,6 +90,16 @@ class Memory(BaseModel):
     parts: dict[str, float]
     """``weights``, ``kv_cache``, ``graphs`` (CUDA's) and ``other`` (activations), as vLLM measured
     them at the start."""
+
+    gpu: str | None = None
+    """The GPU's UUID, where the model has a part of one."""
+
+    part_gib: float | None = None
+    """That part."""
+
+    others: dict[str, float] | None = None
+    """What other models have of the same GPU, by name; ``others`` are those that this key may not
+    see."""
 
 
 class FleetModel(BaseModel):
@@ -215,19 +226,47 @@ class Fleets:
         about = self._board.about.get(model.name, {})
         return FleetModel(
             status=model.status,
-            message=model.message,
+            message=model.message or over_plan(model.name, self._board),
             mend=_mend(model, starting, asleep and not all(it.sleeps_for_now for it in replicas)),
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
             asleep=asleep,
             takes=about.get("takes", []),
-            memory=about.get("memory"),
+            memory=self._memory(model.name, caller),
             max_model_len=model.max_model_len or self._board.max_model_len.get(model.name),
             queued=waits.requests,
             longest_wait_s=round(waits.longest_s, 1),
             starting=starting,
             replicas=running,
         )
+
+    def _memory(self, name: str, caller: Caller | None) -> Memory | None:
+        """What is in the memory of a model's GPU, with what others have there."""
+        about = self._board.about
+        mine: dict[str, Any] | None = about.get(name, {}).get("memory")
+        if not mine or "gpu" not in mine:
+            return Memory(**mine) if mine else None
+        models = {model.name: model for model in self._directory.models()}
+        others: dict[str, float] = {}
+        for other, of in about.items():
+            theirs = of.get("memory") or {}
+            if other == name or other not in models or theirs.get("gpu") != mine["gpu"]:
+                continue
+            seen = caller is None or caller.may_use(other, models[other])
+            key = other if seen else "others"
+            others[key] = round(others.get(key, 0.0) + sum(theirs["parts"].values()), 2)
+        return Memory(**mine, others=others)
+
+
+def over_plan(name: str, board: Board) -> str:
+    """A sentence where an engine of the model holds more of its GPU than its part, else empty."""
+    over = board.over_plan(name)
+    if not over:
+        return ""
+    return (
+        f"an engine holds {over / 2**30:.2f} GiB of its GPU beyond its part, and its neighbours "
+        "may find no memory; make its part larger, or set a smaller engine.kv_cache_memory_bytes"
+    )
 
 
 def _running(replica: Replica, front_ends: int) -> RunningReplica:
@@ -253,11 +292,21 @@ def _mend(model: Model, starting: list[Starting], put_to_sleep: bool) -> str:
     """A command of docs/troubleshooting.md; its words in capitals are the operator's to fill in."""
     name = shlex.quote(model.name)
     if model.message:
-        # On Kubernetes the command asks for the fleet's name, which its pods do not know.
-        fleet = "FLEET " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
+        fleet = f"{_fleet()} " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
         return f"serve-app logs {fleet}{name}"
     if put_to_sleep:
         return f"serve-app admin {name} wake"
     if any(it.phase.startswith("waiting for ") for it in starting):
         return "serve-app check CONFIG --cluster"
     return ""
+
+
+def _fleet() -> str:
+    """The fleet's name, for which commands ask on Kubernetes: its RayService's.
+
+    KubeRay gives its pods the RayCluster's name, which is the RayService's and five characters;
+    before KubeRay 1.4 "raycluster" stood between. Elsewhere it is the operator's to fill in.
+    """
+    cluster = os.environ.get("RAY_CLUSTER_NAME", "")
+    found = re.fullmatch(r"(.+?)(-raycluster)?-[a-z0-9]{5}", cluster)
+    return found[1] if found else "FLEET"

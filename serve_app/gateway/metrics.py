@@ -28,6 +28,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self._running: dict[str, int] = {}
         self._models: Callable[[], Iterable[str]] = lambda: ()
+        self._holds_over: Callable[[str], int] = lambda model: 0
         self._waiting: Callable[[str], Waiting] = lambda model: Waiting(0, 0.0)
         self._seen: set[str] = set()
         self._requests = Counter(
@@ -119,6 +120,12 @@ class Metrics:
             "For how long the first of these has waited.",
             ("model",),
         )
+        self._over_plan = Gauge(
+            registry,
+            "serve_app_gateway_gpu_memory_over_plan_bytes",
+            "Bytes that an engine of the model holds beyond its part of a GPU; the most of one.",
+            ("model",),
+        )
 
     # --- told by others ------------------------------------------------------------------------
 
@@ -168,9 +175,15 @@ class Metrics:
 
     # --- asked of others -----------------------------------------------------------------------
 
-    def watch(self, models: Callable[[], Iterable[str]], waiting: Callable[[str], Waiting]) -> None:
-        """Ask these for the gauges: what models there are, and what waits for one."""
-        self._models, self._waiting = models, waiting
+    def watch(
+        self,
+        models: Callable[[], Iterable[str]],
+        waiting: Callable[[str], Waiting],
+        over_plan: Callable[[str], int],
+    ) -> None:
+        """Ask these for the gauges: what models there are, what waits for one, and what its
+        engines hold beyond their parts of GPUs."""
+        self._models, self._waiting, self._holds_over = models, waiting, over_plan
 
     def sample(self) -> None:
         """Set the gauges to what is now. A model that was removed stays, with nothing."""
@@ -180,6 +193,7 @@ class Metrics:
             self._inflight.set(self._running.get(model, 0), model)
             self._queued.set(waiting.requests, model)
             self._longest_wait.set(waiting.longest_s, model)
+            self._over_plan.set(self._holds_over(model), model)
 
     async def run(self) -> None:
         """Sample for ever."""

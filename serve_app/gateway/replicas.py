@@ -240,6 +240,11 @@ class Board:
                     self.changed(application)
                     return
 
+    def over_plan(self, application: str) -> int:
+        """The most bytes that one of its engines holds beyond its part of a GPU."""
+        replicas = (it.replica.fresh_load for it in self._front_ends.get(application, {}).values())
+        return max((load.over_plan for load in replicas if load), default=0)
+
     def application_of(self, front_end: str) -> str | None:
         """The application of the front end with this id, live or avoided."""
         having = (name for name, known in self._front_ends.items() if front_end in known)

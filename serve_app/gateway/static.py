@@ -84,20 +84,31 @@ def has(request: Request, etag: str) -> bool:
     return etag in request.headers.get("if-none-match", "")
 
 
+_PREFIX = re.compile(r"(?:/[\w.~-]+)+", re.ASCII)
+
+
+def below(file: File, prefix: str) -> File:
+    """The page for who opens it below a prefix that a proxy has cut off (``X-Forwarded-Prefix``):
+    without a slash at the address's end, relative links would lead out of it."""
+    if not _PREFIX.fullmatch(prefix):
+        return file
+    link = f'="{prefix}{UNDER}'.encode()
+    return _file(file.type, file.plain.body.replace(f'="{UNDER[1:]}'.encode(), link))
+
+
 @functools.cache
 def read() -> Mapping[str, File]:
     """All files by their path below :data:`FOLDER`."""
     return {
-        path.relative_to(FOLDER).as_posix(): _file(path)
+        path.relative_to(FOLDER).as_posix(): _file(_TYPES[path.suffix], path.read_bytes())
         for path in sorted(FOLDER.rglob("*"))
         if path.suffix in _TYPES
     }
 
 
-def _file(path: Path) -> File:
-    body = path.read_bytes()
+def _file(type: str, body: bytes) -> File:
     packed = _Form(gzip.compress(body, mtime=0), "gzip")  # without the time: ETags stay the same
-    return File(_TYPES[path.suffix], _Form(body), packed)
+    return File(type, _Form(body), packed)
 
 
 _GZIP = re.compile(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,6 @@ from serve_app.planner.hardware import GPU, MIB, Machine
 _QUERY = "index,uuid,name,memory.total,compute_cap"
 _PATIENCE_S = 60.0
 """Seconds for ``nvidia-smi``, which wakes idle GPUs one after the other."""
-
-_CUDA_SHARE = 0.97
-"""CUDA's total is below the driver's; the least among the GPUs of data/gpus.json."""
 
 
 def look() -> Machine:
@@ -83,7 +79,7 @@ def gpus_in(listing: str, visible: str | None) -> tuple[GPU, ...]:
     for line in filter(str.strip, listing.splitlines()):
         index, uuid, name, memory, capability = (part.strip() for part in line.split(","))
         try:
-            gpu = _gpu(name, int(memory) * MIB, round(10 * float(capability)))
+            gpu = hardware.of_driver(name, int(memory) * MIB, round(10 * float(capability)))
         except ValueError:
             raise UserError(
                 f"nvidia-smi does not tell the memory of GPU {index} ({name}); write a config file "
@@ -106,17 +102,6 @@ def _is_visible(index: str, uuid: str, visible: str | None) -> bool:
         if not entry.isdigit() and not entry.startswith("GPU-"):
             return False
     return False
-
-
-def _gpu(name: str, memory: int, capability: int) -> GPU:
-    """The planner's GPU of this name and size, else one made of what the driver says."""
-    words = set(re.split(r"[^A-Za-z0-9]+", name.upper()))
-    for known in hardware.gpus().values():
-        called = re.sub(r"-\d+G$", "", known.name).upper().split("-")
-        if words.issuperset(called) and _CUDA_SHARE - 0.01 < known.memory_bytes / memory < 1.01:
-            return known
-    short = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
-    return GPU(short, None, 0, int(memory * _CUDA_SHARE), capability, None)
 
 
 def _memory_bytes(field: str, held: Callable[[Path], int]) -> int:

@@ -7,16 +7,17 @@ memory without what is only estimated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import swap
+from serve_app.planner import choose, swap, together
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.loading import cpu_bytes, cpu_plan, load_known
 from serve_app.planner.vllm import defaults
+from serve_app.planner.vllm.share import KEY
 
 _CHECK = "this machine"
 
@@ -158,6 +159,8 @@ def _gpus(
     if any(name and name.startswith("A100") for name in names):
         names.add("A100")  # as Ray itself marks both sizes
     needed: dict[str, int] = {}
+    parts: list[together.Part] = []
+    smallest = min(gpus, key=lambda gpu: gpu.memory_bytes, default=None)
     wrong = False
     for name, config in counted.items():
         group = config.resources.swap_group  # which has its GPU also without a replica
@@ -165,8 +168,11 @@ def _gpus(
             continue
         size = defaults.parallelism(config.engine)
         one = size.gpus // size.data
+        part = together.part_of(name, config, smallest)
         if group:
             needed[f"swap group {group}"] = 1
+        elif part is not None:
+            parts += _fewest(config) * [part]
         else:
             needed[name] = _fewest(config) * one
         asked = config.resources.accelerator_type
@@ -178,11 +184,32 @@ def _gpus(
         elif asked is not None and None not in names and asked not in names:
             said = f"resources.accelerator_type is {asked}, and this machine has {gpus[0].ray_name}"
             yield Finding(_CHECK, "fail", name, said, "change it, or remove it")
-    total = sum(needed.values())
+    total = sum(needed.values()) + len(together.packed(parts))
     if not wrong and total > len(gpus):
-        each = ", ".join(f"{name}: {count}" for name, count in needed.items())
-        said = f"all replicas together need {total} GPUs ({each}), and {there}"
-        yield Finding(_CHECK, "fail", next(iter(needed)), said, "serve fewer models or replicas")
+        told = [f"{name}: {count}" for name, count in needed.items()]
+        told += [f"{part.name}: {part.setting}" for part in parts]
+        said = f"all replicas together need {total} GPUs ({', '.join(told)}), and {there}"
+        fix = _smaller_part(parts, counted, gpus, len(gpus) - sum(needed.values()))
+        first = [*([] if fix else needed), *(part.name for part in parts)][0]
+        yield Finding(_CHECK, "fail", first, said, fix or "serve fewer models or replicas")
+
+
+def _smaller_part(
+    parts: list[together.Part], counted: dict[str, ModelConfig], gpus: tuple[GPU, ...], left: int
+) -> str | None:
+    """One model's smaller part with which it fits, and all parts fit on ``left`` GPUs."""
+    over = round(sum(part.fraction for part in parts) - left, 4)
+    for part in sorted(parts, key=lambda part: -part.fraction):
+        config, smaller = counted[part.name], round(part.fraction - over, 4)
+        if _fewest(config) > 1 or smaller <= 0 or (model := load_known(config)) is None:
+            continue
+        arguments = choose.arguments_of(config)
+        arguments[KEY] = size = arguments[KEY].of_size(smaller, gpus[0], down=True)
+        rest = [other for other in parts if other is not part]
+        fits = choose.plan_on(model, arguments, gpus[0]).fits
+        if fits and len(together.packed([*rest, replace(part, fraction=smaller)])) <= left:
+            return f"with {size} '{part.name}' fits beside the others"
+    return None
 
 
 def _swapped(counted: dict[str, ModelConfig], limits: Limits) -> Iterator[Finding]:

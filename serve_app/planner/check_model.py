@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
@@ -15,7 +14,7 @@ from serve_app.config.document import Fleet
 from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_machine, choose, front_ends, hardware, report, swap
+from serve_app.planner import check_machine, choose, front_ends, hardware, swap, verdict
 from serve_app.planner.check_machine import Limits
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.hardware import GIB, GPU
@@ -23,7 +22,7 @@ from serve_app.planner.loading import cpu_plan, load_known, load_model
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY
 from serve_app.planner.vllm import defaults, parallelism
-from serve_app.planner.vllm.memory import Plan
+from serve_app.planner.vllm.memory import TIGHT_SHARE, Plan
 
 _SKIP = "(--no-check skips this)"
 
@@ -162,7 +161,11 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
             "resources.accelerator_type is not set, so the replica may start on any GPU",
             f"set it, for example to {gpu.ray_name or gpu.name}",
         )
-    yield _memory_finding(name, config, plan, choose.smallest(model, arguments, gpu))
+    if either := hardware.either_size(asked):
+        yield Finding("memory", "warn", name, *either)
+    part = config.resources.part_of_gpu  # whose reasons say which part would do
+    smallest = None if part else choose.smallest(model, arguments, gpu)
+    yield _memory_finding(name, config, plan, smallest)
     yield from _context(name, config, plan)
 
 
@@ -171,12 +174,9 @@ def malformed(config: ModelConfig, model: Model) -> str | None:
     for why, remedy in parallelism.remedies(model.shape, defaults.parallelism(config.engine)):
         return f"engine.{why}; {remedy}"
     asked = count(config.engine.get("max_model_len"), "max_model_len", least=-1) or -1
-    if asked > model.shape.max_position_embeddings and not _allows_longer(config):
-        return "; ".join(_too_long(model, asked))
+    if too_long := verdict.too_long(model, asked, config):
+        return "; ".join(too_long)
     return None
-
-
-_OFFLOADS = ("cpu_offload_gb", "cpu_offload_params", "offload_group_size", "offload_params")
 
 
 def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str | None:
@@ -197,26 +197,17 @@ def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str
         if gpu is None:
             return None
         plan = choose.plan_on(model, arguments, gpu)
-        larger = replace(gpu, memory_bytes=int(gpu.memory_bytes * (1 + report.TIGHT_SHARE)))
+        larger = replace(gpu, memory_bytes=int(gpu.memory_bytes * (1 + TIGHT_SHARE)))
         might = choose.plan_on(model, arguments, larger).fits
         if not model.shape.known:  # then only the weights are not guessed
             might = max(stage.weights for stage in plan.stages) < gpu.memory_bytes
     except UserError:
         return None  # a GPU that the planner's tables lack may still be enough
     refused = choose.refusal(plan.engine.quantization, plan.engine, gpu)
-    if refused or might or any(map(arguments.get, _OFFLOADS)):
+    if refused or might:
         return refused
-    return _memory_finding("", config, plan, choose.smallest(model, arguments, gpu)).text
-
-
-def _too_long(model: Model, asked: int) -> tuple[str, str]:
-    """What is wrong with a ``max_model_len`` beyond the model's own, and what to do."""
-    longest = model.shape.max_position_embeddings
-    return f"max_model_len {asked} is above the model's {longest}", f"set it to {longest} or less"
-
-
-def _allows_longer(config: ModelConfig) -> bool:
-    return (os.environ | config.env).get("VLLM_ALLOW_LONG_MAX_MODEL_LEN") in ("1", "true")
+    smallest = None if config.resources.part_of_gpu else choose.smallest(model, arguments, gpu)
+    return _memory_finding("", config, plan, smallest).text
 
 
 def _parallelism(name: str, model: Model, plan: Plan) -> Iterator[Finding]:
@@ -230,15 +221,8 @@ def _parallelism(name: str, model: Model, plan: Plan) -> Iterator[Finding]:
     if wrong:
         yield from wrong
         return
-    if plan.parallel.tensor > limit:
-        yield Finding(
-            "parallelism",
-            "fail",
-            name,
-            f"tensor_parallel_size {plan.parallel.tensor} is more than the {limit} GPUs of the "
-            f"largest machine with {plan.gpu.name}",
-            "use pipeline_parallel_size across machines",
-        )
+    if why := verdict.beyond_machines(plan):
+        yield Finding("parallelism", "fail", name, *why)
         return
     kv = model.shape.num_key_value_heads
     if not model.shape.mla and model.shape.causal and kv and plan.parallel.tensor > kv:
@@ -302,22 +286,17 @@ def _memory_finding(
         f"{stage.without_kv / GIB:.1f} GiB and {max(0, stage.kv_cache) / GIB:.1f} GiB of KV cache "
         f"per {plan.gpu.name}"
     )
-    if not machines and refused:
-        return Finding(
-            "memory",
-            "fail",
-            name,
-            f"{takes}, but no EC2 machine takes a replica",
-            f"{refused[0].name}: {refused[0].reason}",
-        )
-    where = ""
-    if machines:
-        best = machines[0]
-        where = f", on {best.count} × {best.instance.name}"
-        if best.stranded_gpus:
-            where += f" ({best.stranded_gpus} GPUs idle)"
-    tight = any("tight fit" in note for note in report.notes_on(plan))
-    if tight:
+    if not machines:
+        why = f"{refused[0].name}: {refused[0].reason}" if refused else None
+        said = f"{takes}, but no EC2 machine takes a replica"
+        return Finding("memory", "fail", name, said, why)
+    if missing := verdict.short_of_host_memory(plan, config):
+        return Finding("memory", "fail", name, *missing)
+    best = machines[0]
+    where = f", on {best.count} × {best.instance.name}"
+    if best.stranded_gpus:
+        where += f" ({best.stranded_gpus} GPUs idle)"
+    if plan.tight:
         return Finding(
             "memory",
             "warn",
@@ -331,18 +310,18 @@ def _memory_finding(
 def _context(name: str, config: ModelConfig, plan: Plan) -> Iterator[Finding]:
     longest, asked = plan.model.shape.max_position_embeddings, plan.engine.max_model_len
     if asked > longest:
-        status: Status = "warn" if _allows_longer(config) else "fail"
-        yield Finding("context length", status, name, *_too_long(plan.model, asked))
+        status: Status = "warn" if verdict.allows_longer(config) else "fail"
+        yield Finding("context length", status, name, *verdict.beyond_own(plan.model, asked))
     elif not plan.fits:
         return  # _memory_finding reports it
     elif not plan.groups:
         yield Finding("context length", "ok", name, f"{asked} tokens, no KV cache needed")
-    elif plan.concurrency() < 2:
+    elif plan.room() < 2:
         yield Finding(
             "context length",
             "warn",
             name,
-            f"the KV cache holds {plan.concurrency():.1f} requests of {asked} tokens",
+            f"the KV cache holds {plan.room():.1f} requests of {asked} tokens",
             "lower max_model_len, or add GPUs, so that several long requests can run at once",
         )
     else:

@@ -6,6 +6,7 @@ pipeline stages across machines, as vLLM advises (TP = GPUs per node, PP = nodes
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,11 +18,11 @@ from serve_app.config import yaml_files
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.planner import hardware
-from serve_app.planner.hardware import GPU, Instance
+from serve_app.planner.hardware import GPU, MIB, Instance
 from serve_app.planner.model import quantization
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
-from serve_app.planner.vllm import defaults, memory, parallelism
+from serve_app.planner.vllm import defaults, memory, parallelism, share
 from serve_app.planner.vllm.memory import Plan
 from serve_app.planner.vllm.sharding import Parallelism
 
@@ -60,8 +61,12 @@ class RefusedInstance:
 
 
 def arguments_of(config: ModelConfig) -> dict[str, Any]:
-    """A config's engine arguments, with LoRA on if it has adapters (replica/engine.py)."""
+    """A config's engine arguments, with LoRA on if it has adapters (replica/engine.py), and with
+    the part of a GPU that it asks for."""
     arguments = dict(config.engine)
+    if config.resources.part_of_gpu:
+        resources = config.resources
+        arguments[share.KEY] = share.Share(resources.gpu_share, resources.gpu_memory_gib)
     if config.adapters:
         arguments.setdefault("enable_lora", True)
     if config.resources.swap_group and config.resources.device == "gpu":
@@ -88,7 +93,23 @@ def plan_on(
     else:
         found = memory.plan(model, engine, gpu)
     reasons = (*wrong, *([refused] if refused else []), *(() if wrong else found.reasons))
+    if found.reasons and not wrong and not refused and share.KEY in arguments:
+        reasons += (_enough(model, arguments, gpu),)
     return replace(found, fits=not reasons, reasons=reasons)
+
+
+def _enough(model: Model, arguments: dict[str, Any], gpu: GPU) -> str:
+    """The smallest part of ``gpu`` that would do, in a sentence."""
+    part: share.Share = arguments[share.KEY]
+
+    def fits(percent: int) -> bool:
+        larger = arguments | {share.KEY: part.of_size(percent / 100, gpu)}
+        return memory.plan(model, defaults.resolve(larger, model.shape, gpu), gpu).fits
+
+    percent = bisect.bisect_left(range(100), True, key=fits)
+    if percent < 100:
+        return f"{part.of_size(percent / 100, gpu)} would fit"
+    return f"no part of {gpu.name} is enough; remove {str(part).split()[0]}"
 
 
 def refusal(scheme: Quantization | None, engine: defaults.EngineArgs, gpu: GPU) -> str | None:
@@ -109,21 +130,33 @@ def refusal(scheme: Quantization | None, engine: defaults.EngineArgs, gpu: GPU) 
 
 
 def smallest(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
-    """The smallest layout on one GPU type. Data parallelism stays as the arguments say."""
+    """The smallest layout on one GPU type. Data parallelism stays as the arguments say.
+
+    One that is tight is taken only if no other fits.
+    """
     asked = defaults.parallelism(arguments)
     closest: Plan | None = None
+    tight: Plan | None = None
     for parallel in layouts(model, arguments, gpu):
         found = plan_on(model, arguments, gpu, parallel)
-        if found.fits:
+        if found.fits and not found.tight:
             return Choice(gpu, found)
+        if found.fits:
+            tight = tight or found
+            continue
         refused = refusal(found.engine.quantization, found.engine, gpu)
         if refused:
             return Choice(gpu, None, refused)
         closest = found
+    if tight is not None:
+        return Choice(gpu, tight)
     if closest is None:
         alone = replace(asked, tensor=1, pipeline=1)
         return Choice(gpu, None, "; ".join(parallelism.problems(model.shape, alone)))
-    return Choice(gpu, None, f"not even {closest.parallel}: {'; '.join(closest.reasons)}")
+    reasons = "; ".join(closest.reasons)
+    if share.KEY in arguments:
+        return Choice(gpu, None, reasons)
+    return Choice(gpu, None, f"not even {closest.parallel}: {reasons}")
 
 
 def layouts(
@@ -135,6 +168,8 @@ def layouts(
     """
     asked = defaults.parallelism(arguments)
     scheme = defaults.resolve(arguments, model.shape, gpu).quantization
+    if share.KEY in arguments:  # of one GPU
+        gpus = 1
     sizes = [
         tp
         for tp in range(1, (gpus or hardware.max_gpus_per_node(gpu)) + 1)
@@ -159,7 +194,7 @@ class Lighter:
     name: str
     gpus: int
     weights_bytes: int
-    """Over all GPUs of the replica's tensor group, per pipeline stage summed."""
+    """Over all GPUs of the replica."""
     how: str
 
 
@@ -181,9 +216,8 @@ def lighter(model: Model, arguments: dict[str, Any], gpu: GPU, gpus: int) -> lis
         lighter_model = replace(model, shape=shape, tensors=packed)
         choice = smallest(lighter_model, arguments, gpu)
         if choice.plan and choice.plan.parallel.gpus < gpus:
-            weights = sum(stage.weights for stage in choice.plan.stages)
-            tensor = choice.plan.parallel.tensor
-            found.append(Lighter(scheme.label, choice.plan.parallel.gpus, weights * tensor, how))
+            fewer, weights = choice.plan.parallel.gpus, choice.plan.weights_on_all_gpus
+            found.append(Lighter(scheme.label, fewer, weights, how))
     return found
 
 
@@ -203,7 +237,7 @@ def machines(
     """
     parallel = found.parallel
     cpu_m = 1000 * (_own_cpus(config) if config else 1)
-    host_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
+    reserved_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
     good: list[Machines] = []
     refused: list[RefusedInstance] = []
     for instance in hardware.instances().values():
@@ -227,6 +261,8 @@ def machines(
                 RefusedInstance(instance.name, "spans machines, but the type has no EFA")
             )
             continue
+        pinned_mib = found.host_bytes / MIB * min(1, groups_per_node / groups)
+        host_mib = max(reserved_mib, pinned_mib)
         if cpu_m > instance.allocatable_cpu_m or host_mib > instance.allocatable_memory_mib:
             refused.append(
                 RefusedInstance(

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from serve_app.config.document import load
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
-from serve_app.planner import check_model, choose, front_ends, hardware, report, swap
-from serve_app.planner.hardware import GPU, Instance
+from serve_app.planner import (
+    check_model,
+    choose,
+    front_ends,
+    hardware,
+    report,
+    swap,
+    together,
+    totals,
+    verdict,
+)
+from serve_app.planner.hardware import GPU
 from serve_app.planner.loading import cpu_plan, load_model
 from serve_app.planner.model import metadata
 from serve_app.planner.model.checkpoint import Model
@@ -22,6 +32,8 @@ from serve_app.planner.report import Report
 from serve_app.planner.targets import engine_arguments, is_config
 
 _TYPICAL_LENGTH = 2048
+_LONG_CONTEXT, _SHORTER = 131_072, 32_768
+"""Tokens: a context of its own beyond which a shorter one is suggested, and that one."""
 
 
 @click.command()
@@ -56,7 +68,10 @@ def plan(
     json_: bool,
     list_: bool,
 ) -> None:
-    """Say whether a model fits, on which GPUs and machines, and for how many requests at once."""
+    """Say whether a model fits, on which GPUs and machines, and for how many requests at once.
+
+    The exit status is 1 if it does not, or one of a config's models does not.
+    """
     console = Console()
     if list_:
         _list(console)
@@ -64,24 +79,42 @@ def plan(
     if target is None:
         raise click.UsageError("name a config file or a model")
     priced = choose.read_prices(prices) if prices else None
-    gpu, instance = hardware.find(gpu_name) if gpu_name else (None, None)
+    targets = _targets(target, only, engine_arguments(overrides))
+    shared_gpu = together.one_gpu((model, config) for _, model, config, _ in targets)
     reports = [
-        _report(*found, gpu=gpu, instance=instance, typical_length=typical_length, prices=priced)
-        for found in _targets(target, only, engine_arguments(overrides))
+        _report(
+            *found,
+            gpu_name=gpu_name or together.name_of(shared_gpu, found[2]),
+            typical_length=typical_length,
+            prices=priced,
+        )
+        for found in targets
     ]
+    groups = swap.of_config(Path(target), gpu_name) if is_config(target) and not only else []
+    fits = all(one.plan.fits for one in reports) and all(it.status != "fail" for it in groups)
+    shared = together.of_fleet(reports)
     if json_:
         found = [report.as_json(one) for one in reports]
-        both = {"fits": all(one["fits"] for one in found), "models": found}
+        both = {"fits": fits, "machines": totals.as_json(reports), "models": found}
+        if shared:
+            both["shared_gpus"] = together.as_json(shared)
+        if groups:
+            both["swap_groups"] = [it.text for it in groups]
         click.echo(json.dumps(found[0] if len(found) == 1 else both, indent=2))
     else:
         for index, one in enumerate(reports):
             if index:
                 console.rule()
             report.show(one, console)
-        if is_config(target) and not only:
-            swap.show(load(Path(target)), gpu, console)
+        together.show(shared, console)
+        swap.show(groups, console)
+        if len(reports) > 1 and (total := totals.said(reports)):
+            console.rule()
+            console.print(Text(total, "bold"))
     if plot:
         report.save(reports, plot)
+    if not fits:
+        raise SystemExit(1)
 
 
 def _list(console: Console) -> None:
@@ -123,18 +156,19 @@ def _report(
     config: ModelConfig,
     as_configured: bool,
     *,
-    gpu: GPU | None,
-    instance: Instance | None,
+    gpu_name: str | None,
     typical_length: int,
     prices: dict[str, float] | None,
 ) -> Report:
-    if config.resources.device == "cpu" and gpu is None:
-        on_cpu = cpu_plan(model, config)
+    if config.resources.device == "cpu" and gpu_name is None:
+        on_cpu = verdict.of(cpu_plan(model, config), config).plan
         found = front_ends.on_plan(config, on_cpu, None)
-        return Report(name, on_cpu, typical_length, found, notes=report.notes_on(on_cpu))
+        length = min(typical_length, on_cpu.engine.max_model_len)
+        return Report(name, on_cpu, length, found, config, notes=report.notes_on(on_cpu))
     arguments = choose.arguments_of(config)
-    if gpu is None and config.resources.accelerator_type:
-        gpu, _ = hardware.find(config.resources.accelerator_type)
+    asked = gpu_name or config.resources.accelerator_type
+    gpu, instance = hardware.find(asked) if asked else (None, None)
+    hint = _hint(model, arguments, gpu)
     choices = choose.per_gpu_type(model, arguments)
     if gpu is None:
         best = choose.default_choice(choices, prices, config)
@@ -142,14 +176,13 @@ def _report(
     smallest = next(choice for choice in choices if choice.gpu is gpu)
     chosen = None if as_configured else smallest.plan
     plan = chosen or choose.plan_on(model, arguments, gpu)
-    good, refused = choose.machines(plan, config, prices) if plan.fits else ([], [])
-    if instance is not None:
-        refused = [one for one in refused if one.name == instance.name]
-        good = [one for one in good if one.instance.name == instance.name]
+    judged = verdict.of(plan, config, instance=instance, prices=prices)
+    plan, good = judged.plan, judged.machines if judged.plan.fits else []
     notes = report.notes_on(plan)
-    if instance is not None and plan.fits and not good:
-        why = refused[0].reason if refused else "it has other GPUs"
-        plan = replace(plan, fits=False, reasons=(f"{instance.name}: {why}",))
+    if either := hardware.either_size(asked):
+        notes.insert(0, "; ".join(either))
+    # The reasons against a part of a GPU say which part would do.
+    layout_told = not config.resources.part_of_gpu and (judged.of_layout or plan.fits)
     needed = smallest.plan.parallel.gpus if smallest.plan else 1 << 30
     on = instance or (good[0].instance if good else None)
     return Report(
@@ -157,10 +190,34 @@ def _report(
         plan=plan,
         typical_length=min(typical_length, plan.engine.max_model_len),
         front_ends=front_ends.on_plan(config, plan, front_ends.on_machine(on) if on else None),
-        smallest=smallest,
+        config=config,
+        smallest=smallest if layout_told else None,
         choices=choices,
         lighter=choose.lighter(model, arguments, gpu, needed),
         machines=good,
-        refused_machines=refused,
+        refused_machines=judged.refused,
         notes=notes,
+        hint=hint,
     )
+
+
+def _hint(model: Model, arguments: dict[str, Any], gpu: GPU | None) -> str | None:
+    """A shorter context, where the model's own is longer than most want and takes more GPUs."""
+    own = model.shape.max_position_embeddings
+    if own <= _LONG_CONTEXT or arguments.get("max_model_len") is not None:
+        return None
+    shorter = arguments | {"max_model_len": _SHORTER}
+    best = choose.smallest(model, shorter, gpu) if gpu else _best(model, shorter)
+    whole = choose.smallest(model, arguments, best.gpu) if best else None
+    if best is None or whole is None or best.plan is None:
+        return None
+    if whole.plan and whole.plan.parallel.gpus <= best.plan.parallel.gpus:
+        return None
+    return (
+        f"its own context is {own:,} tokens; with -e max_model_len={_SHORTER} it fits on "
+        f"{best.plan.parallel.gpus} × {best.gpu.name}"
+    )
+
+
+def _best(model: Model, arguments: dict[str, Any]) -> choose.Choice | None:
+    return choose.default_choice(choose.per_gpu_type(model, arguments), None, None)

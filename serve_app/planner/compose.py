@@ -23,9 +23,8 @@ from serve_app.planner.hardware import GIB, GPU, MIB, Machine
 from serve_app.planner.loading import cpu_bytes, cpu_plan, load_model
 from serve_app.planner.model import metadata, runner
 from serve_app.planner.model.checkpoint import Model
-from serve_app.planner.report import TIGHT_SHARE
 from serve_app.planner.vllm import defaults, parallelism
-from serve_app.planner.vllm.memory import DEFAULT_CPU_KV_GIB, Plan
+from serve_app.planner.vllm.memory import DEFAULT_CPU_KV_GIB, TIGHT_SHARE, Plan
 from serve_app.planner.vllm.sharding import Parallelism
 
 _GATEWAY = "gateway"

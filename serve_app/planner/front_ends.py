@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose, hardware
+from serve_app.planner import choose, hardware, shares
 from serve_app.planner.hardware import Instance
 from serve_app.planner.loading import load_model
 from serve_app.planner.model import runner
@@ -110,7 +110,7 @@ def _estimated(config: ModelConfig, node: Node, accelerator: str | None) -> Fron
 
 def on_plan(config: ModelConfig, plan: Plan, node: Node | None) -> FrontEnds:
     """The front ends of a planned replica; ``node`` is None where the machine is not known."""
-    given = _given(config) or _pooling(config, shape_pools=plan.model.shape.pooling)
+    given = _given(config) or _pooling(config, shape_pools=plan.engine.pooling)
     if given is not None:
         return given
     if not plan.gpu.bandwidth:
@@ -169,6 +169,8 @@ def cores_left(config: ModelConfig, node: Node, gpus: int | None = None) -> floa
     of_replica = gpus or parallel.tensor * parallel.pipeline
     if config.resources.device == "cpu" or not node.gpus:
         return node.cores - 2
+    if config.resources.part_of_gpu:  # EngineCore is the worker
+        return node.cores * shares.about(config) / node.gpus - 2
     here = min(of_replica, node.gpus)  # other pipeline stages may be elsewhere
     return node.cores * here / node.gpus - here - 2
 

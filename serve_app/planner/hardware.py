@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -16,6 +17,12 @@ from serve_app.errors import ConfigError, UserError, did_you_mean
 
 MIB = 1 << 20
 GIB = 1 << 30
+
+CONTEXT_BYTES = 527 * MIB
+"""Memory of the CUDA context of one process (measured on an H200): no part of what vLLM counts."""
+
+_CUDA_SHARE = 0.97
+"""CUDA's total is below the driver's; the least among the GPUs of data/gpus.json."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +137,45 @@ def find(name: str) -> tuple[GPU, Instance | None]:
     key = name.lower().removeprefix("nvidia-").replace("_", "-").replace("-80gb", "-80g")
     if key in names:
         return names[key], None
+    if elsewhere := _not_on_ec2(name):
+        raise UserError(elsewhere)
     known = [*gpus(), *instances()]
     raise UserError(
         f"'{name}' is neither a GPU nor an EC2 GPU instance"
         f"{did_you_mean(name, known)} (GPUs: {', '.join(gpus())})"
     )
+
+
+_LIKE = {"3090": "A10G", "4090": "L4", "5090": "RTX-PRO-4500", "A6000": "L40S", "6000 ADA": "L40S"}
+"""GPUs of workstations, and one of the table that is of their generation and about their size."""
+
+
+def _not_on_ec2(name: str) -> str | None:
+    """A sentence on a GPU that is well known but not in the table."""
+    spelled = name.upper().replace("-", " ").replace("_", " ")
+    if re.search(r"\bMI ?\d{3}", spelled):
+        return (
+            f"{name} is made by AMD, and only NVIDIA's GPUs are planned for; vLLM needs its ROCm "
+            "build there, which serve_app is not tested with"
+        )
+    for model, like in _LIKE.items():
+        if model in spelled:
+            return (
+                f"{name} is in no EC2 machine, so its sizes are not kept here; {like} "
+                f"({gpus()[like].memory_gib:.1f} GiB) is nearly the same: --gpu {like}"
+            )
+    return None
+
+
+def of_driver(name: str, memory: int, capability: int) -> GPU:
+    """The GPU of this name and size in bytes by NVIDIA's driver, else one made of what it says."""
+    words = set(re.split(r"[^A-Za-z0-9]+", name.upper()))
+    for known in gpus().values():
+        called = re.sub(r"-\d+G$", "", known.name).upper().split("-")
+        if words.issuperset(called) and _CUDA_SHARE - 0.01 < known.memory_bytes / memory < 1.01:
+            return known
+    short = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return GPU(short, None, 0, int(memory * _CUDA_SHARE), capability, None)
 
 
 def refuse_misnamed(accelerator: str | None) -> None:
@@ -173,6 +214,15 @@ def with_accelerator(accelerator: str, where: str) -> tuple[Instance, ...]:
             f"{did_you_mean(accelerator, names)} (known: {', '.join(names)})"
         )
     return tuple(i for i in instances().values() if i.gpu in names[accelerator])
+
+
+def either_size(name: str | None) -> tuple[str, str] | None:
+    """What a name means that stands for two sizes of a GPU, and what to say instead."""
+    if (name or "").upper() != "A100":
+        return None
+    return "A100 may be either size, and is planned as the one with 80 GB", (
+        "say A100-40G or A100-80G"
+    )
 
 
 def max_gpus_per_node(gpu: GPU) -> int:

@@ -24,7 +24,13 @@ def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
         UserError: the model's metadata cannot be had. A draft without metadata is left out instead.
     """
     aliases = () if offline else config.served_as
-    model = metadata.load(config.model, also_known_as=aliases, offline=offline)
+    overrides = config.engine.get("hf_overrides")
+    model = metadata.load(
+        config.model,
+        also_known_as=aliases,
+        offline=offline,
+        overrides=overrides if isinstance(overrides, dict) else None,
+    )
     draft = defaults.draft_of(config.engine)
     if draft is None or draft.model is None:
         return model
@@ -36,7 +42,8 @@ def load_model(config: ModelConfig, *, offline: bool = False) -> Model:
 
 def load_known(config: ModelConfig) -> Model | None:
     """The metadata, where it is on this machine and is surely that which vLLM would read."""
-    if config.engine.keys() & metadata.OTHER_CONFIG:
+    other = config.engine.keys() & metadata.OTHER_CONFIG
+    if other - {"hf_overrides"} or (other and not isinstance(config.engine["hf_overrides"], dict)):
         return None
     try:
         return load_model(config, offline=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
 from serve_app.planner import choose
 from serve_app.planner.choose import Choice, Lighter, Machines, RefusedInstance
@@ -18,10 +20,6 @@ from serve_app.planner.front_ends import FrontEnds
 from serve_app.planner.hardware import GIB
 from serve_app.planner.model.tensors import PRECISION_BITS, parameter_bytes
 from serve_app.planner.vllm.memory import GPUMemory, Plan
-
-TIGHT_SHARE = 0.03
-"""A plan is tight if its KV cache exceeds the need of one request by less than this share of the
-GPU: that is within the planner's own error (docs/planner-accuracy.md)."""
 
 # Each part of a GPU's memory: field of GPUMemory, name, colour.
 PARTS = (
@@ -42,6 +40,7 @@ class Report:
     plan: Plan
     typical_length: int
     front_ends: FrontEnds
+    config: ModelConfig
     smallest: Choice | None = None
     """The smallest layout on the same GPU type; None on a CPU."""
     choices: list[Choice] = field(default_factory=list)
@@ -49,12 +48,14 @@ class Report:
     machines: list[Machines] = field(default_factory=list)
     refused_machines: list[RefusedInstance] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    hint: str | None = None
+    """What to ask for instead, where the plan is for more than most want."""
 
 
 def notes_on(plan: Plan) -> list[str]:
     """What a reader should know before trusting the numbers."""
     notes = []
-    model, stage = plan.model, plan.tightest
+    model = plan.model
     if not model.shape.known:
         notes.append(
             f"architecture '{model.shape.architecture}' is not known here: weights are the sum of "
@@ -66,6 +67,10 @@ def notes_on(plan: Plan) -> list[str]:
         notes.append("the vision encoder's own peak is not modelled; leave it 1 to 2 GiB")
     if plan.engine.draft and plan.engine.draft.model and model.draft is None:
         notes.append("the draft model's metadata is not at hand; its memory is left out")
+    if plan.engine.draft and plan.engine.draft.in_checkpoint and not plan.draft_weights:
+        notes.append(
+            "the MTP layers' weights are left out: neither config.json nor the weights tell them"
+        )
     if plan.gpu.name != "CPU" and not plan.gpu.measured:
         notes.append(
             f"non-torch memory and CUDA graphs are an estimate on {plan.gpu.name}: measured on an "
@@ -73,9 +78,7 @@ def notes_on(plan: Plan) -> list[str]:
         )
     if plan.parallel.gpus > 1:
         notes.append("buffers for communication between GPUs are an estimate")
-    needed = plan.cache.bytes_per_block * plan.cache.blocks_per_request
-    spare = stage.kv_cache - needed
-    if plan.fits and plan.groups and plan.gpu.name != "CPU" and spare < TIGHT_SHARE * stage.total:
+    if plan.tight:
         notes.append(
             "a tight fit: less than 3 % of the GPU to spare, which is the planner's own error"
         )
@@ -110,6 +113,8 @@ def as_json(report: Report) -> dict[str, Any]:
             precision: parameter_bytes(plan.model.parameters, precision)
             for precision in PRECISION_BITS
         },
+        "weights_bytes_on_all_gpus": plan.weights_on_all_gpus,
+        "pinned_host_bytes": plan.host_bytes,
         "per_gpu": _gpu_json(plan.tightest),
         "stages": [_gpu_json(stage) for stage in plan.stages],
         "kv_bytes_per_token": plan.kv_bytes_per_token,
@@ -122,6 +127,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "concurrency": round(plan.concurrency(report.typical_length), 2),
         },
         "reasons": list(plan.reasons),
+        "hint": report.hint,
         "notes": report.notes,
         "metadata": {"source": plan.model.source, "exact": plan.model.exact},
         "frontends": {
@@ -131,14 +137,14 @@ def as_json(report: Report) -> dict[str, Any]:
         },
     }
     if report.smallest is not None:
-        found["smallest"] = _choice_json(report.smallest)
+        found["smallest"] = _choice_json(report.smallest, report.config)
     found["quantizations"] = [asdict(option) for option in report.lighter]
     found["instances"] = [_machines_json(m) for m in report.machines]
     found["refused_instances"] = [
         {"instance_type": refused.name, "reason": refused.reason}
         for refused in report.refused_machines
     ]
-    found["gpu_types"] = [_choice_json(choice) for choice in report.choices]
+    found["gpu_types"] = [_choice_json(choice, report.config) for choice in report.choices]
     return found
 
 
@@ -157,10 +163,10 @@ def _machines_json(machines: Machines) -> dict[str, Any]:
     }
 
 
-def _choice_json(choice: Choice) -> dict[str, Any]:
+def _choice_json(choice: Choice, config: ModelConfig) -> dict[str, Any]:
     if choice.plan is None:
         return {"gpu": choice.gpu.name, "fits": False, "reason": choice.refused}
-    machines, _ = choose.machines(choice.plan, None)
+    machines, _ = choose.machines(choice.plan, config)
     return {
         "gpu": choice.gpu.name,
         "fits": True,
@@ -187,7 +193,7 @@ def show(report: Report, console: Console) -> None:
     for heading, table in (
         ("Quantized, it would need fewer GPUs", _lighter_table(report.lighter)),
         (f"EC2 machines for one replica on {plan.gpu.name}", _machine_table(report.machines)),
-        ("Smallest layout per GPU type", _choice_table(report.choices)),
+        ("Smallest layout per GPU type", _choice_table(report.choices, report.config)),
     ):
         if table is not None:
             console.print(f"\n[bold]{heading}[/]")
@@ -219,16 +225,27 @@ def save(reports: list[Report], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+_ANSWERS = {
+    (True, False): ("fits", "bold green"),
+    (True, True): ("barely fits", "bold yellow"),
+    (False, False): ("does not fit", "bold red"),
+}
+
+
 def _verdict(report: Report) -> RenderableType:
     plan = report.plan
     where = "on a CPU" if plan.gpu.name == "CPU" else f"on {plan.parallel.gpus} × {plan.gpu.name}"
     title = Text.assemble(
         (report.name, "bold"), f" {where}",
         f" ({plan.parallel})" if plan.parallel.gpus > 1 else "", ": ",
-        ("fits", "bold green") if plan.fits else ("does not fit", "bold red"),
+        _ANSWERS[plan.fits, plan.tight],
     )  # fmt: skip
     lines: list[RenderableType] = [title]
+    if plan.fits:
+        lines.append(Text(f"  {_where_and_for_whom(report)}"))
     lines += [Text(f"  {reason}") for reason in plan.reasons]
+    if report.hint:
+        lines.append(Text(f"  {report.hint}"))
     if not plan.fits and report.smallest is not None:
         smallest = report.smallest
         lines.append(
@@ -237,6 +254,25 @@ def _verdict(report: Report) -> RenderableType:
             else Text(f"  no layout fits on {smallest.gpu.name}: {smallest.refused}")
         )
     return Group(*lines)
+
+
+def _where_and_for_whom(report: Report) -> str:
+    """The machines of one replica, and how many it serves at once."""
+    plan = report.plan
+    where = []
+    if report.machines:
+        best = report.machines[0]
+        idle = best.stranded_gpus
+        spare = f", {idle} GPU{'s' * (idle > 1)} idle" if idle else ""
+        where.append(f"{best.count} × {best.instance.name}{spare}")
+    most = plan.engine.max_num_seqs * plan.parallel.data
+    length, room = report.typical_length, plan.room(report.typical_length)
+    if not plan.groups:
+        return "; ".join([*where, f"{most:,} requests at once"])
+    users = f"{math.floor(plan.concurrency(length)):,} users at once with {length:,} tokens each"
+    if room > most:
+        users += f" (max_num_seqs; its KV cache holds {math.floor(room):,})"
+    return "; ".join([*where, users])
 
 
 def bars(plan: Plan, *, width: int) -> RenderableType:
@@ -260,6 +296,8 @@ def bars(plan: Plan, *, width: int) -> RenderableType:
     for row in (PARTS[:3], PARTS[3:]):  # a terminal of 80 columns has room for three
         legend = Text(" " * 9)
         for part, name, colour in row:
+            if part == "kv_cache" and not plan.groups:
+                continue
             if plan.gpu.name == "CPU" and not getattr(plan.tightest, part):
                 continue  # it has no CUDA
             size = max(0, getattr(plan.tightest, part))
@@ -281,10 +319,12 @@ def _numbers(report: Report) -> Table:
     table.add_column(style="dim")
     table.add_column()
     precision = engine.quantization.label if engine.quantization else engine.dtype
-    weights = sum(stage.weights for stage in plan.stages) * plan.parallel.tensor
     table.add_row("parameters", f"{plan.model.parameters / 1e9:.2f} B, {precision}")
     on_cpu = plan.gpu.name == "CPU"
-    table.add_row("weights" if on_cpu else "weights over all GPUs", f"{weights / GIB:.1f} GiB")
+    table.add_row(
+        "weights" if on_cpu else "weights over all GPUs",
+        f"{plan.weights_on_all_gpus / GIB:.1f} GiB",
+    )
     table.add_row(
         "in other precisions",
         ", ".join(
@@ -313,6 +353,10 @@ def _numbers(report: Report) -> Table:
         )
     else:
         table.add_row("KV cache", "none (an encoder)")
+    if plan.host_bytes:
+        table.add_row(
+            "host memory", f"{plan.host_bytes / GIB:.1f} GiB pinned for what is offloaded"
+        )
     table.add_row("front ends", _front_ends(report.front_ends))
     table.add_row("metadata", plan.model.source)
     return table
@@ -350,7 +394,7 @@ def _machine_table(machines: list[Machines]) -> Table | None:
     return table
 
 
-def _choice_table(choices: list[Choice]) -> Table | None:
+def _choice_table(choices: list[Choice], config: ModelConfig) -> Table | None:
     if not choices:
         return None
     table = Table(box=None, pad_edge=False)
@@ -359,7 +403,7 @@ def _choice_table(choices: list[Choice]) -> Table | None:
     for choice in choices:
         if choice.plan is None:
             continue
-        machines, _ = choose.machines(choice.plan, None)
+        machines, _ = choose.machines(choice.plan, config)
         best = machines[0] if machines else None
         machine = f"{best.count} × {best.instance.name}" if best else "none on EC2"
         if best and best.stranded_gpus:

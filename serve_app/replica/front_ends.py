@@ -88,6 +88,9 @@ class FrontEnds:
         self.worn_out = False
         """Whether one has ended and cannot be started again."""
 
+        self.over_plan = 0
+        """Bytes of the GPU that the engine holds beyond its part, told to the gateways."""
+
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.further = [Further(index) for index in range(1, count)]
@@ -140,7 +143,12 @@ class FrontEnds:
     def told(self, load: EngineLoad) -> Load:
         """What gateways are told of the engine's load."""
         now = load.now(self.running, busy=self.busy)
-        return replace(now, asleep=self._engine.asleep, wakes=self._engine.wakes)
+        return replace(
+            now,
+            asleep=self._engine.asleep,
+            wakes=self._engine.wakes,
+            over_plan=self.over_plan,
+        )
 
     @property
     def _due(self) -> int:

@@ -40,8 +40,11 @@ class Limits:
     kv_cache_tokens: int | None = None
     """Tokens that the KV cache holds; None before it has been measured."""
 
+    part_of_gpu: str | None = None
+    """The setting that gives the engine a part of a GPU, where others share it."""
+
     @staticmethod
-    def of(vllm_config: Any) -> Limits:
+    def of(vllm_config: Any, part_of_gpu: str | None = None) -> Limits:
         """Read the settings off an engine's resolved ``VllmConfig``."""
         return Limits(
             max_num_seqs=vllm_config.scheduler_config.max_num_seqs,
@@ -50,6 +53,7 @@ class Limits:
             tensor_parallel_size=vllm_config.parallel_config.tensor_parallel_size,
             gpu_memory_utilization=vllm_config.cache_config.gpu_memory_utilization,
             kv_cache_tokens=vllm_config.cache_config.kv_cache_size_tokens,
+            part_of_gpu=part_of_gpu,
         )
 
 
@@ -60,8 +64,14 @@ class EngineLoad:
     on the event loop for every step of the engine, so it only copies numbers.
     """
 
-    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        model: str,
+        clock: Callable[[], float] = time.monotonic,
+        part_of_gpu: str | None = None,
+    ) -> None:
         self._model = model
+        self._part_of_gpu = part_of_gpu
         self._clock = clock
         self._config: Any = None
         self._running = 0
@@ -138,7 +148,7 @@ class EngineLoad:
         if preempted := iteration_stats.num_preempted_reqs:
             self._preemptions += preempted
             if count := self._watch.add(preempted, self._clock()):
-                limits = Limits.of(self._config)
+                limits = Limits.of(self._config, self._part_of_gpu)
                 logger.warning(preemption_warning(self._model, count, self._running, limits))
 
     def log(self) -> None:
@@ -192,17 +202,18 @@ def preemption_warning(model: str, count: int, running: int, limits: Limits) -> 
             f"max_model_len, and max_num_seqs lets {limits.max_num_seqs} in)"
         )
     remedies = []
-    if limits.gpu_memory_utilization < 0.95:
+    if limits.part_of_gpu:
+        remedies.append(f"give it a larger part of the GPU (resources.{limits.part_of_gpu})")
+    elif limits.gpu_memory_utilization < 0.95:
         remedies.append(f"raise gpu_memory_utilization ({limits.gpu_memory_utilization:g}) to 0.95")
     if 0 < running < limits.max_num_seqs:
         remedies.append(f"lower max_num_seqs ({limits.max_num_seqs}) to {running}")
     else:
         remedies.append(f"lower max_num_seqs ({limits.max_num_seqs})")
-    remedies += [
-        f"lower max_num_batched_tokens ({limits.max_num_batched_tokens})",
-        f"raise tensor_parallel_size ({limits.tensor_parallel_size})",
-        f"lower max_model_len ({limits.max_model_len})",
-    ]
+    remedies.append(f"lower max_num_batched_tokens ({limits.max_num_batched_tokens})")
+    if not limits.part_of_gpu:
+        remedies.append(f"raise tensor_parallel_size ({limits.tensor_parallel_size})")
+    remedies.append(f"lower max_model_len ({limits.max_model_len})")
     return (
         f"{model}: {count} requests were preempted within {WINDOW_S:.0f} s and are computed twice, "
         f"because the KV cache is too small{holds}; what helps, best first: {', '.join(remedies)}"

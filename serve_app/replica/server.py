@@ -23,7 +23,7 @@ from serve_app.config.environment import environment
 from serve_app.config.settings import LiveConfig, ModelConfig, parse
 from serve_app.errors import UserError
 from serve_app.planner import front_ends
-from serve_app.replica import about, gang
+from serve_app.replica import about, gang, share
 from serve_app.replica.adapters import Adapters
 from serve_app.replica.engine import Engine, configure, parse_args
 from serve_app.replica.front_ends import FrontEnds
@@ -69,7 +69,8 @@ class ModelServer:
         replica = context.replica_id.unique_id
         with supervised(config, context.app_name, replica):
             rank = await gang.join(config.pipeline_parallel_size, config.start_timeout_s)
-            args = parse_args(config, _ids(config), rank)
+            part = await asyncio.to_thread(share.of, config)
+            args = parse_args(config, _ids(config), rank | (part.arguments if part else {}))
             count = await asyncio.to_thread(_front_ends, config)
             vllm_config = configure(args, count)
             await asyncio.to_thread(parsers.refuse_unfit, args, vllm_config)
@@ -77,15 +78,14 @@ class ModelServer:
             member = await _member(config, replica)
             ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
             try:
-                self._load = EngineLoad(args.served_model_name[0])
-                self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
+                part_of_gpu = config.resources.part_of_gpu
+                self._load = EngineLoad(args.served_model_name[0], part_of_gpu=part_of_gpu)
+                with share.turn(part, config) if part else contextlib.nullcontext():
+                    self._engine = Engine.start(args, vllm_config, self._load, ours.clients)
                 await ours.listen(self._engine, self._load)
                 self._about = {
                     "takes": about.takes(args, self._engine.llm.renderer, ours.first.routes),
-                    "memory": memory.read(
-                        Path(os.environ[START_FOLDER]) / MEMORY,
-                        vllm_config.parallel_config.world_size,
-                    ),
+                    "memory": _memory(vllm_config, part),
                 }
             except BaseException:
                 ours.kill()
@@ -96,6 +96,8 @@ class ModelServer:
         self._member = member
         if member:
             member.loaded(self._engine, ours)
+        if part:
+            self._part = asyncio.create_task(share.watch(part, ours))
 
     def record_replica_metadata(self) -> dict[str, Any]:
         """For the gateway: where its front ends listen, and what the gateway tells of its model."""
@@ -161,6 +163,16 @@ class ModelServer:
             self._member.stop()
         await ours.close()
         await self._engine.stop()
+
+
+def _memory(vllm_config: Any, part: share.Part | None) -> dict[str, Any] | None:
+    """What is in the GPU's memory, for whoever asks the gateway."""
+    told = Path(os.environ[START_FOLDER]) / MEMORY
+    found = memory.read(told, vllm_config.parallel_config.world_size)
+    if part is None:
+        return found
+    planned = memory.of_part(told, vllm_config.cache_config.kv_cache_memory_bytes or 0, part.taken)
+    return part.described(found or planned)
 
 
 def _ids(config: ModelConfig) -> list[str]:

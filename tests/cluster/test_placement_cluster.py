@@ -406,3 +406,42 @@ def test_an_engines_worker_does_not_outlive_its_raylet(cluster: dict[str, str]) 
     assert "raylet" in title(raylet)
     os.kill(raylet, signal.SIGKILL)
     until(lambda: not title(pid), "end of the worker")
+
+
+def parts_on_gpus(shares: Sequence[float], kind: str, names: dict[str, str]) -> list[list[Any]]:
+    """Where Serve and Ray put a replica for each share: its node and its GPU there."""
+
+    @serve.deployment
+    class Part:
+        def __call__(self) -> list[Any]:
+            context = ray.get_runtime_context()
+            [gpu] = ray.get_gpu_ids()
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == str(gpu)
+            return [names[context.get_node_id()], int(gpu)]
+
+    found = []
+    try:
+        for number, share in enumerate(shares):
+            resources = Resources(gpu_share=share, accelerator_type=kind, num_cpus=0.1)
+            options = place(resources=resources).options()
+            part = Part.options(**options).bind()  # type: ignore[attr-defined]
+            handle = serve.run(part, name=f"part-{number}", route_prefix=None)
+            found.append(handle.remote().result())
+    finally:
+        for number in range(len(shares)):
+            serve.delete(f"part-{number}")
+    until(lambda: free_gpus() == TOTAL, "GPUs given back")
+    return found
+
+
+def test_parts_fill_one_gpu_of_a_node_before_the_next(cluster: dict[str, str]) -> None:
+    """What planner/together.py adds up: the fullest GPU that has room."""
+    found = parts_on_gpus((0.5, 0.3, 0.4, 0.2, 0.6), "L40S", cluster)
+    assert {node for node, _ in found} == {"c"}
+    first, *others = [gpu for _, gpu in found]
+    assert others == [first, others[1], first, others[1]] and others[1] != first
+
+
+def test_serve_spreads_parts_over_nodes_of_a_kind(cluster: dict[str, str]) -> None:
+    """Each node's GPUs are filled one by one, but the nodes are taken in turn."""
+    assert {node for node, _ in parts_on_gpus((0.3, 0.3), "H100", cluster)} == {"a", "b"}

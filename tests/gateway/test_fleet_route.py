@@ -24,6 +24,8 @@ ONE, ONE_HASH = keys.new()
 ALIKE, ALIKE_HASH = keys.new()
 ADMIN, ADMIN_HASH = keys.new()
 
+OURS = "serve_app_gateway_"
+
 ADAPTERS = {"adapters": [{"name": "m-sql", "path": "/sql"}, {"name": "m-law", "path": "/law"}]}
 ENGINE = {"max_model_len": 4096, "enable_lora": True}
 
@@ -116,6 +118,51 @@ async def test_what_a_replica_tells_of_its_model_stays_while_there_is_none() -> 
     assert told["replicas"] == []
 
 
+def about_a_part(gpu: str, **parts: float) -> dict[str, Any]:
+    """What a replica with a part of this GPU tells."""
+    memory = {"gpu_gib": 79.2, "gpus": 1, "gpu": gpu, "part_gib": 39.6, "parts": parts}
+    return {"takes": ["chat"], "memory": memory}
+
+
+async def test_what_others_have_of_a_models_gpu(keyed: dict[str, Any]) -> None:
+    applications = {name: reported() for name in ("m", "n", "o", "elsewhere", "whole")}
+    async with GatewayProcess(applications=applications, **keyed) as gateway:
+        for name, gpu, weights in (("m", "A", 15.0), ("n", "A", 2.5), ("o", "A", 1.25)):
+            gateway.board.publish(name, {}, about=about_a_part(gpu, weights=weights, kv_cache=1.0))
+        gateway.board.publish("elsewhere", {}, about=about_a_part("B", weights=9.0))
+        whole = {"takes": [], "memory": {"gpu_gib": 79.2, "gpus": 1, "parts": {"weights": 9.0}}}
+        gateway.board.publish("whole", {}, about=whole)
+        gateway.board.publish("removed", {}, about=about_a_part("A", weights=9.0))
+        all_ = (await gateway.client.get("/fleet", headers={"x-api-key": ADMIN})).json()["models"]
+        assert all_["m"]["memory"]["others"] == {"n": 3.5, "o": 2.25}
+        assert all_["m"]["memory"]["part_gib"] == 39.6
+        assert all_["elsewhere"]["memory"]["others"] == {}
+        assert "others" not in all_["whole"]["memory"]
+        seen = (await gateway.client.get("/fleet", headers={"x-api-key": ONE})).json()["models"]
+        assert seen["m"]["memory"]["others"] == {"others": 5.75}  # whose names it may not know
+
+
+async def test_an_engine_that_holds_more_than_its_part_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet, "FRESH_S", -1.0)
+    async with GatewayProcess(1, 2, applications={"m": reported()}) as gateway:
+        gateway.board.report("r0", Load(0, 0, 256, 0.0))
+        gateway.board.report("r1", Load(0, 0, 256, 0.0, over_plan=3 << 29))
+        said = "an engine holds 1.50 GiB of its GPU beyond its part, and its neighbours may find"
+        ready = await gateway.client.get("/ready")
+        assert ready.status_code == 200
+        assert ready.json()["models"]["m"]["message"].startswith(said)
+        model = (await gateway.client.get("/fleet")).json()["models"]["m"]
+        assert model["message"].startswith(said)
+        series = f"{OURS}gpu_memory_over_plan_bytes"
+        page = (await gateway.client.get("/metrics")).text
+        [line] = [line for line in page.splitlines() if line.startswith(f"{series}{{")]
+        assert float(line.split()[-1]) == 3 << 29
+        gateway.board.report("r1", Load(0, 0, 256, 0.0))
+        assert (await gateway.client.get("/ready")).json()["models"]["m"]["message"] == ""
+
+
 async def test_an_old_report_is_no_load() -> None:
     async with GatewayProcess(1) as gateway:
         gateway.board.report("r0", Load(3, 1, 256, 0.25))
@@ -128,7 +175,8 @@ async def test_a_model_that_failed_and_its_command_until_it_is_mended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(fleet, "FRESH_S", -1.0)
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for variable in ("KUBERNETES_SERVICE_HOST", "RAY_CLUSTER_NAME"):
+        monkeypatch.delenv(variable, raising=False)
     said = "'org/m' does not fit: the GPU ran out of memory"
     async with GatewayProcess(1, applications={"m": deployed(message=said)}) as gateway:
         model = (await gateway.client.get("/fleet")).json()["models"]["m"]
@@ -136,6 +184,10 @@ async def test_a_model_that_failed_and_its_command_until_it_is_mended(
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
         model = (await gateway.client.get("/fleet")).json()["models"]["m"]
         assert model["mend"] == "serve-app logs FLEET m"
+        for cluster in ("chat-eu-x7k2p", "chat-eu-raycluster-x7k2p"):
+            monkeypatch.setenv("RAY_CLUSTER_NAME", cluster)
+            model = (await gateway.client.get("/fleet")).json()["models"]["m"]
+            assert model["mend"] == "serve-app logs chat-eu m"
         mended = {"applications": {"m": deployed()}}
         gateway.directory._models = directory.read_details(mended)
         model = (await gateway.client.get("/fleet")).json()["models"]["m"]

@@ -204,8 +204,8 @@ class GatewayProcess:
     """The gateway under uvicorn, in this event loop, in front of the model ``m``.
 
     ``replicas`` are ports, tried in this order while nothing else is going on. ``root_path`` is
-    the one of Serve's ``http_options``. ``stages`` come after those that the gateway has. ``front``
-    puts around it what runs before it in Serve.
+    the one of Serve's ``http_options``, ``port`` that of a gateway before it. ``stages`` come
+    after those that the gateway has. ``front`` puts around it what runs before it in Serve.
     """
 
     def __init__(
@@ -220,12 +220,14 @@ class GatewayProcess:
         limits: Limits | None = None,
         access_log: AccessLog | None = None,
         gateways: Gateways | None = None,
+        port: int = 0,
         **config: Any,
     ) -> None:
         self._root_path, self._front = root_path, front
         self._stages, self._policy = stages, policy
         self._ledger, self._limits = ledger, limits
         self._access_log, self._gateways = access_log, gateways
+        self._port = port
         places = [("127.0.0.1", r) if isinstance(r, int) else (r.host, r.port) for r in replicas]
         self.config = GatewayConfig.model_validate(config)
         self.board = Board()
@@ -270,8 +272,10 @@ class GatewayProcess:
         app: Any = _CancelledOnDisconnect(self.app)
         if self._front:
             app = Front(RequestIdMiddleware(app))
-        listener = socket.socket()
-        listener.bind(("127.0.0.1", 0))
+        # asyncio sets TCP_NODELAY only where the protocol is named; Serve's uvloop always does.
+        listener = socket.socket(proto=socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self._port))
         self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"
         self._server = uvicorn.Server(

@@ -126,7 +126,7 @@ def test_one_group_for_each_shape_of_pod() -> None:
     assert list(groups) == ["gateway", "h100-x4", "l40s-x1", "l4-x1"]
     bounds = {n: (g["minReplicas"], g["maxReplicas"]) for n, g in groups.items()}
     # bge-m3 is fixed at one, the reranker goes from none to two; one more each, for a drain.
-    assert bounds == {"gateway": (2, 3), "h100-x4": (1, 3), "l40s-x1": (1, 5), "l4-x1": (1, 4)}
+    assert bounds == {"gateway": (2, 3), "h100-x4": (1, 3), "l40s-x1": (1, 5), "l4-x1": (1, 3)}
     assert groups["l4-x1"]["resources"]["accelerator_type:L4"] == "1"
 
 
@@ -383,11 +383,72 @@ def test_parallelism_becomes_pods(
         assert hardware.instances()[name].gpus % gpus == 0
 
 
+def sharing(*parts: tuple[float, int, int]) -> Any:
+    """Models with such shares of an L40S, at their fewest and most replicas."""
+    models = {}
+    for number, (share, least, most) in enumerate(parts):
+        one = one_model(
+            {},
+            resources={"accelerator_type": "L40S", "gpu_share": share},
+            autoscaling={"min_replicas": least, "max_replicas": most},
+        )
+        models[f"m{number}"] = one.models["m"]
+    return replace(one, models=models)
+
+
+@pytest.mark.parametrize(
+    ("parts", "fewest", "most"),
+    [
+        ([(0.8, 1, 1), (0.1, 1, 1), (0.1, 1, 1)], 1, 1),
+        ([(0.5, 1, 1), (0.5, 0, 2)], 1, 2),
+        ([(0.6, 1, 1), (0.6, 1, 1)], 2, 2),
+        ([(0.3, 1, 4)], 1, 2),
+        ([(0.3, 0, 1)], 0, 1),
+        # Serve takes pods in turn: two of 0.4 may keep two pods from one of 0.7.
+        ([(0.4, 2, 2), (0.7, 1, 1)], 2, 2),
+        ([(0.4, 4, 4), (0.3, 1, 1), (0.1, 1, 1)], 3, 3),
+        ([(0.2, 0, 5), (0.4, 1, 5)], 1, 5),
+    ],
+)
+def test_replicas_that_share_a_gpu_share_a_pod(
+    parts: list[tuple[float, int, int]], fewest: int, most: int
+) -> None:
+    one = sharing(*parts)
+    [*_, group] = groups_of(one, ClusterProfile())
+    assert (group.name, group.gpus) == ("l40s-x1", 1)
+    assert (group.min_pods, group.max_pods) == (fewest, most + 1)  # one to replace another
+
+
+def test_a_pod_has_cores_and_memory_for_all_that_share_its_gpu() -> None:
+    alone = groups_of(sharing((0.3, 1, 1)), ClusterProfile())[-1]
+    three = groups_of(sharing((0.3, 1, 3)), ClusterProfile())[-1]
+    assert alone.shape and three.shape
+    assert alone.shape.instance_types[0] == "g6e.xlarge"
+    assert three.memory_gib >= 3 * 12 + 8 and three.cpu >= 3 * 2
+    assert three.shape.instance_types[0] == "g6e.2xlarge"
+    many = sharing(*[(0.02, 1, 1)] * 40)
+    with pytest.raises(ConfigError, match="cores and memory for what shares its GPU: m0, m1, m2,"):
+        groups_of(many, ClusterProfile())
+
+
+def test_a_whole_gpu_is_beside_shared_ones() -> None:
+    one = sharing((0.5, 1, 1), (0.5, 1, 1))
+    whole = one_model({}, resources={"accelerator_type": "L40S"}).models["m"]
+    [*_, group] = groups_of(replace(one, models=dict(one.models) | {"w": whole}), ClusterProfile())
+    assert (group.min_pods, group.max_pods) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("engine", "resources", "settings_", "says"),
     [
         ({}, {}, {}, "resources.accelerator_type is missing"),
         ({}, {"accelerator_type": "L40"}, {}, "did you mean 'L40S'?"),
+        (
+            {},
+            {"gpu_memory_gib": 20},
+            {"default_accelerator": "L40S"},
+            "the memory of the GPUs here is not known; set resources.accelerator_type, or gpu_sha",
+        ),
         (
             {"tensor_parallel_size": 16},
             {"accelerator_type": "H100"},

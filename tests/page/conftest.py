@@ -27,6 +27,17 @@ async def browser() -> AsyncIterator[Browser]:
         yield browser
 
 
+@pytest_asyncio.fixture(loop_scope="session", scope="session")
+async def modules(browser: Browser) -> AsyncIterator[Page]:
+    """A page for tests of its modules' functions alone, one for all of them."""
+    async with GatewayProcess() as gateway:
+        page = await browser.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        await page.goto(gateway.base_url)
+        yield page
+        await page.close()
+
+
 class Opened(Protocol):
     async def __call__(self, gateway: GatewayProcess, view: str = "", **context: Any) -> Page: ...
 

@@ -79,6 +79,8 @@ def _point(second: int) -> dict[str, Any]:
         "ttft95": 0.24 + 3 * busy,
         "itl50": 0.011 + 0.01 * load,
         "itl95": 0.019 + 0.02 * load,
+        "tpot50": 0.012 + 0.01 * load,
+        "tpot95": 0.017 + 0.014 * load,
         "running": round(180 * load),
         "queued": round(160 * busy),
         "waiting": round(9 * load),

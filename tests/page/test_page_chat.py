@@ -354,3 +354,105 @@ async def _run(command: list[str], environment: dict[str, str]) -> str:
         subprocess.run, command, env=environment, capture_output=True, text=True, check=True
     )
     return ran.stdout
+
+
+async def test_a_tool_s_result_outlives_an_answer_that_failed(opened: Opened) -> None:
+    function = {"name": "weather", "arguments": "{}"}
+    call = {"index": 0, "id": "call-1", "type": "function", "function": function}
+    async with Model([{"tool_calls": [call]}]) as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway, "chat")
+        await ask(page, "Will it rain?")
+        await expect(page.get_by_placeholder("The result of weather")).to_be_visible()
+        await page.route("**/chat/completions", lambda route: route.abort())
+        await ask(page, "rain")
+        await expect(answers(page).get_by_role("alert")).to_be_visible()
+        await page.unroute("**/chat/completions")
+        model.deltas = words("It will.")
+        await ask(page, "And?")
+        await expect(page.get_by_text("It will.")).to_be_visible()
+        sent = model.chats[-1]["messages"]
+        assert [it["role"] for it in sent] == ["user", "assistant", "tool", "user"]
+        assert sent[2]["content"] == "rain"
+
+
+async def test_half_a_tool_call_is_not_sent_back(opened: Opened) -> None:
+    function = {"name": "weather", "arguments": '{"ci'}
+    call = {"index": 0, "id": "call-1", "type": "function", "function": function}
+    deltas: list[Any] = [{"content": "Hm."}, {"tool_calls": [call]}, {"content": ""}]
+    async with Model(deltas) as model, GatewayProcess(model) as gateway:
+        model.hold_after = 2
+        page = await opened(gateway, "chat")
+        await ask(page, "Will it rain?")
+        await expect(page.get_by_text("Calls weather")).to_be_visible()
+        await page.get_by_role("button", name="Stop").click()
+        await expect(page.get_by_placeholder("Message", exact=True)).to_be_visible()
+        await expect(answers(page)).to_have_count(1)
+        model.hold_after = None
+        await ask(page, "And?")
+        await expect(answers(page)).to_have_count(2)
+        assert model.chats[-1]["messages"][1] == {"role": "assistant", "content": "Hm."}
+
+
+async def test_a_model_that_failed_is_named_last_and_as_one(opened: Opened) -> None:
+    broken = reported(status="DEPLOY_FAILED") | {"message": "No weights.", "deployments": {}}
+    applications = {"broken": broken, "m": reported()}
+    async with Model() as model, GatewayProcess(model, applications=applications) as gateway:
+        page = await opened(gateway, "chat")
+        select = page.get_by_role("combobox", name="Model", exact=True)
+        await expect(select).to_have_value("m")
+        await expect(select.locator("option")).to_have_text(["m", "broken (failed to start)"])
+
+
+async def test_a_conversation_outlives_a_reload(opened: Opened) -> None:
+    async with Model(words("A pixel.")) as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway, "chat")
+        await page.get_by_text("Settings").click()
+        await page.get_by_label("System prompt").fill("Be brief.")
+        large = {"name": "l.png", "mimeType": "image/png", "buffer": b"x" * 300_000}
+        small = {"name": "s.png", "mimeType": "image/png", "buffer": PIXEL}
+        await page.get_by_label("Images").set_input_files([large, small])
+        await expect(page.get_by_role("button", name="Remove image 2")).to_be_visible()
+        await ask(page, "What is this?")
+        await expect(answers(page)).to_have_count(1)
+        times = await page.locator(".meta span").inner_text()
+        await page.reload()
+        await expect(page.get_by_text("A pixel.")).to_be_visible()
+        assert await page.locator(".meta span").inner_text() == times
+        await ask(page, "And now?")
+        await expect(answers(page)).to_have_count(2)
+        first, second = (it["messages"] for it in model.chats)
+        assert second[0] == first[0] == {"role": "system", "content": "Be brief."}
+        lost, image, text = second[1]["content"]
+        assert [image, text] == first[1]["content"][1:]
+        assert lost == {"type": "text", "text": "(An image that was not kept.)"}
+        assert second[2:] == [
+            {"role": "assistant", "content": "A pixel."},
+            {"role": "user", "content": "And now?"},
+        ]
+
+
+async def test_a_reload_in_mid_stream_keeps_what_had_come(opened: Opened) -> None:
+    async with Model(words("One two three")) as model, GatewayProcess(model) as gateway:
+        model.hold_after = 2
+        page = await opened(gateway, "chat")
+        await ask(page, "Count.")
+        await expect(page.get_by_text("One two")).to_be_visible()
+        await page.reload()
+        await expect(answers(page).get_by_text("One two")).to_be_visible()
+        await expect(answers(page).get_by_text("stopped")).to_be_visible()
+        assert await until(lambda: model.left == 1)
+
+
+async def test_who_forgets_the_key_leaves_no_conversation(opened: Opened) -> None:
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway, "chat")
+        await ask(page, "A secret")
+        await expect(answers(page)).to_have_count(1)
+        await page.reload()
+        await expect(answers(page)).to_have_count(1)
+        await page.get_by_role("button", name="Key").click()
+        await page.get_by_role("button", name="Forget the key").click()
+        await expect(answers(page)).to_have_count(0)
+        await page.reload()
+        await expect(page.get_by_role("button", name="Send")).to_be_enabled()
+        assert "A secret" not in await page.evaluate("JSON.stringify(sessionStorage)")

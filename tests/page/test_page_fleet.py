@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from conftest import Opened
 from harness.browser import ask
@@ -152,3 +153,50 @@ async def test_it_works_below_a_prefix(opened: Opened) -> None:
         await page.get_by_text("As code").click()
         address = f"{gateway.base_url}/llm/v1"
         await expect(page.get_by_text(f"{address}/chat/completions").first).to_be_visible()
+
+
+async def test_it_works_below_a_prefix_without_a_slash_at_its_end(opened: Opened) -> None:
+    """The proxy that takes the prefix off says which one it was."""
+    outside: list[str] = []
+
+    async def passed_on(route: Route) -> None:
+        path = urlsplit(route.request.url).path
+        if not path.startswith("/llm"):
+            outside.append(path)
+        url = f"{gateway.base_url}/{path.removeprefix('/llm').lstrip('/')}"
+        headers = route.request.headers | {"x-forwarded-prefix": "/llm"}
+        await route.continue_(url=url, headers=headers)
+
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway)
+        await expect(page.get_by_role("article")).to_have_count(1)
+        await page.route("**", passed_on)
+        page.on("framenavigated", lambda frame: outside.clear())  # what the page before asked
+        await page.goto(f"{gateway.base_url}/llm")
+        await expect(page.get_by_role("article")).to_have_count(1)
+        await page.get_by_role("link", name="Chat", exact=True).click()
+        await ask(page, "Hello?")
+        await expect(page.get_by_text("Hello.")).to_be_visible()
+        assert urlsplit(page.url).path == "/llm"
+        assert outside == []
+
+
+async def test_focus_stays_with_its_model_whatever_comes_before_it(opened: Opened) -> None:
+    focused = "document.activeElement.closest('article')?.ariaLabel"
+    two = {"a": reported(), "m": reported()}
+    async with Upstream() as upstream, GatewayProcess(upstream, applications=two) as gateway:
+        page = await opened(gateway)
+        link = page.get_by_role("article", name="m", exact=True).get_by_text("Chat with it")
+        await link.focus()
+        gateway.directory.hear({"broken": failed(), **two})
+        await expect(page.get_by_role("article")).to_have_count(3)
+        assert await page.evaluate(focused) == "m"
+        gateway.directory.hear({"m": {**reported(), "message": SENTENCE}})
+        await expect(page.get_by_role("article")).to_have_count(1)
+        await expect(link).to_be_focused()
+        await page.context.set_offline(True)
+        await expect(page.get_by_text("The gateway cannot be reached.")).to_be_visible()
+        await expect(link).to_be_focused()
+        await page.context.set_offline(False)
+        await expect(page.get_by_text("The gateway cannot be reached.")).to_be_hidden()
+        await expect(link).to_be_focused()

@@ -7,12 +7,13 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from conftest import Opened
 from fleet_of_examples import example
 from harness.browser import AXE_ABSENT, ask, axe
-from harness.scripted import GatewayProcess
+from harness.scripted import GatewayProcess, until
 from PIL import Image
 from playwright.async_api import Page, expect
 from scripted_model import Model
@@ -106,6 +107,34 @@ async def test_with_less_motion_nothing_moves(opened: Opened) -> None:
 
 def test_it_is_small() -> None:
     assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) < 100_000
+
+
+async def test_the_fleet_waits_for_no_other_view_s_files(opened: Opened) -> None:
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway)
+        await page.route("**/fleet", lambda route: None)  # no answer yet
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+        page.on("framenavigated", lambda frame: asked.clear())
+        await page.reload()
+        assert await until(lambda: "/fleet" in asked)
+        others = {f"/-/page/{name}.js" for name in ("chat", "tryout", "charts", "usage")}
+        assert not others & set(asked)
+        await page.unroute("**/fleet")
+        await page.reload()
+        assert await until(lambda: others <= set(asked))
+
+
+async def test_a_view_that_cannot_be_fetched_says_so(opened: Opened) -> None:
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway)
+        await page.route("**/usage.js", lambda route: route.abort())
+        await page.reload()
+        await expect(page.get_by_role("article")).to_have_count(1)
+        await page.get_by_role("link", name="Usage").click()
+        await expect(page.get_by_text("reload the page")).to_be_visible()
+        await page.get_by_role("link", name="Try").click()
+        await expect(page.get_by_role("region", name="Tokenize")).to_be_visible()
 
 
 async def test_it_asks_nobody_else(opened: Opened) -> None:

@@ -6,29 +6,29 @@ from typing import Any
 
 from conftest import Opened
 from harness.scripted import GatewayProcess, until
-from playwright.async_api import Page, Route, expect
+from playwright.async_api import Page, Route
 from scripted_model import Model
 
 
 class Watched:
-    """A page whose clock stands, and what it has asked of ``/fleet``.
+    """A page whose clock stands, and what it has asked of ``route``.
 
     It is told ``poll_s``: the gateway, whose clock goes on, would take so many looks in a few
     seconds for those of many pages.
     """
 
-    def __init__(self, page: Page, poll_s: float = 2.0) -> None:
+    def __init__(self, page: Page, poll_s: float = 2.0, route: str = "**/fleet") -> None:
         self.page = page
+        self._route = route
         self.asked = 0
         self._open = 0
         self._poll_s = poll_s
 
     async def begin(self) -> None:
         await self.page.clock.install()
-        await self.page.route("**/fleet", self._answer)
+        await self.page.route(self._route, self._answer)
         await self.page.reload()
-        await expect(self.page.get_by_role("article")).to_have_count(1)
-        assert self.asked == 1
+        assert await until(lambda: self.asked == 1)
         await self._settled()
         await self.page.clock.pause_at(await self.page.evaluate("Date.now() / 1000 + 1"))
 

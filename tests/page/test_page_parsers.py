@@ -7,10 +7,7 @@ import random
 from typing import Any
 
 import pytest
-from conftest import Opened
-from harness.scripted import GatewayProcess
 from playwright.async_api import Page
-from scripted_model import Model
 
 PIECES = [
     *("<", ">", "<img src=x onerror=document.title='taken'>", "<script>", "</script>", "<!--", "&"),
@@ -27,9 +24,9 @@ ALLOWED = {
 }
 
 
-async def markdown(page: Page, texts: list[str]) -> Any:
+async def markdown(modules: Page, texts: list[str]) -> Any:
     """The elements that are made of texts, and the addresses of links."""
-    return await page.evaluate(
+    return await modules.evaluate(
         """async (texts) => {
           const { markdown } = await import('./-/page/markdown.js');
           const blocks = texts.flatMap((text) => markdown(text));
@@ -43,12 +40,10 @@ async def markdown(page: Page, texts: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_no_text_becomes_an_element_that_is_not_markdown_s(opened: Opened, seed: int) -> None:
+async def test_no_text_becomes_an_element_that_is_not_markdown_s(modules: Page, seed: int) -> None:
     chosen = random.Random(seed)
     texts = ["".join(chosen.choices(PIECES, k=chosen.randint(1, 40))) for _ in range(1000)]
-    async with Model() as model, GatewayProcess(model) as gateway:
-        page = await opened(gateway)
-        elements, attributes, links = await markdown(page, texts)
+    elements, attributes, links = await markdown(modules, texts)
     assert set(elements) <= ALLOWED
     assert set(attributes) <= {
         *("class", "href", "rel", "target", "start", "scope", "tabindex", "type", "data-copy"),
@@ -68,10 +63,9 @@ async def test_no_text_becomes_an_element_that_is_not_markdown_s(opened: Opened,
     ],
     ids=lambda text: text[:8],
 )
-async def test_no_text_is_too_much(opened: Opened, text: str) -> None:
+async def test_no_text_is_too_much(modules: Page, text: str) -> None:
     """It ends, within the time that a test may take, and without a stack that overflows."""
-    async with Model() as model, GatewayProcess(model) as gateway:
-        elements, _, _ = await markdown(await opened(gateway), [text])
+    elements, _, _ = await markdown(modules, [text])
     assert elements
 
 
@@ -83,61 +77,55 @@ STREAM = (
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
-async def test_events_are_read_however_they_are_cut(opened: Opened, size: int) -> None:
-    async with Model() as model, GatewayProcess(model) as gateway:
-        page = await opened(gateway)
-        found = await page.evaluate(
-            """async ([text, size]) => {
-              const { events } = await import('./-/page/stream.js');
-              const bytes = new TextEncoder().encode(text);
-              const body = new ReadableStream({ start(controller) {
-                for (let at = 0; at < bytes.length; at += size) {
-                  controller.enqueue(bytes.slice(at, at + size));
-                }
-                controller.close();
-              } });
-              const found = [];
-              for await (const event of events(new Response(body))) found.push(event);
-              return found;
-            }""",
-            [STREAM, size],
-        )
+async def test_events_are_read_however_they_are_cut(modules: Page, size: int) -> None:
+    found = await modules.evaluate(
+        """async ([text, size]) => {
+          const { events } = await import('./-/page/stream.js');
+          const bytes = new TextEncoder().encode(text);
+          const body = new ReadableStream({ start(controller) {
+            for (let at = 0; at < bytes.length; at += size) {
+              controller.enqueue(bytes.slice(at, at + size));
+            }
+            controller.close();
+          } });
+          const found = [];
+          for await (const event of events(new Response(body))) found.push(event);
+          return found;
+        }""",
+        [STREAM, size],
+    )
     assert found == [{"n": 1}, {"text": "é😀"}, {"n": 3}]
 
 
-async def test_an_error_event_is_the_server_s_sentence(opened: Opened) -> None:
+async def test_an_error_event_is_the_server_s_sentence(modules: Page) -> None:
     said = "The replica was lost; send the request again."
     event = f"data: {json.dumps({'error': {'message': said, 'code': 'replica_lost'}})}\n\n"
-    async with Model() as model, GatewayProcess(model) as gateway:
-        page = await opened(gateway)
-        found = await page.evaluate(
-            """async (text) => {
-              const { events } = await import('./-/page/stream.js');
-              try {
-                for await (const _ of events(new Response(text)));
-              } catch (error) {
-                return error.message;
-              }
-            }""",
-            event,
-        )
+    found = await modules.evaluate(
+        """async (text) => {
+          const { events } = await import('./-/page/stream.js');
+          try {
+            for await (const _ of events(new Response(text)));
+          } catch (error) {
+            return error.message;
+          }
+        }""",
+        event,
+    )
     assert found == said
 
 
 @pytest.mark.parametrize("end", ["it.error(new TypeError('network'))", "it.close()"])
-async def test_a_connection_that_breaks_off_is_told_in_a_sentence(opened: Opened, end: str) -> None:
+async def test_a_connection_that_breaks_off_is_told_in_a_sentence(modules: Page, end: str) -> None:
     """Some proxies make a clean end of it; then `[DONE]` is missing."""
-    async with Model() as model, GatewayProcess(model) as gateway:
-        page = await opened(gateway)
-        found = await page.evaluate(
-            f"""async () => {{
-              const {{ events }} = await import('./-/page/stream.js');
-              const body = new ReadableStream({{ pull: (it) => {end} }});
-              try {{
-                for await (const _ of events(new Response(body)));
-              }} catch (error) {{
-                return error.message;
-              }}
-            }}""",
-        )
+    found = await modules.evaluate(
+        f"""async () => {{
+          const {{ events }} = await import('./-/page/stream.js');
+          const body = new ReadableStream({{ pull: (it) => {end} }});
+          try {{
+            for await (const _ of events(new Response(body)));
+          }} catch (error) {{
+            return error.message;
+          }}
+        }}""",
+    )
     assert found == "The connection broke off before the answer's end."

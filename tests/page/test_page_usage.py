@@ -8,12 +8,13 @@ import io
 import sqlite3
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
 from conftest import Opened
 from harness.scripted import GatewayProcess, reported, took, until
-from playwright.async_api import expect
+from playwright.async_api import Page, Route, expect
 from scripted_model import Model
 from test_page_keys import give
 
@@ -82,15 +83,13 @@ async def test_usage_is_a_table_and_a_file_of_what_the_key_may_see(
         await expect(page.get_by_text("Nothing was used in these days.")).to_be_visible()
 
 
-async def test_no_cell_of_the_file_is_a_formula(opened: Opened) -> None:
-    async with Model() as model, GatewayProcess(model) as gateway:
-        page = await opened(gateway)
-        rows = '[{model: "=1+1", day: "a,\\"b"}]'
-        text = await page.evaluate(
-            f"import('./-/page/usage.js').then((m) => m.csv({rows}, ['model', 'day']))"
-        )
-        (row,) = csv.DictReader(io.StringIO(text))
-        assert (row["model"], row["day"]) == ("'=1+1", 'a,"b')
+async def test_no_cell_of_the_file_is_a_formula(modules: Page) -> None:
+    rows = '[{model: "=1+1", day: "a,\\"b"}]'
+    text = await modules.evaluate(
+        f"import('./-/page/usage.js').then((m) => m.csv({rows}, ['model', 'day']))"
+    )
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert (row["model"], row["day"]) == ("'=1+1", 'a,"b')
 
 
 async def test_where_nothing_is_recorded_it_says_how_to(opened: Opened) -> None:
@@ -107,3 +106,50 @@ def _count(database: Path) -> int:
         except sqlite3.OperationalError:
             return 0
     return int(count)
+
+
+async def test_of_two_answers_the_one_to_the_later_question_counts(opened: Opened) -> None:
+    held: list[Route] = []
+
+    async def answer(route: Route) -> None:
+        row = {"model": "m", "requests": 1, "refused": 0, "unreported": 0}
+        row |= {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
+        if "key" not in parse_qs(urlsplit(route.request.url).query)["group_by"][0].split(","):
+            await route.fulfill(json={"data": [row]})
+        else:
+            held.append(route)
+
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway)
+        await page.route("**/v1/usage?*", answer)
+        await page.get_by_role("link", name="Usage").click()
+        assert await until(lambda: held)
+        await page.get_by_role("checkbox", name="key").uncheck()
+        rows = page.locator(".usage tbody tr")
+        await expect(rows).to_have_count(1)
+        async with page.expect_response("**/v1/usage?*"):
+            await held[0].fulfill(json={"data": []})
+        await page.evaluate("new Promise((done) => setTimeout(done))")
+        await expect(rows).to_have_count(1)
+
+
+async def test_what_comes_for_a_key_that_was_forgotten_is_not_shown(opened: Opened) -> None:
+    held: list[Route] = []
+
+    async with Model() as model, GatewayProcess(model) as gateway:
+        page = await opened(gateway)
+        await page.route("**/v1/usage?*", lambda route: held.append(route))
+        await page.get_by_role("link", name="Usage").click()
+        assert await until(lambda: held)
+        await page.get_by_role("link", name="Fleet").click()
+        await page.get_by_role("button", name="Key").click()
+        await give(page, TEAM[0])
+        async with page.expect_response("**/v1/usage?*"):
+            await held[0].fulfill(status=500, json={"error": {"message": "the other's"}})
+        assert await until(lambda: len(held) == 2)
+        await held[1].fulfill(json={"data": []})
+        await page.get_by_role("link", name="Usage").click()
+        assert await until(lambda: len(held) == 3)
+        await expect(page.get_by_text("the other's")).to_have_count(0)
+        await held[2].fulfill(json={"data": []})
+        await expect(page.get_by_text("Nothing was used in these days.")).to_be_visible()

@@ -153,7 +153,7 @@ def test_the_command_ends_as_its_replicas_do(
 @pytest.mark.parametrize("asleep", [True, False])
 def test_gateways_hear_whether_the_engine_sleeps(asleep: bool) -> None:
     ours: Any = FrontEnds.__new__(FrontEnds)
-    ours.first, ours.further = SimpleNamespace(running=0), []
+    ours.first, ours.further, ours.over_plan = SimpleNamespace(running=0), [], 0
     ours._engine = SimpleNamespace(asleep=asleep, busy=False, wakes=True)
     told = ours.told(EngineLoad("m"))
     assert Answer.decode(Answer("", 0, load=told).encode()).load == told

@@ -398,5 +398,8 @@ def test_the_warning_has_the_models_numbers_and_the_remedies() -> None:
         "lower max_model_len (32768)",
     ):
         assert part in text
+    text = preemption_warning("m", 37, 12, Limits.of(vllm_config(), "gpu_share"))
+    assert "best first: give it a larger part of the GPU (resources.gpu_share), lower max" in text
+    assert "gpu_memory_utilization" not in text and "tensor_parallel_size" not in text
     full = Limits(256, 8192, 4096, 1, gpu_memory_utilization=0.97)
     assert "gpu_memory_utilization" not in preemption_warning("m", 10, 256, full)

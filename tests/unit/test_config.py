@@ -247,7 +247,41 @@ def test_an_adapter_cannot_share_its_id_within_a_model(args: dict[str, Any]) -> 
             {"resources": {"device": "tpu"}},
             "resources.device is 'tpu', but should be 'gpu' or 'cpu'",
         ),
-        ({"resources": {"gpus": 2}}, "'resources.gpus' is not a setting (known: device, "),
+        ({"resources": {"gpu": 2}}, "'resources.gpu' is not a setting (known: device, "),
+        ({"resources": {"gpus": 2}}, "'resources.gpus' is not a setting; a replica has as many"),
+        (
+            {"resources": {"gpu_share": 1}},
+            "resources.gpu_share is 1, but a part of one GPU is below 1; remove it for whole GPUs",
+        ),
+        ({"resources": {"gpu_share": 0}}, "resources.gpu_share is 0, but should be greater than 0"),
+        (
+            {"resources": {"gpu_share": 0.3, "gpu_memory_gib": 24}},
+            "resources.gpu_share and resources.gpu_memory_gib say the same in two units; keep one",
+        ),
+        (
+            {"resources": {"gpu_memory_gib": 24, "device": "cpu"}},
+            "resources.gpu_memory_gib needs device: gpu",
+        ),
+        (
+            {"resources": {"gpu_share": 0.3}, "engine": {"tensor_parallel_size": 2}},
+            "resources.gpu_share is a part of one GPU, but engine.tensor_parallel_size is 2; "
+            "remove one of the two",
+        ),
+        (
+            {"resources": {"gpu_memory_gib": 9}, "engine": {"data_parallel_size": 2}},
+            "resources.gpu_memory_gib is a part of one GPU, but engine.data_parallel_size is 2",
+        ),
+        (
+            {
+                "resources": {"gpu_share": 0.3},
+                "engine": {"distributed_executor_backend": "ray"},
+            },
+            "resources.gpu_share needs vLLM's executor 'uni'",
+        ),
+        (
+            {"num_gpus": 0.3},
+            "'num_gpus' is not a setting; a part of a GPU is `resources: {gpu_share: 0.3}`",
+        ),
         (
             {"resources": {"num_cpus": -1}},
             "resources.num_cpus is -1, but should be greater than or equal to 0",

@@ -110,6 +110,29 @@ def test_vllms_own_processes_need_the_replica_to_hold_the_gpus() -> None:
     }
 
 
+def test_a_part_of_a_gpu_is_the_replicas_own_without_a_placement_group() -> None:
+    found = place(resources=Resources(gpu_share=0.3, accelerator_type="L40S"))
+    assert found.options() == {
+        "ray_actor_options": {
+            "num_cpus": 1.0,
+            "num_gpus": 0.3,
+            "resources": {"accelerator_type:L40S": 0.001},
+        }
+    }
+    assert found.engine_defaults == {"distributed_executor_backend": "uni"}
+    assert str(found) == "0.3 of an L40S GPU on one node with 1 CPU"
+
+
+def test_parts_of_two_gpus_do_not_add_up_to_one() -> None:
+    found = place(resources=Resources(gpu_share=0.6))
+    assert capacity.fits(found, [gpus(1)[0].total])
+    assert not capacity.fits(found, [{"GPU": 0.5, "CPU": 9}])
+    each = [placement.of(ModelConfig(model="m", resources=Resources(gpu_share=0.3)))] * 2
+    assert capacity._times(each[0].head, {"GPU": 2.0, "CPU": 64}) == 6  # three on each
+    assert capacity._times(found.head, {"GPU": 2.4, "CPU": 64}) == 2
+    assert "0.6 of a GPU on one node" in str(capacity.waiting_for(found, gpus(0.5, of=1)))
+
+
 @pytest.mark.parametrize(
     "engine",
     [

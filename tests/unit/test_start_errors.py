@@ -104,6 +104,21 @@ def test_a_start_that_was_broken_off_says_what_it_was_doing() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB",
+        "ValueError: No available memory for the cache blocks.",
+        "ValueError: … cache is needed, which is larger than the available KV cache memory",
+    ],
+)
+def test_a_part_of_a_gpu_is_what_is_too_small(error: str) -> None:
+    part = ModelConfig.model_validate({"model": "m", "resources": {"gpu_share": 0.3}})
+    said = explain(error, part)
+    assert "give it a larger part of the GPU (resources.gpu_share)" in said
+    assert "tensor_parallel_size" not in said and "gpu_memory_utilization" not in said
+
+
 def test_a_long_unknown_error_is_cut_on_one_line() -> None:
     said = explain("RuntimeError: a\nb " + "x" * 2000, MODEL)
     assert said.startswith("the engine of 'org/model' did not start: RuntimeError: a b xxx")

@@ -120,7 +120,7 @@ def test_a_group_that_fits_is_told_with_what_stays_on_the_gpu_and_in_host_memory
     [(status, said)] = found(fleet({}, {}))
     assert status == "ok"
     assert said.startswith("'big': 1 of 2 awake on one H100, ")
-    assert "47.0 GiB of host memory" in said  # 15.0 and 32.0: weights of 8B bf16 and 32B fp8
+    assert "56.4 GiB of host memory" in said  # 1.2 × 15.0 and 32.0: of 8B bf16 and 32B fp8
 
 
 def test_a_model_that_leaves_no_room_for_those_that_sleep_is_refused_with_what_would_fit() -> None:
@@ -156,20 +156,27 @@ def test_a_machine_needs_one_gpu_and_the_host_memory_of_all() -> None:
     h100 = gpus()["H100"]
     roomy = Limits((h100,), 16, 128 * GIB, None)
     assert list(check_machine.lacks(ours, roomy)) == []
-    [finding] = check_machine.lacks(ours, Limits((h100,), 16, 60 * GIB, None))
-    assert "sleep in 62.0 GiB of host memory, and this machine has 60.0 GiB" in finding.message
+    [finding] = check_machine.lacks(ours, Limits((h100,), 16, 70 * GIB, None))
+    assert "sleep in 74.4 GiB of host memory, and this machine has 70.0 GiB" in finding.message
 
 
 def test_a_pod_holds_the_group() -> None:
     [_, group] = groups_of(fleet({"num_cpus": 2}, {"num_cpus": 2}, {}), ClusterProfile())
     assert (group.gpus, group.min_pods, group.max_pods) == (1, 1, 2)
     assert group.cpu >= 5
-    assert group.memory_gib >= 3 * 12 + 62
+    assert group.memory_gib >= 3 * 12 + 74
 
 
-def test_plan_ends_with_the_groups() -> None:
+def test_plan_tells_of_the_groups_and_counts_one_machine_for_each(tmp_path: Path) -> None:
     config = Path(__file__).parents[2] / "configs/swap.yaml"
     done = CliRunner().invoke(cli, ["plan", str(config)])
     assert done.exit_code == 0
     [line] = [it for it in done.output.splitlines() if it.startswith("swap group")]
     assert "'big': 1 of 3 awake on one H100" in line
+    assert "all models together: 1 × p5.4xlarge" in done.output
+    full = tmp_path / "full.yaml"
+    full.write_text(
+        config.read_text().replace("max_model_len: 8192", "gpu_memory_utilization: 0.98")
+    )
+    done = CliRunner().invoke(cli, ["plan", str(full)])
+    assert done.exit_code == 1 and "swap group does not fit: " in done.output

@@ -6,6 +6,8 @@ Only what would fail late or in silence; what an engine cannot start without, te
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock, MagicMock
@@ -21,6 +23,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from serve_app.config.environment import environment
 from serve_app.config.settings import Adapter, ModelConfig
 from serve_app.replica.adapters import Adapters
+from serve_app.replica.start import gpu
 
 
 async def test_vllm_loads_and_forgets_adapters_as_it_is_told() -> None:
@@ -94,3 +97,14 @@ def test_vllm_reads_every_variable_that_is_set_for_it() -> None:
     given = {name for name in environment(everything) if name.startswith("VLLM_")}
     assert len(given) >= 6
     assert given <= envs.environment_variables.keys()
+
+
+def test_nvml_has_what_is_asked_of_a_gpu() -> None:
+    """What replica/start/gpu.py calls; tests/unit/test_turn.py plays it."""
+    from vllm.third_party import pynvml
+
+    code = (Path(gpu.__file__)).read_text()
+    asked = set(re.findall(r"nvml\.(nvml\w+)\(", code))
+    assert len(asked) == 8
+    assert all(callable(getattr(pynvml, name, None)) for name in asked)
+    assert issubclass(pynvml.NVMLError, Exception)

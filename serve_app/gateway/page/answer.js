@@ -3,7 +3,6 @@
 import { post } from "./api.js";
 import { events } from "./stream.js";
 
-/** The answer to `body`; `changed` is called whenever there is more of it. */
 export class Answer {
   text = "";
   reasoning = "";
@@ -18,11 +17,32 @@ export class Answer {
   #first = 0;
   #last = 0;
   #pieces = 0;
+  #rate = null; // of a restored one
   #abort = new AbortController();
 
-  constructor(body, changed) {
-    this.model = body.model;
-    this.done = this.#run(body, changed);
+  constructor(model) {
+    this.model = model;
+  }
+
+  /** Ask for it with `body`; `changed` is called whenever there is more of it. */
+  static asked(body, changed) {
+    const answer = new Answer(body.model);
+    answer.#run(body, changed);
+    return answer;
+  }
+
+  /** One that came to its end before, from its `kept`. */
+  static restored({ rate, ...kept }) {
+    const answer = Object.assign(new Answer(kept.model), kept, { running: false });
+    answer.#rate = rate;
+    return answer;
+  }
+
+  /** What of it outlives a reload. */
+  get kept() {
+    const { model, text, reasoning, toolCalls, error, usage, ttft } = this;
+    const finish = this.running ? "stopped" : this.finish;
+    return { model, text, reasoning, toolCalls, error: error && { message: error.message }, finish, usage, ttft, rate: this.tokensPerSecond };
   }
 
   /** Close the connection: the gateway and the engine then end the request. */
@@ -32,15 +52,22 @@ export class Answer {
 
   /** Generated tokens by second, of what came after the first; null until that is known. */
   get tokensPerSecond() {
+    if (this.#rate !== null) return this.#rate;
     const tokens = this.usage?.completion_tokens ?? this.#pieces;
     const seconds = (this.#last - this.#first) / 1000;
     return tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null;
   }
 
-  /** The message as a later request has it. */
+  /** The tool calls that are whole; of an answer that broke off the last may be half a one. */
+  get calls() {
+    return this.running || this.error || this.finish === "stopped" ? [] : this.toolCalls;
+  }
+
+  /** The message as a later request has it; null where there is nothing to tell. */
   get message() {
-    const calls = this.toolCalls.length ? { tool_calls: this.toolCalls } : {};
-    return { role: "assistant", content: this.text || (this.toolCalls.length ? null : ""), ...calls };
+    if (!this.text && !this.calls.length) return null;
+    const calls = this.calls.length ? { tool_calls: this.calls } : {};
+    return { role: "assistant", content: this.text || null, ...calls };
   }
 
   async #run(body, changed) {

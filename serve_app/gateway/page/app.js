@@ -1,12 +1,8 @@
 // The page: its views by the address's #hash, and the form that asks for a key.
 
-import { charts } from "./charts.js";
-import { chat } from "./chat.js";
-import { copy, h, morph } from "./dom.js";
-import { Fleet, fleetView } from "./fleet.js";
+import { complaint, copy, h, morph } from "./dom.js";
+import { Fleet } from "./fleet.js";
 import { currentKey, setKey } from "./store.js";
-import { tryout } from "./tryout.js";
-import { usage } from "./usage.js";
 
 const main = document.querySelector("main");
 const dialog = document.querySelector("dialog");
@@ -14,22 +10,47 @@ const keyButton = document.querySelector("#key");
 
 let current = "fleet";
 const fleet = new Fleet(() => current === "fleet");
-const views = { fleet: fleetView(fleet), chat: chat(fleet), try: tryout(fleet), charts: charts(), usage: usage() };
 
-for (const [name, view] of Object.entries(views)) {
-  main.append(h("section", { class: "view", id: `view-${name}`, hidden: true }, view.element));
+// The first look is at the fleet and waits for no other view's file. Those come right after it, before
+// they are wanted: a page that stays open over an update shall not be of two versions.
+const FILES = { fleet: "./fleet.js", chat: "./chat.js", try: "./tryout.js", charts: "./charts.js", usage: "./usage.js" };
+fleet.listen(() => {
+  if (fleet.asked) for (const file of Object.values(FILES)) import(file).catch(() => {}); // tells when it is wanted
+});
+
+const sections = {};
+const views = {}; // promises of those that were wanted
+for (const name of Object.keys(FILES)) {
+  sections[name] = h("section", { class: "view", id: `view-${name}`, hidden: true });
+  main.append(sections[name]);
+}
+
+async function made(name) {
+  const { view } = await import(FILES[name]);
+  const it = view(fleet, () => name === current);
+  sections[name].replaceChildren(it.element);
+  return it;
+}
+
+async function show(name, argument) {
+  const view = await (views[name] ??= made(name)).catch((error) => {
+    // A browser does not fetch a module again that it could not have.
+    sections[name].replaceChildren(complaint({ message: "This view could not be fetched; reload the page." }));
+    if (!(error instanceof TypeError)) throw error;
+  });
+  if (name === current) view?.show(argument);
 }
 
 function route() {
   const [name, argument] = location.hash.slice(1).split("/");
-  current = Object.hasOwn(views, name) ? name : "fleet";
-  for (const section of main.children) section.hidden = section.id !== `view-${current}`;
+  current = Object.hasOwn(FILES, name) ? name : "fleet";
+  for (const [it, section] of Object.entries(sections)) section.hidden = it !== current;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${current}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   document.title = `${document.querySelector("nav a[aria-current]").textContent} · serve_app`;
-  views[current].show(argument && decoded(argument));
+  show(current, argument && decoded(argument));
 }
 
 function decoded(text) {
@@ -56,8 +77,8 @@ function take(text) {
   keyButton.textContent = text ? "Change key" : "Key";
   dialog.close();
   fleet.keyChanged();
-  for (const view of Object.values(views)) view.keyChanged?.();
-  views[current].show();
+  for (const view of Object.values(views)) view.then((it) => it.keyChanged?.(), () => {});
+  show(current);
 }
 
 dialog.querySelector("form").addEventListener("submit", (event) => {

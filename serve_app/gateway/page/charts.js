@@ -3,12 +3,13 @@
 import { get } from "./api.js";
 import { complaint, count, duration, field, h, morph, options, s } from "./dom.js";
 import { pause, poll } from "./live.js";
-import { parse, point, WANTED } from "./metrics.js";
+import { parse, points as pointsOf, WANTED } from "./metrics.js";
 import { recall, remember } from "./store.js";
 
 const EVERY_S = 5;
 const KEPT_S = 3600;
 const WINDOW_S = 30; // a point tells of this long: shorter is noise, longer hides what happens now
+const RECENT_S = 300;
 const LONGEST_S = 600; // between two scrapes that a point is made of: the gateway may ask for long pauses
 
 const percent = (share) => `${Math.round(share * 100)} %`;
@@ -19,14 +20,16 @@ const CHARTS = [
   { title: "Tokens", lines: { generated: "generated", prompt: "prompt" }, show: perSecond },
   { title: "Time to first token", lines: { ttft50: "p50", ttft95: "p95" }, show: duration },
   { title: "Inter-token latency", lines: { itl50: "p50", itl95: "p95" }, show: duration },
+  { title: "Time per output token, by request", lines: { tpot50: "p50", tpot95: "p95" }, show: duration },
   { title: "Requests now", lines: { running: "running", queued: "queued here", waiting: "waiting in vLLM" }, show: whole },
   { title: "KV cache in use", lines: { kv: "fullest replica" }, show: percent, most: 1 },
   { title: "Prefix cache hits", lines: { hits: "of the prompts' tokens" }, show: percent, most: 1 },
   { title: "Requests by status", lines: null, show: perSecond },
 ];
 
-/** The view. Scrapes begin when it is first shown and go on while the page is looked at. */
-export function charts() {
+/** The view. Scrapes begin when it is first shown. In other views they go on, one a window, so that the
+ *  last hour has no hole. `watched()`: whether this view is shown. */
+export function view(fleet, watched) {
   const chosen = h("select", { change: () => draw() });
   const model = field("Model", chosen);
   const said = h("div");
@@ -54,6 +57,7 @@ export function charts() {
       morph(said);
     } catch (error) {
       refused = error.status === 401 || error.status === 403;
+      next = error.retryS;
       morph(said, complaint(error));
     }
     draw();
@@ -62,18 +66,18 @@ export function charts() {
 
   function take(samples, at) {
     const last = scrapes.at(-1);
-    if (last && at - last.at < 1) return; // the same page once more
+    if (last && Math.abs(at - last.at) < 1) return; // the same page once more
+    if (at < points.at(-1)?.at) scrapes = points = []; // the clock was set back
     const before = scrapes.find((it) => at - it.at <= WINDOW_S) ?? (at - last?.at < LONGEST_S && last);
     scrapes = [...scrapes.filter((it) => at - it.at <= WINDOW_S), { at, samples }];
     if (!before) return;
     const seconds = at - before.at;
-    const models = new Set(samples.map((it) => it.labels.model ?? ""));
-    const scopes = {};
-    for (const name of new Set(["", ...models])) scopes[name] = point(before.samples, samples, seconds, name);
-    points = [...points.filter((it) => at - it.at < KEPT_S), { at, seconds, scopes }];
+    points.push({ at, seconds, scopes: pointsOf(before.samples, samples, seconds) });
+    points = thinned(points, at);
   }
 
   function draw() {
+    if (!watched()) return;
     const of = points.map((it) => ({ at: it.at, seconds: it.seconds, ...it.scopes[chosen.value] }));
     morph(grid, CHARTS.map((chart) => figure(chart, of, pointed)));
   }
@@ -89,8 +93,14 @@ export function charts() {
   grid.addEventListener("pointermove", pointAt);
   grid.addEventListener("pointerleave", pointAt);
 
-  addEventListener("pagehide", () => remember("charts", points));
-  const again = poll(scrape, () => EVERY_S, () => shown && !refused);
+  function keep() {
+    // A hundred models may be more than a tab can keep: then all of them as one.
+    const summed = ({ scopes, ...it }) => ({ ...it, scopes: { "": scopes[""] } });
+    return remember("charts", points.map(short)) || remember("charts", points.map(summed));
+  }
+
+  addEventListener("pagehide", keep);
+  const again = poll(scrape, () => (watched() ? EVERY_S : WINDOW_S), () => shown && !refused);
   return {
     element,
     show() {
@@ -102,6 +112,21 @@ export function charts() {
       refused = false;
     },
   };
+}
+
+/** The last hour: each point of the last five minutes, before that one a window. */
+function thinned(points, now) {
+  let before = -Infinity;
+  return points.filter(({ at }) => {
+    const kept = now - at < KEPT_S && (now - at < RECENT_S || at - before > 0.8 * WINDOW_S);
+    if (kept) before = at;
+    return kept;
+  });
+}
+
+/** A point with as many digits as a chart shows. */
+function short(point) {
+  return JSON.parse(JSON.stringify(point, (key, it) => (typeof it === "number" && key !== "at" ? Number(it.toPrecision(4)) : it)));
 }
 
 const [WIDTH, HEIGHT, LEFT, BOTTOM] = [480, 160, 4, 18];
@@ -163,7 +188,7 @@ function plot(lines, most, label, said, looked) {
     let before = null;
     for (const it of points) {
       if (!Number.isFinite(it.value)) continue;
-      const begins = before === null || it.since > before + 1; // nobody looked in between
+      const begins = before === null || it.since > before + WINDOW_S; // nobody looked in between
       const place = `${x(it.at).toFixed(1)} ${y(it.value).toFixed(1)}`;
       text += begins ? `M${place}h0` : `L${place}`; // "h0": a point alone is a dot
       before = it.at;

@@ -5,15 +5,18 @@ import { Answer } from "./answer.js";
 import { complaint, copyButton, count, duration, field, h, mean, morph, options } from "./dom.js";
 import { codeBlock, markdown } from "./markdown.js";
 import { curl, python } from "./snippets.js";
+import { currentKey, recall, remember } from "./store.js";
 
-export function chat(fleet) {
-  const models = [h("select", { change: changed }), h("select", { change: changed })];
+const LONGEST_KEPT_IMAGE = 200_000; // characters; a tab can keep some five million
+
+export function view(fleet) {
+  const models = [h("select", { change: chosen }), h("select", { change: changed })];
   const settings = new Settings();
   const panes = h("div", { class: "panes" });
   const images = new Images();
   const text = h("textarea", { rows: "2", "aria-label": "Message", placeholder: "Message" });
   const send = h("button", { type: "submit", class: "primary" }, "Send");
-  const stop = h("button", { type: "button", hidden: true, click: () => sides.forEach((side) => side.answer?.stop()) }, "Stop");
+  const stop = h("button", { type: "button", hidden: true, click: stopped }, "Stop");
   const clear = h("button", { type: "button", class: "quiet", click: restart }, "New chat");
   const said = h("div");
   const code = h("details", { class: "snippets", hidden: true, toggle: drawSnippets }, h("summary", {}, "As code"));
@@ -36,15 +39,52 @@ export function chat(fleet) {
     if (images.allowed) images.add(event.clipboardData.files);
   });
   panes.addEventListener("click", (event) => {
-    if (event.target.closest("button.again")) again(sides.find((side) => side.element.contains(event.target)));
+    const button = event.target.closest("button.again");
+    if (!button) return;
+    handOver(button);
+    again(sides.find((side) => side.element.contains(button)));
   });
 
+  const label = (id) => fleet.label(id);
   fleet.listen(() => {
-    options(models[0], fleet.thatTake("chat"));
+    options(models[0], fleet.thatTake("chat"), undefined, label);
     choose();
-    options(models[1], fleet.thatTake("chat"), "no other");
+    options(models[1], fleet.thatTake("chat"), "no other", label);
     changed();
   });
+
+  restore(recall("chat", null));
+  addEventListener("pagehide", keep);
+
+  function keep() {
+    const kept = (longest) => ({
+      models: models.map((it) => it.value),
+      settings: settings.kept,
+      draft: text.value,
+      sides: sides.map((side) => side.kept(longest)),
+    });
+    return remember("chat", kept(LONGEST_KEPT_IMAGE)) || remember("chat", kept(0));
+  }
+
+  function restore(kept) {
+    if (!kept) return;
+    settings.restore(kept.settings);
+    text.value = kept.draft;
+    if (!kept.sides.some((messages) => messages.length)) return;
+    sides = kept.sides.map((messages) => new Side(messages));
+    models.forEach((select, n) => {
+      options(select, [kept.models[n]], n ? "no other" : undefined, label);
+      select.value = kept.models[n];
+      mean(select);
+    });
+    changed();
+  }
+
+  /** Who chooses another model than the address names means that one, after a reload too. */
+  function chosen() {
+    if (location.hash.startsWith("#chat/")) history.replaceState(null, "", "#chat");
+    changed();
+  }
 
   /** Take the model that the address names, once the fleet has it. */
   function choose() {
@@ -70,6 +110,16 @@ export function chat(fleet) {
     code.hidden = true;
     changed();
     text.focus();
+  }
+
+  function stopped() {
+    sides.forEach((side) => side.answer?.stop());
+    handOver(stop);
+  }
+
+  /** A button that vanishes by its own press leaves a keyboard's user nowhere: the text is next. */
+  function handOver(button) {
+    if (button.matches(":focus-visible")) text.focus();
   }
 
   function ask() {
@@ -163,15 +213,31 @@ export function chat(fleet) {
       choose();
       changed();
     },
+    keyChanged() {
+      if (currentKey()) return;
+      text.value = "";
+      restart();
+    },
   };
 }
 
 /** One model's side of the conversation. */
 class Side {
   model = "";
-  messages = []; // what the user wrote, as it is sent, and Answers
+  messages; // what the user wrote, as it is sent, and Answers
   element = h("section", { class: "pane", role: "log", "aria-live": "polite" });
   #drawn = new Map(); // message -> { element, as }: what did not change is not drawn again
+
+  constructor(kept = []) {
+    this.messages = kept.map((it) => (it.role ? it : Answer.restored(it)));
+  }
+
+  /** What of it outlives a reload; an image with more characters than `longest` does not. */
+  kept(longest) {
+    const part = (it) => (it.image_url?.url.length > longest ? { type: "text", text: "(An image that was not kept.)" } : it);
+    const asked = (it) => (Array.isArray(it.content) ? { ...it, content: it.content.map(part) } : it);
+    return this.messages.map((it) => (it instanceof Answer ? it.kept : asked(it)));
+  }
 
   get answer() {
     const last = this.messages.at(-1);
@@ -183,7 +249,7 @@ class Side {
     const at = this.messages.findLastIndex((it) => it instanceof Answer);
     if (at < 0 || this.messages[at].running) return null;
     const results = this.messages.length - at - 1;
-    return this.messages[at].toolCalls[results] ?? null;
+    return this.messages[at].calls[results] ?? null;
   }
 
   add(text, images) {
@@ -202,11 +268,11 @@ class Side {
     const messages = system ? [{ role: "system", content: system }] : [];
     for (const it of this.messages) {
       if (!(it instanceof Answer)) messages.push(it);
-      else if (it.text || it.toolCalls.length) messages.push(it.message);
-      else messages.pop(); // a question without an answer: templates want both by turns
+      else if (it.message) messages.push(it.message);
+      else if (messages.at(-1)?.role === "user") messages.pop(); // a question without an answer: templates want both by turns
     }
     const body = { model: this.model, messages, ...settings, stream: true, stream_options: { include_usage: true } };
-    this.messages.push(new Answer(body, changed));
+    this.messages.push(Answer.asked(body, changed));
     return body;
   }
 
@@ -295,6 +361,16 @@ class Settings {
     h("div", { class: "fields" }, Object.entries(this.#numbers).map(([name, input]) => field(name, input))),
     field("Tools, as JSON", this.#tools, "A call is shown; write its result as the next message."),
   );
+
+  #inputs = { system: this.#system, tools: this.#tools, ...this.#numbers };
+
+  get kept() {
+    return Object.fromEntries(Object.entries(this.#inputs).map(([name, input]) => [name, input.value]));
+  }
+
+  restore(kept) {
+    for (const [name, input] of Object.entries(this.#inputs)) input.value = kept[name] ?? "";
+  }
 
   read() {
     const given = { system: this.#system.value.trim() };

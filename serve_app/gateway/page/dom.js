@@ -25,20 +25,42 @@ function fill(node, attributes, children) {
   return node;
 }
 
-/** Make the children of `node` like `fresh` with few changes: focus, selection and scroll stay. */
+/** Make the children of `node` like `fresh` with few changes: focus, selection and scroll stay. A child
+ *  with a `data-key` is known by it, wherever it was before, and any other by its place. */
 export function morph(node, ...fresh) {
   const wanted = fresh.flat(Infinity).filter(Boolean);
+  const keys = new Set(wanted.map(keyOf));
+  const known = new Map();
+  for (const child of [...node.children]) {
+    const key = keyOf(child);
+    if (key && !keys.has(key)) child.remove();
+    else if (key) known.set(key, child);
+  }
   wanted.forEach((next, at) => {
     if (typeof next === "string") next = document.createTextNode(next);
+    const same = known.get(keyOf(next));
+    if (same && same !== node.childNodes[at]) move(same, node.childNodes[at]);
     const old = node.childNodes[at];
     if (!old) node.append(next);
-    else if (old !== next && !patched(old, next)) old.replaceWith(next);
+    else if (old === next || patched(old, next)) return;
+    else if (keyOf(old)) old.before(next); // its own place comes later
+    else old.replaceWith(next);
   });
   while (node.childNodes.length > wanted.length) node.lastChild.remove();
 }
 
+const keyOf = (child) => child.getAttribute?.("data-key");
+
+/** Put a child before another. Who types or tabs in it notices nothing. */
+function move(child, before) {
+  const focused = document.activeElement;
+  if (before.parentNode.moveBefore) before.parentNode.moveBefore(child, before);
+  else before.before(child);
+  if (child.contains(focused) && document.activeElement !== focused) focused.focus({ preventScroll: true });
+}
+
 function patched(old, next) {
-  if (old.nodeName !== next.nodeName || old.id !== next.id) return false;
+  if (old.nodeName !== next.nodeName || old.id !== next.id || keyOf(old) !== keyOf(next)) return false;
   if (old.nodeType === Node.TEXT_NODE) {
     if (old.data !== next.data) old.data = next.data;
     return true;
@@ -113,11 +135,11 @@ export function mean(select) {
 addEventListener("change", ({ target }) => target instanceof HTMLSelectElement && mean(target), true);
 
 /** Options of a select. What was meant stays, also where it is gone: nobody shall ask another
- *  model than the one that was chosen. */
-export function options(select, names, empty) {
+ *  model than the one that was chosen. `label(name)`: how it is written. */
+export function options(select, names, empty, label = (name) => name) {
   const chosen = names.includes(select.value) || "meant" in select.dataset ? select.value : "";
   const all = new Set([...(empty === undefined ? [] : [""]), ...names, ...(chosen ? [chosen] : [])]);
-  morph(select, [...all].map((name) => h("option", { value: name }, name || empty)));
+  morph(select, [...all].map((name) => h("option", { value: name }, name ? label(name) : empty)));
   select.value = chosen || [...all][0] || "";
 }
 

@@ -1,6 +1,6 @@
 // The fleet: a card for each model, with what is wrong and what mends it.
 
-import { get } from "./api.js";
+import { get, json } from "./api.js";
 import { bar, complaint, copyButton, count, duration, h, morph, s } from "./dom.js";
 import { pause, poll } from "./live.js";
 
@@ -26,6 +26,7 @@ const takes = (model, what) => !model.takes?.length || model.takes.includes(what
 export class Fleet {
   answer = { models: {} };
   error = null;
+  asked = false; // whether there was an answer, or none to be had
   #listeners = [];
   #refused = false; // until there is another key
   #etag = null;
@@ -56,10 +57,22 @@ export class Fleet {
     listener(this);
   }
 
-  /** The ids of models and adapters that take something; one of which nothing is known may. */
+  /** The ids of models and adapters that take something; one of which nothing is known may. Those
+   *  that cannot answer come last. */
   thatTake(what) {
-    const found = Object.entries(this.models).filter(([, model]) => takes(model, what));
+    const broken = ([, model]) => state(model)[1] === "bad";
+    const found = Object.entries(this.models)
+      .filter(([, model]) => !what || takes(model, what))
+      .sort((a, b) => broken(a) - broken(b));
     return found.flatMap(([name, model]) => [name, ...model.adapters]);
+  }
+
+  /** An id with what keeps its model from answering at once. */
+  label(id) {
+    const model = this.of(id);
+    const [word, colour] = model ? state(model) : ["not here now", "bad"];
+    if (!this.asked) return id;
+    return !model?.replicas.length || ["bad", "off"].includes(colour) ? `${id} (${word})` : id;
   }
 
   /** The model that an id belongs to. */
@@ -71,7 +84,7 @@ export class Fleet {
     try {
       const response = await get("fleet", this.#etag ? { "if-none-match": this.#etag } : {});
       if (response.status !== 304 || this.error) {
-        if (response.status !== 304) this.answer = await response.json();
+        if (response.status !== 304) this.answer = await json(response);
         this.#etag = response.headers.get("etag");
         this.#tell(null);
       }
@@ -80,6 +93,7 @@ export class Fleet {
       this.#refused = error.status === 401;
       if (this.#refused) this.#forget();
       this.#tell(error);
+      return error.retryS;
     }
   }
 
@@ -90,11 +104,12 @@ export class Fleet {
 
   #tell(error) {
     this.error = error;
+    this.asked = true;
     for (const listener of this.#listeners) listener(this);
   }
 }
 
-export function fleetView(fleet) {
+export function view(fleet) {
   const element = h("div", { class: "fleet" });
   fleet.listen(() => {
     // What is wrong comes first, then what changes.
@@ -102,12 +117,12 @@ export function fleetView(fleet) {
     const models = Object.entries(fleet.models).sort((a, b) => rank(a) - rank(b));
     morph(
       element,
-      fleet.error && complaint(fleet.error),
-      [fleet.answer.keys, fleet.answer.usage].map((problem) => problem && h("p", { class: "complaint mild" }, problem)),
+      fleet.error && h("div", { "data-key": "error" }, complaint(fleet.error)),
+      ["keys", "usage"].map((of) => fleet.answer[of] && h("p", { class: "complaint mild", "data-key": of }, fleet.answer[of])),
       models.length > 0 && summary(models.map(([, model]) => model), fleet.answer.version),
-      h("div", { class: "cards" }, models.map(([name, model]) => card(name, model))),
+      h("div", { class: "cards", "data-key": "cards" }, models.map(([name, model]) => card(name, model))),
       !models.length && !fleet.error && fleet.answer.version &&
-        h("p", { class: "hint" }, "There is no model here yet, or none that this key may use."),
+        h("p", { class: "hint", "data-key": "none" }, "There is no model here yet, or none that this key may use."),
     );
   });
   return { element, show: () => fleet.show() };
@@ -120,7 +135,7 @@ function summary(models, version) {
   const figure = (number, what) => h("li", {}, h("b", {}, count(number)), ` ${what}`);
   return h(
     "ul",
-    { class: "summary" },
+    { class: "summary", "data-key": "summary" },
     h("li", {}, h("b", {}, `${up} of ${models.length}`), " models run"),
     figure(replicas, replicas === 1 ? "replica" : "replicas"),
     figure(queued, queued === 1 ? "request waits" : "requests wait"),
@@ -134,18 +149,18 @@ function card(name, model) {
   const loads = model.replicas.map((it) => it.load).filter(Boolean);
   return h(
     "article",
-    { class: "card", "aria-label": name },
+    { class: "card", "aria-label": name, "data-key": name },
     h("header", {}, h("h2", {}, name), h("span", { class: `state ${colour}` }, h("i"), word)),
-    names.length > 0 && h("p", { class: "hint" }, `also ${names.join(", ")}`),
-    model.message && h("p", { class: `complaint ${colour === "bad" ? "" : "mild"}` }, model.message),
-    model.mend && h("div", { class: "code mend" }, h("code", {}, model.mend), copyButton(model.mend)),
+    names.length > 0 && h("p", { class: "hint", "data-key": "names" }, `also ${names.join(", ")}`),
+    model.message && h("p", { class: `complaint ${colour === "bad" ? "" : "mild"}`, "data-key": "message" }, model.message),
+    model.mend && h("div", { class: "code mend", "data-key": "mend" }, h("code", {}, model.mend), copyButton(model.mend)),
     model.starting.map((it) =>
-      h("p", { class: "phase" }, h("span", {}, it.replica), h("b", {}, it.phase), h("span", { class: "number" }, duration(it.seconds).replace(".0 s", " s")))),
+      h("p", { class: "phase", "data-key": `starting ${it.replica}` }, h("span", {}, it.replica), h("b", {}, it.phase), h("span", { class: "number" }, duration(it.seconds).replace(".0 s", " s")))),
     loads.length > 0 && bars(model, loads),
     model.replicas.length > 0 && replicas(model),
     model.memory && memory(model.memory),
     facts(model),
-    takes(model, "chat") && model.status === "RUNNING" && h("a", { class: "button quiet", href: `#chat/${encodeURIComponent(name)}` }, "Chat with it"),
+    takes(model, "chat") && model.status === "RUNNING" && h("a", { class: "button quiet", "data-key": "chat", href: `#chat/${encodeURIComponent(name)}` }, "Chat with it"),
   );
 }
 
@@ -156,7 +171,7 @@ function bars(model, loads) {
   const wait = model.queued ? `${count(model.queued)}, ${duration(model.longest_wait_s)}` : "0";
   return h(
     "div",
-    { class: "bars" },
+    { class: "bars", "data-key": "bars" },
     bar("Load", capacity ? running / capacity : 0, `${count(running)} of ${count(capacity)}`),
     bar("Queue", capacity ? (model.queued + waiting) / capacity : 0, waiting ? `${wait} + ${count(waiting)} in vLLM` : wait),
     bar("KV cache", kv, `${Math.round(kv * 100)} %`),
@@ -176,7 +191,7 @@ function replicas(model) {
   const many = model.replicas.length;
   return h(
     "details",
-    { open: many <= 2 },
+    { open: many <= 2, "data-key": "replicas" },
     h("summary", {}, many === 1 ? "1 replica" : `${count(many)} replicas`),
     h(
       "table",
@@ -188,14 +203,14 @@ function replicas(model) {
 }
 
 /** A picture of one GPU's memory, in the planner's numbers. */
-function memory({ gpu_gib: size, gpus, parts }) {
-  const named = Object.entries(parts).filter(([, gib]) => gib > 0);
+function memory({ gpu_gib: size, gpus, parts, others }) {
+  const named = Object.entries({ ...parts, ...others }).filter(([, gib]) => gib > 0);
   const gib = (number) => `${number.toFixed(1)} GiB`;
   const label = named.map(([name, it]) => `${name.replaceAll("_", " ")} ${gib(it)}`).join(", ");
   let x = 0;
   return h(
     "figure",
-    { class: "memory" },
+    { class: "memory", "data-key": "memory" },
     h("figcaption", {}, gpus > 1 ? `Each of ${gpus} GPUs, ${gib(size)}` : `GPU, ${gib(size)}`),
     s(
       "svg",
@@ -216,7 +231,7 @@ function facts(model) {
   if (model.max_model_len) chips.push(`${count(model.max_model_len)} tokens`);
   return (chips.length > 0 || model.adapters.length > 0) && h(
     "ul",
-    { class: "chips" },
+    { class: "chips", "data-key": "facts" },
     chips.map((it) => h("li", {}, it)),
     model.adapters.map((it) => h("li", { class: "adapter" }, `adapter ${it}`)),
   );

@@ -26,7 +26,7 @@ export function poll(ask, seconds, wanted) {
     } finally {
       running = false;
       const resting = performance.now() - touched > RESTING_AFTER_S * 1000;
-      next = again ? 0 : Math.max(next, seconds(), resting ? RESTING_S : 0);
+      next = again ? 0 : Math.max(next || 0, seconds(), resting ? RESTING_S : 0);
       timer = setTimeout(turn, next * 1000);
     }
   }

@@ -11,11 +11,19 @@ export async function* events(response) {
   for await (const data of datas(response.body)) {
     ended = data === "[DONE]";
     if (ended) continue;
-    const event = JSON.parse(data);
+    const event = parsed(data);
     if (event.error) throw new ApiError(sentence(event) ?? "The stream broke off.", 0, event.error.code);
     yield event;
   }
   if (!ended) throw brokenOff();
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    throw brokenOff();
+  }
 }
 
 /** The `data` of each event: its lines joined; comments and other fields are skipped. */

@@ -1,11 +1,13 @@
 // Try what is not chat: embeddings, rerank, tokenize.
 
-import { post } from "./api.js";
+import { json, post } from "./api.js";
 import { complaint, count, field, h, mean, morph, options, s } from "./dom.js";
 import { codeBlock } from "./markdown.js";
 import { curl } from "./snippets.js";
 
-export function tryout(fleet) {
+const MOST_TEXTS = 40;
+
+export function view(fleet) {
   const parts = [
     {
       title: "Embeddings",
@@ -13,7 +15,11 @@ export function tryout(fleet) {
       path: "v1/embeddings",
       label: "Texts, one a line",
       text: "The cat sleeps on the sofa.\nA kitten naps on the couch.\nThe stock market fell today.",
-      body: (model, text) => ({ model, input: lines(text) }),
+      body(model, text) {
+        const input = lines(text);
+        if (input.length > MOST_TEXTS) throw new Error(`A picture of ${count(input.length)} texts cannot be read; try ${MOST_TEXTS} at most.`);
+        return { model, input };
+      },
       show: (answer, body) => matrix(answer.data.map((it) => it.embedding), body.input),
     },
     {
@@ -49,8 +55,8 @@ function tried({ title, takes, path, label, text, body, show }, fleet) {
   const form = h("form", {}, field("Model", model), field(label, written), h("div", { class: "row" }, button));
 
   fleet.listen(() => {
-    const names = takes ? fleet.thatTake(takes) : Object.keys(fleet.models);
-    options(model, names);
+    const names = fleet.thatTake(takes);
+    options(model, names, undefined, (id) => fleet.label(id));
     form.hidden = !names.length;
     none.hidden = names.length > 0;
   });
@@ -58,9 +64,9 @@ function tried({ title, takes, path, label, text, body, show }, fleet) {
     event.preventDefault();
     button.disabled = true;
     mean(model);
-    const sent = body(model.value, written.value);
     try {
-      const answer = await (await post(path, sent)).json();
+      const sent = body(model.value, written.value);
+      const answer = await json(await post(path, sent));
       const code = h("details", {}, h("summary", {}, "As code"), codeBlock(curl(path, sent), "curl"));
       morph(result, show(answer, sent), code);
     } catch (error) {

@@ -1,12 +1,12 @@
 // Who used what: /v1/usage as a table, and as CSV.
 
-import { get } from "./api.js";
+import { get, json } from "./api.js";
 import { complaint, count, field, h, morph } from "./dom.js";
 
 const GROUPS = ["key", "model", "day"];
 const NUMBERS = ["requests", "refused", "unreported", "prompt_tokens", "cached_tokens", "completion_tokens"];
 
-export function usage() {
+export function view() {
   const day = (daysAgo) => new Date(Date.now() - daysAgo * 86_400_000).toISOString().slice(0, 10);
   const from = h("input", { type: "date", value: day(29), change: load });
   const to = h("input", { type: "date", value: day(0), change: load });
@@ -15,17 +15,27 @@ export function usage() {
   const result = h("div", { "aria-live": "polite" });
   const groups = () => by.filter((it) => it.checked).map((it) => it.value);
   let rows = [];
+  let asked = 0; // of several on their way the last one counts
 
   async function load() {
+    const turn = ++asked;
+    let next = [];
+    let said;
     const query = new URLSearchParams({ from: from.value, to: to.value, group_by: groups().join(",") });
     for (const name of ["from", "to"]) if (!query.get(name)) query.delete(name);
     try {
-      rows = (await (await get(`v1/usage?${query}`)).json()).data;
-      morph(result, rows.length ? table(rows, groups()) : h("p", { class: "hint" }, "Nothing was used in these days."));
+      next = (await json(await get(`v1/usage?${query}`))).data;
+      said = next.length ? table(next, groups()) : h("p", { class: "hint" }, "Nothing was used in these days.");
     } catch (error) {
-      rows = [];
-      morph(result, complaint(error));
+      said = complaint(error);
     }
+    if (turn !== asked) return;
+    draw(next, said);
+  }
+
+  function draw(next, said) {
+    rows = next;
+    morph(result, said);
     save.disabled = !rows.length;
   }
 
@@ -44,7 +54,10 @@ export function usage() {
       result,
     ),
     show: load,
-    keyChanged: () => morph(result),
+    keyChanged() {
+      asked += 1;
+      draw([], null);
+    },
   };
 }
 

@@ -252,6 +252,16 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
             "lower max_num_seqs, more GPUs per replica.",
         ),
         _alert(
+            "ServeAppGPUMemoryOverPlan",
+            f"max by (model) (serve_app_gateway_gpu_memory_over_plan_bytes{{{own}}}) > 0",
+            "5m",
+            "ticket",
+            "{{ $labels.model }}: an engine holds {{ $value | humanize1024 }}B of its GPU beyond "
+            "its part.",
+            "A neighbour on the GPU may find no memory, at its next start or under load. Make the "
+            "part larger (resources.gpu_share), or set a smaller engine.kv_cache_memory_bytes.",
+        ),
+        _alert(
             "ServeAppPreemptions",
             f"sum by (model_name) (rate(vllm:num_preemptions_total{{{own}}}[10m])) > 0.1",
             "10m",

@@ -1,21 +1,24 @@
 """Worker groups, from the models: a pod's GPUs, its possible machines, and the number of pods.
 
-One pod holds one replica, or one pipeline stage of it where a replica spans machines. Pods of
-the same shape form one worker group, whatever models they serve.
+One pod holds one replica, or one pipeline stage of it where a replica spans machines; or all
+replicas that share its one GPU. Pods of the same shape form one worker group, whatever models they
+serve.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from serve_app.cluster import placement
 from serve_app.config.document import Fleet
 from serve_app.config.settings import GatewayConfig, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
-from serve_app.planner import front_ends, hardware, swap
+from serve_app.planner import front_ends, hardware, shares, swap, together
 from serve_app.planner.hardware import GIB, Instance, with_accelerator
+from serve_app.planner.vllm import offload
+from serve_app.planner.vllm.defaults import parallelism
 from serve_app.planner.vllm.memory import FRONT_END_BYTES
 
 OBJECT_STORE_GIB = 1
@@ -99,10 +102,10 @@ def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
         ConfigError: engine arguments that cannot be placed.
     """
     try:
-        place = placement.of(model)
+        place = shares.placed(model)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return int({**place.shared, **place.stage}["GPU"]), place.stages, place.ranks
+    return math.ceil({**place.shared, **place.stage}["GPU"]), place.stages, place.ranks
 
 
 def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerShape:
@@ -181,7 +184,10 @@ def _own_cpus(model: ModelConfig) -> int:
 
 
 def _memory_gib(model: ModelConfig, gpus: int, cores: int) -> int:
-    asked = max(math.ceil(model.resources.memory_gib or 0), _MEMORY_PER_GPU_GIB * gpus)
+    size = parallelism(model.engine)
+    engines = max(1, gpus // (size.tensor * size.pipeline))
+    pinned = math.ceil(offload.asked(model.engine, gpus, engines) / GIB)
+    asked = max(math.ceil(model.resources.memory_gib or 0), _MEMORY_PER_GPU_GIB * gpus + pinned)
     return asked + _MEMORY_BASE_GIB + _front_ends_gib(model, cores, gpus)
 
 
@@ -255,7 +261,21 @@ def _gpu_group(
 ) -> WorkerGroup:
     """The group for models of one pod shape, on machines that all of them fit on."""
     shape = members[0][1]
-    types = tuple(t for t in shape.instance_types if all(t in m.instance_types for _, m in members))
+    instances = hardware.instances()
+    least, most = (_shared(members, fleet, which) for which in (0, 1))
+    types = tuple(
+        t
+        for t in shape.instance_types
+        if all(t in m.instance_types for _, m in members)
+        and all(_holds(instances[t], pod, fleet, profile) for pod in most)
+    )
+    if not types and most:
+        fullest = max(most, key=lambda pod: len(pod.parts))
+        names = ", ".join(part.name for part in fullest.parts)
+        raise ConfigError(
+            f"{fleet.path}: no {shape.accelerator} machine has cores and memory for what shares "
+            f"its GPU: {names}; lower resources.num_cpus or memory_gib, or give larger parts"
+        )
     if not types:
         names = ", ".join(f"'{name}'" for name, _ in members)
         raise ConfigError(f"{fleet.path}: no {shape.accelerator} machine fits each of {names}")
@@ -275,11 +295,53 @@ def _gpu_group(
     )
     of_pod = _by_pod(fleet)
     for name, _ in members:
-        least, most = replicas_of(of_pod[name])
-        group.min_pods += least * shape.pods_per_replica
-        group.max_pods += most * shape.pods_per_replica
+        if of_pod[name].resources.part_of_gpu:
+            continue
+        fewest, largest = replicas_of(of_pod[name])
+        group.min_pods += fewest * shape.pods_per_replica
+        group.max_pods += largest * shape.pods_per_replica
+    group.min_pods += len(least)
+    group.max_pods += at_most(most)
     group.max_pods += SPARE * shape.pods_per_replica
     return group
+
+
+def _shared(
+    members: list[tuple[str, WorkerShape]], fleet: Fleet, which: int
+) -> list[together.Shared]:
+    """The GPUs of the models with parts of one, at their fewest (0) or most (1) replicas."""
+    return packed(
+        (fleet.models[name], name, replicas_of(fleet.models[name])[which]) for name, _ in members
+    )
+
+
+def packed(models: Iterable[tuple[ModelConfig, str, int]]) -> list[together.Shared]:
+    """The GPUs that so many replicas of these models share; models with whole ones need none."""
+    parts: list[together.Part] = []
+    for model, name, replicas in models:
+        if setting := model.resources.part_of_gpu:
+            parts += [together.Part(name, shares.about(model), setting)] * replicas
+    return together.packed(parts)
+
+
+def at_most(shared: list[together.Shared]) -> int:
+    """The most pods that Serve uses for these parts.
+
+    It takes pods in turn, and a new one only where none has room: then any two hold more than one
+    GPU's worth together.
+    """
+    parts = [part.fraction for gpu in shared for part in gpu.parts]
+    return max(len(shared), min(len(parts), math.ceil(round(2 * sum(parts), 4)) - 1))
+
+
+def _holds(instance: Instance, pod: together.Shared, fleet: Fleet, profile: ClusterProfile) -> bool:
+    """Whether a pod on the machine has cores and memory for all replicas that share its GPU."""
+    models = [fleet.models[part.name] for part in pod.parts]
+    cpu, memory = _share(instance, 1, profile)
+    beyond_base = sum(_memory_gib(model, 1, cpu) - _MEMORY_BASE_GIB for model in models)
+    return cpu >= sum(_cpus(model, 1) for model in models) and (
+        memory >= beyond_base + _MEMORY_BASE_GIB
+    )
 
 
 def _gateway_group(where: str, gateway: GatewayConfig, profile: ClusterProfile) -> WorkerGroup:

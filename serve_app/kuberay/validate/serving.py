@@ -13,7 +13,7 @@ from serve_app.config.document import Fleet, parse_document
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay.render.network import why_unreachable
-from serve_app.kuberay.render.workers import replicas_of, sizes_of
+from serve_app.kuberay.render.workers import packed, replicas_of, sizes_of
 from serve_app.kuberay.validate.manifests import (
     EFA,
     INSTANCE_TYPE,
@@ -29,8 +29,7 @@ from serve_app.kuberay.validate.manifests import (
 )
 from serve_app.kuberay.validate.rule import Found, check, fail, warn
 from serve_app.planner import check_model, front_ends, hardware
-from serve_app.planner.loading import load_model
-from serve_app.planner.model import metadata
+from serve_app.planner.loading import load_known
 
 CONFIG = "spec.serveConfigV2"
 GROUPS = "spec.rayClusterConfig.workerGroupSpecs"
@@ -115,11 +114,8 @@ def models(fleet: Fleet) -> Found:
     Needs no network: a model whose metadata is not on this machine passes.
     """
     for name, model in fleet.models.items():
-        if model.engine.keys() & metadata.OTHER_CONFIG:
-            continue
-        try:
-            known = load_model(model, offline=True)
-        except UserError:
+        known = load_known(model)
+        if known is None:
             continue
         try:
             why = check_model.impossible(model, known)
@@ -139,6 +135,7 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
     workers = workers_of(service)
     least_asked: dict[str, int] = {}
     most_asked: dict[str, int] = {}
+    parts: dict[str, list[tuple[ModelConfig, str]]] = {}
     for name, model in _on_gpus(fleet):
         accelerator = model.resources.accelerator_type
         stage, stages, ranks = sizes_of("", model)
@@ -164,8 +161,15 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
             )
         least, most = replicas_of(model)
         gpus, key = stage * stages * ranks, accelerator or holding[0].accelerator
+        if model.resources.part_of_gpu:
+            parts.setdefault(key, []).append((model, name))
+            gpus = 0
         least_asked[key] = least_asked.get(key, 0) + least * gpus
         most_asked[key] = most_asked.get(key, 0) + most * gpus
+    for key, sharing in parts.items():
+        counts = [(model, name, *replicas_of(model)) for model, name in sharing]
+        least_asked[key] += len(packed((model, name, few) for model, name, few, _ in counts))
+        most_asked[key] += len(packed((model, name, many) for model, name, _, many in counts))
     short = False
     for key, asked in most_asked.items():
         mine = _with_accelerator(workers, key)

@@ -81,8 +81,11 @@ def _decoder(shape: ModelShape) -> Iterator[_Spec]:
     yield _one("model.norm.weight", hidden)
     if not shape.tie_word_embeddings:
         yield _one("lm_head.weight", shape.vocab_size, hidden)
-    for i in range(shape.num_hidden_layers, shape.num_hidden_layers + shape.draft_layers):
-        yield from _draft_layer(shape, i)
+    if shape.model_type == "qwen3_next":
+        yield from _qwen3_next_draft(shape)
+    else:
+        for i in range(shape.num_hidden_layers, shape.num_hidden_layers + shape.draft_layers):
+            yield from _draft_layer(shape, i)
     if shape.vision is not None:
         yield from _vision_tower(shape)
 
@@ -124,6 +127,9 @@ def _gqa(shape: ModelShape, at: str) -> Iterator[_Spec]:
         if bias:
             yield _one(f"{at}.{name}.bias", out)
     yield _one(f"{at}.o_proj.weight", hidden, q)
+    if shape.model_type == "gpt_oss":
+        yield _one(f"{at}.o_proj.bias", hidden)
+        yield _one(f"{at}.sinks", shape.num_attention_heads)
     if shape.model_type in _QK_NORM:
         yield _one(f"{at}.q_norm.weight", size)
         yield _one(f"{at}.k_norm.weight", size)
@@ -164,6 +170,10 @@ def _moe(shape: ModelShape, at: str) -> Iterator[_Spec]:
         yield _one(f"{at}.gate.e_score_correction_bias", moe.num_experts)
     for name, dims, _ in _mlp(f"{at}.experts.*", hidden, moe.intermediate_size):
         yield name, dims, moe.num_experts
+        if shape.model_type == "gpt_oss":
+            yield f"{name.removesuffix('.weight')}.bias", dims[:1], moe.num_experts
+    if shape.model_type == "gpt_oss":
+        yield _one(f"{at}.gate.bias", moe.num_experts)
     if moe.shared_intermediate_size:
         yield from _mlp(f"{at}.shared_experts", hidden, moe.shared_intermediate_size)
         if shape.model_type in ("qwen2_moe", "qwen3_next"):
@@ -206,6 +216,16 @@ def _draft_layer(shape: ModelShape, i: int) -> Iterator[_Spec]:
     yield _one(f"{at}.eh_proj.weight", hidden, 2 * hidden)
     yield _one(f"{at}.shared_head.norm.weight", hidden)
     yield _one(f"{at}.shared_head.head.weight", shape.vocab_size, hidden)
+
+
+def _qwen3_next_draft(shape: ModelShape) -> Iterator[_Spec]:
+    """Qwen3-Next's multi-token prediction: one layer with attention (models/qwen3_next_mtp.py)."""
+    hidden, last = shape.hidden_size, shape.num_hidden_layers - 1
+    yield _one("mtp.fc.weight", hidden, 2 * hidden)
+    for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield _one(f"mtp.{norm}.weight", hidden)
+    for name, dims, count in _decoder_layer(shape, last):
+        yield name.replace(f"model.layers.{last}.", "mtp.layers.0."), dims, count
 
 
 def _eagle3(shape: ModelShape) -> Iterator[_Spec]:

@@ -36,29 +36,41 @@ _FETCHED = "models/"
 """Where ``serve-app fetch`` puts models. Without the folder, such a name looks like a hub id."""
 
 
-def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False) -> Model:
+def load(
+    name: str,
+    *,
+    also_known_as: Sequence[str] = (),
+    offline: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Model:
     """The model called ``name``: a folder, a hub id, or an address such as ``s3://bucket/model``.
 
     ``also_known_as`` are hub ids of the same model, tried among the configs kept here when
     ``name`` is a folder that is not there (the demo's models before they are fetched). They do not
     stand for a hub id: an alias may be the name of the model that was served before.
-    ``offline`` never asks the hub or a store.
+    ``offline`` never asks the hub or a store. ``overrides`` are ``hf_overrides`` of the engine.
 
     Raises:
         UserError: in one sentence: not found, not allowed, no network, or unreadable metadata.
     """
+    if _is_gguf(name):
+        raise UserError(
+            f"{name}: vLLM 0.29 does not load GGUF; name the model that it was made from, or an "
+            "AWQ, GPTQ or fp8 checkpoint of it"
+        )
     if "://" in name:
         if offline:
             raise UserError(f"{name}: its metadata is not at hand")
-        return _from_address(name)
+        return _from_address(name, overrides)
     folder = as_folder(name)
     if folder.is_dir():
-        return _from_folder(name, folder)
+        return _from_folder(name, folder, overrides)
     absent = is_path(name) or name.startswith(_FETCHED)
     for candidate in (name, *also_known_as) if absent else (name,):
         config = _kept(candidate)
         if config is not None:
             of = "" if candidate == name else f" of {candidate}"
+            config = overridden(config, overrides)
             model = _model(candidate, config, None, f"config{of} kept in serve_app")
             return _with_sentence_config(model, _kept(candidate, _SENTENCE_CONFIGS[0]) or {})
     if is_path(name):
@@ -66,10 +78,33 @@ def load(name: str, *, also_known_as: Sequence[str] = (), offline: bool = False)
     cached = snapshot(name, os.environ)
     if list(cached.glob("*.safetensors")):
         with contextlib.suppress(UserError):  # a partial download: ask the hub instead
-            return _from_folder(name, cached)
+            return _from_folder(name, cached, overrides)
     if offline:
         raise UserError(f"{name}: its metadata is not at hand")
-    return _from_hub(name)
+    return _from_hub(name, overrides)
+
+
+def _is_gguf(name: str) -> bool:
+    folder = as_folder(name)
+    if folder.is_dir():
+        return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
+    return name.lower().endswith((".gguf", "-gguf"))
+
+
+def overridden(config: dict[str, Any], changes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A ``config.json`` with ``hf_overrides``; only configs in it are changed key by key.
+
+    ``ModelConfig._apply_dict_overrides`` (vllm/config/model.py:500).
+    """
+    changed = dict(config)
+    for key, value in (changes or {}).items():
+        if key == "rope_scaling":  # the older name of the same
+            changed.pop("rope_parameters", None)
+        old = config.get(key)
+        if isinstance(value, dict) and isinstance(old, dict) and key.endswith("_config"):
+            value = overridden(old, value)
+        changed[key] = value
+    return changed
 
 
 def shape_at_hand(name: str, environment: Mapping[str, str]) -> ModelShape | None:
@@ -151,11 +186,11 @@ def _model(name: str, config: dict[str, Any], listed: list[Tensor] | None, sourc
 # --- a local folder ----------------------------------------------------------------------------
 
 
-def _from_folder(name: str, folder: Path) -> Model:
+def _from_folder(name: str, folder: Path, overrides: Mapping[str, Any] | None = None) -> Model:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{name}: the folder has no config.json")
-    config = _object(_text(path), str(path))
+    config = overridden(_object(_text(path), str(path)), overrides)
     files = sorted(folder.glob("*.safetensors"))
     index = folder / _INDEX
     if index.is_file():
@@ -170,10 +205,28 @@ def _from_folder(name: str, folder: Path) -> Model:
     found = [tensor for file in files for tensor in _read_header(file)]
     source = f"safetensors headers in {folder}" if files else f"{path} (no weights there)"
     model = _model(name, config, tensors.grouped(found) if files else None, source)
+    if pools_by_modules(folder / _MODULES):
+        model = _pooling(model)
     sentence = next((folder / s for s in _SENTENCE_CONFIGS if (folder / s).is_file()), None)
     if sentence is None:
         return model
     return _with_sentence_config(model, _object(_text(sentence), str(sentence)))
+
+
+_MODULES = "modules.json"
+
+
+def pools_by_modules(path: Path) -> bool:
+    """Whether a ``modules.json`` says that the model pools, as in vLLM's ``get_pooling_config``."""
+    try:
+        modules = json.loads(path.read_text())
+        return any(module["type"] == "sentence_transformers.models.Pooling" for module in modules)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # none, or one that vLLM could not read either
+
+
+def _pooling(model: Model) -> Model:
+    return replace(model, shape=replace(model.shape, pooling=True))
 
 
 _SENTENCE_CONFIGS = tuple(
@@ -253,7 +306,7 @@ def _tensors(header: dict[str, Any], where: str) -> Iterable[Tensor]:
 # --- a store (s3:// and whatever else fsspec knows) ---------------------------------------------
 
 
-def _from_address(name: str) -> Model:
+def _from_address(name: str, overrides: Mapping[str, Any] | None) -> Model:
     """Config and headers only, as from the hub."""
     import fsspec
 
@@ -275,13 +328,14 @@ def _from_address(name: str) -> Model:
             f"{name}: cannot be read ({why}); check the address, and the credentials for it"
         ) from None
     listed = tensors.grouped(found) if found else None
+    config = overridden(config, overrides)
     return _model(name, config, listed, f"safetensors headers in {name}")
 
 
 # --- the hub -----------------------------------------------------------------------------------
 
 
-def _from_hub(name: str) -> Model:
+def _from_hub(name: str, overrides: Mapping[str, Any] | None) -> Model:
     """Config and headers only; ``HF_TOKEN`` and ``HF_ENDPOINT`` are honoured by the library."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import NotASafetensorsRepoError
@@ -295,26 +349,27 @@ def _from_hub(name: str) -> Model:
         def read(file: str) -> dict[str, Any]:
             return _object(Path(hf_hub_download(name, file)).read_text(), f"{name}/{file}")
 
-        config = read("config.json")
+        config = overridden(read("config.json"), overrides)
         sentence = next((read(file) for file in _SENTENCE_CONFIGS if file in there), {})
-        if "modules.json" in there:
-            hf_hub_download(name, "modules.json")  # tells that it embeds (planner/model/runner.py)
+        pools = _MODULES in there and pools_by_modules(Path(hf_hub_download(name, _MODULES)))
         try:
             metadata = api.get_safetensors_metadata(name)
         except NotASafetensorsRepoError:
-            source = f"config.json of {name} on the hub"
-            return _with_sentence_config(_model(name, config, None, source), sentence)
+            metadata = None
     except UserError:
         raise
     except Exception as error:
         raise _hub_error(name, error) from None
-    found = [
-        Tensor(tensor, info.dtype, tuple(info.shape))
-        for file in metadata.files_metadata.values()
-        for tensor, info in file.tensors.items()
-    ]
-    source = f"safetensors headers of {name} on the hub"
-    return _with_sentence_config(_model(name, config, tensors.grouped(found), source), sentence)
+    if metadata is None:
+        model = _model(name, config, None, f"config.json of {name} on the hub")
+    else:
+        found = tensors.grouped(
+            Tensor(tensor, info.dtype, tuple(info.shape))
+            for file in metadata.files_metadata.values()
+            for tensor, info in file.tensors.items()
+        )
+        model = _model(name, config, found, f"safetensors headers of {name} on the hub")
+    return _with_sentence_config(_pooling(model) if pools else model, sentence)
 
 
 def _hub_error(name: str, error: Exception) -> UserError:

@@ -83,11 +83,5 @@ def is_loaded(tensor: Tensor, shape: ModelShape, *, draft: bool = False) -> bool
         return False
     if name.startswith("lm_head.") and shape.tie_word_embeddings:
         return False
-    scheme = shape.quantization
-    if scheme is not None and scheme.method == "gptq":
-        if name.endswith(".g_idx") and not scheme.desc_act:
-            return False
-        if name.endswith(".qzeros") and not scheme.zero_points:
-            return False
     # An embedding model pools without BERT's pooler (models/bert.py, models/roberta.py).
     return not (name.startswith("pooler.") and not shape.causal)

@@ -31,6 +31,8 @@ class Quantization:
     block: tuple[int, int] | None = None
     zero_points: bool = False
     desc_act: bool = False
+    spare: bool = False
+    """GPTQ's own checkpoints hold zero points and an order of inputs even where neither is used."""
     lm_head: bool = False
     online: bool = False
     ignored: tuple[str, ...] = ()
@@ -76,9 +78,9 @@ class Quantization:
                 tensor("qweight", "I32", inputs, math.ceil(out / per_int)),
                 tensor("scales", weight.dtype, groups, out),
             ]
-            if self.zero_points:
+            if self.zero_points or self.spare:
                 packed.append(tensor("qzeros", "I32", groups, math.ceil(out / per_int)))
-            if self.desc_act:
+            if self.desc_act or self.spare:
                 packed.append(tensor("g_idx", "I32", inputs))
             return packed
         if self.bits == 4:
@@ -153,11 +155,10 @@ def from_config(config: dict[str, Any]) -> Quantization | None:
             method,
             bits=int(raw.get("bits") or raw.get("w_bit") or 4),
             group_size=int(raw.get("group_size") or raw.get("q_group_size") or -1),
-            # A symmetric GPTQ checkpoint stores zero points, but Marlin drops them
-            # (vllm/model_executor/kernels/linear/mixed_precision/marlin.py:214).
             zero_points=bool(raw.get("zero_point"))
             if method == "awq"
             else not raw.get("sym", True),
+            spare=method == "gptq",
             desc_act=bool(raw.get("desc_act")),
             lm_head=bool(raw.get("lm_head")),
             ignored=ignored,
@@ -208,7 +209,9 @@ def from_config(config: dict[str, Any]) -> Quantization | None:
     if method in ("experts_int8", "torchao", "quark", "inc", "fp_quant"):
         return Quantization(method, bits=8, ignored=ignored)
     raise ConfigError(
-        f"the checkpoint's quantization '{method or 'unnamed'}' is not one that vLLM 0.29 loads"
+        f"the checkpoint's quantization '{method or 'unnamed'}' is not one that vLLM 0.29 loads; "
+        "take an AWQ, GPTQ or fp8 checkpoint of the model, or the model itself with "
+        "engine.quantization: fp8"
     )
 
 

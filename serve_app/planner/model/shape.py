@@ -141,6 +141,11 @@ def from_config(config: dict[str, Any]) -> ModelShape:
     """
     text = _text_config(config)
     model_type = str(text.get("model_type") or config.get("model_type") or "unknown")
+    if config.get("is_encoder_decoder") or model_type == "whisper":
+        raise ConfigError(
+            f"it is an encoder-decoder ({model_type}), whose memory is not planned here: start it "
+            "once, on a GPU with twice the size of its weights"
+        )
     text = {**_DEFAULTS.get(model_type, {}), **{k: v for k, v in text.items() if v is not None}}
     architectures = config.get("architectures") or text.get("architectures") or []
     architecture = str(architectures[0]) if architectures else "unknown"

@@ -16,8 +16,11 @@ from serve_app.planner.model import quantization
 from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import TORCH_DTYPES
+from serve_app.planner.vllm import offload
 from serve_app.planner.vllm.kv_cache import MambaMode
+from serve_app.planner.vllm.offload import Offload
 from serve_app.planner.vllm.sharding import Parallelism
+from serve_app.planner.vllm.share import KEY, Share
 
 DEFAULT_UTILIZATION = 0.92  # vllm/config/cache.py:111
 DEFAULT_BLOCK_SIZE = 16  # vllm/config/cache.py: DEFAULT_BLOCK_SIZE
@@ -41,8 +44,8 @@ class Draft:
 
     @property
     def in_checkpoint(self) -> bool:
-        """Whether the draft layers are part of the model's own checkpoint."""
-        return self.method.endswith("mtp") and self.model is None
+        """Whether the draft is the MTP layers of a checkpoint: the model's own, or ``model``'s."""
+        return self.method.endswith("mtp")
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,12 @@ class EngineArgs:
     """Engine arguments with every default resolved. Lengths and batches are in tokens."""
 
     parallel: Parallelism
+    capability: int
+    """The GPU's, times ten: it decides which kernels run."""
     gpu_memory_utilization: float
     max_model_len: int
+    pooling: bool
+    """Whether the engine embeds, scores or classifies; then the model's head is not loaded."""
     fit_max_model_len: bool
     """``max_model_len: -1``: the longest context that the KV cache allows."""
     max_num_seqs: int
@@ -66,8 +73,11 @@ class EngineArgs:
     quantization: Quantization | None
     lora: LoRA | None
     draft: Draft | None
+    offload: Offload
     kv_cache_memory_bytes: int | None
     num_gpu_blocks_override: int | None
+    part_bytes: int | None = None
+    """What the replica may take of its GPU, where others share it."""
 
     @property
     def in_flight_tokens(self) -> int:
@@ -92,24 +102,30 @@ def resolve(
     get = arguments.get
     parallel = parallel or parallelism(arguments)
     utilization = get("gpu_memory_utilization")
-    utilization = DEFAULT_UTILIZATION if utilization is None else float(utilization)
+    part: Share | None = get(KEY)
+    if utilization is None:
+        utilization = part.utilization(gpu) if part else DEFAULT_UTILIZATION
+    utilization = float(utilization)
     asked_len = count(get("max_model_len"), "max_model_len", least=-1)
     fit_len = asked_len == -1
     max_len = shape.max_position_embeddings if asked_len in (None, -1) else asked_len
     assert max_len is not None
     if max_len < 1:
         raise ConfigError(f"engine.max_model_len is {asked_len}, but must be at least 1 (or -1)")
-    pooling = shape.pooling or get("runner") == "pooling" or bool(get("convert"))
+    pooling = _pools(arguments, shape)
     tokens, seqs = _batch_limits(arguments, shape, gpu, max_len, pooling=pooling)
     dtype = _dtype(get("dtype"), shape, gpu, pooling=pooling)
     draft = draft_of(arguments)
     eager = bool(get("enforce_eager")) or get("optimization_level") in (0, "0")
     query_len = 1 + (draft.num_speculative_tokens if draft else 0)
-    graphs = () if eager else cudagraph_sizes(arguments, gpu, seqs, tokens, query_len)
+    most = 1024 if shape.model_type == "gpt_oss" else None  # models/config.py:408
+    graphs = () if eager else cudagraph_sizes(arguments, gpu, seqs, tokens, query_len, most)
     return EngineArgs(
         parallel=parallel,
+        capability=gpu.capability,
         gpu_memory_utilization=utilization,
         max_model_len=max_len,
+        pooling=pooling,
         fit_max_model_len=fit_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=tokens,
@@ -123,8 +139,10 @@ def resolve(
         quantization=_quantization(get("quantization"), shape),
         lora=_lora(arguments),
         draft=draft,
+        offload=offload.of(arguments),
         kv_cache_memory_bytes=count(get("kv_cache_memory_bytes"), "kv_cache_memory_bytes"),
         num_gpu_blocks_override=count(get("num_gpu_blocks_override"), "num_gpu_blocks_override"),
+        part_bytes=part.bytes_of(gpu) if part else None,
     )
 
 
@@ -146,6 +164,14 @@ def parallelism(arguments: dict[str, Any]) -> Parallelism:
         bool(arguments.get("enable_expert_parallel")),
         size("decode_context_parallel_size") if prefill == 1 else 1,
     )
+
+
+def _pools(arguments: dict[str, Any], shape: ModelShape) -> bool:
+    """``ModelConfig._get_runner_type`` (config/model.py)."""
+    runner = arguments.get("runner") or "auto"
+    if runner != "auto":
+        return bool(runner == "pooling")
+    return shape.pooling or (arguments.get("convert") or "auto") not in ("auto", "none")
 
 
 def _batch_limits(
@@ -240,9 +266,17 @@ def _mamba_mode(arguments: dict[str, Any], shape: ModelShape) -> MambaMode:
 
 
 def cudagraph_sizes(
-    arguments: dict[str, Any], gpu: GPU, max_num_seqs: int, max_tokens: int, query_len: int = 1
+    arguments: dict[str, Any],
+    gpu: GPU,
+    max_num_seqs: int,
+    max_tokens: int,
+    query_len: int = 1,
+    of_model: int | None = None,
 ) -> tuple[int, ...]:
-    """Batch sizes that graphs are captured for (config/vllm.py:1990-2130)."""
+    """Batch sizes that graphs are captured for (config/vllm.py:1990-2130).
+
+    ``of_model`` is the largest one that the model's class sets where the arguments do not.
+    """
     compilation = arguments.get("compilation_config")
     compilation = compilation if isinstance(compilation, dict) else {}
     if str(compilation.get("cudagraph_mode", "")).upper() == "NONE":
@@ -250,9 +284,8 @@ def cudagraph_sizes(
     listed = arguments.get("cudagraph_capture_sizes") or compilation.get("cudagraph_capture_sizes")
     if isinstance(listed, list) and listed:
         return tuple(sorted({int(size) for size in listed if int(size) <= max_tokens}))
-    most = arguments.get("max_cudagraph_capture_size") or compilation.get(
-        "max_cudagraph_capture_size"
-    )
+    name = "max_cudagraph_capture_size"
+    most = arguments.get(name) or compilation.get(name) or of_model
     limit = 1024 if 100 <= gpu.capability < 110 else 512
     most = int(most) if most is not None else min(2 * max_num_seqs * query_len, limit)
     most = min(most, max_tokens)

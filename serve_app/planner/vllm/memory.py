@@ -18,16 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from serve_app.planner.hardware import GIB, GPU, MIB
+from serve_app.planner.hardware import CONTEXT_BYTES, GIB, GPU, MIB
 from serve_app.planner.model import derive, names
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import DTYPE_BITS, TORCH_DTYPES, Tensor
-from serve_app.planner.vllm import allocator, kv_cache, sharding
+from serve_app.planner.vllm import allocator, kernels, kv_cache, offload, sharding
 from serve_app.planner.vllm.defaults import EngineArgs, LoRA
 from serve_app.planner.vllm.kv_cache import Group, KVCache
 from serve_app.planner.vllm.sharding import Parallelism
+from serve_app.planner.vllm.share import SPARE_BYTES
 
 # --- Measured on one H200 (benchmarks/results/planner_h200.json), unless said otherwise. --------
 
@@ -38,8 +39,9 @@ modules and library workspaces. The same for all models."""
 ALLOCATOR_SLACK_BYTES = 64 * MIB
 """Memory that PyTorch's allocator then has reserved but not handed out: 6 to 123 MiB, mean 49."""
 
-COMMUNICATION_BYTES = int(0.35 * GIB)
-"""An estimate: buffers of NCCL and of the custom all-reduce, where TP or PP exceeds 1."""
+COMMUNICATION_BYTES = int(0.1 * GIB)
+"""Buffers of the custom all-reduce where TP or PP exceeds 1, as TP 4 on H100s had them; NCCL's own
+are there before vLLM's first snapshot."""
 
 TORCH_STATE_BYTES = 32 * MIB
 """Small persistent tensors that are not modelled one by one (cuBLAS workspaces, sampler state)."""
@@ -48,19 +50,19 @@ CUDAGRAPH_BASE_BYTES = 150 * MIB
 """Memory pool of the first graph: activations of the largest captured batch."""
 
 CUDAGRAPH_BYTES_PER_GRAPH = int(1.0 * MIB)
-"""For each captured batch size; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
+"""For each graph of a decode step; vLLM counts at least 1 MiB (cudagraph_utils.py:714)."""
 
 CUDAGRAPH_BYTES_PER_LAYER = int(0.47 * MIB)
-"""For each layer and captured batch size: a line through models of 32, 48 and 64 layers."""
-
-CONTEXT_BYTES = 527 * MIB
-"""Memory of the CUDA context, taken before the first snapshot. It must be free beside the budget
-(vllm/v1/worker/utils.py:516)."""
+"""For each layer and graph of a decode step: a line through models of 32, 48 and 64 layers."""
 
 FRONT_END_BYTES = int(1.1 * GIB)
 """Host memory of one more front end: 1.06 GiB in vLLM's API servers, mostly imports."""
 
 # ------------------------------------------------------------------------------------------------
+
+TIGHT_SHARE = 0.03
+"""A plan is tight if its KV cache exceeds the need of one request by less than this share of the
+GPU: that is within the planner's own error (docs/planner-accuracy.md)."""
 
 MLA_WORKSPACE_TOKENS = 64 * 1024  # mla_attention.py:2176
 
@@ -100,6 +102,8 @@ class Plan:
     """On one GPU of the tightest stage, over its layers that keep every token."""
     fits: bool
     reasons: tuple[str, ...]
+    host_bytes: int = 0
+    """Pinned host memory of the whole replica: what is offloaded to it."""
 
     @property
     def parallel(self) -> Parallelism:
@@ -111,16 +115,42 @@ class Plan:
         return min(self.stages, key=lambda stage: stage.kv_cache)
 
     @property
+    def tight(self) -> bool:
+        """Whether it fits, but could fail by the planner's own error."""
+        if not self.fits or not self.groups or self.gpu.name == "CPU":
+            return False
+        needed = self.cache.bytes_per_block * self.cache.blocks_per_request
+        return self.tightest.kv_cache - needed < TIGHT_SHARE * self.tightest.total
+
+    @property
+    def draft_weights(self) -> int:
+        """Bytes of weights on one GPU that only speculative decoding needs."""
+        return draft_weight_bytes(self.model, self.engine)
+
+    @property
+    def weights_on_all_gpus(self) -> int:
+        """Bytes of weights over the replica's GPUs; each data-parallel rank has its own."""
+        ranks = self.parallel.tensor * self.parallel.data
+        return ranks * sum(stage.weights for stage in self.stages)
+
+    @property
     def kv_cache_tokens(self) -> int:
         """Tokens that the replica's KV cache holds, over all its data-parallel ranks."""
         return self.cache.tokens * self.parallel.data if self.fits else 0
 
     def concurrency(self, length: int | None = None) -> float:
-        """Requests of ``length`` tokens (None: ``max_model_len``) that run at once."""
+        """Requests of ``length`` tokens (None: ``max_model_len``) that run at once.
+
+        ``max_num_seqs`` is the scheduler's own limit, which vLLM's log leaves out.
+        """
         if not self.fits:
             return 0.0
-        if not self.groups:  # no KV cache: the scheduler's own limit
-            return float(self.engine.max_num_seqs * self.parallel.data)
+        return min(self.room(length), float(self.engine.max_num_seqs * self.parallel.data))
+
+    def room(self, length: int | None = None) -> float:
+        """Requests of ``length`` tokens that the KV cache holds; without one, any number."""
+        if not self.groups:
+            return math.inf
         if length is None:
             return self.cache.max_concurrency * self.parallel.data
         blocks = kv_cache.blocks_per_request(self.groups, length, self.engine.in_flight_tokens)
@@ -139,6 +169,7 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
     weights = weight_bytes(model, engine)
     graphs = cudagraph_bytes(shape, engine)
     alone = parallel.gpus == 1
+    spare = SPARE_BYTES if engine.part_bytes else 0
     stages = []
     for index in range(parallel.pipeline):
         first, last = index == 0, index == parallel.pipeline - 1
@@ -154,10 +185,13 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
             cudagraph=graphs,
             kv_cache=0,
         )
-        left = engine.kv_cache_memory_bytes or requested - memory.without_kv
+        left = engine.kv_cache_memory_bytes or requested - memory.without_kv - spare
         stages.append(replace(memory, kv_cache=left))
-    specs = kv_cache.layer_specs(shape, engine) + _draft_specs(model, engine)
+    specs = kv_cache.layer_specs(shape, engine)
+    specs += _draft_specs(model, engine, specs)
     groups = kv_cache.groups_of(specs, hybrid_manager=engine.hybrid_manager)
+    if not groups:  # an encoder: what is left over stays free
+        stages = [replace(stage, kv_cache=min(0, stage.kv_cache)) for stage in stages]
     # Draft layers come after the model's own and run on the last stage.
     parts[-1] = range(parts[-1].start, shape.num_hidden_layers + len(specs))
     free = [stage.kv_cache for stage in stages]
@@ -187,7 +221,16 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
         for part in parts
     )
     return Plan(
-        model, engine, gpu, tuple(stages), cache, tuple(groups), token_bytes, not reasons, reasons
+        model,
+        engine,
+        gpu,
+        tuple(stages),
+        cache,
+        tuple(groups),
+        token_bytes,
+        not reasons,
+        reasons,
+        host_bytes(model, engine),
     )
 
 
@@ -195,17 +238,29 @@ def _why_not(
     stages: Sequence[GPUMemory], groups: list[Group], engine: EngineArgs, longest: int, gpu: GPU
 ) -> tuple[str, ...]:
     reasons = []
+    budget = engine.part_bytes
+    part = f"its part of {gpu.name} ({budget / GIB:.1f} GiB)" if budget else ""
     worst = min(stages, key=lambda stage: stage.kv_cache)
     if worst.kv_cache <= 0 and (groups or worst.kv_cache < 0):
         reasons.append(
-            f"weights, activations and CUDA graphs take {worst.without_kv / GIB:.1f} GiB per GPU, "
-            f"but {worst.requested / GIB:.1f} GiB of {gpu.name}'s {gpu.memory_gib:.1f} are "
+            f"weights, activations and CUDA graphs take {worst.without_kv / GIB:.1f} GiB, but "
+            f"{part} leaves {worst.requested / GIB:.1f} beside the CUDA context"
+            if part
+            else f"weights, activations and CUDA graphs take {worst.without_kv / GIB:.1f} GiB per "
+            f"GPU, but {worst.requested / GIB:.1f} GiB of {gpu.name}'s {gpu.memory_gib:.1f} are "
             f"vLLM's (gpu_memory_utilization {engine.gpu_memory_utilization:g})"
         )
     elif groups and longest < (1 if engine.fit_max_model_len else engine.max_model_len):
         reasons.append(
             f"the KV cache has {worst.kv_cache / GIB:.1f} GiB per GPU, which holds {longest} "
             f"tokens of one request, but max_model_len is {engine.max_model_len}"
+        )
+    taken = worst.without_kv + (max(0, worst.kv_cache) if groups else 0)
+    taken = CONTEXT_BYTES + max(taken, worst.requested)
+    if budget and not reasons and taken > budget:
+        reasons.append(
+            f"engine.gpu_memory_utilization or kv_cache_memory_bytes takes {taken / GIB:.1f} GiB "
+            f"with the CUDA context, more than {part}"
         )
     if gpu.memory_bytes - CONTEXT_BYTES < worst.requested:
         reasons.append(
@@ -228,7 +283,7 @@ def weight_bytes(model: Model, engine: EngineArgs) -> list[int]:
     unsplit = [
         allocator.unsplit_bytes(parameters.values())
         for parameters in _parameters(
-            tensors_in_use(model, engine.quantization), model.shape, engine.parallel, engine.dtype
+            _held(model, engine), model.shape, engine.parallel, engine.dtype
         )
     ]
     return [sum(both) for both in zip(tensor_bytes(model, engine), unsplit, strict=True)]
@@ -236,10 +291,12 @@ def weight_bytes(model: Model, engine: EngineArgs) -> list[int]:
 
 def tensor_bytes(model: Model, engine: EngineArgs) -> list[int]:
     """The same without the CUDA allocator's rounding: parameters and permanent tables."""
-    tensors = tensors_in_use(model, engine.quantization)
     shape, parallel = model.shape, engine.parallel
-    stages = _parameters(tensors, shape, parallel, engine.dtype)
-    totals = [sum(parameters.values()) for parameters in stages]
+    stages = _parameters(_held(model, engine), shape, parallel, engine.dtype)
+    totals = [
+        sum(parameters.values()) - offload.moved(parameters, engine.offload)[1]
+        for parameters in stages
+    ]
     for index, part in enumerate(sharding.stages(shape.num_hidden_layers, parallel.pipeline)):
         totals[index] += rope_bytes(shape, engine.dtype)
         totals[index] += len(part) * mla_copy_bytes(shape, engine)
@@ -250,7 +307,23 @@ def tensor_bytes(model: Model, engine: EngineArgs) -> list[int]:
     return totals
 
 
+def host_bytes(model: Model, engine: EngineArgs) -> int:
+    """Pinned host memory of one replica: weights and KV cache that its GPUs do not hold."""
+    parallel = engine.parallel
+    stages = _parameters(_held(model, engine), model.shape, parallel, engine.dtype)
+    weights = sum(offload.moved(parameters, engine.offload)[0] for parameters in stages)
+    return parallel.data * (parallel.tensor * weights + engine.offload.kv_cache)
+
+
 _parameters = lru_cache(maxsize=64)(sharding.stage_parameters)
+
+
+def _held(model: Model, engine: EngineArgs) -> tuple[Tensor, ...]:
+    scheme = engine.quantization
+    tensors = tensors_in_use(model, scheme)
+    if engine.pooling:  # models/adapters.py: _create_pooling_model_cls
+        tensors = tuple(one for one in tensors if "lm_head" not in one.name.split("."))
+    return kernels.held(tensors, model.shape, scheme, engine.parallel, engine.capability)
 
 
 def tensors_in_use(model: Model, scheme: Quantization | None) -> tuple[Tensor, ...]:
@@ -271,8 +344,30 @@ def rope_bytes(shape: ModelShape, dtype: str) -> int:
         return 0
     width = shape.mla.qk_rope_head_dim if shape.mla else shape.head_dim
     width = int(width * float(shape.config.get("partial_rotary_factor") or 1))
-    tables = 2 if "sliding" in shape.layers and "full" in shape.layers else 1
-    return tables * shape.max_position_embeddings * width * DTYPE_BITS[TORCH_DTYPES[dtype]] // 8
+    if shape.model_type == "gpt_oss":
+        dtype = "float32"  # models/gpt_oss.py:111
+    return _rope_rows(shape) * width * DTYPE_BITS[TORCH_DTYPES[dtype]] // 8
+
+
+def _rope_rows(shape: ModelShape) -> int:
+    """Positions that the tables have, by the kind of scaling (rotary_embedding/__init__.py:85)."""
+    rope = shape.config.get("rope_parameters") or shape.config.get("rope_scaling") or {}
+    of_windows = "gemma3" in shape.model_type or "sliding_attention" in rope
+    rope = rope.get("full_attention", rope)
+    kind, factor = rope.get("rope_type") or rope.get("type"), float(rope.get("factor") or 1)
+    own = int(shape.config.get("max_position_embeddings") or shape.max_position_embeddings)
+    original = int(rope.get("original_max_position_embeddings") or own)
+    rows = own
+    if "yarn" in str(kind):
+        rows = int(original * factor)
+    elif kind == "linear":
+        rows = int(own * factor)
+    elif kind in ("longrope", "su"):  # a table for short contexts, and one for long ones
+        rows = own + int(shape.config.get("original_max_position_embeddings") or original)
+    if "mrope_section" in rope:
+        rows *= 4  # mrope.py: positions of a video
+    # The layers with windows of some models have a table without scaling.
+    return rows + (own if of_windows else 0)
 
 
 def mla_copy_bytes(shape: ModelShape, engine: EngineArgs) -> int:
@@ -319,11 +414,12 @@ def draft_weight_bytes(model: Model, engine: EngineArgs) -> int:
     if draft is None:
         return 0
     if draft.in_checkpoint:
+        of = model.draft or model
         return sum(
-            sharding.rank_bytes(tensor, model.shape, engine.parallel, engine.dtype)
-            for tensor in model.tensors
-            if names.is_loaded(tensor, model.shape, draft=True)
-            and not names.is_loaded(tensor, model.shape)
+            sharding.rank_bytes(tensor, of.shape, engine.parallel, engine.dtype)
+            for tensor in of.tensors
+            if names.is_loaded(tensor, of.shape, draft=True)
+            and not names.is_loaded(tensor, of.shape)
         )
     if model.draft is None:
         return 0
@@ -333,21 +429,26 @@ def draft_weight_bytes(model: Model, engine: EngineArgs) -> int:
     ) + rope_bytes(model.draft.shape, engine.dtype)
 
 
-def _draft_specs(model: Model, engine: EngineArgs) -> list[tuple[int, kv_cache.LayerSpec]]:
-    """The KV cache of the draft's layers, which come after the model's."""
+def _draft_specs(
+    model: Model, engine: EngineArgs, own: Sequence[tuple[int, kv_cache.LayerSpec]]
+) -> list[tuple[int, kv_cache.LayerSpec]]:
+    """The KV cache of the draft's layers, which come after the model's ``own``."""
     if engine.draft is None:
         return []
     first = model.shape.num_hidden_layers
     if engine.draft.in_checkpoint:
-        shape, layers = model.shape, max(1, model.shape.draft_layers)
+        shape = (model.draft or model).shape
+        layers = max(1, shape.draft_layers)
     elif model.draft is not None:
         shape, layers = model.draft.shape, model.draft.shape.num_hidden_layers
     else:
         return []
-    page = engine.block_size * kv_cache.attention_bytes_per_token(
+    full = [spec.block_size for _, spec in own if spec.kind == "full"]  # longer in a hybrid
+    block_size = max(full, default=engine.block_size)
+    page = block_size * kv_cache.attention_bytes_per_token(
         shape, engine.parallel.tensor, engine.kv_dtype
     )
-    spec = kv_cache.LayerSpec("full", engine.block_size, page)
+    spec = kv_cache.LayerSpec("full", block_size, page)
     return [(first + i, spec) for i in range(layers)]
 
 
@@ -360,7 +461,7 @@ def buffer_bytes(shape: ModelShape, engine: EngineArgs, *, first: bool, last: bo
     element = element_bytes(engine)
     total = TORCH_STATE_BYTES
     total += tokens * (4 + 8 + 1)  # input ids, positions, padding: input_batch.py:28
-    if last and not shape.pooling:
+    if last and not engine.pooling:
         words = math.ceil(shape.vocab_size / 32)
         total += seqs * (
             4 * words  # tokens of the prompt, for penalties: sample/penalties.py:35
@@ -429,7 +530,7 @@ def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> in
     if shape.ssm:
         inner = math.ceil((shape.ssm.conv_dim + 2 * shape.ssm.inner_size) / tp)
         places.append(stream + tokens * 2 * inner)
-    if last and not shape.pooling:
+    if last and not engine.pooling:
         requests = min(engine.max_num_seqs, tokens)
         # All-gathered logits are a second copy (layers/logits_processor.py: _gather_logits).
         copies = 1 if tp == 1 else 1 + 1 / tp
@@ -439,10 +540,15 @@ def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> in
 
 
 def cudagraph_bytes(shape: ModelShape, engine: EngineArgs) -> int:
-    """vLLM's own estimate before capture (v1/worker/gpu/cudagraph_utils.py:718)."""
-    graphs = len(engine.cudagraph_sizes)
-    if not graphs:
+    """vLLM's own estimate before capture (v1/worker/gpu/cudagraph_utils.py:718).
+
+    What grows with their number are graphs of whole decode steps, whose batches are of at most
+    ``max_num_seqs`` requests (:195). Graphs of pieces share one pool.
+    """
+    if not engine.cudagraph_sizes:
         return 0
+    query_len = 1 + (engine.draft.num_speculative_tokens if engine.draft else 0)
+    graphs = sum(size <= engine.max_num_seqs * query_len for size in engine.cudagraph_sizes)
     layers = math.ceil(shape.num_hidden_layers / engine.parallel.pipeline)
     per_size = CUDAGRAPH_BYTES_PER_GRAPH + layers * CUDAGRAPH_BYTES_PER_LAYER
     return CUDAGRAPH_BASE_BYTES + graphs * per_size

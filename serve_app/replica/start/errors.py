@@ -32,9 +32,15 @@ def too_slow(phase: str, config: ModelConfig) -> str:
 
 
 def _numbers(config: ModelConfig) -> dict[str, object]:
+    part, tp = config.resources.part_of_gpu, config.tensor_parallel_size
+    util = config.engine.get("gpu_memory_utilization", 0.92)
+    raise_both = f"raise gpu_memory_utilization (now {util}) or tensor_parallel_size (now {tp})"
+    larger = f"give it a larger part of the GPU (resources.{part})"
     return {
-        "tp": config.tensor_parallel_size,
-        "util": config.engine.get("gpu_memory_utilization", 0.92),
+        "tp": tp,
+        "util": util,
+        "more_gpu": larger if part else f"raise tensor_parallel_size (now {tp})",
+        "more_memory": larger if part else raise_both,
         "len": config.engine.get("max_model_len", "the model's own"),
         "seqs": config.engine.get("max_num_seqs", "vLLM's default"),
     }
@@ -59,9 +65,9 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     ),
     (
         r"OutOfMemoryError|CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED",
-        "'{model}' does not fit: the GPU ran out of memory while it loaded; raise "
-        "tensor_parallel_size (now {tp}), use a quantized checkpoint, or lower max_num_seqs "
-        "(now {seqs}) and max_model_len (now {len})",
+        "'{model}' does not fit: the GPU ran out of memory while it loaded; "
+        "{more_gpu}, use a quantized checkpoint, or lower max_num_seqs (now {seqs}) and "
+        "max_model_len (now {len})",
     ),
     (
         r"Free memory on device .* is less than desired GPU memory utilization",
@@ -70,8 +76,8 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     ),
     (
         r"No available memory for the cache blocks",
-        "'{model}' leaves no GPU memory for the KV cache; raise gpu_memory_utilization (now "
-        "{util}) or tensor_parallel_size (now {tp}), or lower max_num_seqs (now {seqs})",
+        "'{model}' leaves no GPU memory for the KV cache; {more_memory}, or lower "
+        "max_num_seqs (now {seqs})",
     ),
     (
         r"GatedRepo|gated repo|access to model .* is restricted|403 Client Error",
@@ -97,8 +103,7 @@ _KNOWN: tuple[tuple[str, str], ...] = (
     (
         r"cache is needed, which is larger than the available KV cache",
         "the KV cache of '{model}' cannot hold one request of max_model_len (now {len}); lower it, "
-        "or raise gpu_memory_utilization (now {util}) or tensor_parallel_size (now {tp}); "
-        "serve-app plan says what fits",
+        "or {more_memory}; serve-app plan says what fits",
     ),
     (
         r"PermissionError",

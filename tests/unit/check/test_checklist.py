@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from harness import configs
+from harness.processes import REPO
 
 from serve_app.check import checklist
 from serve_app.check.inventory import Node
@@ -132,7 +134,7 @@ def test_what_each_check_catches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any], check: str, status: str, words: str,
 ) -> None:  # fmt: skip
-    def no_hub(name: str) -> None:
+    def no_hub(name: str, _: object) -> None:
         raise UserError(f"{name}: the hub cannot be reached")
 
     monkeypatch.setattr(metadata, "_from_hub", no_hub)
@@ -498,3 +500,20 @@ def test_args_that_are_no_mapping_are_a_finding(tmp_path: Path, arguments: str) 
     (finding,) = checklist.static(config, None)
     assert (finding.check, finding.status) == ("config", "fail")
     assert "application 'a'" in finding.message
+
+
+def test_what_shares_a_gpu_is_added_up() -> None:
+    path = REPO / "configs/one-gpu.yaml"
+    assert checklist.gpus_needed(load(path)) == (1, 1)
+    said = find(checklist.static(path, None), "shared GPU", "ok").text
+    assert said == "chat 0.8 + embeddings 0.1 + reranker 0.1 of L40S, 0 left"
+    fleet = load(REPO / "configs/fleet.yaml")  # 4 H100 and an L40S each, halves of an L4
+    assert checklist.gpus_needed(fleet) == (4 + 1 + 1, 8 + 4 + 2)
+
+
+def test_a_part_that_is_too_small_fails_with_one_that_would_do(tmp_path: Path) -> None:
+    text = (REPO / "configs/one-gpu.yaml").read_text().replace("gpu_share: 0.8", "gpu_share: 0.3")
+    path = tmp_path / "small.yaml"
+    path.write_text(text)
+    failed = find(checklist.static(path, None), "memory", "fail")
+    assert failed.about == "chat" and re.search(r"gpu_share 0\.4\d would fit", failed.text)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from serve_app.planner.model import metadata
+
 ROOT = Path(__file__).parents[3]
 RECORDED = ROOT / "benchmarks/results/planner_h200.json"
 
@@ -59,6 +61,29 @@ def test_as_close_on_two_gpus(step: str) -> None:
     # Each rank of a gang tells its own.
     measured = int(tokens[0].replace(",", "")) * parallel.get("data_parallel_size", 1)
     assert found.kv_cache_tokens == pytest.approx(measured, rel=0.03)
+
+
+ON_FOUR_GPUS = json.loads((RECORDED.parent / "planner_h100x4.json").read_text())["records"]
+"""What vLLM's log said of shapes that were planned before; only :data:`memory.COMMUNICATION_BYTES`
+was fitted on it."""
+
+
+@pytest.mark.parametrize("record", ON_FOUR_GPUS, ids=lambda one: one["case"]["name"])
+def test_as_close_on_four_gpus(record: dict[str, Any]) -> None:
+    from harness.models import plan
+
+    accuracy = benchmark()
+    case = accuracy.Case(**record["case"])
+    of = metadata._model(case.model, accuracy.model_config(case), None, "benchmark")
+    found, log = plan(of, "H100", **case.engine), "\n".join(record["log"])
+    compared = 0
+    for gib in re.findall(r"Model loading took (\S+) GiB", log):
+        assert found.tightest.weights / 2**30 == pytest.approx(float(gib), rel=0.01)
+        compared += 1
+    for tokens in re.findall(r"GPU KV cache size: (\S+) tokens", log):
+        assert found.kv_cache_tokens == pytest.approx(int(tokens.replace(",", "")), rel=0.03)
+        compared += 1
+    assert compared
 
 
 def test_each_case_is_a_model_at_hand() -> None:

@@ -54,10 +54,11 @@ def test_run_refuses_what_cannot_work(tmp_path: Path, changes: dict[str, Any], w
         {"engine": {"tensor_parallel_size": 2, "max_model_len": 24_000}},
         {"engine": {"max_model_len": 200_000}, "env": {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": 1}},
         {"engine": {"tensor_parallel_size": 16}},  # no EC2 machine, but there are others
-        {"engine": {"tensor_parallel_size": 1, "cpu_offload_gb": 100}},
+        {"engine": {"tensor_parallel_size": 2, "max_model_len": 32_768, "cpu_offload_gb": 20}},
         {"engine": {"tensor_parallel_size": 1}, "resources": {}},  # on which GPU is not said
         {"engine": {"tensor_parallel_size": 1}, "resources": {"accelerator_type": "MI300X"}},
-        {"engine": {"tensor_parallel_size": 6, "hf_overrides": {"num_attention_heads": 6}}},
+        {"engine": {"tensor_parallel_size": 1, "hf_overrides": {"num_hidden_layers": 20}}},
+        {"engine": {"tensor_parallel_size": 6, "hf_overrides": "my_module.changed"}},
         {"model": "nobody/nothing"},
         {
             "model": "./models/other",  # may be any model, whatever it is called
@@ -231,7 +232,7 @@ def test_gateways_that_come_and_go_count_as_the_one_that_stays(tmp_path: Path) -
         ),
         ({"model": "nobody/nothing", "resources": CPU}, machine(gib=1)),
         (
-            {"model": LLAMA_70B["model"], "resources": CPU, "engine": {"hf_overrides": {"a": 1}}},
+            {"model": LLAMA_70B["model"], "resources": CPU, "engine": {"revision": "a"}},
             machine(gib=1),
         ),
     ],

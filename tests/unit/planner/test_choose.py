@@ -31,6 +31,16 @@ def test_smallest_layout_of_70b() -> None:
     assert "7.0" in found["V100"].refused
 
 
+def test_a_layout_within_the_planners_own_error_is_the_last_choice() -> None:
+    """Of a 70B with 16,384 tokens, TP 2 leaves an H100 next to nothing, and TP 4 a lot."""
+    of, h100 = kept(LLAMA_70B), hardware.gpus()["H100"]
+    arguments = {"max_model_len": 16_384}
+    assert choose.plan_on(of, arguments, h100, Parallelism(2)).tight
+    chosen = choose.smallest(of, arguments, h100).plan
+    assert chosen is not None
+    assert chosen.parallel == Parallelism(4)
+
+
 @pytest.mark.parametrize(
     ("gpu", "arguments", "word"),
     [

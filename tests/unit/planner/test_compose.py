@@ -18,7 +18,7 @@ from serve_app.planner import choose, hardware
 from serve_app.planner.compose import compose, described
 from serve_app.planner.hardware import GIB, Machine
 from serve_app.planner.loading import cpu_plan, load_model
-from serve_app.planner.report import TIGHT_SHARE
+from serve_app.planner.vllm.memory import TIGHT_SHARE
 
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 LLAMA_70B = "meta-llama/Llama-3.3-70B-Instruct"
@@ -246,7 +246,7 @@ def test_a_folder_needs_no_network_and_has_no_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    monkeypatch.setattr("serve_app.planner.model.metadata._from_hub", lambda name: pytest.fail())
+    monkeypatch.setattr("serve_app.planner.model.metadata._from_hub", lambda *_: pytest.fail())
     fleet, _ = made([str(tmp_path)], machine("H100"))
     [config] = fleet.models.values()
     assert (config.model, config.served_as) == (str(tmp_path), [])

@@ -169,7 +169,7 @@ def test_reserved_cores_bound_auto(num_cpus: float, count: int) -> None:
     ("asked", "accelerator", "why"),
     [
         (config(), None, "because the type of GPU is not"),
-        (config(), "MI300X", "'MI300X' is neither a GPU nor an EC2 GPU instance"),
+        (config(), "MI300X", "MI300X is made by AMD"),
         (config(), "H100", "org/model: the hub cannot be reached"),
         (config(model="/no/such/folder"), "H100", "/no/such/folder: no such folder"),
         (
@@ -182,7 +182,7 @@ def test_reserved_cores_bound_auto(num_cpus: float, count: int) -> None:
 def test_what_cannot_be_told_is_one_and_said(
     monkeypatch: pytest.MonkeyPatch, asked: ModelConfig, accelerator: str | None, why: str
 ) -> None:
-    def no_hub(name: str) -> None:
+    def no_hub(name: str, _: object) -> None:
         raise UserError(f"{name}: the hub cannot be reached")
 
     monkeypatch.setattr(metadata, "_from_hub", no_hub)

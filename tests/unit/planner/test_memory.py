@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness.models import LLAMA, QWEN3_NEXT, kept, model, plan
+from harness.models import GEMMA, LLAMA, QWEN3_NEXT, kept, model, plan
 
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
@@ -44,6 +44,15 @@ def test_the_parts_add_up_to_what_is_requested() -> None:
     parts = stage.weights + stage.non_torch + stage.buffers + stage.activation + stage.cudagraph
     assert parts + stage.kv_cache == stage.requested
     assert stage.requested == -(-hardware.gpus()["H200"].memory_bytes * 9 // 10)
+
+
+def test_graphs_of_decode_steps_are_of_at_most_max_num_seqs() -> None:
+    few = plan(kept(LLAMA_8B), max_model_len=8192, max_num_seqs=256)
+    assert len(few.engine.cudagraph_sizes) == 51
+    many = plan(kept(LLAMA_8B), max_model_len=8192)
+    base = memory.CUDAGRAPH_BASE_BYTES
+    share = (few.tightest.cudagraph - base) / (many.tightest.cudagraph - base)
+    assert share == pytest.approx(35 / 51)  # 1, 2, 4, 8 … 248 by 8, 256
 
 
 def weights(**arguments: Any) -> int:
@@ -127,6 +136,17 @@ def test_expert_parallelism_and_data_parallelism() -> None:
     assert both.kv_cache_tokens > 4 * alone.kv_cache_tokens
 
 
+def test_weights_on_all_gpus_are_those_of_every_data_parallel_rank() -> None:
+    """Experts are split over the ranks; all else is on each of them."""
+    of = kept("Qwen/Qwen3-30B-A3B")
+    found = plan(of, data_parallel_size=2, enable_expert_parallel=True, max_model_len=8192)
+    assert found.weights_on_all_gpus == 2 * found.tightest.weights
+    assert found.weights_on_all_gpus / GIB == pytest.approx(59.8, abs=0.05)
+    experts = 48 * 128 * 3 * 768 * 2048 * 2
+    alone = plan(of, max_model_len=8192).weights_on_all_gpus
+    assert found.weights_on_all_gpus == pytest.approx(2 * (alone - experts) + experts, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -150,3 +170,30 @@ def test_shared_memory_is_for_several_workers() -> None:
     assert memory.shm_bytes(1) == 0
     assert memory.shm_bytes(8) > memory.shm_bytes(4) > GIB
     assert LLAMA["num_hidden_layers"] == 32
+
+
+def test_rope_tables_are_as_long_as_their_scaling_makes_them() -> None:
+    """Of Gemma-3, the table of full attention is scaled and that of windows is not."""
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    of = model(GEMMA, max_position_embeddings=131072, **scaled).shape
+    assert memory.rope_bytes(of, "bfloat16") == (8 + 1) * 131072 * 256 * 2
+    video = model(LLAMA, rope_scaling={"type": "mrope", "mrope_section": [16, 24, 24]}).shape
+    assert memory.rope_bytes(video, "bfloat16") == 4 * 131072 * 128 * 2
+    gpt_oss = kept("openai/gpt-oss-20b").shape
+    assert memory.rope_bytes(gpt_oss, "bfloat16") == 131072 * 64 * 4
+
+
+def test_a_pooling_model_has_no_head() -> None:
+    """Qwen3-Embedding-8B's shape: 1.16 GiB less than the model that writes text."""
+    of = model(LLAMA, vocab_size=151_669, num_hidden_layers=36)
+    head = 151_669 * 4096 * 2
+    generating = plan(of, max_model_len=8192).tightest
+    for arguments in ({"runner": "pooling"}, {"convert": "embed"}):
+        pooling = plan(of, max_model_len=8192, **arguments)
+        assert generating.weights - pooling.tightest.weights == pytest.approx(head, rel=1e-2)
+        assert pooling.groups
+    assert plan(of, max_model_len=8192, runner="generate").tightest.weights == generating.weights
+
+
+def test_an_encoder_leaves_what_it_does_not_need() -> None:
+    assert plan(kept("BAAI/bge-m3"), "L4").tightest.kv_cache == 0

@@ -126,7 +126,11 @@ def test_damaged_metadata_is_one_sentence(
 
 def test_an_alias_does_not_stand_for_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may be the name of the model that was served before."""
-    monkeypatch.setattr(metadata, "_from_hub", lambda name: (_ for _ in ()).throw(UserError(name)))
+
+    def no_hub(name: str, _: object) -> None:
+        raise UserError(name)
+
+    monkeypatch.setattr(metadata, "_from_hub", no_hub)
     with pytest.raises(UserError, match=r"^Qwen/Qwen3-8B-Typo$"):
         metadata.load("Qwen/Qwen3-8B-Typo", also_known_as=["meta-llama/Llama-3.3-70B-Instruct"])
 
@@ -198,8 +202,12 @@ def test_the_hub_gives_config_and_headers(hub: Hub) -> None:
 
 def test_what_tells_that_a_model_embeds_is_fetched_too(hub: Hub) -> None:
     hub.headers, hub.files = EMBEDDING, ["config.json", "modules.json", "model.safetensors"]
-    metadata.load("someone/something")
+    assert not metadata.load("someone/something").shape.pooling
     assert hub.fetched == ["config.json", "modules.json"]
+    modules = [{"type": "sentence_transformers.models.Pooling"}]
+    (hub.folder / "modules.json").write_text(json.dumps(modules))
+    assert metadata.load("someone/something").shape.pooling
+    assert metadata.load(str(hub.folder)).shape.pooling
 
 
 # --- a store -----------------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""What shares a GPU, added up: each model's part, and what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from serve_app.config.settings import ModelConfig
+from serve_app.errors import UserError
+from serve_app.planner import choose, hardware, shares
+from serve_app.planner.hardware import CONTEXT_BYTES, GIB, GPU
+from serve_app.planner.model.checkpoint import Model
+from serve_app.planner.report import Report
+from serve_app.planner.vllm.memory import Plan
+from serve_app.planner.vllm.share import KEY
+
+
+@dataclass(frozen=True)
+class Part:
+    """One replica's part of a GPU."""
+
+    name: str
+    fraction: float
+    setting: str
+    """As the config says it: ``gpu_share 0.3``."""
+    plan: Plan | None = None
+    """None where the model's metadata are not at hand."""
+
+
+@dataclass
+class Shared:
+    """A GPU, and the parts that are on it."""
+
+    kind: str
+    """Its type by Ray's name; empty where any will do."""
+    parts: list[Part] = field(default_factory=list)
+
+    @property
+    def free(self) -> float:
+        return round(1 - sum(part.fraction for part in self.parts), 4)
+
+
+def part_of(
+    name: str, config: ModelConfig, gpu: GPU | None, plan: Plan | None = None
+) -> Part | None:
+    """A replica's part of ``gpu``; None with whole GPUs, and where it is not known of which."""
+    if not config.resources.part_of_gpu:
+        return None
+    try:
+        fraction = shares.fraction(config)
+    except UserError:
+        fraction = shares.fraction_of(config, gpu) if gpu else None
+    setting = str(choose.arguments_of(config)[KEY])
+    return None if fraction is None else Part(name, fraction, setting, plan)
+
+
+def packed(parts: Iterable[Part], kind: str = "") -> list[Shared]:
+    """The parts on as few GPUs as Ray takes for them, if the largest come first.
+
+    Ray gives a part that GPU of a node which has the least room for it
+    (tests/cluster/test_shares_cluster.py).
+    """
+    gpus: list[Shared] = []
+    for part in sorted(parts, key=lambda part: -part.fraction):
+        room = [gpu for gpu in gpus if gpu.free >= part.fraction]
+        if not room:
+            gpus.append(Shared(kind))
+            room = gpus[-1:]
+        min(room, key=lambda gpu: gpu.free).parts.append(part)
+    return gpus
+
+
+def of_fleet(reports: Iterable[Report]) -> list[Shared]:
+    """The shared GPUs of planned models, at the fewest replicas of each, one at least."""
+    found: dict[str, list[Part]] = {}
+    for report in reports:
+        config, gpu = report.config, report.plan.gpu
+        if part := part_of(report.name, config, gpu, report.plan):
+            scaled = config.autoscaling
+            fewest = scaled.min_replicas if scaled is not None else config.replicas
+            kind = config.resources.accelerator_type or gpu.ray_name or gpu.name
+            found.setdefault(kind, []).extend([part] * (fewest or 1))
+    return [gpu for kind, parts in found.items() for gpu in packed(parts, kind)]
+
+
+def one_gpu(models: Iterable[tuple[Model, ModelConfig]]) -> GPU | None:
+    """The smallest GPU for the models with parts of one of which no type is said; None without
+    any."""
+    parts = [
+        (model, choose.arguments_of(config))
+        for model, config in models
+        if config.resources.part_of_gpu and not config.resources.accelerator_type
+    ]
+    for gpu in hardware.gpus().values() if parts else ():
+        if all(choose.plan_on(model, arguments, gpu).fits for model, arguments in parts):
+            return gpu
+    return None
+
+
+def name_of(gpu: GPU | None, config: ModelConfig) -> str | None:
+    """That GPU's name for a model with a part of one of which no type is said."""
+    resources = config.resources
+    return gpu.name if gpu and resources.part_of_gpu and not resources.accelerator_type else None
+
+
+def show(gpus: list[Shared], console: Console) -> None:
+    """Print each shared GPU as a table, in GiB."""
+    for gpu in gpus:
+        whose = f"a GPU ({gpu.kind})" if gpu.kind else "a GPU"
+        console.print(f"\n[bold]What shares {whose}[/], in GiB")
+        table = Table(box=None, pad_edge=False)
+        for column in ("model", "part", "GiB", "weights", "working", "context", "KV cache",
+                       "KV tokens"):  # fmt: skip
+            table.add_column(column, header_style="dim", no_wrap=True)
+        for part in gpu.parts:
+            table.add_row(part.name, part.setting, *_cells(part))
+        if gpu.free > 0:
+            table.add_row("[dim]free[/]", f"{gpu.free:g}")
+        console.print(table)
+
+
+def as_json(gpus: list[Shared]) -> list[dict[str, Any]]:
+    """The same as plain data; sizes in bytes."""
+    return [
+        {
+            "gpu": gpu.kind,
+            "free": gpu.free,
+            "models": [
+                {"name": part.name, "fraction": part.fraction, **_sizes(part)} for part in gpu.parts
+            ],
+        }
+        for gpu in gpus
+    ]
+
+
+def _sizes(part: Part) -> dict[str, int]:
+    plan = part.plan
+    if plan is None:
+        return {}
+    stage = plan.tightest
+    return {
+        "part_bytes": plan.engine.part_bytes or 0,
+        "weights_bytes": stage.weights,
+        "working_bytes": stage.without_kv - stage.weights,
+        "context_bytes": CONTEXT_BYTES,
+        "kv_cache_bytes": max(0, stage.kv_cache) if plan.groups else 0,
+        "kv_cache_tokens": plan.kv_cache_tokens,
+    }
+
+
+def _cells(part: Part) -> list[str]:
+    *sizes, tokens = _sizes(part).values()
+    return [*(f"{size / GIB:.1f}" for size in sizes), f"{tokens:,}" if tokens else "-"]
