@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from harness.scripted import until
 
 from serve_app.cluster.swap import Order, Report
-from serve_app.replica import slot, swap
+from serve_app.replica import health, slot, swap
 from serve_app.replica.swap import Member
 
 
@@ -272,3 +273,25 @@ def test_an_engine_loads_when_the_memory_of_a_dead_one_is_back() -> None:
     slept: list[float] = []
     slot._settle(lambda: free.pop(0), slept.append)
     assert free == [80 << 30] and len(slept) == 3
+
+
+async def test_an_engine_that_sleeps_with_requests_paused_does_not_count_as_hanging(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended
+
+    monkeypatch.setattr(health.os, "_exit", end)
+    monkeypatch.setattr(health, "_PERIOD_S", 0.01)
+    engine: Any = SimpleNamespace(dead=False, asleep=True)
+    front_ends: Any = SimpleNamespace(busy=True)
+    load: Any = SimpleNamespace(last_step=1.0, first_request_done=True)
+    watch = asyncio.create_task(health.exit_with_engine(engine, front_ends, load, 0.05))
+    await asyncio.sleep(0.3)
+    assert not watch.done()
+    engine.asleep = False  # from now on it owes steps
+    with pytest.raises(Ended):
+        await asyncio.wait_for(watch, 10)
