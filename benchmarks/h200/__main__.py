@@ -239,7 +239,7 @@ def front_ends_tp(at: Machine) -> dict[str, Any]:
 
 def as_written_70b(at: Machine) -> dict[str, Any]:
     """``serve run configs/llama70b.yaml``, the README's first example: four GPUs."""
-    model = shaped(at.model, LARGE_BF16, at.folder)
+    model = several.with_token(shaped(at.model, LARGE_BF16, at.folder), "<|python_tag|>")
     return several.as_written("llama70b.yaml", model, at.folder, at.port)
 
 

@@ -87,6 +87,17 @@ def as_written(config: str, model: Path, folder: Path, port: int) -> dict[str, A
         server.stop()
 
 
+def with_token(model: Path, token: str) -> Path:
+    """Add a token to the tokenizer of a model's folder, for a parser that looks for it."""
+    path = model / "tokenizer.json"
+    tokenizer: dict[str, Any] = json.loads(path.read_text())
+    added: list[dict[str, Any]] = tokenizer["added_tokens"]
+    last = max([*tokenizer["model"]["vocab"].values(), *(it["id"] for it in added)])
+    added.append(added[-1] | {"id": last + 1, "content": token})
+    path.write_text(json.dumps(tokenizer))
+    return model
+
+
 def _sdk(port: int, model: str) -> dict[str, Any]:
     """What OpenAI's own client gets: the models, one whole answer, one stream."""
     from openai import OpenAI

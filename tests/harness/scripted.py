@@ -204,7 +204,7 @@ class GatewayProcess:
     """The gateway under uvicorn, in this event loop, in front of the model ``m``.
 
     ``replicas`` are ports, tried in this order while nothing else is going on. ``root_path`` is
-    the one of Serve's ``http_options``, ``port`` that of a gateway before it. ``stages`` come
+    the one of Serve's ``http_options``, ``port`` one that a test holds. ``stages`` come
     after those that the gateway has. ``front`` puts around it what runs before it in Serve.
     """
 
@@ -274,7 +274,7 @@ class GatewayProcess:
             app = Front(RequestIdMiddleware(app))
         # asyncio sets TCP_NODELAY only where the protocol is named; Serve's uvloop always does.
         listener = socket.socket(proto=socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(("127.0.0.1", self._port))
         self.port = listener.getsockname()[1]
         self.base_url = f"http://127.0.0.1:{self.port}"

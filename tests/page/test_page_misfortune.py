@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,20 +207,28 @@ async def test_by_keyboard_alone_a_conversation_goes_on(opened: Opened) -> None:
             await expect(message).to_be_focused()
 
 
+@pytest.fixture
+def held_port() -> Iterator[int]:
+    """A port that nobody else gets while no gateway has it."""
+    with socket.socket(proto=socket.IPPROTO_TCP) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
 async def test_a_gateway_that_begins_anew_is_found_by_the_page_and_its_other_views(
-    opened: Opened,
+    opened: Opened, held_port: int
 ) -> None:
     async with Model() as model:
-        async with GatewayProcess(model) as gateway:
+        async with GatewayProcess(model, port=held_port) as gateway:
             page = await opened(gateway)
             await expect(page.get_by_role("article")).to_have_count(1)
             loaded = "performance.getEntriesByType('resource').map(it => it.name.split('/').pop())"
             await page.wait_for_function(f"{loaded}.includes('stream.js')")
-            port = gateway.port
         await expect(page.get_by_text("The gateway cannot be reached.")).to_be_visible()
         await page.get_by_role("link", name="Try").click()  # its file is there already
         await expect(page.get_by_role("region", name="Tokenize")).to_be_visible()
-        async with GatewayProcess(model, port=port):
+        async with GatewayProcess(model, port=held_port):
             await page.get_by_role("link", name="Fleet").click()
             await expect(page.get_by_text("The gateway cannot be reached.")).to_be_hidden()
             await page.get_by_role("link", name="Chat", exact=True).click()
