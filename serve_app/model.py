@@ -7,9 +7,10 @@ import os
 import sys
 from typing import Any
 
+import ray
 from ray.serve import Application
 
-from serve_app.cluster import autoscaling, capacity, placement, serve
+from serve_app.cluster import autoscaling, capacity, placement, serve, swap_actor
 from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig, ids_of, parse
@@ -35,7 +36,7 @@ def app(args: dict[str, Any]) -> Application:
         config = parse(ModelConfig, args, "args")
         hardware.refuse_misnamed(config.resources.accelerator_type)
         _refuse_sizes(config)
-        capacity.refuse_impossible(_placement(config))
+        capacity.refuse_impossible(_placement(config).alone)
         _refuse_ids_of_others(args, config)
     except ConfigError:
         # Serve shows `traceback.format_exc()` as the application's status. The frames tell the user
@@ -108,6 +109,13 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
         # Serve kills the replica after this time; the replica drains within it.
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
+    if (group := config.resources.swap_group) and ray.is_initialized():
+        place = placement.of(config)
+        id = swap_actor.reserve(group, place.shared)
+        actor = options["ray_actor_options"]
+        actor["resources"] = actor.get("resources", {}) | swap_actor.part(
+            id, gpu="GPU" in place.shared
+        )
     if config.env:
         options["ray_actor_options"]["runtime_env"] = serve.runtime_env(config.env)
     if config.adapters:

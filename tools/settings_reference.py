@@ -26,7 +26,8 @@ CLASSES: dict[str, type[BaseModel]] = {
     each.__name__: each
     for each in (
         settings.ModelConfig, settings.Resources, settings.Autoscaling, settings.Adapter,
-        settings.LiveConfig, settings.GatewayConfig, settings.QueueConfig, settings.KeySource,
+        settings.LiveConfig, settings.GatewayConfig, settings.SwapGroup, settings.QueueConfig,
+        settings.KeySource,
         settings.UsageDb, keys.Key, keys.KeyLimits,
         profile.ClusterProfile, profile.Head, profile.GatewayPods, profile.Cache, profile.Redis,
         profile.Ingress, profile.Upgrade, profile.SecretKey,

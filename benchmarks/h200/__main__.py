@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overload
-from benchmarks.h200 import customers, failures, front_ends, several, shares
+from benchmarks.h200 import customers, failures, front_ends, several, shares, zipf
+from benchmarks.h200 import swaps as swap_groups
 from benchmarks.h200.server import (
     HAPROXY,
     MODEL,
@@ -303,6 +304,46 @@ def sleep(at: Machine) -> dict[str, Any]:
         server.stop()
 
 
+def swaps(at: Machine) -> dict[str, Any]:
+    """Three 8B shapes in a swap group, without CUDA graphs: swaps by part; under 300 s in all."""
+    deadline = min(at.deadline, time.monotonic() + 280)
+    return swap_groups.measure(at.model, at.folder, at.port, deadline)
+
+
+def swaps_graphs(at: Machine) -> dict[str, Any]:
+    """The same with compiled code and CUDA graphs, which stay on the GPU while a model sleeps."""
+    deadline = min(at.deadline, time.monotonic() + 480)
+    return swap_groups.measure(at.model, at.folder, at.port, deadline, eager=False)
+
+
+def swaps_large(at: Machine) -> dict[str, Any]:
+    """The three and a mixture of experts of 30B in fp8, without CUDA graphs."""
+    deadline = min(at.deadline, time.monotonic() + 480)
+    large = shaped(at.model, MOE, at.folder)
+    return swap_groups.measure(at.model, at.folder, at.port, deadline, large=large)
+
+
+def _zipf(at: Machine, way: str) -> dict[str, Any]:
+    """Ten 1B shapes of which a few are asked for often."""
+    model, engine = _one_b(at, 4)
+    return zipf.measure(way, model, at.folder, at.port, engine, at.deadline)
+
+
+def zipf_swap(at: Machine) -> dict[str, Any]:
+    """Ten models of 1B in a swap group, one awake."""
+    return _zipf(at, "swap")
+
+
+def zipf_zero(at: Machine) -> dict[str, Any]:
+    """The same, each with the whole GPU and scaled to zero when it is idle."""
+    return _zipf(at, "zero")
+
+
+def zipf_shares(at: Machine) -> dict[str, Any]:
+    """The same, each all the time on a tenth of the GPU."""
+    return _zipf(at, "shares")
+
+
 def _describe(at: Machine, server: Server, *, gpus: int) -> dict[str, Any]:
     """What a model on several GPUs is and does; then its replica is killed."""
     began = time.monotonic()
@@ -412,8 +453,9 @@ STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
         front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
-        overload_8b, start, sleep, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups,
-        compare_70b, shares_1gpu,
+        overload_8b, start, sleep, swaps, swaps_graphs, swaps_large, zipf_swap, zipf_zero,
+        zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, compare_70b,
+        shares_1gpu,
     )
 }  # fmt: skip
 

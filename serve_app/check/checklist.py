@@ -29,7 +29,7 @@ from serve_app.kuberay.validate.manifests import Document, Manifests, get, mappi
 from serve_app.kuberay.validate.serving import CONFIG
 from serve_app.local import gateway_needs
 from serve_app.local import judge as on_this_machine
-from serve_app.planner import check_machine, check_model
+from serve_app.planner import check_machine, check_model, swap
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.model import runner, templates
 from serve_app.planner.vllm import defaults
@@ -114,6 +114,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
     for_here = not gpus_needed(fleet)[1]  # then it is for a machine such as this one
     if for_here:
         findings += check_machine.lacks(fleet, on_this_machine.limits(fleet, all_memory=True))
+    findings += swap.problems(fleet)
     if fleet.gateway is None:
         fix = "add an application with import_path serve_app.gateway:app and route_prefix /"
         findings.append(Finding("gateway", "fail", str(path), "no client can reach a model", fix))
@@ -139,9 +140,14 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
 
 def gpus_needed(fleet: Fleet) -> tuple[int, int]:
     """The GPUs of all models at their fewest and at their most replicas."""
-    least = most = 0
+    least = most = len(
+        {it.resources.swap_group for it in fleet.models.values() if it.resources.device == "gpu"}
+        - {None}
+    )
     for config in fleet.models.values():
-        if config.resources.device == "gpu" and not config.resources.part_of_gpu:
+        resources = config.resources
+        whole = not (resources.part_of_gpu or resources.swap_group)
+        if resources.device == "gpu" and whole:
             each = defaults.parallelism(config.engine).gpus
             low, high = replicas_of(config)
             least, most = least + low * each, most + high * each

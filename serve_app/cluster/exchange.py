@@ -91,6 +91,9 @@ class Load:
     asleep: bool = False
     """Whether it has been put to sleep."""
 
+    wakes: bool = False
+    """Whether it then wakes by itself when requests wait for it: it is in a swap group."""
+
     over_plan: int = 0
     """Bytes of its GPU that it holds beyond its part (``resources.gpu_share``)."""
 
@@ -110,6 +113,9 @@ class Question:
 
     waiting: int = 0
     """Requests that wait in it for this model."""
+
+    waited_s: float = 0.0
+    """Seconds for which the oldest of these has waited."""
 
     def encode(self) -> bytes:
         return _encode(self)

@@ -18,7 +18,7 @@ Alternatives and measurements: docs/decisions-placement.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from serve_app.config.settings import ModelConfig
@@ -29,6 +29,11 @@ STAGES_ENV = "SERVE_APP_STAGE_BUNDLES"
 
 _IN_PROCESS = ("mp", "uni")
 _EPSILON = 0.001  # Ray's convention for "on a node that has this resource"
+
+
+SWAP_GROUP_UTILIZATION = 0.85
+"""``gpu_memory_utilization`` of a member of a swap group, where it says none: vLLM's default leaves
+no room for what those that sleep keep on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class Placement:
     in_process: bool = False
     """Whether the replica's own process tree uses the GPUs (vLLM's ``mp`` or ``uni`` executor)."""
 
+    shared: Mapping[str, float] = field(default_factory=dict)
+    """What a replica shares with the others of its swap group; not in its own bundles."""
+
     engine_defaults: Mapping[str, Any] = field(default_factory=dict)
     """Engine arguments that the placement implies, where the config does not set them."""
 
@@ -60,6 +68,11 @@ class Placement:
     def uses_group(self) -> bool:
         """Whether a replica needs a placement group. Else its actor holds the resources."""
         return bool(self.stage.get("GPU")) and not self.in_process
+
+    @property
+    def alone(self) -> Placement:
+        """The placement if no other model shared its GPU."""
+        return replace(self, head={**self.head, **self.shared})
 
     def options(self) -> dict[str, Any]:
         """Options for ``serve.deployment(...).options(**)``."""
@@ -138,6 +151,8 @@ def of(config: ModelConfig, share: float | None = None) -> Placement:
     stages = config.pipeline_parallel_size
     per_stage = config.tensor_parallel_size * int(engine.get("prefill_context_parallel_size") or 1)
     ranks = int(engine.get("data_parallel_size") or 1)
+    if resources.swap_group:
+        _refuse_in_swap_group(config)
     own: dict[str, float] = {"CPU": resources.num_cpus} if resources.num_cpus else {}
     if resources.memory_gib:
         own["memory"] = int(resources.memory_gib * 2**30)
@@ -148,12 +163,27 @@ def of(config: ModelConfig, share: float | None = None) -> Placement:
                 "remove it"
             )
         backend = {"distributed_executor_backend": "mp"} if stages * per_stage > 1 else {}
-        return Placement(own, {}, ranks=ranks, in_process=True, engine_defaults=backend)
+        shared = {"CPU": _EPSILON} if resources.swap_group else {}
+        return Placement(
+            own, {}, ranks=ranks, in_process=True, shared=shared, engine_defaults=backend
+        )
     type_of_node: dict[str, float] = {}
     if resources.accelerator_type:
         # Not the node label ray.io/accelerator-type: a cluster autoscaler that scales a worker
         # group up from zero reads the group's resources.
         type_of_node[TYPE + resources.accelerator_type] = _EPSILON
+    if resources.swap_group:
+        return Placement(
+            own,
+            {},
+            in_process=True,
+            shared={"GPU": 1.0, **type_of_node},
+            engine_defaults={
+                "distributed_executor_backend": "uni",
+                "enable_sleep_mode": True,
+                "gpu_memory_utilization": SWAP_GROUP_UTILIZATION,
+            },
+        )
     if resources.part_of_gpu:
         part = {"GPU": share or resources.gpu_share or 1.0, **type_of_node}
         return Placement(
@@ -173,6 +203,40 @@ def of(config: ModelConfig, share: float | None = None) -> Placement:
         ranks=ranks,
         engine_defaults={"distributed_executor_backend": "ray"},
     )
+
+
+def _refuse_in_swap_group(config: ModelConfig) -> None:
+    """What a model that shares its GPU in a swap group cannot have."""
+    engine, group = config.engine, config.resources.swap_group
+    for name in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "prefill_context_parallel_size",
+    ):
+        if int(engine.get(name) or 1) > 1:
+            raise ConfigError(
+                f"engine.{name} is {engine[name]}, but the models of a swap group ('{group}') "
+                "share one GPU; remove it, or remove resources.swap_group"
+            )
+    if engine.get("distributed_executor_backend") not in (None, "uni"):
+        raise ConfigError(
+            "engine.distributed_executor_backend is not yours to set in a swap group: the engine's "
+            "own process must have the GPU; remove it"
+        )
+    if engine.get("enable_sleep_mode") is False:
+        raise ConfigError(
+            "engine.enable_sleep_mode is false, but the models of a swap group sleep; remove it"
+        )
+    if config.adapters or engine.get("enable_lora"):
+        # They come and go while the model sleeps, when its memory is not there to be written.
+        raise ConfigError("a model of a swap group cannot have adapters; remove one of the two")
+    most = config.autoscaling.max_replicas if config.autoscaling else config.replicas or 1
+    if most > 1:
+        raise ConfigError(
+            f"a model of a swap group has one replica, not {most}: a second one would be on the "
+            "same GPU"
+        )
 
 
 def _refuse_other_launchers(engine: Mapping[str, Any]) -> None:

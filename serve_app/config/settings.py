@@ -89,6 +89,13 @@ class Resources(Settings):
     memory_gib: float | None = Field(default=None, gt=0)
     """Host memory reserved for the replica, in GiB."""
 
+    swap_group: str | None = Field(default=None, max_length=40, pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    """Name of a group of models that share one GPU: some are awake on it, the others sleep in host
+    memory until a request for them comes. The gateway's ``swap_groups`` has the group's terms."""
+
+    evict_cost: float = Field(default=1.0, ge=0)
+    """Of several models of a swap group that could sleep, the one with the lowest cost does."""
+
     @property
     def part_of_gpu(self) -> str | None:
         """The name of the setting that gives a part of a GPU; None where replicas have whole
@@ -107,6 +114,11 @@ class Resources(Settings):
             raise ConfigError(
                 f"resources.gpu_share is {self.gpu_share:g}, but a part of one GPU is below 1; "
                 "remove it for whole GPUs, as many as engine.tensor_parallel_size"
+            )
+        if self.part_of_gpu and self.swap_group:
+            raise ConfigError(
+                f"resources.{self.part_of_gpu} and resources.swap_group exclude each other: a "
+                "swap group has a whole GPU; keep one"
             )
         if self.part_of_gpu and self.device == "cpu":
             raise ConfigError(f"resources.{self.part_of_gpu} needs device: gpu")
@@ -476,6 +488,24 @@ class QueueConfig(Settings):
     replica, ``cold_start_timeout_s`` counts instead."""
 
 
+class SwapGroup(Settings):
+    """How the models of a swap group take turns on their GPU."""
+
+    awake: int = Field(default=1, ge=1)
+    """The most models that are on the GPU at once; their memory must fit it together."""
+
+    min_awake_s: float = Field(default=10.0, ge=0)
+    """Seconds that a model stays awake at least while it has requests."""
+
+    max_wait_s: float = Field(default=30.0, ge=0)
+    """Seconds that a request waits for a model that sleeps before one with requests must sleep.
+    One without goes to sleep as soon as another is asked for."""
+
+    drain_s: float = Field(default=5.0, ge=0)
+    """Seconds that running requests get to finish before their model sleeps. What still runs then
+    is paused, and goes on when the model is awake again."""
+
+
 class GatewayConfig(_Args):
     """The ``args`` of the gateway's application."""
 
@@ -505,6 +535,9 @@ class GatewayConfig(_Args):
 
     queue: QueueConfig = QueueConfig()
     """Where requests wait for a replica."""
+
+    swap_groups: dict[str, SwapGroup] = {}
+    """The terms of swap groups, by name; a group that is not here has the defaults."""
 
     stream_keepalive_s: float | None = Field(default=15.0, gt=0)
     """Seconds of silence at the beginning of a stream after which it gets its head and a comment,

@@ -25,8 +25,7 @@ from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.exposition import CONTENT_TYPE, Exposition
 from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions, over_plan
 from serve_app.gateway.keyring import Keyring
-from serve_app.gateway.queue import Waiting
-from serve_app.gateway.replicas import Board
+from serve_app.gateway.replicas import Board, Waiting
 from serve_app.gateway.routes import RELAYED, Route
 from serve_app.gateway.usage.record import Record
 from serve_app.gateway.usage.report import PARAMETERS, UsageReport, report

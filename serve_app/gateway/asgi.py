@@ -80,7 +80,7 @@ def build(
     queue = Queue(
         board, ColdStart(directory, board), stored, config.queue, config.cold_start_timeout_s
     )
-    board.waiting = lambda name: queue.waiting(name).requests
+    board.waiting = queue.waiting
     exposition = exposition or Exposition(Metrics(), board, b"")
     metrics = exposition.metrics
     metrics.watch(lambda: [it.name for it in directory.models()], queue.waiting, board.over_plan)

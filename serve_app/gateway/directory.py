@@ -173,7 +173,7 @@ def _phases(models: Collection[Model], before: Mapping[str, Phase]) -> dict[str,
         progress.forget(before.keys() - {start.replica for start in starts})
         for model in models:
             unplaced = [start for start in model.starts if not start.placed]
-            if unplaced and (reason := _waits_for(model)):
+            if unplaced and (reason := _waits_for(model, models)):
                 found |= {start.replica: Phase(reason, start.since) for start in unplaced}
         return found
     except Exception as error:
@@ -181,12 +181,20 @@ def _phases(models: Collection[Model], before: Mapping[str, Phase]) -> dict[str,
         return dict(before)
 
 
-def _waits_for(model: Model) -> str | None:
+def _waits_for(model: Model, models: Collection[Model]) -> str | None:
     """Why the model's next replica cannot be placed now; None where it could be."""
     if model.config is None:
         return None
-    found = shares.placed(model.config, capacity.types_of_gpu())
-    return capacity.waiting_for(found, capacity.nodes())
+    place = shares.placed(model.config, capacity.types_of_gpu())
+    group = model.config.resources.swap_group
+    if group and not any(
+        it.config
+        and it.config.resources.swap_group == group
+        and (it.replicas or any(start.placed for start in it.starts))
+        for it in models
+    ):
+        place = place.alone  # the group has no GPU yet
+    return capacity.waiting_for(place, capacity.nodes())
 
 
 def _report(before: Model | None, now: Model) -> None:

@@ -47,6 +47,8 @@ class Dispatcher:
                 return await self._relay.send(front_end, request, answer)
             except Asleep:
                 self._board.asleep(front_end)
+                if front_end.replica.sleeps_for_now:
+                    continue  # it has just lost its turn
                 if self._board.all_asleep(name):
                     raise GatewayError(
                         503,

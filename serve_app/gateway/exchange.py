@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from collections.abc import Coroutine
+from typing import Any
 
 from serve_app.cluster.credential import CREDENTIAL_HEADER
 from serve_app.cluster.exchange import PATH, Answer, Question
@@ -36,6 +38,10 @@ class Exchange:
         self._credential = credential
         self._pool = Pool(connect_timeout_s=5.0, silence_timeout_s=_SILENCE_S)
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._wanted: dict[str, asyncio.Event] = {}
+        """By application: set while requests have begun to wait that no question has told of."""
+
+        board.wanted = lambda application: self._wanted_of(application).set()
 
     async def run(self) -> None:
         """Ask for ever."""
@@ -55,9 +61,17 @@ class Exchange:
     async def _ask(self, model: str, front_end: FrontEnd) -> None:
         said = Answer("", 0)
         while True:
-            question = Question(GATEWAY, said.of, said.last, self._board.waiting(model))
+            wanted = self._wanted_of(model)
+            wanted.clear()
+            waiting = self._board.waiting(model)
+            question = Question(
+                GATEWAY, said.of, said.last, waiting.requests, round(waiting.longest_s, 3)
+            )
             try:
-                said = await self._once(front_end, question)
+                if front_end.replica.sleeps_for_now:
+                    said = await _unless(wanted, self._once(front_end, question)) or said
+                else:
+                    said = await self._once(front_end, question)
             except (UpstreamError, ValueError) as error:
                 if all(it is not front_end for _, it in self._board.all()):
                     self._ledger.lost(front_end.id)
@@ -69,6 +83,9 @@ class Exchange:
                 self._ledger.report(report, front_end.id)
             if said.load:
                 self._board.report(front_end.replica.id, said.load)
+
+    def _wanted_of(self, application: str) -> asyncio.Event:
+        return self._wanted.setdefault(application, asyncio.Event())
 
     async def _once(self, front_end: FrontEnd, question: Question) -> Answer:
         headers = [
@@ -84,3 +101,17 @@ class Exchange:
             if connection.status != 200:
                 raise ValueError(f"status {connection.status}")
         return Answer.decode(said)
+
+
+async def _unless(event: asyncio.Event, asking: Coroutine[Any, Any, Answer]) -> Answer | None:
+    """The answer; or None, and the question is broken off, as soon as there is the event.
+
+    Its reports are not lost: the next question has not taken them.
+    """
+    asked, set_ = asyncio.create_task(asking), asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait((asked, set_), return_when=asyncio.FIRST_COMPLETED)
+        return asked.result() if asked.done() else None
+    finally:
+        asked.cancel()
+        set_.cancel()

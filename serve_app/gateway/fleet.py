@@ -20,8 +20,7 @@ from serve_app.cluster.exchange import Load
 from serve_app.gateway.callers import Caller
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.keyring import Keyring
-from serve_app.gateway.queue import Waiting
-from serve_app.gateway.replicas import Board, Replica
+from serve_app.gateway.replicas import Board, Replica, Waiting
 from serve_app.gateway.usage.record import Record
 from serve_app.gateway.versions import versions
 
@@ -228,7 +227,7 @@ class Fleets:
         return FleetModel(
             status=model.status,
             message=model.message or over_plan(model.name, self._board),
-            mend=_mend(model, starting, asleep),
+            mend=_mend(model, starting, asleep and not all(it.sleeps_for_now for it in replicas)),
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
             asleep=asleep,
@@ -289,13 +288,13 @@ def _load(load: Load) -> EngineLoad:
     )
 
 
-def _mend(model: Model, starting: list[Starting], asleep: bool) -> str:
+def _mend(model: Model, starting: list[Starting], put_to_sleep: bool) -> str:
     """A command of docs/troubleshooting.md; its words in capitals are the operator's to fill in."""
     name = shlex.quote(model.name)
     if model.message:
         fleet = f"{_fleet()} " if "KUBERNETES_SERVICE_HOST" in os.environ else ""
         return f"serve-app logs {fleet}{name}"
-    if asleep:
+    if put_to_sleep:
         return f"serve-app admin {name} wake"
     if any(it.phase.startswith("waiting for ") for it in starting):
         return "serve-app check CONFIG --cluster"

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from serve_app.gateway.callers import Caller
 from serve_app.gateway.ledger import Entry
-from serve_app.gateway.queue import Waiting
+from serve_app.gateway.replicas import Waiting
 from serve_app.gateway.series import Counter, Gauge, Histogram
 from serve_app.gateway.stages import Call, Outcome
 

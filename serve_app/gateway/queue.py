@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from serve_app.config.settings import QueueConfig
 from serve_app.gateway import routes
@@ -23,7 +22,7 @@ from serve_app.gateway.errors import GatewayError, invalid, unavailable
 from serve_app.gateway.fair_order import ANYBODY, FairOrder, Share, cost
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.policy import Policy
-from serve_app.gateway.replicas import Board, FrontEnd, Replica
+from serve_app.gateway.replicas import Board, FrontEnd, Replica, Waiting
 from serve_app.gateway.stages import Call
 
 DEADLINE = b"x-request-timeout-ms"
@@ -35,13 +34,6 @@ is the only one, so that the first call of another key still finds a place."""
 
 _RATE_OF = 64
 """Calls whose ends tell how fast a model answers."""
-
-
-class Waiting(NamedTuple):
-    """What waits for a model at this gateway."""
-
-    requests: int
-    longest_s: float
 
 
 @dataclass(eq=False)
@@ -151,6 +143,8 @@ class Queue:
             return place.granted.result()
         if not again:
             self._refuse_if_full(line, place)
+        if len(line.places) == 1:
+            self._board.wanted(line.name)
         live = self._board.live(line.name)
         patience_s = self._config.max_wait_s if live else self._cold_start_timeout_s
         left_s = patience_s
@@ -235,6 +229,12 @@ class Queue:
                 + (f"is {doing}." if doing else "may still be loading."),
                 retry_after_s=30,
             )
+        if all(it.replica.sleeps_for_now for it in self._board.live(name)):
+            return unavailable(
+                f"The model '{name}' did not get its turn on the GPU, which it shares in a swap "
+                f"group, within {patience_s:g} seconds; {len(line.places)} others wait.",
+                retry_after_s=30,
+            )
         return GatewayError(
             503,
             f"No replica of the model '{name}' had room for the request within {patience_s:g} "
@@ -253,7 +253,8 @@ class Queue:
 
     def _give_turns(self, line: _Line) -> None:
         """Give turns to those who can have one now."""
-        if live := self._board.live(line.name):
+        live = [it for it in self._board.live(line.name) if not it.replica.sleeps_for_now]
+        if live:
             while line.passing:
                 self._grant(line, line.passing.popleft(), live)
             replicas = {it.replica for it in live}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from serve_app.cluster import front_end_ids
@@ -63,6 +63,13 @@ class FrontEnd:
         self.replica.inflight -= 1
 
 
+class Waiting(NamedTuple):
+    """What waits for a model at this gateway."""
+
+    requests: int
+    longest_s: float
+
+
 class Room(NamedTuple):
     """How many requests of this gateway an engine can be sent."""
 
@@ -111,6 +118,12 @@ class Replica:
         """Its engine's load, unless its last report is out of date."""
         return self.load if time.monotonic() < self.load_until else None
 
+    @property
+    def sleeps_for_now(self) -> bool:
+        """Whether it sleeps, and wakes when requests wait for it: another of its swap group has
+        their GPU."""
+        return bool(self.load and self.load.asleep and self.load.wakes)
+
     def room(self) -> Room | None:
         """What it can be sent now; None before its first report."""
         if self.load is None:
@@ -151,8 +164,11 @@ class Board:
         self.changed: Callable[[str], None] = lambda application: None
         """Called with an application when it has other front ends or one reports its load."""
 
-        self.waiting: Callable[[str], int] = lambda application: 0
-        """Tells how many requests wait here for a replica of an application."""
+        self.waiting: Callable[[str], Waiting] = lambda application: Waiting(0, 0.0)
+        """Tells what waits here for a replica of an application."""
+
+        self.wanted: Callable[[str], None] = lambda application: None
+        """Called with an application when requests begin to wait for it."""
 
     def publish(
         self,
@@ -192,7 +208,11 @@ class Board:
 
     def asleep(self, front_end: FrontEnd) -> None:
         """Note that a replica sleeps: for a while it is live only if all others sleep too."""
-        front_end.replica.asleep_until = time.monotonic() + AVOID_S
+        replica = front_end.replica
+        if replica.load and replica.load.wakes:
+            replica.load = replace(replica.load, asleep=True)  # until it tells otherwise
+            return
+        replica.asleep_until = time.monotonic() + AVOID_S
 
     def all_asleep(self, application: str) -> bool:
         """Whether requests found every live replica of an application asleep a moment ago."""

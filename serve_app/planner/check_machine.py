@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose, together
+from serve_app.planner import choose, swap, together
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.loading import cpu_bytes, cpu_plan, load_known
@@ -64,6 +64,7 @@ def lacks(fleet: Fleet, limits: Limits) -> Iterator[Finding]:
     }
     yield from _cores(fleet, counted, limits)
     yield from _memory(counted, limits)
+    yield from _swapped(counted, limits)
     if limits.gpus is not None:
         yield from _gpus(counted, limits, limits.gpus)
 
@@ -162,12 +163,15 @@ def _gpus(
     smallest = min(gpus, key=lambda gpu: gpu.memory_bytes, default=None)
     wrong = False
     for name, config in counted.items():
-        if config.resources.device == "cpu" or not _fewest(config):
+        group = config.resources.swap_group  # which has its GPU also without a replica
+        if config.resources.device == "cpu" or not (_fewest(config) or group):
             continue
         size = defaults.parallelism(config.engine)
         one = size.gpus // size.data
         part = together.part_of(name, config, smallest)
-        if part is not None:
+        if group:
+            needed[f"swap group {group}"] = 1
+        elif part is not None:
             parts += _fewest(config) * [part]
         else:
             needed[name] = _fewest(config) * one
@@ -206,6 +210,22 @@ def _smaller_part(
         if fits and len(together.packed([*rest, replace(part, fraction=smaller)])) <= left:
             return f"with {size} '{part.name}' fits beside the others"
     return None
+
+
+def _swapped(counted: dict[str, ModelConfig], limits: Limits) -> Iterator[Finding]:
+    """Whether there is host memory for all models of swap groups: while two change places, both
+    have their weights in it."""
+    asleep = {
+        name: swap.host_bytes(config)
+        for members in swap.groups(counted).values()
+        for name, config in members.items()
+        if config.resources.device == "gpu"
+    }
+    if sum(asleep.values()) > limits.room_bytes:
+        largest = max(asleep, key=lambda name: asleep[name])
+        said = f"the models of swap groups sleep in {sum(asleep.values()) / GIB:.1f} GiB of host "
+        said += f"memory, and {limits.room}"
+        yield Finding(_CHECK, "fail", largest, said, "take models out of the groups")
 
 
 def _without_gpus(config: ModelConfig, one: int, limits: Limits, gpus: tuple[GPU, ...]) -> str:

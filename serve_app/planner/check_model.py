@@ -14,7 +14,7 @@ from serve_app.config.document import Fleet
 from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_machine, choose, front_ends, hardware, verdict
+from serve_app.planner import check_machine, choose, front_ends, hardware, swap, verdict
 from serve_app.planner.check_machine import Limits
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.hardware import GIB, GPU
@@ -53,6 +53,9 @@ def _reasons(fleet: Fleet, here: Limits | None) -> Iterator[tuple[str, str]]:
     for finding in check_machine.lacks(fleet, here) if here else ():
         yield finding.about, finding.text
     gpu = max(here.gpus, key=lambda one: one.memory_bytes) if here and here.gpus else None
+    for finding in swap.problems(fleet, gpu):
+        if finding.status == "fail":
+            yield finding.about, finding.text
     for name, config, model in models:
         if why := impossible(config, model, gpu):
             yield name, why

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from serve_app.cluster.placement import SWAP_GROUP_UTILIZATION
 from serve_app.config import yaml_files
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
@@ -68,6 +69,8 @@ def arguments_of(config: ModelConfig) -> dict[str, Any]:
         arguments[share.KEY] = share.Share(resources.gpu_share, resources.gpu_memory_gib)
     if config.adapters:
         arguments.setdefault("enable_lora", True)
+    if config.resources.swap_group and config.resources.device == "gpu":
+        arguments.setdefault("gpu_memory_utilization", SWAP_GROUP_UTILIZATION)
     return arguments
 
 

@@ -19,6 +19,7 @@ from serve_app.planner import (
     front_ends,
     hardware,
     report,
+    swap,
     together,
     totals,
     verdict,
@@ -89,13 +90,16 @@ def plan(
         )
         for found in targets
     ]
-    fits = all(one.plan.fits for one in reports)
+    groups = swap.of_config(Path(target), gpu_name) if is_config(target) and not only else []
+    fits = all(one.plan.fits for one in reports) and all(it.status != "fail" for it in groups)
     shared = together.of_fleet(reports)
     if json_:
         found = [report.as_json(one) for one in reports]
         both = {"fits": fits, "machines": totals.as_json(reports), "models": found}
         if shared:
             both["shared_gpus"] = together.as_json(shared)
+        if groups:
+            both["swap_groups"] = [it.text for it in groups]
         click.echo(json.dumps(found[0] if len(found) == 1 else both, indent=2))
     else:
         for index, one in enumerate(reports):
@@ -103,6 +107,7 @@ def plan(
                 console.rule()
             report.show(one, console)
         together.show(shared, console)
+        swap.show(groups, console)
         if len(reports) > 1 and (total := totals.said(reports)):
             console.rule()
             console.print(Text(total, "bold"))

@@ -26,15 +26,20 @@ def machines(reports: Iterable[Report]) -> tuple[dict[str, int], dict[str, int]]
     """
     fewest: dict[str, float] = {}
     most: dict[str, float] = {}
+    groups: set[str] = set()
     for report in reports:
-        if not report.machines:
+        group = report.config.resources.swap_group
+        if not report.machines or group in groups:
             continue
+        if group:  # its models share one GPU, which is there also while all are scaled to zero
+            groups.add(group)
         best = report.machines[0]
         gpus: float = report.plan.parallel.gpus
         if report.config.resources.part_of_gpu:
             gpus = shares.fraction_of(report.config, report.plan.gpu) or 1.0
         share = gpus / best.instance.gpus if best.count == 1 else best.count
-        for total, count in zip((fewest, most), replicas(report.config), strict=True):
+        counts = (1, 1) if group else replicas(report.config)
+        for total, count in zip((fewest, most), counts, strict=True):
             total[best.instance.name] = total.get(best.instance.name, 0) + count * share
     return _whole(fewest), _whole(most)
 

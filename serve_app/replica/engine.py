@@ -79,6 +79,9 @@ class Engine:
         self.asleep = False
         """Whether it has been put to sleep, or is on its way there."""
 
+        self.wakes = False
+        """Whether it then wakes by itself when requests wait for it: it is in a swap group."""
+
     @classmethod
     def start(
         cls, args: Namespace, config: VllmConfig, load: EngineLoad, others: list[Client]

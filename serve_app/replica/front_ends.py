@@ -131,10 +131,24 @@ class FrontEnds:
         """Number of requests that wait in the gateways for this model."""
         return self.first.reports.waiting
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds for which the oldest of these has waited."""
+        return self.first.reports.waited_s
+
+    def tell_gateways(self) -> None:
+        """Let all gateways know of the engine's load, and of whether it sleeps, now."""
+        self.first.reports.tell_now()
+
     def told(self, load: EngineLoad) -> Load:
         """What gateways are told of the engine's load."""
         now = load.now(self.running, busy=self.busy)
-        return replace(now, asleep=self._engine.asleep, over_plan=self.over_plan)
+        return replace(
+            now,
+            asleep=self._engine.asleep,
+            wakes=self._engine.wakes,
+            over_plan=self.over_plan,
+        )
 
     @property
     def _due(self) -> int:

@@ -27,6 +27,9 @@ _NOT_THE_GATEWAY = envelope(
     "authentication_error",
     code="invalid_internal_credential",
 )
+METRICS = "/metrics"
+"""It needs no engine: a sleeping replica answers it, and one that drains does not wait for it."""
+
 # An engine that sleeps would keep the request until somebody wakes it.
 _ASLEEP = envelope("This replica is asleep.", "server_error", code="model_asleep")
 
@@ -64,6 +67,9 @@ class Guard:
             return
         if scope["type"] == "http" and scope["path"] == PATH:
             await self._exchange(scope, receive, send)
+            return
+        if scope["type"] == "http" and scope["path"] == METRICS:
+            await self._app(scope, receive, send)
             return
         if self._asleep():
             marked = {ASLEEP_HEADER.decode(): "1"}

@@ -35,8 +35,9 @@ async def exit_with_engine(
         if engine.dead:
             logger.error("the engine died; this replica exits so that Serve replaces it")
             os._exit(1)
-        # An idle engine owes no steps.
-        silent = silent + _PERIOD_S if front_ends.busy and load.last_step == seen else 0.0
+        # An idle engine owes no steps, nor does one that sleeps with its requests paused.
+        owes = front_ends.busy and not engine.asleep
+        silent = silent + _PERIOD_S if owes and load.last_step == seen else 0.0
         seen = load.last_step
         first_s = 0.0 if load.first_request_done else FIRST_REQUEST_S
         if silent > max(hang_timeout_s, first_s):

@@ -43,6 +43,9 @@ class _Box:
     """When it was last answered, with a report or not."""
 
     waiting: int = 0
+    waits_since: float = 0.0
+    """When the oldest of these began to wait."""
+
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -63,6 +66,7 @@ class Reports:
         """What a gateway is told: at once if there is a report for it, else after a while."""
         box = self._boxes.setdefault(question.gateway, _Box())
         box.asked, box.waiting = time.monotonic(), question.waiting
+        box.waits_since = box.asked - question.waited_s
         while question.of == box.id and box.reports and box.first <= question.taken:
             box.reports.popleft()
             box.first += 1
@@ -90,6 +94,17 @@ class Reports:
     def waiting(self) -> int:
         """Requests that wait in the gateways for this model."""
         return sum(box.waiting for box in self._boxes.values() if not _silent(box))
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds for which the oldest of these has waited."""
+        waiting = (it for it in self._boxes.values() if it.waiting and not _silent(it))
+        return time.monotonic() - min((it.waits_since for it in waiting), default=time.monotonic())
+
+    def tell_now(self) -> None:
+        """Answer all gateways that ask, though there is no report."""
+        for box in self._boxes.values():
+            box.news.set()
 
     def _take_over(self, box: _Box) -> None:
         for gateway, other in list(self._boxes.items()):

@@ -15,8 +15,9 @@ import ray
 from ray import serve
 
 from serve_app import lifeline
-from serve_app.cluster import capacity, grpc_port
+from serve_app.cluster import capacity, grpc_port, swap_actor
 from serve_app.cluster.credential import internal_credential
+from serve_app.cluster.swap_actor import Coordinator
 from serve_app.config.document import DEPLOYMENT
 from serve_app.config.environment import environment
 from serve_app.config.settings import LiveConfig, ModelConfig, parse
@@ -32,6 +33,7 @@ from serve_app.replica.sleep import Sleep
 from serve_app.replica.start import memory, parsers
 from serve_app.replica.start.plugin import MEMORY, START_FOLDER
 from serve_app.replica.start.supervision import supervised
+from serve_app.replica.swap import Member
 
 logger = logging.getLogger("ray.serve")
 
@@ -73,6 +75,7 @@ class ModelServer:
             vllm_config = configure(args, count)
             await asyncio.to_thread(parsers.refuse_unfit, args, vllm_config)
             host = ray.util.get_node_ip_address()
+            member = await _member(config, replica)
             ours = FrontEnds(count, args, vllm_config, internal_credential(), replica, host)
             try:
                 part_of_gpu = config.resources.part_of_gpu
@@ -86,8 +89,13 @@ class ModelServer:
                 }
             except BaseException:
                 ours.kill()
+                if member:
+                    member.stop()
                 raise
         self._front_ends = ours
+        self._member = member
+        if member:
+            member.loaded(self._engine, ours)
         if part:
             self._part = asyncio.create_task(share.watch(part, ours))
 
@@ -151,6 +159,8 @@ class ModelServer:
         with contextlib.suppress(Exception):  # the engine must end, also without the GCS
             await gang.drained(left)
         self._health.cancel()  # only now: an engine that died in the drain must end it
+        if self._member:
+            self._member.stop()
         await ours.close()
         await self._engine.stop()
 
@@ -168,6 +178,16 @@ def _memory(vllm_config: Any, part: share.Part | None) -> dict[str, Any] | None:
 def _ids(config: ModelConfig) -> list[str]:
     """The model ids that the engine answers to, without adapters."""
     return [serve.get_replica_context().app_name, *config.served_as]
+
+
+async def _member(config: ModelConfig, replica: str) -> Member | None:
+    """This replica in its swap group, if it is in one."""
+    group = config.resources.swap_group
+    if group is None:
+        return None
+    id = await asyncio.to_thread(swap_actor.id_of, group)
+    turn = Path(os.environ[START_FOLDER]) / "turn"
+    return Member(replica, id, config.resources.evict_cost, Coordinator(group).exchange, turn)
 
 
 def _front_ends(config: ModelConfig) -> int:

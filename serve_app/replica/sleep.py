@@ -33,6 +33,8 @@ class Sleep:
             UserError: there is no such action.
         """
         llm = self._engine.llm
+        if self._engine.wakes and action in ("sleep", "wake"):
+            return "refused: a model of a swap group sleeps and wakes by itself"
         if action == "sleep":
             if not llm.vllm_config.model_config.enable_sleep_mode:
                 return "refused: sleep needs engine.enable_sleep_mode: true"

@@ -26,7 +26,7 @@ class Replica:
     """As much of an engine and its front ends as sleeping takes, without a GPU."""
 
     def __init__(self, *, running: int = 0, fails: bool = False) -> None:
-        self.refuses = False
+        self.refuses = self.wakes = False
         self.llm = self
         model_config = SimpleNamespace(enable_sleep_mode=True)
         self.vllm_config = SimpleNamespace(model_config=model_config)
@@ -92,6 +92,15 @@ async def test_an_engine_that_cannot_sleep_serves_on() -> None:
     assert not engine.refuses
 
 
+@pytest.mark.parametrize("action", ["sleep", "wake"])
+async def test_a_model_of_a_swap_group_sleeps_by_itself_alone(action: str) -> None:
+    engine: Any = Replica()
+    engine.wakes = True
+    said = await sleep.Sleep(engine, engine).act(action)
+    assert said == "refused: a model of a swap group sleeps and wakes by itself"
+    assert not engine.done
+
+
 def deployed(name: str, import_path: str, state: str) -> Application:
     replica = ReplicaStatus("r", state, "node", 0.0)
     return Application(name, "RUNNING", "", {"import_path": import_path}, 0.0, (replica,))
@@ -144,8 +153,8 @@ def test_the_command_ends_as_its_replicas_do(
 @pytest.mark.parametrize("asleep", [True, False])
 def test_gateways_hear_whether_the_engine_sleeps(asleep: bool) -> None:
     ours: Any = FrontEnds.__new__(FrontEnds)
-    ours.first, ours.further = SimpleNamespace(running=0), []
-    ours._engine = SimpleNamespace(asleep=asleep, busy=False)
+    ours.first, ours.further, ours.over_plan = SimpleNamespace(running=0), [], 0
+    ours._engine = SimpleNamespace(asleep=asleep, busy=False, wakes=True)
     told = ours.told(EngineLoad("m"))
     assert Answer.decode(Answer("", 0, load=told).encode()).load == told
-    assert told.asleep is asleep
+    assert (told.asleep, told.wakes) == (asleep, True)

@@ -59,3 +59,15 @@ async def test_a_sleeping_engine_gets_no_request_that_it_would_keep() -> None:
     assert head["status"] == 503
     assert (ASLEEP_HEADER, b"1") in head["headers"]
     assert json.loads(body["body"])["error"]["code"] == "model_asleep"
+
+
+async def test_a_sleeping_engines_metrics_are_told_and_wake_nobody() -> None:
+    counted: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        counted.append(guard.running)
+
+    guard = Guard(app, b"secret", reports(), lambda: False, lambda: True)
+    scope = {"type": "http", "path": "/metrics", "headers": [(CREDENTIAL_HEADER, b"secret")]}
+    await guard(scope, app, app)
+    assert counted == [0]

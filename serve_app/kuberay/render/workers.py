@@ -15,7 +15,7 @@ from serve_app.config.document import Fleet
 from serve_app.config.settings import GatewayConfig, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
-from serve_app.planner import front_ends, hardware, shares, together
+from serve_app.planner import front_ends, hardware, shares, swap, together
 from serve_app.planner.hardware import GIB, Instance, with_accelerator
 from serve_app.planner.vllm import offload
 from serve_app.planner.vllm.defaults import parallelism
@@ -105,7 +105,7 @@ def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
         place = shares.placed(model)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return math.ceil(place.stage["GPU"]), place.stages, place.ranks
+    return math.ceil({**place.shared, **place.stage}["GPU"]), place.stages, place.ranks
 
 
 def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerShape:
@@ -215,17 +215,45 @@ def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
     groups: list[WorkerGroup] = []
     if fleet.gateway is not None:
         groups.append(_gateway_group(str(fleet.path), fleet.gateway, profile))
-    on_cpu = {n: m for n, m in fleet.models.items() if m.resources.device == "cpu"}
+    on_cpu = {n: m for n, m in _by_pod(fleet).items() if m.resources.device == "cpu"}
     if on_cpu:
         groups.append(_cpu_group(on_cpu))
     alike: dict[tuple[str, int, int], list[tuple[str, WorkerShape]]] = {}
-    for name, model in fleet.models.items():
+    for name, model in _by_pod(fleet).items():
         if name not in on_cpu:
             shape = shape_of(f"{fleet.path}: application '{name}'", model, profile)
             key = (shape.accelerator, shape.gpus_per_pod, shape.pods_per_replica)
             alike.setdefault(key, []).append((name, shape))
     groups += [_gpu_group(members, fleet, profile) for members in alike.values()]
     return groups
+
+
+def _by_pod(fleet: Fleet) -> dict[str, ModelConfig]:
+    """The models; of those of a swap group, which have one pod, the first with all that they need.
+
+    Each sleeps in host memory of the size of its weights.
+    """
+    found = {n: m for n, m in fleet.models.items() if not m.resources.swap_group}
+    for members in swap.groups(fleet.models).values():
+        first = next(iter(members))
+        together = {
+            "num_cpus": sum(_own_cpus(member) for member in members.values()),
+            "memory_gib": sum(_asleep_gib(member) for member in members.values()),
+            "swap_group": members[first].resources.swap_group,
+        }
+        resources = members[first].resources.model_copy(update=together)
+        found[first] = members[first].model_copy(
+            update={"resources": resources, "replicas": 1, "autoscaling": None}
+        )
+    return {name: found[name] for name in fleet.models if name in found}
+
+
+def _asleep_gib(model: ModelConfig) -> float:
+    """Host memory of a model in a swap group: that of any replica, and its weights."""
+    if model.resources.device == "cpu":
+        return model.resources.memory_gib or 8
+    asked = model.resources.memory_gib or 0
+    return max(asked, _MEMORY_PER_GPU_GIB + swap.host_bytes(model) / GIB)
 
 
 def _gpu_group(
@@ -265,10 +293,11 @@ def _gpu_group(
         shm_gib=OBJECT_STORE_GIB + _SHM_PER_GPU_GIB * shape.gpus_per_pod,
         shape=shape,
     )
+    of_pod = _by_pod(fleet)
     for name, _ in members:
-        if fleet.models[name].resources.part_of_gpu:
+        if of_pod[name].resources.part_of_gpu:
             continue
-        fewest, largest = replicas_of(fleet.models[name])
+        fewest, largest = replicas_of(of_pod[name])
         group.min_pods += fewest * shape.pods_per_replica
         group.max_pods += largest * shape.pods_per_replica
     group.min_pods += len(least)

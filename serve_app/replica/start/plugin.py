@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from serve_app import lifeline
-from serve_app.replica import clients
+from serve_app.replica import clients, slot
 from serve_app.replica.start import memory
 
 START_FOLDER = "SERVE_APP_START_FOLDER"
@@ -80,6 +80,9 @@ def prepare() -> None:
         return
     lifeline.tie_children()
     clients.prepare()
+    if slot.TURN_ENV in os.environ:
+        (folder / PHASE).write_text("queued for its turn on the GPU")
+    slot.prepare()
     for name in _LOGGERS:
         logging.getLogger(name).addHandler(_FirstError(folder / REASON))
 

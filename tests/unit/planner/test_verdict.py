@@ -102,7 +102,8 @@ def test_replicas_share_machines_of_a_type() -> None:
         gpus_: int, count: int, replicas: int, instance: str, each: int, share: float | None = None
     ) -> Any:
         machine = Of(instance=Of(name=instance, gpus=each), count=count)
-        resources = Of(part_of_gpu=share and "gpu_share", gpu_share=share, gpu_memory_gib=None)
+        part = share and "gpu_share"
+        resources = Of(part_of_gpu=part, gpu_share=share, gpu_memory_gib=None, swap_group=None)
         config = Of(autoscaling=None, replicas=replicas, resources=resources)
         plan = Of(parallel=Of(gpus=gpus_), gpu=None)
         return Of(machines=[machine], plan=plan, config=config)

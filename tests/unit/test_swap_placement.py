@@ -1,0 +1,182 @@
+"""Where the models of a swap group are: what they ask Ray for, and what they cannot have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from serve_app.cli import cli
+from serve_app.cluster.placement import of
+from serve_app.cluster.serve import Application
+from serve_app.cluster.swap_actor import part, terms_of
+from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet, parse_document
+from serve_app.config.settings import Autoscaling, ModelConfig, Resources, SwapGroup
+from serve_app.errors import ConfigError
+from serve_app.kuberay.render.profile import ClusterProfile
+from serve_app.kuberay.render.workers import groups_of
+from serve_app.planner import check_machine, swap
+from serve_app.planner.check_machine import Limits
+from serve_app.planner.hardware import GIB, gpus
+
+GROUP = "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-32B-FP8"
+
+
+def in_group(engine: dict[str, Any] | None = None, **args: Any) -> ModelConfig:
+    resources = {"swap_group": "big", **args.pop("resources", {})}
+    return ModelConfig(model="m", engine=engine or {}, resources=Resources(**resources), **args)
+
+
+def test_a_model_of_a_swap_group_takes_no_gpu_of_its_own() -> None:
+    place = of(in_group(resources={"accelerator_type": "H100"}))
+    assert "GPU" not in place.head and not place.uses_group
+    assert place.shared == {"GPU": 1.0, "accelerator_type:H100": 0.001}
+    assert place.alone.head["GPU"] == 1.0
+    assert place.options()["ray_actor_options"]["num_gpus"] == 0
+    assert place.engine_defaults["enable_sleep_mode"] is True
+    assert place.engine_defaults["distributed_executor_backend"] == "uni"
+
+
+def test_on_a_cpu_it_shares_a_node() -> None:
+    place = of(in_group(resources={"device": "cpu"}))
+    assert place.shared == {"CPU": 0.001} and "enable_sleep_mode" not in place.engine_defaults
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (lambda: in_group({"tensor_parallel_size": 2}), "engine.tensor_parallel_size is 2"),
+        (lambda: in_group({"data_parallel_size": 2}), "engine.data_parallel_size is 2"),
+        (lambda: in_group({"distributed_executor_backend": "mp"}), "is not yours to set"),
+        (lambda: in_group({"enable_sleep_mode": False}), "the models of a swap group sleep"),
+        (lambda: in_group({"enable_lora": True}), "cannot have adapters"),
+        (lambda: in_group(replicas=2), "has one replica, not 2"),
+        (lambda: in_group(autoscaling=Autoscaling(max_replicas=3)), "has one replica, not 3"),
+    ],
+)
+def test_what_cannot_be_in_a_swap_group_is_refused(
+    config: Callable[[], ModelConfig], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        of(config())
+
+
+def test_a_model_of_a_swap_group_may_be_scaled_to_zero() -> None:
+    assert of(in_group(autoscaling=Autoscaling(min_replicas=0))).shared
+
+
+def test_each_asks_for_a_part_of_the_groups_gpu() -> None:
+    assert part("ab12", gpu=True) == {"GPU_group_ab12": 0.01}
+    assert part("ab12", gpu=False) == {"bundle_group_ab12": 0.01}
+
+
+def gateway(args: dict[str, Any]) -> dict[str, Application]:
+    config = {"import_path": GATEWAY_IMPORT_PATH, "args": args}
+    return {"g": Application("g", "RUNNING", "", config, 0.0, ())}
+
+
+def test_the_coordinator_reads_the_terms_of_the_deployed_gateway() -> None:
+    assert terms_of("big", gateway({"swap_groups": {"big": {"awake": 2}}})).awake == 2
+    for args in ({}, {"swap_groups": {"other": {"awake": 2}}}, {"swap_groups": 7}):
+        assert terms_of("big", gateway(args)) == SwapGroup()
+    assert terms_of("big", {}) == SwapGroup()
+
+
+# --- does it fit? -----------------------------------------------------------------------
+
+
+def fleet(
+    *resources: dict[str, Any],
+    terms: dict[str, Any] | None = None,
+    engine: dict[str, Any] | None = None,
+) -> Fleet:
+    """A model for each of ``resources``, all in one group unless these say otherwise."""
+    models = [
+        {
+            "name": f"m{n}",
+            "route_prefix": None,
+            "import_path": "serve_app.model:app",
+            "args": {
+                "model": GROUP[n % 2],
+                "engine": {"max_model_len": 8192, **(engine or {})},
+                "resources": {"accelerator_type": "H100", "swap_group": "big", **it},
+            },
+        }
+        for n, it in enumerate(resources)
+    ]
+    args = {"swap_groups": {"big": {}} if terms is None else terms}
+    door = {"name": "g", "route_prefix": "/", "import_path": GATEWAY_IMPORT_PATH, "args": args}
+    return parse_document({"applications": [*models, door]}, Path("f.yaml"))
+
+
+def found(fleet: Fleet) -> list[tuple[str, str]]:
+    return [(it.status, it.text) for it in swap.problems(fleet, gpus()["H100"])]
+
+
+def test_a_group_that_fits_is_told_with_what_stays_on_the_gpu_and_in_host_memory() -> None:
+    [(status, said)] = found(fleet({}, {}))
+    assert status == "ok"
+    assert said.startswith("'big': 1 of 2 awake on one H100, ")
+    assert "56.4 GiB of host memory" in said  # 1.2 × 15.0 and 32.0: of 8B bf16 and 32B fp8
+
+
+def test_a_model_that_leaves_no_room_for_those_that_sleep_is_refused_with_what_would_fit() -> None:
+    [(status, said)] = found(fleet({}, {}, {}, engine={"gpu_memory_utilization": 0.97}))
+    assert status == "fail"
+    most = float(said.split("gpu_memory_utilization to ")[1].split(" ")[0])
+    assert 0.85 < most < 0.97
+    [(status, _)] = found(fleet({}, {}, {}, engine={"gpu_memory_utilization": most}))
+    assert status == "ok"
+
+
+def test_two_that_are_awake_must_fit_together() -> None:
+    two = {"big": {"awake": 2}}
+    [(status, said)] = found(fleet({}, {}, {}, terms=two))
+    assert status == "fail" and "2 of 3 awake need" in said
+    [(status, _)] = found(fleet({}, {}, terms=two, engine={"gpu_memory_utilization": 0.45}))
+    assert status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda: fleet({}, {"accelerator_type": "L4"}), "resources.accelerator_type differs"),
+        (lambda: fleet({}, {}, terms={"bigg": {}}), "'bigg', of which no model is; did you mean"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(wrong: Callable[[], Fleet], said: str) -> None:
+    assert any(status == "fail" and said in text for status, text in found(wrong()))
+
+
+def test_a_machine_needs_one_gpu_and_the_host_memory_of_all() -> None:
+    ours = fleet({}, {}, {})
+    h100 = gpus()["H100"]
+    roomy = Limits((h100,), 16, 128 * GIB, None)
+    assert list(check_machine.lacks(ours, roomy)) == []
+    [finding] = check_machine.lacks(ours, Limits((h100,), 16, 70 * GIB, None))
+    assert "sleep in 74.4 GiB of host memory, and this machine has 70.0 GiB" in finding.message
+
+
+def test_a_pod_holds_the_group() -> None:
+    [_, group] = groups_of(fleet({"num_cpus": 2}, {"num_cpus": 2}, {}), ClusterProfile())
+    assert (group.gpus, group.min_pods, group.max_pods) == (1, 1, 2)
+    assert group.cpu >= 5
+    assert group.memory_gib >= 3 * 12 + 74
+
+
+def test_plan_tells_of_the_groups_and_counts_one_machine_for_each(tmp_path: Path) -> None:
+    config = Path(__file__).parents[2] / "configs/swap.yaml"
+    done = CliRunner().invoke(cli, ["plan", str(config)])
+    assert done.exit_code == 0
+    [line] = [it for it in done.output.splitlines() if it.startswith("swap group")]
+    assert "'big': 1 of 3 awake on one H100" in line
+    assert "all models together: 1 × p5.4xlarge" in done.output
+    full = tmp_path / "full.yaml"
+    full.write_text(
+        config.read_text().replace("max_model_len: 8192", "gpu_memory_utilization: 0.98")
+    )
+    done = CliRunner().invoke(cli, ["plan", str(full)])
+    assert done.exit_code == 1 and "swap group does not fit: " in done.output
