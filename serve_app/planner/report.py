@@ -346,7 +346,8 @@ def _numbers(report: Report) -> Table:
             "requests at once",
             f"{plan.concurrency():.1f} with {engine.max_model_len:,} tokens each"
             + (
-                f", {plan.concurrency(report.typical_length):.0f} with {report.typical_length:,}"
+                f", {math.floor(plan.concurrency(report.typical_length)):,} with "
+                f"{report.typical_length:,}"
                 if report.typical_length != engine.max_model_len
                 else ""
             ),

@@ -64,6 +64,7 @@ def pretend(capability: tuple[int, int] = (9, 0)) -> Any:
 
     class Platform(CudaPlatformBase):  # type: ignore[misc]
         now = capability
+        device_type = "meta"
 
         @classmethod
         def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
@@ -99,7 +100,7 @@ def pretend(capability: tuple[int, int] = (9, 0)) -> Any:
     import vllm.utils.torch_utils as streams
 
     streams._aux_stream = object()
-    packages.has_triton_kernels = lambda: True  # vLLM's CUDA wheels bring it
+    packages.has_triton_kernels = packages.has_deep_gemm = lambda: True  # vLLM's image has both
     import vllm._custom_ops as ops
 
     for space in ("_C", "_moe_C", "_C_cache_ops"):

@@ -7,6 +7,7 @@ treats a derived list like one that was read from safetensors headers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from serve_app.errors import ConfigError
 from serve_app.planner.model import names
@@ -17,7 +18,7 @@ from serve_app.planner.model.tensors import TORCH_DTYPES, Tensor
 _QKV_BIAS = {"qwen2", "qwen2_moe", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text"}
 _QK_NORM = {
     "qwen3", "qwen3_moe", "gemma3", "gemma3_text", "qwen3_next", "qwen3_vl", "qwen3_vl_text",
-    "exaone4", "olmo2", "olmo3",
+    "exaone4", "olmo2", "olmo3", "qwen3_vl_moe", "qwen3_vl_moe_text", "minimax_m2",
 }  # fmt: skip
 _FOUR_NORMS = {"gemma2", "gemma3", "gemma3_text", "glm4"}
 _UNGATED = {"nemotron_h", "starcoder2"}
@@ -131,8 +132,10 @@ def _gqa(shape: ModelShape, at: str) -> Iterator[_Spec]:
         yield _one(f"{at}.o_proj.bias", hidden)
         yield _one(f"{at}.sinks", shape.num_attention_heads)
     if shape.model_type in _QK_NORM:
-        yield _one(f"{at}.q_norm.weight", size)
-        yield _one(f"{at}.k_norm.weight", size)
+        # MiniMax-M2's is over all heads of a token (models/minimax_m2.py:215).
+        of_all = shape.model_type == "minimax_m2"
+        yield _one(f"{at}.q_norm.weight", q if of_all else size)
+        yield _one(f"{at}.k_norm.weight", kv if of_all else size)
 
 
 def _mla(shape: ModelShape, at: str) -> Iterator[_Spec]:
@@ -153,6 +156,12 @@ def _mla(shape: ModelShape, at: str) -> Iterator[_Spec]:
         mla.kv_lora_rank,
     )
     yield _one(f"{at}.o_proj.weight", hidden, heads * mla.v_head_dim)
+    if shape.model_type == "deepseek_v32":  # the indexer (models/deepseek_v2.py:667)
+        size, count = shape.config["index_head_dim"], shape.config["index_n_heads"]
+        yield _one(f"{at}.indexer.wq_b.weight", count * size, mla.q_lora_rank or hidden)
+        yield _one(f"{at}.indexer.wk.weight", size, hidden)
+        yield _one(f"{at}.indexer.weights_proj.weight", count, hidden)
+        yield from _layer_norm(f"{at}.indexer.k_norm", size)
 
 
 def _mlp(at: str, hidden: int, intermediate: int, gated: bool = True) -> Iterator[_Spec]:
@@ -166,7 +175,7 @@ def _moe(shape: ModelShape, at: str) -> Iterator[_Spec]:
     moe, hidden = shape.moe, shape.hidden_size
     assert moe is not None
     yield _one(f"{at}.gate.weight", moe.num_experts, hidden)
-    if shape.config.get("topk_method") == "noaux_tc":
+    if shape.config.get("topk_method") == "noaux_tc" or shape.config.get("use_routing_bias"):
         yield _one(f"{at}.gate.e_score_correction_bias", moe.num_experts)
     for name, dims, _ in _mlp(f"{at}.experts.*", hidden, moe.intermediate_size):
         yield name, dims, moe.num_experts
@@ -254,6 +263,9 @@ def _eagle3(shape: ModelShape) -> Iterator[_Spec]:
 def _vision_tower(shape: ModelShape) -> Iterator[_Spec]:
     """A plain ViT of the given sizes, and a two-layer projector: close, not exact."""
     vision = shape.vision or {}
+    if "deepstack_visual_indexes" in vision:
+        yield from _qwen3_vision(vision)
+        return
     hidden = int(vision.get("hidden_size") or vision.get("embed_dim") or 1024)
     layers = int(vision.get("num_hidden_layers") or vision.get("depth") or 24)
     inner = int(vision.get("intermediate_size") or hidden * (vision.get("mlp_ratio") or 4))
@@ -270,8 +282,77 @@ def _vision_tower(shape: ModelShape) -> Iterator[_Spec]:
     yield _one("multi_modal_projector.linear_2.weight", shape.hidden_size, shape.hidden_size)
 
 
+def _qwen3_vision(vision: dict[str, Any]) -> Iterator[_Spec]:
+    """Qwen3-VL's tower, with a merger of patches after it and one for each layer that it gives to
+    the language model (models/qwen3_vl.py)."""
+    hidden, inner, out = (
+        vision["hidden_size"],
+        vision["intermediate_size"],
+        vision["out_hidden_size"],
+    )
+    patch, frames = int(vision["patch_size"]), int(vision.get("temporal_patch_size") or 2)
+    merged = hidden * int(vision.get("spatial_merge_size") or 2) ** 2
+    yield from _linear("visual.patch_embed.proj", hidden, 3 * frames * patch * patch)
+    yield _one("visual.pos_embed.weight", int(vision["num_position_embeddings"]), hidden)
+    for i in range(int(vision["depth"])):
+        at = f"visual.blocks.{i}"
+        yield from _linear(f"{at}.attn.qkv", 3 * hidden, hidden)
+        yield from _linear(f"{at}.attn.proj", hidden, hidden)
+        yield from _linear(f"{at}.mlp.linear_fc1", inner, hidden)
+        yield from _linear(f"{at}.mlp.linear_fc2", hidden, inner)
+        yield from _layer_norm(f"{at}.norm1", hidden)
+        yield from _layer_norm(f"{at}.norm2", hidden)
+    early = [
+        f"visual.deepstack_merger_list.{i}" for i in range(len(vision["deepstack_visual_indexes"]))
+    ]
+    for at in ("visual.merger", *early):
+        yield from _layer_norm(f"{at}.norm", merged if at in early else hidden)
+        yield from _linear(f"{at}.linear_fc1", merged, merged)
+        yield from _linear(f"{at}.linear_fc2", out, merged)
+
+
+def _modernbert(shape: ModelShape) -> Iterator[_Spec]:
+    """Rotary positions, no biases, gated MLPs (models/modernbert.py)."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    yield _one("embeddings.tok_embeddings.weight", shape.vocab_size, hidden)
+    yield _one("embeddings.norm.weight", hidden)
+    for i in range(shape.num_hidden_layers):
+        at = f"layers.{i}"
+        if i:
+            yield _one(f"{at}.attn_norm.weight", hidden)
+        yield _one(f"{at}.attn.Wqkv.weight", 3 * hidden, hidden)
+        yield _one(f"{at}.attn.out_proj.weight", hidden, hidden)
+        yield _one(f"{at}.mlp_norm.weight", hidden)
+        yield from _mlp(f"{at}.mlp", hidden, inner)
+    yield _one("final_norm.weight", hidden)
+    if shape.architecture.endswith("ForSequenceClassification"):
+        yield _one("head.dense.weight", hidden, hidden)
+        yield _one("head.norm.weight", hidden)
+        yield from _linear("classifier", len(shape.config.get("id2label") or {}) or 2, hidden)
+
+
+def _nomic_bert(shape: ModelShape) -> Iterator[_Spec]:
+    """Rotary positions, gated MLPs, biases where the config says so (models/bert_with_rope.py)."""
+    hidden = shape.hidden_size
+    yield _one("embeddings.word_embeddings.weight", shape.vocab_size, hidden)
+    types = int(shape.config.get("type_vocab_size") or 0)
+    if types:
+        yield _one("embeddings.token_type_embeddings.weight", types, hidden)
+    yield from _layer_norm("emb_ln", hidden)
+    for i in range(shape.num_hidden_layers):
+        at = f"encoder.layers.{i}"
+        yield _one(f"{at}.attn.Wqkv.weight", 3 * hidden, hidden)
+        yield _one(f"{at}.attn.out_proj.weight", hidden, hidden)
+        yield from _mlp(f"{at}.mlp", hidden, shape.intermediate_size)
+        yield from _layer_norm(f"{at}.norm1", hidden)
+        yield from _layer_norm(f"{at}.norm2", hidden)
+
+
 def _encoder(shape: ModelShape) -> Iterator[_Spec]:
     """BERT and its kin. The pooler is in the checkpoint whether or not the head uses it."""
+    if shape.model_type in ("modernbert", "nomic_bert"):
+        yield from (_modernbert if shape.model_type == "modernbert" else _nomic_bert)(shape)
+        return
     hidden, inner = shape.hidden_size, shape.intermediate_size
     classifies = shape.architecture.endswith("ForSequenceClassification")
     roberta = "roberta" in shape.model_type or shape.model_type == "camembert"

@@ -29,7 +29,7 @@ _ROLES: dict[str, Role] = {
     **dict.fromkeys(
         ("o_proj", "down_proj", "w2", "fc2", "fc_out", "c_proj", "out_proj", "dense_4h_to_h",
          "x_proj", "output.dense", "self_attention.dense"), "row"),
-    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "eh_proj"), "linear"),
+    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "eh_proj", "wq_b"), "linear"),
 }  # fmt: skip
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")

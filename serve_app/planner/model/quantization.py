@@ -59,7 +59,7 @@ class Quantization:
             if pattern.startswith("re:"):
                 if re.match(pattern[3:], module):
                     return True
-            elif module == pattern or module.startswith(pattern + ".") or f".{pattern}" in module:
+            elif f".{pattern}." in f".{module}." or (self.method == "awq" and pattern in module):
                 return True
         return False
 

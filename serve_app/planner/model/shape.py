@@ -109,8 +109,9 @@ _DECODERS = {
     "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "kimi_k2", "gpt_oss",
     "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3_vl", "qwen3_vl_text", "llava",
     "starcoder2", "stablelm", "exaone4", "ernie4_5", "hunyuan_v1_dense", "seed_oss", "glm4_moe",
+    "qwen3_vl_moe", "qwen3_vl_moe_text", "minimax_m2", "llama4", "llama4_text", "deepseek_v32",
 }  # fmt: skip
-_ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert"}
+_ENCODERS = {"bert", "roberta", "xlm-roberta", "camembert", "modernbert", "nomic_bert"}
 _SSM = {
     "mamba", "falcon_mamba", "mamba2", "jamba", "bamba", "granitemoehybrid", "nemotron_h",
     "falcon_h1", "qwen3_next", "zamba2", "lfm2",
@@ -247,8 +248,9 @@ def _size(config: dict[str, Any], *names: str, default: int | None = None, most:
 
 
 def _intermediate_size(text: dict[str, Any], hidden: int) -> int:
+    """Of the layers that are no experts; Llama-4 has another name for it."""
     return _size(
-        text, "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
+        text, "intermediate_size_mlp", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size",
         default=4 * hidden, most=10**7,
     )  # fmt: skip
 
@@ -261,6 +263,8 @@ def _dtype(config: dict[str, Any], text: dict[str, Any]) -> str:
 
 def max_model_len(text: dict[str, Any]) -> int:
     """The longest context that vLLM allows by default (vllm/config/model.py:2384)."""
+    if text.get("max_trained_positions"):  # Nomic's, beyond which its positions are stretched
+        return int(text["max_trained_positions"])
     known = [
         text[key]
         for key in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length",
@@ -301,6 +305,11 @@ def _layer_kinds(text: dict[str, Any], model_type: str, layers: int) -> tuple[La
     if isinstance(listed, list) and len(listed) >= layers:
         known: list[LayerKind] = [_KINDS.get(str(kind), "full") for kind in listed[:layers]]
         return tuple(known)
+    if model_type.startswith("llama4") and text.get("attention_chunk_size"):
+        # Layers without positions see all tokens, the others a chunk (models/llama4.py:250).
+        interval = int(text.get("no_rope_layer_interval") or 4)
+        rope = text.get("no_rope_layers") or [(i + 1) % interval for i in range(layers)]
+        return tuple("chunked" if has else "full" for has in rope[:layers])
     is_attention = _attention_period(text)
     if is_attention is not None:
         kinds: list[LayerKind] = ["full" if is_attention(i) else "ssm" for i in range(layers)]
@@ -350,16 +359,18 @@ def _moe(text: dict[str, Any], model_type: str, layers: int) -> MoE | None:
         text, "moe_intermediate_size", "expert_intermediate_size", "intermediate_size", most=10**7
     )
     shared = text.get("shared_expert_intermediate_size") or text.get("shared_intermediate_size")
+    if shared is None and model_type.startswith("llama4"):
+        shared = size  # models/llama4.py:109
     if shared is None:
         shared = size * int(text.get("n_shared_experts") or text.get("num_shared_experts") or 0)
     first_dense = int(text.get("first_k_dense_replace") or 0)
     every = int(
         text.get("decoder_sparse_step") or text.get("moe_layer_freq")
-        or text.get("expert_layer_period") or 1
+        or text.get("expert_layer_period") or text.get("interleave_moe_layer_step") or 1
     )  # fmt: skip
     offset = int(text.get("expert_layer_offset") or 0)
     dense_only = set(text.get("mlp_only_layers") or ())
-    steps_from_one = "decoder_sparse_step" in text
+    steps_from_one = bool({"decoder_sparse_step", "interleave_moe_layer_step"} & text.keys())
 
     pattern = text.get("hybrid_override_pattern")
 

@@ -105,6 +105,9 @@ def layer_specs(shape: ModelShape, engine: EngineArgs) -> list[tuple[int, LayerS
             specs.append((layer, state))
         if kind not in ("ssm", "none"):
             specs.append((layer, LayerSpec(kind, block_size, page, windows.get(kind) or 0)))
+        if shape.model_type == "deepseek_v32":  # the indexer's keys (models/deepseek_v2.py:719)
+            size = int(shape.config["index_head_dim"])
+            specs.append((layer, LayerSpec("full", block_size, block_size * (size + size // 32))))
     return specs
 
 

@@ -340,10 +340,12 @@ def _quantized(tensors: tuple[Tensor, ...], scheme: Quantization) -> tuple[Tenso
 
 def rope_bytes(shape: ModelShape, dtype: str) -> int:
     """The table of cosines and sines, shared by all layers (rotary_embedding/base.py:76)."""
-    if not shape.causal or not shape.num_attention_heads:
+    rotary = shape.causal or shape.model_type in ("modernbert", "nomic_bert")
+    if not rotary or not shape.num_attention_heads:
         return 0
     width = shape.mla.qk_rope_head_dim if shape.mla else shape.head_dim
     width = int(width * float(shape.config.get("partial_rotary_factor") or 1))
+    width = int(shape.config.get("rotary_dim") or width)
     if shape.model_type == "gpt_oss":
         dtype = "float32"  # models/gpt_oss.py:111
     return _rope_rows(shape) * width * DTYPE_BITS[TORCH_DTYPES[dtype]] // 8
@@ -353,6 +355,7 @@ def _rope_rows(shape: ModelShape) -> int:
     """Positions that the tables have, by the kind of scaling (rotary_embedding/__init__.py:85)."""
     rope = shape.config.get("rope_parameters") or shape.config.get("rope_scaling") or {}
     of_windows = "gemma3" in shape.model_type or "sliding_attention" in rope
+    of_windows = of_windows or shape.model_type == "modernbert"
     rope = rope.get("full_attention", rope)
     kind, factor = rope.get("rope_type") or rope.get("type"), float(rope.get("factor") or 1)
     own = int(shape.config.get("max_position_embeddings") or shape.max_position_embeddings)
@@ -366,6 +369,8 @@ def _rope_rows(shape: ModelShape) -> int:
         rows = own + int(shape.config.get("original_max_position_embeddings") or original)
     if "mrope_section" in rope:
         rows *= 4  # mrope.py: positions of a video
+    if shape.model_type == "deepseek_v32":
+        rows *= 2  # the indexer's has another order (deepseek_v2.py:1163)
     # The layers with windows of some models have a table without scaling.
     return rows + (own if of_windows else 0)
 

@@ -63,27 +63,48 @@ def test_as_close_on_two_gpus(step: str) -> None:
     assert found.kv_cache_tokens == pytest.approx(measured, rel=0.03)
 
 
-ON_FOUR_GPUS = json.loads((RECORDED.parent / "planner_h100x4.json").read_text())["records"]
-"""What vLLM's log said of shapes that were planned before; only :data:`memory.COMMUNICATION_BYTES`
-was fitted on it."""
+FOUR_GPUS = json.loads((RECORDED.parent / "four-h100.json").read_text())
+SAID_BY_VLLM = FOUR_GPUS["planner, TP 4, from vLLM's log"]
+"""Shapes that were planned before they were started. ``memory.COMMUNICATION_BYTES`` was fitted on
+the first three."""
+
+GROUPS = {
+    "tp2-pp2": (
+        "RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic",
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    ),
+    "dp4-ep": ("Qwen/Qwen3-30B-A3B", {"data_parallel_size": 4, "enable_expert_parallel": True}),
+    "tp4-ep": ("Qwen/Qwen3-30B-A3B", {"tensor_parallel_size": 4, "enable_expert_parallel": True}),
+}
+"""Groups of ranks, of which the weights were seen."""
 
 
-@pytest.mark.parametrize("record", ON_FOUR_GPUS, ids=lambda one: one["case"]["name"])
-def test_as_close_on_four_gpus(record: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", SAID_BY_VLLM)
+def test_as_close_on_four_gpus(name: str) -> None:
     from harness.models import plan
 
-    accuracy = benchmark()
-    case = accuracy.Case(**record["case"])
+    accuracy, said = benchmark(), SAID_BY_VLLM[name]
+    [case] = [one for one in accuracy.CASES if one.name == name]
     of = metadata._model(case.model, accuracy.model_config(case), None, "benchmark")
-    found, log = plan(of, "H100", **case.engine), "\n".join(record["log"])
-    compared = 0
-    for gib in re.findall(r"Model loading took (\S+) GiB", log):
-        assert found.tightest.weights / 2**30 == pytest.approx(float(gib), rel=0.01)
-        compared += 1
-    for tokens in re.findall(r"GPU KV cache size: (\S+) tokens", log):
-        assert found.kv_cache_tokens == pytest.approx(int(tokens.replace(",", "")), rel=0.03)
-        compared += 1
-    assert compared
+    found = plan(of, "H100", **case.engine)
+    assert said.keys() & {"weights_gib", "kv_cache_tokens"}
+    if "weights_gib" in said:
+        assert found.tightest.weights / 2**30 == pytest.approx(said["weights_gib"], rel=0.01)
+    if "kv_cache_tokens" in said:
+        assert found.kv_cache_tokens == pytest.approx(said["kv_cache_tokens"], rel=0.03)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_weights_of_each_rank_of_a_group(group: str) -> None:
+    from harness.models import kept, plan
+
+    name, parallel = GROUPS[group]
+    said = json.dumps(FOUR_GPUS["groups"][group])
+    ranks = [float(gib) for gib in re.findall(r"Model loading took (\S+) GiB", said)]
+    found = plan(kept(name), "H100", max_model_len=8192, **parallel)
+    assert len(ranks) == 4
+    for stage in found.stages:
+        assert [stage.weights / 2**30] * 4 == pytest.approx(ranks, rel=0.01)
 
 
 def test_each_case_is_a_model_at_hand() -> None:

@@ -4,6 +4,7 @@ import pytest
 from harness.models import LLAMA, QWEN3_NEXT, kept, model
 
 from serve_app.planner.model import derive, metadata, names, shape
+from serve_app.planner.model.quantization import Quantization
 from serve_app.planner.model.shape import ModelShape
 from serve_app.planner.model.tensors import Tensor, grouped, parameter_bytes
 from serve_app.planner.vllm import sharding
@@ -38,6 +39,54 @@ def test_parameters_come_to_the_published_count(name: str) -> None:
     assert sum(tensor.elements for tensor in plain) == count
     if total_size:
         assert sum(tensor.nbytes for tensor in of.tensors) == total_size
+
+
+LLAMA_4 = {
+    "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", "hidden_size": 5120,
+    "intermediate_size": 8192, "intermediate_size_mlp": 16384, "num_hidden_layers": 48,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 202048,
+    "num_experts_per_tok": 1, "max_position_embeddings": 1048576, "attention_chunk_size": 8192,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experts", "every", "count"),
+    [(16, 1, 107_769_861_120), (128, 2, 400_711_848_960)],  # Scout's and Maverick's text models
+)
+def test_llama_4_comes_to_its_published_count(experts: int, every: int, count: int) -> None:
+    sizes = {"num_local_experts": experts, "interleave_moe_layer_step": every}
+    of = model(LLAMA_4, **sizes)
+    assert of.parameters == count
+    assert of.shape.layers[:5] == ("chunked", "chunked", "chunked", "full", "chunked")
+    assert of.shape.is_moe(0) is (every == 1)
+
+
+def test_qwen3_vl_comes_to_its_published_count() -> None:
+    """Qwen3-VL-30B-A3B-Instruct: 31.07 B, of which 0.54 see."""
+    text = {
+        "model_type": "qwen3_vl_moe_text", "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144,
+    }  # fmt: skip
+    vision = {
+        "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 2048,
+        "patch_size": 16, "temporal_patch_size": 2, "spatial_merge_size": 2,
+        "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
+    }  # fmt: skip
+    whole = {"architectures": ["Qwen3VLMoeForConditionalGeneration"], "model_type": "qwen3_vl_moe"}
+    described = shape.from_config({**whole, "text_config": text, "vision_config": vision})
+    plain = derive.unquantized(described)
+    seen = sum(t.elements for t in plain if t.name.startswith("visual."))
+    assert seen / 1e9 == pytest.approx(0.54, abs=0.005)
+    assert sum(t.elements for t in plain) / 1e9 == pytest.approx(31.07, abs=0.005)
+
+
+def test_a_module_is_ignored_by_a_whole_part_of_its_name() -> None:
+    """``gate`` is the router, and not ``gate_proj``."""
+    scheme = Quantization("fp8", 8, ignored=("gate", "lm_head"))
+    assert scheme.ignores("model.layers.0.mlp.gate")
+    assert not scheme.ignores("model.layers.0.mlp.experts.0.gate_proj")
 
 
 def test_seed_table_of_precisions() -> None:
