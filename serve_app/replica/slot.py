@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from serve_app.replica.start import gpu
+
 TURN_ENV = "SERVE_APP_TURN"
 """Environment variable of an engine that starts: a file that will say which slot it is to lock
 before it loads. It has imported all it needs by then."""
@@ -137,19 +139,10 @@ def _settle(free: Callable[[], int], sleep: Callable[[float], object]) -> None:
 
 
 def _driver_free_bytes() -> int:
-    """Free memory of this engine's GPU, by NVIDIA's driver: CUDA would make a context; 0 without
-    one."""
-    from vllm.third_party import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        named = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-        by_index = pynvml.nvmlDeviceGetHandleByIndex
-        by_uuid = pynvml.nvmlDeviceGetHandleByUUID
-        device = by_index(int(named)) if named.isdigit() else by_uuid(named)
-        return int(pynvml.nvmlDeviceGetMemoryInfo(device).free)
-    except pynvml.NVMLError:
-        return 0
+    """Free memory of this engine's GPU by NVIDIA's driver, since CUDA would make a context; 0
+    without one."""
+    device = gpu.given()
+    return device.free() if device else 0
 
 
 def _asleep_bytes() -> int:
