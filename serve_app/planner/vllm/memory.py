@@ -62,7 +62,7 @@ FRONT_END_BYTES = int(1.1 * GIB)
 
 TIGHT_SHARE = 0.03
 """A plan is tight if its KV cache exceeds the need of one request by less than this share of the
-GPU: that is within the planner's own error (docs/planner-accuracy.md)."""
+GPU, or of its part of one: that is within the planner's own error (docs/planner-accuracy.md)."""
 
 MLA_WORKSPACE_TOKENS = 64 * 1024  # mla_attention.py:2176
 
@@ -120,7 +120,8 @@ class Plan:
         if not self.fits or not self.groups or self.gpu.name == "CPU":
             return False
         needed = self.cache.bytes_per_block * self.cache.blocks_per_request
-        return self.tightest.kv_cache - needed < TIGHT_SHARE * self.tightest.total
+        total = self.engine.part_bytes or self.tightest.total
+        return self.tightest.kv_cache - needed < TIGHT_SHARE * total
 
     @property
     def draft_weights(self) -> int:

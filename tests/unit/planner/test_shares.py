@@ -201,3 +201,18 @@ def test_parts_that_are_more_than_the_gpu_are_refused_with_one_that_would_fit() 
 def test_a_whole_gpu_leaves_none_for_parts() -> None:
     with pytest.raises(ConfigError, match=r"need 2 GPUs \(chat: 1, embeddings: gpu_share 0\.1"):
         check_model.refuse(fleet(chat={}), machine())
+
+
+def test_a_part_is_tight_by_its_own_size() -> None:
+    """What is little of a whole H200 is a lot of a thirtieth of one."""
+    config = ModelConfig(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        resources={"gpu_share": 0.035},
+        engine={"max_model_len": 2048, "max_num_seqs": 8, "enforce_eager": True},
+    )
+    found = choose.plan_on(
+        load_model(config, offline=True), choose.arguments_of(config), hardware.gpus()["H200"]
+    )
+    assert found.fits
+    assert found.tightest.kv_cache < 0.03 * found.tightest.total
+    assert not found.tight
