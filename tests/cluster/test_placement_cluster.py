@@ -9,11 +9,9 @@ import asyncio
 import itertools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +20,7 @@ from typing import Any
 
 import pytest
 import ray
+from harness import fake_nodes
 from harness.processes import title
 from ray import serve
 from ray.cluster_utils import Cluster
@@ -43,39 +42,20 @@ TOTAL = {"a": 8, "b": 8, "c": 4}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[dict[str, str]]:
-    """The cluster's node ids and their names. Its files are apart from any other Ray's."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths must be short
-    before = os.environ.get("RAY_TMPDIR")
-    os.environ["RAY_TMPDIR"] = folder
-    fake = Cluster()
-    try:
-        try:
-            start(fake)
-        except Exception:  # Ray gives a node 30 s, which a busy machine may not keep
-            fake.shutdown()
-            start(fake)
-        ray.init(address=fake.address, log_to_driver=False)
+    """The cluster's node ids and their names."""
+    with fake_nodes.connected(start):
         yield {node["NodeID"]: node["Labels"].get("name", "head") for node in ray.nodes()}
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        fake.shutdown()
-        os.environ.pop("RAY_TMPDIR")
-        if before is not None:
-            os.environ["RAY_TMPDIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start(fake: Cluster) -> None:
-    small: dict[str, Any] = {"object_store_memory": 80 * 2**20}
-    fake.add_node(num_cpus=2, include_dashboard=False, **small)
+    fake.add_node(num_cpus=2, include_dashboard=False, **fake_nodes.SMALL)
     for name, gpus in TOTAL.items():
         fake.add_node(
             num_cpus=8,
             num_gpus=gpus,
             labels={"name": name},
             resources={"accelerator_type:L40S" if name == "c" else "accelerator_type:H100": 1},
-            **small,
+            **fake_nodes.SMALL,
         )
 
 
@@ -387,27 +367,6 @@ def test_a_value_in_the_gcs_is_put_read_and_deleted(cluster: dict[str, str]) -> 
     assert (kv.get("test"), kv.exists("test")) == (None, False)
 
 
-def test_an_engines_worker_does_not_outlive_its_raylet(cluster: dict[str, str]) -> None:
-    """The last test of this file: it costs a node."""
-
-    @ray.remote(num_cpus=0, resources={"accelerator_type:L40S": 0.001})
-    class Worker:
-        """As vLLM starts its workers: by name they are the engine's, and they load its plugins."""
-
-        def __init__(self) -> None:
-            os.environ[plugin.START_FOLDER] = "/nowhere"
-            plugin.prepare()
-
-        def pids(self) -> tuple[int, int]:
-            return os.getpid(), os.getppid()
-
-    worker = Worker.remote()
-    pid, raylet = ray.get(worker.pids.remote())
-    assert "raylet" in title(raylet)
-    os.kill(raylet, signal.SIGKILL)
-    until(lambda: not title(pid), "end of the worker")
-
-
 def parts_on_gpus(shares: Sequence[float], kind: str, names: dict[str, str]) -> list[list[Any]]:
     """Where Serve and Ray put a replica for each share: its node and its GPU there."""
 
@@ -445,3 +404,24 @@ def test_parts_fill_one_gpu_of_a_node_before_the_next(cluster: dict[str, str]) -
 def test_serve_spreads_parts_over_nodes_of_a_kind(cluster: dict[str, str]) -> None:
     """Each node's GPUs are filled one by one, but the nodes are taken in turn."""
     assert {node for node, _ in parts_on_gpus((0.3, 0.3), "H100", cluster)} == {"a", "b"}
+
+
+def test_an_engines_worker_does_not_outlive_its_raylet(cluster: dict[str, str]) -> None:
+    """The last test of this file: it costs a node."""
+
+    @ray.remote(num_cpus=0, resources={"accelerator_type:L40S": 0.001})
+    class Worker:
+        """As vLLM starts its workers: by name they are the engine's, and they load its plugins."""
+
+        def __init__(self) -> None:
+            os.environ[plugin.START_FOLDER] = "/nowhere"
+            plugin.prepare()
+
+        def pids(self) -> tuple[int, int]:
+            return os.getpid(), os.getppid()
+
+    worker = Worker.remote()
+    pid, raylet = ray.get(worker.pids.remote())
+    assert "raylet" in title(raylet)
+    os.kill(raylet, signal.SIGKILL)
+    until(lambda: not title(pid), "end of the worker")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
+from harness import fake_nodes
 from harness.processes import eventually
 from ray import serve
 from ray.cluster_utils import Cluster
@@ -22,27 +21,16 @@ from serve_app.cluster.swap_actor import Coordinator, part, reserve
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A head without GPUs and two nodes with two each; files apart from any other Ray's."""
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # socket paths must be short
-    before = os.environ.get("RAY_TMPDIR")
-    os.environ["RAY_TMPDIR"] = folder
-    fake = Cluster()
-    try:
-        small: dict[str, Any] = {"object_store_memory": 80 * 2**20}
-        fake.add_node(num_cpus=4, include_dashboard=False, **small)
-        for _ in range(2):
-            fake.add_node(num_cpus=8, num_gpus=2, **small)
-        ray.init(address=fake.address, log_to_driver=False, namespace="serve")
+    """A head without GPUs and two nodes with two each."""
+    with fake_nodes.connected(start, namespace="serve"):
         serve.start(proxy_location="Disabled")
         yield
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        fake.shutdown()
-        os.environ.pop("RAY_TMPDIR")
-        if before is not None:
-            os.environ["RAY_TMPDIR"] = before
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(fake: Cluster) -> None:
+    fake.add_node(num_cpus=4, include_dashboard=False, **fake_nodes.SMALL)
+    for _ in range(2):
+        fake.add_node(num_cpus=8, num_gpus=2, **fake_nodes.SMALL)
 
 
 @serve.deployment
