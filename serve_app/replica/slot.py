@@ -11,6 +11,7 @@ that EngineCore has forked would keep it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -51,6 +52,13 @@ def file(group: str, slot: int) -> str:
     folder = Path(tempfile.gettempdir()) / f"serve_app-slots-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return str(folder / f"{group}.{slot}")
+
+
+def keep(path: str) -> None:
+    """Touch the file of a slot that an engine has: machines remove from their folder for temporary
+    files what is days old, and the next engine would lock a new file."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def give_turn(turn: Path, path: str) -> None:

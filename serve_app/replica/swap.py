@@ -119,10 +119,12 @@ class Member:
     def _talk(self) -> None:
         silent = False
         while not self._over.is_set():
-            said = self.report()
             try:
+                said = self.report()
+                if said.slot is not None:
+                    slot.keep(slot.file(self._group, said.slot))
                 order = self._exchange(said, partial(self._has_news, said))
-            except Exception as error:
+            except Exception as error:  # also of what the loop changes while this thread reads it
                 if not silent:
                     logger.warning(f"the swap group's coordinator does not answer: {error!r}")
                 silent = True
@@ -174,7 +176,9 @@ class Member:
         assert ours is not None
         began = time.monotonic()
         self._come_s = REQUESTS_COME_S
-        if why := await slot.take(self._engine.llm, path):
+        async with asyncio.timeout(STEP_S):
+            why = await slot.take(self._engine.llm, path)
+        if why:
             logger.warning(f"swap: not awake, {why}")
             self._becomes("asleep")
             return

@@ -28,12 +28,28 @@ class Replica:
         self.llm = self.engine_core = self
         self.done: list[str] = []
         self.wakes = self.busy = False
-        self.running = self.waiting = 0
+        self.running = 0
+        self.fails_to_tell = 0
+        self.stopped = False
+        self._waiting = 0
         self.waited_s = 0.0
         self.taken = ""
         self.fails: Exception | None = None
 
+    @property
+    def waiting(self) -> int:
+        if self.fails_to_tell:
+            self.fails_to_tell -= 1
+            raise RuntimeError("dictionary changed size during iteration")
+        return self._waiting
+
+    @waiting.setter
+    def waiting(self, requests: int) -> None:
+        self._waiting = requests
+
     async def call_utility_async(self, method: str, *args: Any) -> str:
+        if self.stopped:
+            await asyncio.Event().wait()
         if method == slot.TAKE:
             self.done.append("take" if not self.taken else "refused")
             await asyncio.sleep(0.01)
@@ -295,3 +311,38 @@ async def test_an_engine_that_sleeps_with_requests_paused_does_not_count_as_hang
     engine.asleep = False  # from now on it owes steps
     with pytest.raises(Ended):
         await asyncio.wait_for(watch, 10)
+
+
+async def test_an_engine_that_does_not_answer_when_it_is_to_wake_ends_its_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it would be waking for ever, and nobody else could have the slot."""
+    ended: list[int] = []
+    monkeypatch.setattr(swap.os, "_exit", ended.append)
+    monkeypatch.setattr(swap, "STEP_S", 0.1)
+    async with loaded() as (_, engine, coordinator):
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+        engine.stopped = True
+        coordinator.orders.append(Order("c/3", True, 0))
+        assert await until(lambda: ended)
+
+
+async def test_it_reports_on_when_a_report_fails() -> None:
+    """The thread reads what the event loop changes."""
+    async with loaded() as (_, engine, coordinator):
+        engine.fails_to_tell = 3
+        assert await until(lambda: not engine.fails_to_tell)
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+
+
+async def test_the_slot_of_who_is_awake_does_not_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines remove files from /tmp that nothing has touched for days: the next engine would lock
+    a new one."""
+    async with loaded():
+        file = Path(slot.file("g", 0))
+        file.touch()
+        os.utime(file, (1, 1))
+        assert await until(lambda: file.stat().st_mtime > 1)
+        file.unlink()
