@@ -72,7 +72,8 @@ class SwapActor:
         await asyncio.wait([mine], timeout=HOLD_S)
         if mine.cancelled():  # this member's next report is here, and gets what there is
             return encode(None)
-        self._held.pop(report.member, None)
+        if self._held.get(report.member) is mine:
+            del self._held[report.member]
         return encode(self._group.order(report.member))
 
     def watch(self) -> None:
@@ -105,7 +106,7 @@ class SwapActor:
             except Exception as error:  # the controller is away; the next time
                 logger.warning(f"swap group '{self._name}' cannot read from Serve: {error!r}")
             else:
-                self._terms = terms_of(self._name, applications)
+                self._terms = terms_of(self._name, applications, self._terms)
                 now = time.monotonic()
                 if not self._group.empty or _has_members(self._name, applications):
                     seen = now
@@ -117,15 +118,22 @@ class SwapActor:
             await asyncio.sleep(TERMS_S)
 
 
-def terms_of(name: str, applications: Mapping[str, serve.Application]) -> SwapGroup:
-    """A group's terms, as the deployed gateway's args have them."""
+def terms_of(
+    name: str, applications: Mapping[str, serve.Application], before: SwapGroup
+) -> SwapGroup:
+    """A group's terms, as the deployed gateway's args have them.
+
+    They stay as they were ``before`` while there is no gateway, or its args are refused: with a
+    smaller ``awake`` models would be sent to sleep for a typo.
+    """
     for application in applications.values():
         if application.import_path == GATEWAY_IMPORT_PATH:
             try:
-                return parse(GatewayConfig, application.args, "args").swap_groups[name]
-            except (ConfigError, KeyError):
-                break
-    return SwapGroup()
+                config = parse(GatewayConfig, application.args, "args")
+            except ConfigError:
+                return before
+            return config.swap_groups.get(name, SwapGroup())
+    return before
 
 
 def _has_members(name: str, applications: Mapping[str, serve.Application]) -> bool:

@@ -79,10 +79,13 @@ def gateway(args: dict[str, Any]) -> dict[str, Application]:
 
 
 def test_the_coordinator_reads_the_terms_of_the_deployed_gateway() -> None:
-    assert terms_of("big", gateway({"swap_groups": {"big": {"awake": 2}}})).awake == 2
-    for args in ({}, {"swap_groups": {"other": {"awake": 2}}}, {"swap_groups": 7}):
-        assert terms_of("big", gateway(args)) == SwapGroup()
-    assert terms_of("big", {}) == SwapGroup()
+    two, three = SwapGroup(awake=2), SwapGroup(awake=3)
+    assert terms_of("big", gateway({"swap_groups": {"big": {"awake": 2}}}), three) == two
+    for args in ({}, {"swap_groups": {"other": {"awake": 2}}}):
+        assert terms_of("big", gateway(args), three) == SwapGroup()
+    # While its args are refused, or it is being deployed, they stay as they were.
+    assert terms_of("big", gateway({"swap_groups": 7}), three) == three
+    assert terms_of("big", {}, three) == three
 
 
 # --- does it fit? -----------------------------------------------------------------------
