@@ -78,8 +78,41 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
                 gpu, _ = hardware.find(accelerator)
             except UserError:
                 continue  # for which there is another finding
+        awake = terms(fleet, group).awake
+        if awake > len(configs):
+            said = f"swap_groups.{group}.awake is {awake}, and the group has {len(configs)} models"
+            yield Finding(CHECK, "fail", str(fleet.path), said, f"set {len(configs)} at most")
+            continue
+        gpu = gpu or smallest(group, configs, awake)
         if gpu is not None:
-            yield from _on_gpu(group, configs, terms(fleet, group).awake, gpu)
+            yield from _on_gpu(group, configs, awake, gpu)
+
+
+def smallest(group: str, configs: Mapping[str, ModelConfig], awake: int = 1) -> GPU | None:
+    """The smallest type of GPU that holds a group of which no type is said; None without metadata
+    of all its models, or where none does."""
+    models = {name: load_known(config) for name, config in configs.items()}
+    for gpu in hardware.gpus().values():
+        each = [
+            model is not None
+            and choose.plan_on(model, choose.arguments_of(configs[name]), gpu).fits
+            for name, model in models.items()
+        ]
+        if all(each) and all(it.status == "ok" for it in _on_gpu(group, configs, awake, gpu)):
+            return gpu
+    return None
+
+
+def gpu_names(fleet: Fleet) -> dict[str, str]:
+    """The type of GPU to plan each member on, in groups of which no type is said."""
+    found: dict[str, str] = {}
+    for group, configs in groups(fleet.models).items():
+        asked = [it.resources for it in configs.values()]
+        if any(it.accelerator_type or it.device == "cpu" for it in asked):
+            continue
+        if gpu := smallest(group, configs, terms(fleet, group).awake):
+            found |= dict.fromkeys(configs, gpu.name)
+    return found
 
 
 def of_config(path: Path, gpu_name: str | None) -> list[Finding]:
@@ -90,7 +123,7 @@ def of_config(path: Path, gpu_name: str | None) -> list[Finding]:
 def show(groups: Iterable[Finding], console: Console) -> None:
     """Print of each group whether it fits."""
     for finding in groups:
-        verdict = "" if finding.status == "ok" else "[bold]does not fit[/]: "
+        verdict = "[bold]does not fit[/]: " if finding.status == "fail" else ""
         console.print(f"\n[bold]swap group[/] {verdict}{escape(finding.text)}")
 
 
@@ -112,11 +145,11 @@ def _on_gpu(
     planned = {name: it for name, config in configs.items() if (it := _planned(config, gpu))}
     if not planned:
         return
-    by_size = sorted(planned, key=lambda name: -planned[name].requested)
+    by_size = sorted(planned, key=lambda name: -awake_bytes(planned[name]))
     largest, others = by_size[:awake], by_size[awake:]
     unknown = (len(configs) - len(planned)) * CONTEXT_BYTES
     left = unknown + sum(left_bytes(planned[name]) for name in others)
-    needed = sum(planned[name].requested + CONTEXT_BYTES for name in largest) + left
+    needed = sum(awake_bytes(planned[name]) for name in largest) + left
     host = sum(host_bytes(config) for config in configs.values())
     if needed <= gpu.memory_bytes:
         said = (
@@ -138,6 +171,11 @@ def _on_gpu(
         if most > 0
         else "lower awake, or take models out of the group",
     )
+
+
+def awake_bytes(planned: GPUMemory) -> int:
+    """What a member has of the GPU while it is awake."""
+    return CONTEXT_BYTES + planned.taken
 
 
 def left_bytes(planned: GPUMemory) -> int:

@@ -54,6 +54,7 @@ def part_of(
         fraction = shares.fraction(config)
     except UserError:
         fraction = shares.fraction_of(config, gpu) if gpu else None
+    fraction = fraction and round(fraction, 4)  # as Ray counts it
     setting = str(choose.arguments_of(config)[KEY])
     return None if fraction is None else Part(name, fraction, setting, plan)
 

@@ -340,9 +340,10 @@ async def test_it_reports_on_when_a_report_fails() -> None:
 async def test_the_slot_of_who_is_awake_does_not_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """Machines remove files from /tmp that nothing has touched for days: the next engine would lock
     a new one."""
-    async with loaded():
-        file = Path(slot.file("g", 0))
-        file.touch()
-        os.utime(file, (1, 1))
-        assert await until(lambda: file.stat().st_mtime > 1)
-        file.unlink()
+    touched: list[str] = []
+    monkeypatch.setattr(slot.os, "utime", touched.append)
+    async with loaded() as (_, _, coordinator):
+        assert await until(lambda: touched)
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+    assert set(touched) == {slot.file("g", 0)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from serve_app.cli import cli
 from serve_app.cluster.placement import of
@@ -148,10 +150,36 @@ def test_two_that_are_awake_must_fit_together() -> None:
     [
         (lambda: fleet({}, {"accelerator_type": "L4"}), "resources.accelerator_type differs"),
         (lambda: fleet({}, {}, terms={"bigg": {}}), "'bigg', of which no model is; did you mean"),
+        (lambda: fleet({}, {}, terms={"big": {"awake": 3}}), "awake is 3, and the group has 2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(wrong: Callable[[], Fleet], said: str) -> None:
     assert any(status == "fail" and said in text for status, text in found(wrong()))
+
+
+def test_a_kv_cache_of_a_set_size_counts_as_that() -> None:
+    [(status, said)] = found(fleet({}, {}, engine={"kv_cache_memory_bytes": 45 * GIB}))
+    assert status == "fail" and "1 of 2 awake need" in said  # 32.0 of weights beside them
+
+
+def test_a_group_of_which_no_type_is_said_is_planned_on_one_gpu(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "configs/swap.yaml").read_text()
+    config = tmp_path / "any.yaml"
+    config.write_text(text.replace("accelerator_type: H100, ", ""))
+    done = CliRunner().invoke(cli, ["plan", "--json", str(config)])
+    assert done.exit_code == 0
+    planned = json.loads(done.output)
+    assert len({it["gpu"] for it in planned["models"]}) == 1
+    assert "1 of 3 awake on one " in planned["swap_groups"][0]
+
+
+def test_a_group_on_the_cpu_is_not_said_not_to_fit() -> None:
+    on_cpu = {"device": "cpu", "accelerator_type": None}
+    group = list(swap.problems(fleet(on_cpu, on_cpu)))
+    shown = Console(record=True)
+    swap.show(group, shown)
+    assert [it.status for it in group] == ["warn"]
+    assert "does not fit" not in shown.export_text()
 
 
 def test_a_machine_needs_one_gpu_and_the_host_memory_of_all() -> None:
