@@ -271,8 +271,8 @@ def _why_not(
     elif not reasons and engine.kv_cache_memory_bytes and taken > gpu.memory_bytes:
         reasons.append(
             f"engine.kv_cache_memory_bytes {engine.kv_cache_memory_bytes / GIB:.1f} GiB beside "
-            f"weights, activations and CUDA graphs takes {taken / GIB:.1f} GiB of {gpu.name}, which "
-            f"has {gpu.memory_gib:.1f}"
+            f"weights, activations and CUDA graphs takes {taken / GIB:.1f} GiB of {gpu.name}, "
+            f"which has {gpu.memory_gib:.1f}"
         )
     if budget and budget > gpu.memory_bytes:
         reasons.append(

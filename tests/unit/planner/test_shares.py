@@ -238,3 +238,9 @@ def test_a_part_is_tight_by_its_own_size() -> None:
     assert found.fits
     assert found.tightest.kv_cache < 0.03 * found.tightest.total
     assert not found.tight
+
+
+def test_what_shares_a_gpu_is_readable_on_a_narrow_screen() -> None:
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(plan, [str(REPO / "configs/fleet.yaml")])
+    table = done.output.partition("What shares a GPU (L4)")[2].partition("──")[0]
+    assert table.count("gpu_share 0.5") == 2 and "KV tokens" in table and "…" not in table
