@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from serve_app.cluster.placement import of
 from serve_app.cluster.serve import Application
 from serve_app.cluster.swap_actor import part, terms_of
 from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet, parse_document
-from serve_app.config.settings import Autoscaling, ModelConfig, Resources, SwapGroup
+from serve_app.config.settings import (
+    Autoscaling,
+    GatewayConfig,
+    ModelConfig,
+    Resources,
+    SwapGroup,
+    parse,
+)
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.kuberay.render.workers import groups_of
@@ -88,6 +96,24 @@ def test_the_coordinator_reads_the_terms_of_the_deployed_gateway() -> None:
     # While its args are refused, or it is being deployed, they stay as they were.
     assert terms_of("big", gateway({"swap_groups": 7}), three) == three
     assert terms_of("big", {}, three) == three
+
+
+@pytest.mark.parametrize(
+    ("application", "args", "said"),
+    [
+        ("m", {"resources": {"swap_group": "BIG"}}, "resources.swap_group is 'BIG', but a group's"),
+        ("m", {"resources": {"evict_cost": 3}}, "evict_cost is 3, but the model is in no swap gro"),
+        ("g", {"swap_groups": {3: {}}}, "swap_groups: the name 3 must be text; put it in quotes"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_its_own_words(
+    application: str, args: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        if application == "g":
+            parse(GatewayConfig, args, "args")
+        else:
+            parse(ModelConfig, {"model": "m", **args}, "args")
 
 
 # --- does it fit? -----------------------------------------------------------------------
