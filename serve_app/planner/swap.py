@@ -20,7 +20,7 @@ from serve_app.planner import choose, hardware
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import CONTEXT_BYTES, GIB, GPU
 from serve_app.planner.loading import load_known
-from serve_app.planner.vllm.memory import GPUMemory
+from serve_app.planner.vllm.memory import GPUMemory, Plan
 
 CHECK = "swap groups"
 
@@ -47,8 +47,8 @@ def terms(fleet: Fleet, group: str) -> SwapGroup:
 def host_bytes(config: ModelConfig) -> int:
     """Host memory for a member's weights while it sleeps; 0 where its metadata is not at hand."""
     gpu, _ = hardware.find(config.resources.accelerator_type or "H100")
-    planned = _planned(config, gpu)
-    return int(planned.weights * PINNED) if planned else 0
+    planned = _plan(config, gpu)
+    return int(planned.tightest.weights * PINNED) if planned else 0
 
 
 def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
@@ -91,14 +91,10 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
 def smallest(group: str, configs: Mapping[str, ModelConfig], awake: int = 1) -> GPU | None:
     """The smallest type of GPU that holds a group of which no type is said; None without metadata
     of all its models, or where none does."""
-    models = {name: load_known(config) for name, config in configs.items()}
+    if any(load_known(config) is None for config in configs.values()):
+        return None
     for gpu in hardware.gpus().values():
-        each = [
-            model is not None
-            and choose.plan_on(model, choose.arguments_of(configs[name]), gpu).fits
-            for name, model in models.items()
-        ]
-        if all(each) and all(it.status == "ok" for it in _on_gpu(group, configs, awake, gpu)):
+        if any(it.status == "ok" for it in _on_gpu(group, configs, awake, gpu)):
             return gpu
     return None
 
@@ -142,10 +138,14 @@ def _on_gpu(
     group: str, configs: Mapping[str, ModelConfig], awake: int, gpu: GPU
 ) -> Iterator[Finding]:
     """Whether those that are awake fit beside what the others leave on the GPU."""
-    planned = {name: it for name, config in configs.items() if (it := _planned(config, gpu))}
-    if not planned:
-        return
-    by_size = sorted(planned, key=lambda name: -awake_bytes(planned[name]))
+    plans = {name: it for name, config in configs.items() if (it := _plan(config, gpu))}
+    if not plans or not all(plan.fits for plan in plans.values()):
+        return  # one that does not fit by itself is told as that
+    planned = {name: plan.tightest for name, plan in plans.items()}
+    # The worst case: those awake of which the most leaves the GPU when they sleep.
+    by_size = sorted(
+        planned, key=lambda name: left_bytes(planned[name]) - awake_bytes(planned[name])
+    )
     largest, others = by_size[:awake], by_size[awake:]
     unknown = (len(configs) - len(planned)) * CONTEXT_BYTES
     left = unknown + sum(left_bytes(planned[name]) for name in others)
@@ -187,10 +187,10 @@ def left_bytes(planned: GPUMemory) -> int:
     return CONTEXT_BYTES + planned.non_torch + planned.cudagraph
 
 
-def _planned(config: ModelConfig, gpu: GPU) -> GPUMemory | None:
+def _plan(config: ModelConfig, gpu: GPU) -> Plan | None:
     if (model := load_known(config)) is None:
         return None
     try:
-        return choose.plan_on(model, choose.arguments_of(config), gpu).tightest
+        return choose.plan_on(model, choose.arguments_of(config), gpu)
     except ConfigError:
         return None  # told as the model's own
