@@ -71,6 +71,9 @@ class Member:
         self._began = self._since = time.monotonic()
         """When it woke or fell asleep, whichever was last."""
 
+        self._failed: float | None = None
+        """When it could not wake, if it has not woken since: it then queues behind the others."""
+
         self._come_s = GATEWAYS_COME_S
         """Seconds since it woke in which requests may be on their way."""
 
@@ -103,6 +106,8 @@ class Member:
             elif self._state == "asleep" and (works or waits):
                 # What works while the engine sleeps is paused, or came just before it fell asleep.
                 wants_s = max(now - self._since if works else 0.0, ours.waited_s)
+            if wants_s is not None and self._failed is not None:
+                wants_s = min(wants_s, now - self._failed)
             awake_s = now - self._since if self._state == "awake" else 0.0
             coming = self._state == "awake" and awake_s < self._come_s
             return Report(
@@ -180,6 +185,7 @@ class Member:
             why = await slot.take(self._engine.llm, path)
         if why:
             logger.warning(f"swap: not awake, {why}")
+            self._failed = time.monotonic()
             self._becomes("asleep")
             return
         taken = time.monotonic()
@@ -219,6 +225,8 @@ class Member:
             self._state, self._since = state, time.monotonic()
             if state == "asleep":
                 self._slot = None
+            else:
+                self._failed = None
 
 
 def _works(front_ends: FrontEnds) -> bool:

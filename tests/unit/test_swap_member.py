@@ -190,6 +190,25 @@ async def test_a_slot_that_another_has_is_not_woken_into(monkeypatch: pytest.Mon
         assert await until(lambda: coordinator.last.state == "awake")
 
 
+async def test_who_could_not_wake_queues_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one for which the GPU has no room would be tried for ever, and all others wait."""
+    monkeypatch.setattr(slot, "TRY_S", 0.05)
+    async with loaded() as (_, engine, coordinator):
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+        engine.waiting, engine.waited_s = 1, 500.0
+        assert await until(lambda: coordinator.last.wants_s == 500.0)
+        engine.taken = "60.0 GiB of the GPU are needed, and 1.0 are free"
+        coordinator.orders.append(Order("c/3", True, 0))
+        assert await until(lambda: "refused" in engine.done and coordinator.last.state == "asleep")
+        assert coordinator.last.wants_s is not None and coordinator.last.wants_s < 500
+        engine.taken = ""
+        coordinator.orders.append(Order("c/4", True, 0))
+        assert await until(lambda: coordinator.last.state == "awake")
+        coordinator.orders.append(Order("c/5", False, 0))
+        assert await until(lambda: coordinator.last.wants_s == 500.0)
+
+
 async def test_an_engine_that_cannot_sleep_ends_its_replica(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
