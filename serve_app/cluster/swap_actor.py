@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from serve_app.cluster import serve
+from serve_app.cluster.placement import type_of
 from serve_app.cluster.swap import Group, Order, Report
 from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH
 from serve_app.config.settings import GatewayConfig, SwapGroup, parse
@@ -185,6 +186,9 @@ def reserve(name: str, bundle: Mapping[str, float]) -> str:
     """Have the group's GPU reserved, unless it is; return its id.
 
     ``bundle`` has Ray's names. Does not wait until there is one free.
+
+    Raises:
+        ConfigError: the group has another type of GPU.
     """
     from ray.exceptions import RaySystemError
     from ray.util import placement_group
@@ -198,7 +202,17 @@ def reserve(name: str, bundle: Mapping[str, float]) -> str:
             group = _found(name)
             if group is None:
                 raise
+    [there] = group.bundle_specs
+    if there.keys() != bundle.keys():
+        raise ConfigError(
+            f"swap group '{name}' has {_named(there)}, and this model asks for {_named(bundle)}; "
+            "give the group another name in all its models, or delete them first"
+        )
     return str(group.id.hex())
+
+
+def _named(bundle: Mapping[str, float]) -> str:
+    return f"1{type_of(bundle)} GPU" if "GPU" in bundle else "no GPU"
 
 
 def id_of(name: str) -> str:

@@ -741,7 +741,8 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     if kind == "string_pattern_mismatch":
         if loc[-1] == "swap_group":
             return (
-                f"{key} is {shown}, but a group's name has small letters, digits, '.', '_' and '-'"
+                f"{key} is {shown}, but a group's name is of small letters and digits, and after "
+                "the first also of '.', '_' and '-'"
             )
         return f"{key} is {shown}, but an id has no spaces"
     return f"{key} is {shown}, but {_lower_first(problem['msg'].removeprefix('Input '))}"

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from serve_app.cli import cli
+from serve_app.cluster import swap_actor
 from serve_app.cluster.placement import of
 from serve_app.cluster.serve import Application
 from serve_app.cluster.swap_actor import part, terms_of
@@ -99,6 +101,22 @@ def test_the_coordinator_reads_the_terms_of_the_deployed_gateway() -> None:
     # While its args are refused, or it is being deployed, they stay as they were.
     assert terms_of("big", gateway({"swap_groups": 7}), three) == three
     assert terms_of("big", {}, three) == three
+
+
+def test_a_group_that_has_a_gpu_is_not_moved_to_another_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its models would run on the old one, whatever they ask for."""
+    h100, l40s = (
+        of(in_group(resources={"accelerator_type": it})).shared for it in ("H100", "L40S")
+    )
+    there = SimpleNamespace(bundle_specs=[dict(h100)], id=SimpleNamespace(hex=lambda: "1f"))
+    actor = SimpleNamespace(begin=SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(swap_actor, "_found", lambda name: there)
+    monkeypatch.setattr(swap_actor, "_actor", lambda name: actor)
+    assert swap_actor.reserve("big", h100) == "1f"
+    with pytest.raises(ConfigError, match="swap group 'big' has 1 H100 GPU, and this model asks"):
+        swap_actor.reserve("big", l40s)
 
 
 @pytest.mark.parametrize(
