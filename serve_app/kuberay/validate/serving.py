@@ -129,6 +129,14 @@ def models(fleet: Fleet) -> Found:
                 yield warn(CONFIG, f"application '{name}': {finding.message}", finding.fix)
 
 
+@check("model")
+def swap_groups(fleet: Fleet) -> Found:
+    """Do the models of each swap group go together, and fit their GPU?"""
+    for finding in swap.problems(fleet):
+        if finding.status == "fail":
+            yield fail(CONFIG, finding.message, finding.fix)
+
+
 @check("autoscaling")
 def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
     """Have the worker groups and the NodePools room for the replicas that Serve may ask for?"""
