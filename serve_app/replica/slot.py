@@ -16,7 +16,6 @@ import fcntl
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +48,7 @@ _held: tuple[str, int] | None = None
 
 def file(group: str, slot: int) -> str:
     """The file of a slot; ``group`` is the id of the group's GPU, unlike that of any other."""
-    folder = Path(tempfile.gettempdir()) / f"serve_app-slots-{os.getuid()}"
+    folder = Path(gpu.LOCKS) / f"serve_app-slots-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return str(folder / f"{group}.{slot}")
 

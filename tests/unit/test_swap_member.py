@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -234,6 +235,16 @@ async def test_without_a_coordinator_who_is_awake_stays_awake_and_asks_again(
         coordinator.away = False
         coordinator.orders.append(SLEEP)
         assert await until(lambda: coordinator.last.state == "asleep")
+
+
+def test_members_lock_the_same_files_whatever_their_own_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's `env` may have a TMPDIR, and another's not."""
+    before = slot.file("g", 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked up once
+    assert slot.file("g", 0) == before
 
 
 _ENGINE_CORE = """
