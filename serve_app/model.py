@@ -38,15 +38,14 @@ def app(args: dict[str, Any]) -> Application:
         _refuse_sizes(config)
         capacity.refuse_impossible(_placement(config).alone)
         _refuse_ids_of_others(args, config)
+        options = _deployment_options(config)
     except ConfigError:
         # Serve shows `traceback.format_exc()` as the application's status. The frames tell the user
         # nothing. This process only builds this application, so the change affects nothing else.
         sys.tracebacklimit = 0
         raise
     deployment: Any = ModelServer
-    return deployment.options(**_deployment_options(config)).bind(
-        config.model_dump(exclude_unset=True)
-    )
+    return deployment.options(**options).bind(config.model_dump(exclude_unset=True))
 
 
 def _placement(config: ModelConfig) -> placement.Placement:

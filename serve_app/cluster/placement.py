@@ -233,9 +233,10 @@ def _refuse_in_swap_group(config: ModelConfig) -> None:
         raise ConfigError("a model of a swap group cannot have adapters; remove one of the two")
     most = config.autoscaling.max_replicas if config.autoscaling else config.replicas or 1
     if most > 1:
+        setting = "autoscaling.max_replicas" if config.autoscaling else "replicas"
         raise ConfigError(
-            f"a model of a swap group has one replica, not {most}: a second one would be on the "
-            "same GPU"
+            f"{setting} is {most}, but a model of a swap group ('{group}') has one replica: a "
+            "second one would be on the same GPU; set it to 1"
         )
 
 

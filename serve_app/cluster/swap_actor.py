@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from serve_app.cluster import serve
+from serve_app.cluster.placement import type_of
 from serve_app.cluster.swap import Group, Order, Report
 from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH
 from serve_app.config.settings import GatewayConfig, SwapGroup, parse
@@ -72,7 +73,8 @@ class SwapActor:
         await asyncio.wait([mine], timeout=HOLD_S)
         if mine.cancelled():  # this member's next report is here, and gets what there is
             return encode(None)
-        self._held.pop(report.member, None)
+        if self._held.get(report.member) is mine:
+            del self._held[report.member]
         return encode(self._group.order(report.member))
 
     def watch(self) -> None:
@@ -105,7 +107,7 @@ class SwapActor:
             except Exception as error:  # the controller is away; the next time
                 logger.warning(f"swap group '{self._name}' cannot read from Serve: {error!r}")
             else:
-                self._terms = terms_of(self._name, applications)
+                self._terms = terms_of(self._name, applications, self._terms)
                 now = time.monotonic()
                 if not self._group.empty or _has_members(self._name, applications):
                     seen = now
@@ -117,15 +119,22 @@ class SwapActor:
             await asyncio.sleep(TERMS_S)
 
 
-def terms_of(name: str, applications: Mapping[str, serve.Application]) -> SwapGroup:
-    """A group's terms, as the deployed gateway's args have them."""
+def terms_of(
+    name: str, applications: Mapping[str, serve.Application], before: SwapGroup
+) -> SwapGroup:
+    """A group's terms, as the deployed gateway's args have them.
+
+    They stay as they were ``before`` while there is no gateway, or its args are refused: with a
+    smaller ``awake`` models would be sent to sleep for a typo.
+    """
     for application in applications.values():
         if application.import_path == GATEWAY_IMPORT_PATH:
             try:
-                return parse(GatewayConfig, application.args, "args").swap_groups[name]
-            except (ConfigError, KeyError):
-                break
-    return SwapGroup()
+                config = parse(GatewayConfig, application.args, "args")
+            except ConfigError:
+                return before
+            return config.swap_groups.get(name, SwapGroup())
+    return before
 
 
 def _has_members(name: str, applications: Mapping[str, serve.Application]) -> bool:
@@ -177,6 +186,9 @@ def reserve(name: str, bundle: Mapping[str, float]) -> str:
     """Have the group's GPU reserved, unless it is; return its id.
 
     ``bundle`` has Ray's names. Does not wait until there is one free.
+
+    Raises:
+        ConfigError: the group has another type of GPU.
     """
     from ray.exceptions import RaySystemError
     from ray.util import placement_group
@@ -190,7 +202,17 @@ def reserve(name: str, bundle: Mapping[str, float]) -> str:
             group = _found(name)
             if group is None:
                 raise
+    [there] = group.bundle_specs
+    if there.keys() != bundle.keys():
+        raise ConfigError(
+            f"swap group '{name}' has {_named(there)}, and this model asks for {_named(bundle)}; "
+            "give the group another name in all its models, or delete them first"
+        )
     return str(group.id.hex())
+
+
+def _named(bundle: Mapping[str, float]) -> str:
+    return f"1{type_of(bundle)} GPU" if "GPU" in bundle else "no GPU"
 
 
 def id_of(name: str) -> str:

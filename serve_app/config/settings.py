@@ -115,6 +115,11 @@ class Resources(Settings):
                 f"resources.gpu_share is {self.gpu_share:g}, but a part of one GPU is below 1; "
                 "remove it for whole GPUs, as many as engine.tensor_parallel_size"
             )
+        if "evict_cost" in self.model_fields_set and not self.swap_group:
+            raise ConfigError(
+                f"resources.evict_cost is {self.evict_cost:g}, but the model is in no swap group; "
+                "set resources.swap_group, or remove it"
+            )
         if self.part_of_gpu and self.swap_group:
             raise ConfigError(
                 f"resources.{self.part_of_gpu} and resources.swap_group exclude each other: a "
@@ -690,6 +695,8 @@ def parse(settings: type[_Model], value: Any, where: str) -> _Model:
 def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     loc = problem["loc"]
+    if loc and loc[-1] == "[key]":  # pydantic's mark for the name of a value, not the value
+        return f"{'.'.join(map(str, loc[:-2]))}: the name {loc[-2]} must be text; put it in quotes"
     key = ".".join(str(part) for part in loc)
     kind, value = problem["type"], problem.get("input")
     if kind == "extra_forbidden":
@@ -732,6 +739,11 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
         keys = ", ".join(_keys_at(settings, loc))
         return f"{key} is {shown}, but must be a mapping with some of: {keys}"
     if kind == "string_pattern_mismatch":
+        if loc[-1] == "swap_group":
+            return (
+                f"{key} is {shown}, but a group's name is of small letters and digits, and after "
+                "the first also of '.', '_' and '-'"
+            )
         return f"{key} is {shown}, but an id has no spaces"
     return f"{key} is {shown}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
 

@@ -46,7 +46,9 @@ class Dispatcher:
             try:
                 return await self._relay.send(front_end, request, answer)
             except Asleep:
-                self._board.asleep(front_end)
+                config = call.model.config
+                in_group = config is not None and config.resources.swap_group is not None
+                self._board.asleep(front_end, wakes=in_group)
                 if front_end.replica.sleeps_for_now:
                     continue  # it has just lost its turn
                 if self._board.all_asleep(name):

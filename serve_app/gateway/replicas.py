@@ -206,11 +206,15 @@ class Board:
         """
         front_end.replica.avoid_until[front_end.id] = time.monotonic() + AVOID_S
 
-    def asleep(self, front_end: FrontEnd) -> None:
-        """Note that a replica sleeps: for a while it is live only if all others sleep too."""
+    def asleep(self, front_end: FrontEnd, *, wakes: bool = False) -> None:
+        """Note that a replica sleeps: for a while it is live only if all others sleep too.
+
+        ``wakes``: it is in a swap group, by its settings; it may not have told so itself yet.
+        """
         replica = front_end.replica
-        if replica.load and replica.load.wakes:
-            replica.load = replace(replica.load, asleep=True)  # until it tells otherwise
+        known = replica.load or Load(0, 0, 0, 0.0)
+        if wakes or known.wakes:
+            replica.load = replace(known, asleep=True, wakes=True)  # until it tells otherwise
             return
         replica.asleep_until = time.monotonic() + AVOID_S
 

@@ -236,7 +236,7 @@ def machines(
     Best is cheapest where prices are given, else fewest idle GPUs, then fewest machines.
     """
     parallel = found.parallel
-    cpu_m = 1000 * (_own_cpus(config) if config else 1)
+    cpu_m = 1000 * (own_cpus(config) if config else 1)
     reserved_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
     good: list[Machines] = []
     refused: list[RefusedInstance] = []
@@ -287,7 +287,7 @@ def machines(
     return good, refused
 
 
-def _own_cpus(config: ModelConfig) -> float:
+def own_cpus(config: ModelConfig) -> float:
     """The cores that a replica asks for; ``frontends: auto`` asks for none."""
     asked = config.resources.num_cpus
     return asked if config.frontends == "auto" else max(asked, config.frontends)

@@ -80,11 +80,12 @@ def plan(
         raise click.UsageError("name a config file or a model")
     priced = choose.read_prices(prices) if prices else None
     targets = _targets(target, only, engine_arguments(overrides))
+    of_groups = swap.gpu_names(load(Path(target))) if is_config(target) else {}
     shared_gpu = together.one_gpu((model, config) for _, model, config, _ in targets)
     reports = [
         _report(
             *found,
-            gpu_name=gpu_name or together.name_of(shared_gpu, found[2]),
+            gpu_name=gpu_name or of_groups.get(found[0]) or together.name_of(shared_gpu, found[2]),
             typical_length=typical_length,
             prices=priced,
         )

@@ -20,7 +20,7 @@ from serve_app.planner import choose, hardware
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import CONTEXT_BYTES, GIB, GPU
 from serve_app.planner.loading import load_known
-from serve_app.planner.vllm.memory import GPUMemory
+from serve_app.planner.vllm.memory import GPUMemory, Plan
 
 CHECK = "swap groups"
 
@@ -47,8 +47,8 @@ def terms(fleet: Fleet, group: str) -> SwapGroup:
 def host_bytes(config: ModelConfig) -> int:
     """Host memory for a member's weights while it sleeps; 0 where its metadata is not at hand."""
     gpu, _ = hardware.find(config.resources.accelerator_type or "H100")
-    planned = _planned(config, gpu)
-    return int(planned.weights * PINNED) if planned else 0
+    planned = _plan(config, gpu)
+    return int(planned.tightest.weights * PINNED) if planned else 0
 
 
 def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
@@ -78,8 +78,37 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
                 gpu, _ = hardware.find(accelerator)
             except UserError:
                 continue  # for which there is another finding
+        awake = terms(fleet, group).awake
+        if awake > len(configs):
+            said = f"swap_groups.{group}.awake is {awake}, and the group has {len(configs)} models"
+            yield Finding(CHECK, "fail", str(fleet.path), said, f"set {len(configs)} at most")
+            continue
+        gpu = gpu or smallest(group, configs, awake)
         if gpu is not None:
-            yield from _on_gpu(group, configs, terms(fleet, group).awake, gpu)
+            yield from _on_gpu(group, configs, awake, gpu)
+
+
+def smallest(group: str, configs: Mapping[str, ModelConfig], awake: int = 1) -> GPU | None:
+    """The smallest type of GPU that holds a group of which no type is said; None without metadata
+    of all its models, or where none does."""
+    if any(load_known(config) is None for config in configs.values()):
+        return None
+    for gpu in hardware.gpus().values():
+        if any(it.status == "ok" for it in _on_gpu(group, configs, awake, gpu)):
+            return gpu
+    return None
+
+
+def gpu_names(fleet: Fleet) -> dict[str, str]:
+    """The type of GPU to plan each member on, in groups of which no type is said."""
+    found: dict[str, str] = {}
+    for group, configs in groups(fleet.models).items():
+        asked = [it.resources for it in configs.values()]
+        if any(it.accelerator_type or it.device == "cpu" for it in asked):
+            continue
+        if gpu := smallest(group, configs, terms(fleet, group).awake):
+            found |= dict.fromkeys(configs, gpu.name)
+    return found
 
 
 def of_config(path: Path, gpu_name: str | None) -> list[Finding]:
@@ -90,7 +119,7 @@ def of_config(path: Path, gpu_name: str | None) -> list[Finding]:
 def show(groups: Iterable[Finding], console: Console) -> None:
     """Print of each group whether it fits."""
     for finding in groups:
-        verdict = "" if finding.status == "ok" else "[bold]does not fit[/]: "
+        verdict = "[bold]does not fit[/]: " if finding.status == "fail" else ""
         console.print(f"\n[bold]swap group[/] {verdict}{escape(finding.text)}")
 
 
@@ -109,14 +138,18 @@ def _on_gpu(
     group: str, configs: Mapping[str, ModelConfig], awake: int, gpu: GPU
 ) -> Iterator[Finding]:
     """Whether those that are awake fit beside what the others leave on the GPU."""
-    planned = {name: it for name, config in configs.items() if (it := _planned(config, gpu))}
-    if not planned:
-        return
-    by_size = sorted(planned, key=lambda name: -planned[name].requested)
+    plans = {name: it for name, config in configs.items() if (it := _plan(config, gpu))}
+    if not plans or not all(plan.fits for plan in plans.values()):
+        return  # one that does not fit by itself is told as that
+    planned = {name: plan.tightest for name, plan in plans.items()}
+    # The worst case: those awake of which the most leaves the GPU when they sleep.
+    by_size = sorted(
+        planned, key=lambda name: left_bytes(planned[name]) - awake_bytes(planned[name])
+    )
     largest, others = by_size[:awake], by_size[awake:]
     unknown = (len(configs) - len(planned)) * CONTEXT_BYTES
     left = unknown + sum(left_bytes(planned[name]) for name in others)
-    needed = sum(planned[name].requested + CONTEXT_BYTES for name in largest) + left
+    needed = sum(awake_bytes(planned[name]) for name in largest) + left
     host = sum(host_bytes(config) for config in configs.values())
     if needed <= gpu.memory_bytes:
         said = (
@@ -140,6 +173,11 @@ def _on_gpu(
     )
 
 
+def awake_bytes(planned: GPUMemory) -> int:
+    """What a member has of the GPU while it is awake."""
+    return CONTEXT_BYTES + planned.taken
+
+
 def left_bytes(planned: GPUMemory) -> int:
     """What a member leaves on the GPU while it sleeps.
 
@@ -149,10 +187,10 @@ def left_bytes(planned: GPUMemory) -> int:
     return CONTEXT_BYTES + planned.non_torch + planned.cudagraph
 
 
-def _planned(config: ModelConfig, gpu: GPU) -> GPUMemory | None:
+def _plan(config: ModelConfig, gpu: GPU) -> Plan | None:
     if (model := load_known(config)) is None:
         return None
     try:
-        return choose.plan_on(model, choose.arguments_of(config), gpu).tightest
+        return choose.plan_on(model, choose.arguments_of(config), gpu)
     except ConfigError:
         return None  # told as the model's own

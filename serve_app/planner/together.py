@@ -54,6 +54,7 @@ def part_of(
         fraction = shares.fraction(config)
     except UserError:
         fraction = shares.fraction_of(config, gpu) if gpu else None
+    fraction = fraction and round(fraction, 4)  # as Ray counts it
     setting = str(choose.arguments_of(config)[KEY])
     return None if fraction is None else Part(name, fraction, setting, plan)
 
@@ -113,9 +114,11 @@ def show(gpus: list[Shared], console: Console) -> None:
         whose = f"a GPU ({gpu.kind})" if gpu.kind else "a GPU"
         console.print(f"\n[bold]What shares {whose}[/], in GiB")
         table = Table(box=None, pad_edge=False)
-        for column in ("model", "part", "GiB", "weights", "working", "context", "KV cache",
-                       "KV tokens"):  # fmt: skip
-            table.add_column(column, header_style="dim", no_wrap=True)
+        table.add_column("model", header_style="dim", overflow="fold")
+        for column in ("part", "GiB", "weights", "working", "context", "KV cache", "KV tokens"):
+            # Numbers and settings stay whole on a narrow screen; names are folded.
+            least = max([len(column), *(len(it.setting) for it in gpu.parts if column == "part")])
+            table.add_column(column, header_style="dim", no_wrap=True, min_width=least)
         for part in gpu.parts:
             table.add_row(part.name, part.setting, *_cells(part))
         if gpu.free > 0:

@@ -93,12 +93,13 @@ class Reports:
     @property
     def waiting(self) -> int:
         """Requests that wait in the gateways for this model."""
-        return sum(box.waiting for box in self._boxes.values() if not _silent(box))
+        # A copy, here and below: a swap group's thread reads this while the loop adds boxes.
+        return sum(box.waiting for box in list(self._boxes.values()) if not _silent(box))
 
     @property
     def waited_s(self) -> float:
         """Seconds for which the oldest of these has waited."""
-        waiting = (it for it in self._boxes.values() if it.waiting and not _silent(it))
+        waiting = (it for it in list(self._boxes.values()) if it.waiting and not _silent(it))
         return time.monotonic() - min((it.waits_since for it in waiting), default=time.monotonic())
 
     def tell_now(self) -> None:

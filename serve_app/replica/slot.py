@@ -11,11 +11,11 @@ that EngineCore has forked would keep it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import multiprocessing
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +48,16 @@ _held: tuple[str, int] | None = None
 
 def file(group: str, slot: int) -> str:
     """The file of a slot; ``group`` is the id of the group's GPU, unlike that of any other."""
-    folder = Path(tempfile.gettempdir()) / f"serve_app-slots-{os.getuid()}"
+    folder = Path(gpu.LOCKS) / f"serve_app-slots-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     return str(folder / f"{group}.{slot}")
+
+
+def keep(path: str) -> None:
+    """Touch the file of a slot that an engine has: machines remove from their folder for temporary
+    files what is days old, and the next engine would lock a new file."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
 
 
 def give_turn(turn: Path, path: str) -> None:

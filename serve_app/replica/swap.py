@@ -71,6 +71,9 @@ class Member:
         self._began = self._since = time.monotonic()
         """When it woke or fell asleep, whichever was last."""
 
+        self._failed: float | None = None
+        """When it could not wake, if it has not woken since: it then queues behind the others."""
+
         self._come_s = GATEWAYS_COME_S
         """Seconds since it woke in which requests may be on their way."""
 
@@ -103,6 +106,8 @@ class Member:
             elif self._state == "asleep" and (works or waits):
                 # What works while the engine sleeps is paused, or came just before it fell asleep.
                 wants_s = max(now - self._since if works else 0.0, ours.waited_s)
+            if wants_s is not None and self._failed is not None:
+                wants_s = min(wants_s, now - self._failed)
             awake_s = now - self._since if self._state == "awake" else 0.0
             coming = self._state == "awake" and awake_s < self._come_s
             return Report(
@@ -119,10 +124,12 @@ class Member:
     def _talk(self) -> None:
         silent = False
         while not self._over.is_set():
-            said = self.report()
             try:
+                said = self.report()
+                if said.slot is not None:
+                    slot.keep(slot.file(self._group, said.slot))
                 order = self._exchange(said, partial(self._has_news, said))
-            except Exception as error:
+            except Exception as error:  # also of what the loop changes while this thread reads it
                 if not silent:
                     logger.warning(f"the swap group's coordinator does not answer: {error!r}")
                 silent = True
@@ -174,8 +181,11 @@ class Member:
         assert ours is not None
         began = time.monotonic()
         self._come_s = REQUESTS_COME_S
-        if why := await slot.take(self._engine.llm, path):
+        async with asyncio.timeout(STEP_S):
+            why = await slot.take(self._engine.llm, path)
+        if why:
             logger.warning(f"swap: not awake, {why}")
+            self._failed = time.monotonic()
             self._becomes("asleep")
             return
         taken = time.monotonic()
@@ -215,6 +225,8 @@ class Member:
             self._state, self._since = state, time.monotonic()
             if state == "asleep":
                 self._slot = None
+            else:
+                self._failed = None
 
 
 def _works(front_ends: FrontEnds) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from harness.scripted import CREDENTIAL, Exchange, GatewayProcess, Upstream, ok, until
+from harness.scripted import CREDENTIAL, Exchange, GatewayProcess, Upstream, ok, reported, until
 
 from serve_app.cluster.exchange import PATH, Answer, Load, Question
 from serve_app.gateway import exchange
@@ -117,3 +117,16 @@ async def test_the_fleet_shows_it_asleep_with_nothing_to_mend() -> None:
         assert (model["asleep"], model["mend"]) == (True, "")
         listed = (await gateway.client.get("/v1/models")).json()["data"]
         assert "m" in [it["id"] for it in listed]
+
+
+async def test_a_gateway_that_has_just_begun_lets_the_request_wait() -> None:
+    """Nothing has told it yet that the replica sleeps, and why; the model's settings do."""
+    group = {"m": reported({"resources": {"swap_group": "big"}})}
+    async with Replica() as replica, GatewayProcess(replica, applications=group) as gateway:
+        sent = ask(gateway)
+        assert await until(lambda: replica.requests)
+        assert await until(lambda: its(gateway).replica.sleeps_for_now)
+        assert not sent.done()
+        replica.load = AWAKE
+        gateway.board.report(its(gateway).replica.id, AWAKE)
+        assert (await sent).status_code == 200

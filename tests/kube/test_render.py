@@ -686,6 +686,37 @@ def test_render_to_the_screen_is_what_kubectl_takes() -> None:
     assert kinds[0] == "Namespace" and "RayService" in kinds and "Secret" not in kinds
 
 
+def test_a_swap_group_needs_the_gpu_that_it_is_rendered_with() -> None:
+    result = CliRunner().invoke(
+        cli.render, [str(ROOT / "configs/swap.yaml")], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    service = next(it for it in yaml.safe_load_all(result.stdout) if it["kind"] == "RayService")
+    [_, gpus] = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert (gpus["minReplicas"], gpus["maxReplicas"]) == (1, 2)  # one more for a drain
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("awake: 1", "awake: 2"), "2 of 3 awake need"),
+        (("awake: 1", "awake: 4"), "awake is 4, and the group has 3 models"),
+        (("      big:", "      bgi:"), "terms of 'bgi', of which no model is"),
+        (
+            ("H100, swap_group: big, evict", "H200, swap_group: big, evict"),
+            "accelerator_type differs",
+        ),
+    ],
+)
+def test_a_swap_group_that_cannot_be_is_not_rendered(
+    tmp_path: Path, change: tuple[str, str], says: str
+) -> None:
+    config = tmp_path / "swap.yaml"
+    config.write_text((ROOT / "configs/swap.yaml").read_text().replace(*change))
+    with pytest.raises(UserError, match=says):
+        CliRunner().invoke(cli.render, [str(config)], catch_exceptions=False)
+
+
 def test_render_needs_a_config_or_cluster_wide() -> None:
     with pytest.raises(UserError, match="give a CONFIG, or --cluster-wide"):
         CliRunner().invoke(cli.render, [], catch_exceptions=False)

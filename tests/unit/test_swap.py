@@ -385,3 +385,26 @@ async def test_a_report_is_answered_when_there_is_an_order_and_by_the_newest_cal
     finally:
         for task in actor._tasks:
             task.cancel()
+
+
+async def test_a_newer_report_is_not_forgotten_with_the_one_that_it_replaces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The older call had its order when the newer report came, and had not returned yet."""
+
+    async def away() -> dict[str, Any]:
+        raise ConnectionError("no controller")
+
+    monkeypatch.setattr(swap_actor.serve, "report_async", away)
+    actor = swap_actor.SwapActor("g")
+    try:
+        older = asyncio.create_task(actor.exchange(swap_actor.encode(awake("a"))))
+        await asyncio.sleep(0)
+        actor._held["a"].set_result(None)
+        newer = asyncio.create_task(actor.exchange(swap_actor.encode(awake("a"))))
+        await older
+        assert "a" in actor._held and not actor._held["a"].done()
+        await newer
+    finally:
+        for task in actor._tasks:
+            task.cancel()

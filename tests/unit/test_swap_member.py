@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -28,12 +29,28 @@ class Replica:
         self.llm = self.engine_core = self
         self.done: list[str] = []
         self.wakes = self.busy = False
-        self.running = self.waiting = 0
+        self.running = 0
+        self.fails_to_tell = 0
+        self.stopped = False
+        self._waiting = 0
         self.waited_s = 0.0
         self.taken = ""
         self.fails: Exception | None = None
 
+    @property
+    def waiting(self) -> int:
+        if self.fails_to_tell:
+            self.fails_to_tell -= 1
+            raise RuntimeError("dictionary changed size during iteration")
+        return self._waiting
+
+    @waiting.setter
+    def waiting(self, requests: int) -> None:
+        self._waiting = requests
+
     async def call_utility_async(self, method: str, *args: Any) -> str:
+        if self.stopped:
+            await asyncio.Event().wait()
         if method == slot.TAKE:
             self.done.append("take" if not self.taken else "refused")
             await asyncio.sleep(0.01)
@@ -174,6 +191,25 @@ async def test_a_slot_that_another_has_is_not_woken_into(monkeypatch: pytest.Mon
         assert await until(lambda: coordinator.last.state == "awake")
 
 
+async def test_who_could_not_wake_queues_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one for which the GPU has no room would be tried for ever, and all others wait."""
+    monkeypatch.setattr(slot, "TRY_S", 0.05)
+    async with loaded() as (_, engine, coordinator):
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+        engine.waiting, engine.waited_s = 1, 500.0
+        assert await until(lambda: coordinator.last.wants_s == 500.0)
+        engine.taken = "60.0 GiB of the GPU are needed, and 1.0 are free"
+        coordinator.orders.append(Order("c/3", True, 0))
+        assert await until(lambda: "refused" in engine.done and coordinator.last.state == "asleep")
+        assert coordinator.last.wants_s is not None and coordinator.last.wants_s < 500
+        engine.taken = ""
+        coordinator.orders.append(Order("c/4", True, 0))
+        assert await until(lambda: coordinator.last.state == "awake")
+        coordinator.orders.append(Order("c/5", False, 0))
+        assert await until(lambda: coordinator.last.wants_s == 500.0)
+
+
 async def test_an_engine_that_cannot_sleep_ends_its_replica(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -199,6 +235,16 @@ async def test_without_a_coordinator_who_is_awake_stays_awake_and_asks_again(
         coordinator.away = False
         coordinator.orders.append(SLEEP)
         assert await until(lambda: coordinator.last.state == "asleep")
+
+
+def test_members_lock_the_same_files_whatever_their_own_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's `env` may have a TMPDIR, and another's not."""
+    before = slot.file("g", 0)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked up once
+    assert slot.file("g", 0) == before
 
 
 _ENGINE_CORE = """
@@ -295,3 +341,39 @@ async def test_an_engine_that_sleeps_with_requests_paused_does_not_count_as_hang
     engine.asleep = False  # from now on it owes steps
     with pytest.raises(Ended):
         await asyncio.wait_for(watch, 10)
+
+
+async def test_an_engine_that_does_not_answer_when_it_is_to_wake_ends_its_replica(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else it would be waking for ever, and nobody else could have the slot."""
+    ended: list[int] = []
+    monkeypatch.setattr(swap.os, "_exit", ended.append)
+    monkeypatch.setattr(swap, "STEP_S", 0.1)
+    async with loaded() as (_, engine, coordinator):
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+        engine.stopped = True
+        coordinator.orders.append(Order("c/3", True, 0))
+        assert await until(lambda: ended)
+
+
+async def test_it_reports_on_when_a_report_fails() -> None:
+    """The thread reads what the event loop changes."""
+    async with loaded() as (_, engine, coordinator):
+        engine.fails_to_tell = 3
+        assert await until(lambda: not engine.fails_to_tell)
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+
+
+async def test_the_slot_of_who_is_awake_does_not_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines remove files from /tmp that nothing has touched for days: the next engine would lock
+    a new one."""
+    touched: list[str] = []
+    monkeypatch.setattr(slot.os, "utime", touched.append)
+    async with loaded() as (_, _, coordinator):
+        assert await until(lambda: touched)
+        coordinator.orders.append(SLEEP)
+        assert await until(lambda: coordinator.last.state == "asleep")
+    assert set(touched) == {slot.file("g", 0)}

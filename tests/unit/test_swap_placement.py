@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from serve_app.cli import cli
+from serve_app.cluster import swap_actor
 from serve_app.cluster.placement import of
 from serve_app.cluster.serve import Application
 from serve_app.cluster.swap_actor import part, terms_of
 from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet, parse_document
-from serve_app.config.settings import Autoscaling, ModelConfig, Resources, SwapGroup
+from serve_app.config.settings import (
+    Autoscaling,
+    GatewayConfig,
+    ModelConfig,
+    Resources,
+    SwapGroup,
+    parse,
+)
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
 from serve_app.kuberay.render.workers import groups_of
@@ -53,8 +65,11 @@ def test_on_a_cpu_it_shares_a_node() -> None:
         (lambda: in_group({"distributed_executor_backend": "mp"}), "is not yours to set"),
         (lambda: in_group({"enable_sleep_mode": False}), "the models of a swap group sleep"),
         (lambda: in_group({"enable_lora": True}), "cannot have adapters"),
-        (lambda: in_group(replicas=2), "has one replica, not 2"),
-        (lambda: in_group(autoscaling=Autoscaling(max_replicas=3)), "has one replica, not 3"),
+        (lambda: in_group(replicas=2), "replicas is 2, but a model of a swap group"),
+        (
+            lambda: in_group(autoscaling=Autoscaling(max_replicas=3)),
+            "max_replicas is 3, but a model",
+        ),
     ],
 )
 def test_what_cannot_be_in_a_swap_group_is_refused(
@@ -79,10 +94,47 @@ def gateway(args: dict[str, Any]) -> dict[str, Application]:
 
 
 def test_the_coordinator_reads_the_terms_of_the_deployed_gateway() -> None:
-    assert terms_of("big", gateway({"swap_groups": {"big": {"awake": 2}}})).awake == 2
-    for args in ({}, {"swap_groups": {"other": {"awake": 2}}}, {"swap_groups": 7}):
-        assert terms_of("big", gateway(args)) == SwapGroup()
-    assert terms_of("big", {}) == SwapGroup()
+    two, three = SwapGroup(awake=2), SwapGroup(awake=3)
+    assert terms_of("big", gateway({"swap_groups": {"big": {"awake": 2}}}), three) == two
+    for args in ({}, {"swap_groups": {"other": {"awake": 2}}}):
+        assert terms_of("big", gateway(args), three) == SwapGroup()
+    # While its args are refused, or it is being deployed, they stay as they were.
+    assert terms_of("big", gateway({"swap_groups": 7}), three) == three
+    assert terms_of("big", {}, three) == three
+
+
+def test_a_group_that_has_a_gpu_is_not_moved_to_another_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its models would run on the old one, whatever they ask for."""
+    h100, l40s = (
+        of(in_group(resources={"accelerator_type": it})).shared for it in ("H100", "L40S")
+    )
+    there = SimpleNamespace(bundle_specs=[dict(h100)], id=SimpleNamespace(hex=lambda: "1f"))
+    actor = SimpleNamespace(begin=SimpleNamespace(remote=lambda: None))
+    monkeypatch.setattr(swap_actor, "_found", lambda name: there)
+    monkeypatch.setattr(swap_actor, "_actor", lambda name: actor)
+    assert swap_actor.reserve("big", h100) == "1f"
+    with pytest.raises(ConfigError, match="swap group 'big' has 1 H100 GPU, and this model asks"):
+        swap_actor.reserve("big", l40s)
+
+
+@pytest.mark.parametrize(
+    ("application", "args", "said"),
+    [
+        ("m", {"resources": {"swap_group": "BIG"}}, "resources.swap_group is 'BIG', but a group's"),
+        ("m", {"resources": {"evict_cost": 3}}, "evict_cost is 3, but the model is in no swap gro"),
+        ("g", {"swap_groups": {3: {}}}, "swap_groups: the name 3 must be text; put it in quotes"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_its_own_words(
+    application: str, args: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        if application == "g":
+            parse(GatewayConfig, args, "args")
+        else:
+            parse(ModelConfig, {"model": "m", **args}, "args")
 
 
 # --- does it fit? -----------------------------------------------------------------------
@@ -92,6 +144,7 @@ def fleet(
     *resources: dict[str, Any],
     terms: dict[str, Any] | None = None,
     engine: dict[str, Any] | None = None,
+    order: tuple[int, int] = (0, 1),
 ) -> Fleet:
     """A model for each of ``resources``, all in one group unless these say otherwise."""
     models = [
@@ -100,7 +153,7 @@ def fleet(
             "route_prefix": None,
             "import_path": "serve_app.model:app",
             "args": {
-                "model": GROUP[n % 2],
+                "model": GROUP[order[n % 2]],
                 "engine": {"max_model_len": 8192, **(engine or {})},
                 "resources": {"accelerator_type": "H100", "swap_group": "big", **it},
             },
@@ -136,7 +189,7 @@ def test_two_that_are_awake_must_fit_together() -> None:
     two = {"big": {"awake": 2}}
     [(status, said)] = found(fleet({}, {}, {}, terms=two))
     assert status == "fail" and "2 of 3 awake need" in said
-    [(status, _)] = found(fleet({}, {}, terms=two, engine={"gpu_memory_utilization": 0.45}))
+    [(status, _)] = found(fleet({}, {}, terms=two, engine={"gpu_memory_utilization": 0.49}))
     assert status == "ok"
 
 
@@ -145,10 +198,42 @@ def test_two_that_are_awake_must_fit_together() -> None:
     [
         (lambda: fleet({}, {"accelerator_type": "L4"}), "resources.accelerator_type differs"),
         (lambda: fleet({}, {}, terms={"bigg": {}}), "'bigg', of which no model is; did you mean"),
+        (lambda: fleet({}, {}, terms={"big": {"awake": 3}}), "awake is 3, and the group has 2"),
     ],
 )
 def test_what_does_not_go_together_is_refused(wrong: Callable[[], Fleet], said: str) -> None:
     assert any(status == "fail" and said in text for status, text in found(wrong()))
+
+
+def test_what_a_group_needs_is_the_same_in_any_order() -> None:
+    """All want the same of the GPU; the fp8 leaves more of it when it sleeps."""
+    said = {found(fleet({}, {}, order=order))[0][1] for order in ((0, 1), (1, 0))}
+    assert len(said) == 1
+
+
+def test_a_kv_cache_of_a_set_size_counts_as_that() -> None:
+    [(status, said)] = found(fleet({}, {}, engine={"kv_cache_memory_bytes": 42 * GIB}))
+    assert status == "fail" and "1 of 2 awake need" in said  # 36.1 beside them
+
+
+def test_a_group_of_which_no_type_is_said_is_planned_on_one_gpu(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "configs/swap.yaml").read_text()
+    config = tmp_path / "any.yaml"
+    config.write_text(text.replace("accelerator_type: H100, ", ""))
+    done = CliRunner().invoke(cli, ["plan", "--json", str(config)])
+    assert done.exit_code == 0
+    planned = json.loads(done.output)
+    assert len({it["gpu"] for it in planned["models"]}) == 1
+    assert "1 of 3 awake on one " in planned["swap_groups"][0]
+
+
+def test_a_group_on_the_cpu_is_not_said_not_to_fit() -> None:
+    on_cpu = {"device": "cpu", "accelerator_type": None}
+    group = list(swap.problems(fleet(on_cpu, on_cpu)))
+    shown = Console(record=True)
+    swap.show(group, shown)
+    assert [it.status for it in group] == ["warn"]
+    assert "does not fit" not in shown.export_text()
 
 
 def test_a_machine_needs_one_gpu_and_the_host_memory_of_all() -> None:

@@ -266,7 +266,7 @@ def test_a_replica_waits_for_what_vllm_wants_free_and_its_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(START_FOLDER, str(tmp_path))
-    monkeypatch.setattr(turn.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(turn, "LOCKS", str(tmp_path))
     monkeypatch.setattr(turn, "RETURNED_S", 0.0)
     part = share.of(config(gpu_share=0.5), PlayedGPU())
     assert part is not None and part.budget == int(0.5 * PlayedGPU.kind.memory_bytes)

@@ -28,7 +28,7 @@ from serve_app.kuberay.validate.manifests import (
     workers_of,
 )
 from serve_app.kuberay.validate.rule import Found, check, fail, warn
-from serve_app.planner import check_model, front_ends, hardware
+from serve_app.planner import check_model, front_ends, hardware, swap
 from serve_app.planner.loading import load_known
 
 CONFIG = "spec.serveConfigV2"
@@ -129,6 +129,14 @@ def models(fleet: Fleet) -> Found:
                 yield warn(CONFIG, f"application '{name}': {finding.message}", finding.fix)
 
 
+@check("model")
+def swap_groups(fleet: Fleet) -> Found:
+    """Do the models of each swap group go together, and fit their GPU?"""
+    for finding in swap.problems(fleet):
+        if finding.status == "fail":
+            yield fail(CONFIG, finding.message, finding.fix)
+
+
 @check("autoscaling")
 def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
     """Have the worker groups and the NodePools room for the replicas that Serve may ask for?"""
@@ -136,6 +144,7 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
     least_asked: dict[str, int] = {}
     most_asked: dict[str, int] = {}
     parts: dict[str, list[tuple[ModelConfig, str]]] = {}
+    groups = swap.groups(dict(_on_gpus(fleet)))
     for name, model in _on_gpus(fleet):
         accelerator = model.resources.accelerator_type
         stage, stages, ranks = sizes_of("", model)
@@ -153,13 +162,19 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
             )
             continue
         roomiest = max(p.ray_cores for p in holding)
-        if model.resources.num_cpus > roomiest:
+        group = model.resources.swap_group
+        sharing_pod = groups[group] if group else {name: model}
+        if name != next(iter(sharing_pod)):
+            continue  # its group's GPU is counted
+        cores = sum(member.resources.num_cpus for member in sharing_pod.values())
+        if cores > roomiest:
+            whose = f"swap group '{group}'" if group else f"'{name}'"
             yield fail(
                 f"{GROUPS}.resources.CPU",
-                f"is {roomiest:g} at most where '{name}' fits, which asks for "
-                f"{model.resources.num_cpus:g} cores (resources.num_cpus)",
+                f"is {roomiest:g} at most where {whose} fits, which asks for {cores:g} cores "
+                "(resources.num_cpus)",
             )
-        least, most = replicas_of(model)
+        least, most = (1, 1) if group else replicas_of(model)
         gpus, key = stage * stages * ranks, accelerator or holding[0].accelerator
         if model.resources.part_of_gpu:
             parts.setdefault(key, []).append((model, name))

@@ -86,6 +86,12 @@ class GPUMemory:
     def without_kv(self) -> int:
         return self.weights + self.non_torch + self.buffers + self.activation + self.cudagraph
 
+    @property
+    def taken(self) -> int:
+        """What vLLM takes beside the CUDA context: its budget, or more where the config sets the
+        size of the KV cache."""
+        return max(self.requested, self.without_kv + max(0, self.kv_cache))
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -256,14 +262,23 @@ def _why_not(
             f"the KV cache has {worst.kv_cache / GIB:.1f} GiB per GPU, which holds {longest} "
             f"tokens of one request, but max_model_len is {engine.max_model_len}"
         )
-    taken = worst.without_kv + (max(0, worst.kv_cache) if groups else 0)
-    taken = CONTEXT_BYTES + max(taken, worst.requested)
+    taken = CONTEXT_BYTES + worst.taken
     if budget and not reasons and taken > budget:
         reasons.append(
             f"engine.gpu_memory_utilization or kv_cache_memory_bytes takes {taken / GIB:.1f} GiB "
             f"with the CUDA context, more than {part}"
         )
-    if gpu.memory_bytes - CONTEXT_BYTES < worst.requested:
+    elif not reasons and engine.kv_cache_memory_bytes and taken > gpu.memory_bytes:
+        reasons.append(
+            f"engine.kv_cache_memory_bytes {engine.kv_cache_memory_bytes / GIB:.1f} GiB beside "
+            f"weights, activations and CUDA graphs takes {taken / GIB:.1f} GiB of {gpu.name}, "
+            f"which has {gpu.memory_gib:.1f}"
+        )
+    if budget and budget > gpu.memory_bytes:
+        reasons.append(
+            f"a part of {budget / GIB:.1f} GiB is more than {gpu.name} has ({gpu.memory_gib:.1f})"
+        )
+    elif gpu.memory_bytes - CONTEXT_BYTES < worst.requested:
         reasons.append(
             f"gpu_memory_utilization {engine.gpu_memory_utilization:g} leaves no room for the "
             f"CUDA context; at most {(gpu.memory_bytes - CONTEXT_BYTES) / gpu.memory_bytes:.2f}"

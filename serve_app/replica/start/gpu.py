@@ -16,6 +16,10 @@ from typing import Any, Protocol
 from serve_app.planner import hardware
 from serve_app.planner.hardware import GPU
 
+LOCKS = "/tmp"
+"""The folder of the lock files of a node's GPUs: not TMPDIR, which a model's ``env`` may set for
+itself alone."""
+
 
 @dataclass(frozen=True)
 class Holder:

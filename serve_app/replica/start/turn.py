@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -21,7 +20,7 @@ from typing import IO
 
 from serve_app.errors import UserError
 from serve_app.planner.hardware import GIB
-from serve_app.replica.start.gpu import Device, held_by, name_of
+from serve_app.replica.start.gpu import LOCKS, Device, held_by, name_of
 from serve_app.replica.start.progress import FIRST
 
 RETURNED_S = 60.0
@@ -61,12 +60,12 @@ def turn(
         limit_s: seconds to wait for others that start. The wait for memory has :data:`RETURNED_S`.
         tell: gets the phase of the start.
         alone: whether no other engine may start on the GPU meanwhile: this one measures.
-        folder: where the locks are; by default the machine's folder for temporary files.
+        folder: where the locks are.
 
     Raises:
         UserError: the time is up; who holds the memory.
     """
-    place = Path(folder or tempfile.gettempdir()) / f"serve-app-{device.uuid}"
+    place = Path(folder or LOCKS) / f"serve-app-{device.uuid}"
     mine = place.with_name(f"{place.name}-{os.getpid()}.start")
     with ExitStack() as kept:
         door = kept.enter_context(_file(place.with_name(f"{place.name}.lock")))

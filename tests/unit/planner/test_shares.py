@@ -155,6 +155,28 @@ def test_parts_fill_the_fullest_gpu_that_has_room() -> None:
     assert found == [[0.5, 0.5], [0.4, 0.3, 0.2, 0.1]]
 
 
+def test_three_thirds_are_one_gpu_as_ray_counts_them() -> None:
+    third = config(gpu_share=1 / 3, accelerator_type="L40S")
+    part = together.part_of("m", third, L40S)
+    assert part is not None and len(together.packed([part] * 3)) == 1
+
+
+def test_a_part_beyond_the_gpu_is_told_as_that() -> None:
+    large = config(gpu_memory_gib=100, accelerator_type="L40S")
+    found = choose.plan_on(load_model(large), choose.arguments_of(large), L40S)
+    assert not found.fits
+    assert found.reasons[0] == "a part of 100.0 GiB is more than L40S has (44.4)"
+    assert not any("gpu_memory_utilization" in reason for reason in found.reasons)
+
+
+def test_a_kv_cache_that_the_gpu_cannot_hold_beside_the_weights_is_refused() -> None:
+    large = config({"kv_cache_memory_bytes": 70 * GIB})
+    [said] = choose.plan_on(load_model(large), choose.arguments_of(large), H100).reasons
+    assert said.startswith("engine.kv_cache_memory_bytes 70.0 GiB beside weights")
+    smaller = config({"kv_cache_memory_bytes": 50 * GIB})
+    assert choose.plan_on(load_model(smaller), choose.arguments_of(smaller), H100).fits
+
+
 def test_a_plan_adds_up_what_shares_a_gpu() -> None:
     done = CliRunner().invoke(plan, [str(ONE_GPU)])
     shown = done.output.partition("What shares a GPU (L40S), in GiB")[2].splitlines()[2:5]
@@ -216,3 +238,9 @@ def test_a_part_is_tight_by_its_own_size() -> None:
     assert found.fits
     assert found.tightest.kv_cache < 0.03 * found.tightest.total
     assert not found.tight
+
+
+def test_what_shares_a_gpu_is_readable_on_a_narrow_screen() -> None:
+    done = CliRunner(env={"COLUMNS": "80"}).invoke(plan, [str(REPO / "configs/fleet.yaml")])
+    table = done.output.partition("What shares a GPU (L4)")[2].partition("──")[0]
+    assert table.count("gpu_share 0.5") == 2 and "KV tokens" in table and "…" not in table

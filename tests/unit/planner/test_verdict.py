@@ -95,18 +95,35 @@ def test_a_fleet_gets_its_total_of_machines() -> None:
     assert all(total["most"][name] >= count for name, count in total["fewest"].items())
 
 
+def test_those_that_share_a_gpu_share_the_cores_of_its_machine(tmp_path: Path) -> None:
+    """Each of the fleet's two small models fits a g6.xlarge by itself; it has no 4 cores."""
+    config = Path(__file__).parents[3] / "configs/fleet.yaml"
+    total = json.loads(run(str(config), "--json").stdout)["machines"]
+    assert (total["most"]["g6.2xlarge"], total["most"]["g6.xlarge"]) == (1, 1)
+    less = tmp_path / "less.yaml"
+    less.write_text(config.read_text().replace("0.5, num_cpus: 2", "0.5, num_cpus: 1"))
+    assert json.loads(run(str(less), "--json").stdout)["machines"]["most"]["g6.xlarge"] == 2
+
+
 def test_replicas_share_machines_of_a_type() -> None:
     from types import SimpleNamespace as Of
 
     def report(
         gpus_: int, count: int, replicas: int, instance: str, each: int, share: float | None = None
     ) -> Any:
-        machine = Of(instance=Of(name=instance, gpus=each), count=count)
+        roomy = {"allocatable_cpu_m": 1e6, "allocatable_memory_mib": 1e6}
+        machine = Of(instance=Of(name=instance, gpus=each, **roomy), count=count)
         part = share and "gpu_share"
-        resources = Of(part_of_gpu=part, gpu_share=share, gpu_memory_gib=None, swap_group=None)
-        config = Of(autoscaling=None, replicas=replicas, resources=resources)
-        plan = Of(parallel=Of(gpus=gpus_), gpu=None)
-        return Of(machines=[machine], plan=plan, config=config)
+        resources = Of(
+            part_of_gpu=part, gpu_share=share, gpu_memory_gib=None, swap_group=None,
+            num_cpus=1, memory_gib=None, device="gpu",
+        )  # fmt: skip
+        config = Of(
+            autoscaling=None, replicas=replicas, resources=resources, frontends="auto",
+            engine={}, adapters=[],
+        )  # fmt: skip
+        plan = Of(parallel=Of(gpus=gpus_), gpu=Of(name="L40S"))
+        return Of(name=str(share), machines=[machine], plan=plan, config=config)
 
     fewest, most = totals.machines(
         [
