@@ -21,6 +21,7 @@ import urllib.error
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -244,10 +245,16 @@ def as_written_70b(at: Machine) -> dict[str, Any]:
 
 
 def groups(at: Machine) -> dict[str, Any]:
-    """A 70B as TP × PP, two replicas of a group, experts, 1 → 2 replicas: on all GPUs."""
+    """A 70B as TP × PP, two replicas of a group, data-parallel experts: on all GPUs."""
     large, experts = (shaped(at.model, it, at.folder) for it in (LARGE, MOE))
     gpus = len(gpu_memory_mib())
     return several.groups(large, at.model, experts, at.folder, at.port, gpus)
+
+
+def scaling(at: Machine) -> dict[str, Any]:
+    """1 → 2 replicas of a group and back, tensor-parallel experts: on all GPUs."""
+    experts = shaped(at.model, MOE, at.folder)
+    return several.scaling(at.model, experts, at.folder, at.port, len(gpu_memory_mib()))
 
 
 def start(at: Machine) -> dict[str, Any]:
@@ -454,8 +461,8 @@ STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     for step in (
         front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
         overload_8b, start, sleep, swaps, swaps_graphs, swaps_large, zipf_swap, zipf_zero,
-        zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, compare_70b,
-        shares_1gpu,
+        zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, scaling,
+        compare_70b, shares_1gpu,
     )
 }  # fmt: skip
 
@@ -468,6 +475,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000, help="the first port to use")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/h200.json"))
     options = parser.parse_args()
+    if not entry_points(group="vllm.general_plugins", name="serve_app"):
+        parser.error(
+            "serve_app is not installed here, so vLLM's processes would not load its plugin; "
+            "install it, or put a folder with its .egg-info on PYTHONPATH"
+        )
     options.results.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="h200-"))
     at = Machine(options.model, folder, time.monotonic() + options.budget_s, options.port)

@@ -216,36 +216,38 @@ def grows_and_shrinks(server: Server) -> dict[str, Any]:
     return found
 
 
+def _block(model: Path, share: float, kv_gib: int, engine: dict[str, Any], **args: Any) -> Any:
+    # The size of the KV cache is given: none measures what another one takes.
+    sized = {
+        "max_model_len": 8192, "enforce_eager": True, "gpu_memory_utilization": share,
+        "kv_cache_memory_bytes": kv_gib << 30,
+    }  # fmt: skip
+    return application(MODEL, model, sized | engine, **args)
+
+
+SPREAD = {"enable_expert_parallel": True}
+
+
 def groups(
     large: Path, small: Path, experts: Path, folder: Path, port: int, gpus: int
 ) -> dict[str, Any]:
-    """Pipeline stages, replicas of which one is killed, experts, and scaling, on all the GPUs.
+    """Pipeline stages, two replicas of which one is killed under load, data-parallel experts.
 
-    Two waves, each of servers that share the GPUs: what is seen is that they work and what they
-    do when a part dies, not how fast they are.
+    The servers share the GPUs: what is seen is that they work and what they do when a part dies,
+    not how fast they are.
 
     Args:
         large: the folder of a 70B in fp8; ``small`` of an 8B; ``experts`` of a mixture of experts.
     """
     half = gpus // 2
-
-    def block(model: Path, share: float, kv_gib: int, engine: dict[str, Any], **args: Any) -> Any:
-        # The size of the KV cache is given: none measures what another one takes.
-        sized = {
-            "max_model_len": 8192, "enforce_eager": True, "gpu_memory_utilization": share,
-            "kv_cache_memory_bytes": kv_gib << 30,
-        }  # fmt: skip
-        return application(MODEL, model, sized | engine, **args)
-
-    found: dict[str, Any] = {}
     staged = {"tensor_parallel_size": half, "pipeline_parallel_size": 2}
-    spread = {"enable_expert_parallel": True}
-    first = {
-        f"tp{half}-pp2": block(large, 0.7 if gpus < 4 else 0.32, 4, staged),
-        f"two-tp{half}": block(small, 0.2, 4, {"tensor_parallel_size": half}, replicas=2),
-        f"dp{gpus}-ep": block(experts, 0.3, 3, spread | {"data_parallel_size": gpus}),
+    models = {
+        f"tp{half}-pp2": _block(large, 0.7 if gpus < 4 else 0.32, 4, staged),
+        f"two-tp{half}": _block(small, 0.2, 4, {"tensor_parallel_size": half}, replicas=2),
+        f"dp{gpus}-ep": _block(experts, 0.3, 3, SPREAD | {"data_parallel_size": gpus}),
     }
-    with together(folder, port, first) as servers:
+    found: dict[str, Any] = {}
+    with together(folder, port, models) as servers:
         for name, server in servers.items():
             found[name] = described(server)
             if name.startswith("two"):
@@ -253,14 +255,20 @@ def groups(
                     server, signal.SIGKILL, failures.REPLICA
                 )
             print(name, json.dumps(found[name]), flush=True)
-    scaling = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 2, "downscale_delay_s": 10}
-    second = {
-        f"tp{gpus}-ep": block(experts, 0.3, 3, spread | {"tensor_parallel_size": gpus}),
-        f"one-to-two-tp{half}": block(
-            small, 0.2, 4, {"tensor_parallel_size": half, "max_num_seqs": 12}, autoscaling=scaling
-        ),
+    return found
+
+
+def scaling(small: Path, experts: Path, folder: Path, port: int, gpus: int) -> dict[str, Any]:
+    """From one replica of a group to two under load and back; and tensor-parallel experts."""
+    half = gpus // 2
+    follows = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 2, "downscale_delay_s": 10}
+    engine = {"tensor_parallel_size": half, "max_num_seqs": 12}
+    models = {
+        f"tp{gpus}-ep": _block(experts, 0.3, 3, SPREAD | {"tensor_parallel_size": gpus}),
+        f"one-to-two-tp{half}": _block(small, 0.2, 4, engine, autoscaling=follows),
     }
-    with together(folder, port + len(first), second) as servers:
+    found: dict[str, Any] = {}
+    with together(folder, port, models) as servers:
         for name, server in servers.items():
             found[name] = described(server)
             if name.startswith("one"):
