@@ -49,7 +49,7 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def _placement(config: ModelConfig) -> placement.Placement:
-    return shares.placed(config, capacity.types_of_gpu())
+    return shares.placed(config, capacity.types_of_gpu)
 
 
 def _refuse_sizes(config: ModelConfig) -> None:

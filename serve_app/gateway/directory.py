@@ -185,7 +185,7 @@ def _waits_for(model: Model, models: Collection[Model]) -> str | None:
     """Why the model's next replica cannot be placed now; None where it could be."""
     if model.config is None:
         return None
-    place = shares.placed(model.config, capacity.types_of_gpu())
+    place = shares.placed(model.config, capacity.types_of_gpu)
     group = model.config.resources.swap_group
     if group and not any(
         it.config

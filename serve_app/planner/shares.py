@@ -7,7 +7,7 @@ has been given (:func:`engine_arguments`), by the same plan that ``serve-app pla
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from serve_app.cluster import placement
@@ -21,14 +21,15 @@ _UNIT = 10_000
 """Ray counts a resource in ten-thousandths."""
 
 
-def fraction(config: ModelConfig, types: Iterable[str] = ()) -> float | None:
+def fraction(config: ModelConfig, types: Callable[[], Iterable[str]] = set) -> float | None:
     """The fraction of a GPU that Ray is to reserve; None for a model with whole GPUs.
 
     ``gpu_memory_gib`` is a fraction of the smallest GPU that the replica may get: then parts that
     Ray puts on one GPU have their memory on any of them.
 
     Args:
-        types: the cluster's types of GPU by Ray's names, for a config that names none.
+        types: asks the cluster for its types of GPU by Ray's names; only for a config that gives
+            GiB and names none.
 
     Raises:
         ConfigError: that GPU has less memory, or is not known.
@@ -36,7 +37,7 @@ def fraction(config: ModelConfig, types: Iterable[str] = ()) -> float | None:
     resources = config.resources
     if resources.gpu_memory_gib is None:
         return resources.gpu_share
-    named = [resources.accelerator_type] if resources.accelerator_type else sorted(types)
+    named = [resources.accelerator_type] if resources.accelerator_type else sorted(types())
     sizes = [size for name in named if (size := _smallest(name))]
     if not named or len(sizes) < len(named):
         unknown = next((f" of {name}" for name in named if name and not _smallest(name)), "")
@@ -78,7 +79,7 @@ def _smallest(name: str) -> GPU | None:
     return next((gpu for gpu in found if gpu.ray_name == name), None) or next(iter(alike), None)
 
 
-def placed(config: ModelConfig, types: Iterable[str] = ()) -> placement.Placement:
+def placed(config: ModelConfig, types: Callable[[], Iterable[str]] = set) -> placement.Placement:
     """A model's placement in a cluster with these types of GPU; raises as :func:`fraction`."""
     return placement.of(config, fraction(config, types))
 

@@ -61,9 +61,11 @@ def test_gib_are_a_fraction_of_the_named_gpu_rounded_up() -> None:
 
 def test_gib_without_a_type_are_a_fraction_of_the_clusters_smallest_gpu() -> None:
     some = config(gpu_memory_gib=20)
-    assert shares.fraction(some, {"H100", "L4"}) == pytest.approx(20 / 22.03, abs=1e-4)
-    assert shares.fraction(some, {"H100"}) == pytest.approx(20 / 79.18, abs=1e-4)
-    assert shares.placed(some, {"H100"}).head["GPU"] == shares.fraction(some, {"H100"})
+    assert shares.fraction(some, lambda: {"H100", "L4"}) == pytest.approx(20 / 22.03, abs=1e-4)
+    assert shares.fraction(some, lambda: {"H100"}) == pytest.approx(20 / 79.18, abs=1e-4)
+    assert shares.placed(some, lambda: {"H100"}).head["GPU"] == shares.fraction(
+        some, lambda: {"H100"}
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_gib_without_a_type_are_a_fraction_of_the_clusters_smallest_gpu() -> Non
 )
 def test_gib_of_an_unknown_gpu_are_refused(types: set[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        shares.fraction(config(gpu_memory_gib=20), types)
+        shares.fraction(config(gpu_memory_gib=20), lambda: types)
 
 
 # vLLM's numbers
