@@ -10,7 +10,8 @@ from typing import Any
 import ray
 from ray.serve import Application
 
-from serve_app.cluster import autoscaling, capacity, placement, serve, swap_actor
+from serve_app.cluster import autoscaling, capacity, serve, swap_actor
+from serve_app.cluster.placement import Placement
 from serve_app.config.document import MODEL_IMPORT_PATH
 from serve_app.config.environment import environment
 from serve_app.config.settings import ModelConfig, ids_of, parse
@@ -36,9 +37,10 @@ def app(args: dict[str, Any]) -> Application:
         config = parse(ModelConfig, args, "args")
         hardware.refuse_misnamed(config.resources.accelerator_type)
         _refuse_sizes(config)
-        capacity.refuse_impossible(_placement(config).alone)
+        place = shares.placed(config, capacity.types_of_gpu)
+        capacity.refuse_impossible(place.alone)
         _refuse_ids_of_others(args, config)
-        options = _deployment_options(config)
+        options = _deployment_options(config, place)
     except ConfigError:
         # Serve shows `traceback.format_exc()` as the application's status. The frames tell the user
         # nothing. This process only builds this application, so the change affects nothing else.
@@ -46,10 +48,6 @@ def app(args: dict[str, Any]) -> Application:
         raise
     deployment: Any = ModelServer
     return deployment.options(**options).bind(config.model_dump(exclude_unset=True))
-
-
-def _placement(config: ModelConfig) -> placement.Placement:
-    return shares.placed(config, capacity.types_of_gpu)
 
 
 def _refuse_sizes(config: ModelConfig) -> None:
@@ -98,9 +96,9 @@ def _claims(name: str, args: dict[str, Any]) -> list[str]:
         return [name]
 
 
-def _deployment_options(config: ModelConfig) -> dict[str, Any]:
+def _deployment_options(config: ModelConfig, place: Placement) -> dict[str, Any]:
     options: dict[str, Any] = {
-        **_placement(config).options(),
+        **place.options(),
         **autoscaling.deployment_options(config),
         "max_ongoing_requests": _UNBOUNDED,
         # With Serve's default of 20 a 70B would load for hours before Serve reports why it fails.
@@ -109,7 +107,6 @@ def _deployment_options(config: ModelConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s + 15,
     }
     if (group := config.resources.swap_group) and ray.is_initialized():
-        place = placement.of(config)
         id = swap_actor.reserve(group, place.shared)
         actor = options["ray_actor_options"]
         actor["resources"] = actor.get("resources", {}) | swap_actor.part(

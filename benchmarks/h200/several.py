@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+import psutil
 import yaml
 from harness.load import Load
 
@@ -124,15 +126,11 @@ def _sdk(port: int, model: str) -> dict[str, Any]:
 
 
 def _get(port: int, path: str) -> Any:
-    import httpx
-
     return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=30).json()
 
 
 def _listening() -> set[int]:
     """Ports on which anybody listens."""
-    import psutil
-
     everything = psutil.net_connections("tcp")
     return {it.laddr.port for it in everything if it.status == psutil.CONN_LISTEN}
 

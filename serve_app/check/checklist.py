@@ -23,7 +23,7 @@ from serve_app.config.notices import notices
 from serve_app.config.secrets import in_plain_text, instead, looks_like_one
 from serve_app.config.settings import ModelConfig, engine_problems
 from serve_app.errors import ConfigError
-from serve_app.kuberay.render.workers import packed, replicas_of
+from serve_app.kuberay.render.workers import packed
 from serve_app.kuberay.validate.judge import judge
 from serve_app.kuberay.validate.manifests import Document, Manifests, get, mapping, read
 from serve_app.kuberay.validate.serving import CONFIG
@@ -149,11 +149,11 @@ def gpus_needed(fleet: Fleet) -> tuple[int, int]:
         whole = not (resources.part_of_gpu or resources.swap_group)
         if resources.device == "gpu" and whole:
             each = defaults.parallelism(config.engine).gpus
-            low, high = replicas_of(config)
+            low, high = config.replica_range
             least, most = least + low * each, most + high * each
     for sharing in _sharing(fleet).values():
-        least += len(packed((config, name, replicas_of(config)[0]) for name, config in sharing))
-        most += len(packed((config, name, replicas_of(config)[1]) for name, config in sharing))
+        least += len(packed((config, name, config.replica_range[0]) for name, config in sharing))
+        most += len(packed((config, name, config.replica_range[1]) for name, config in sharing))
     return least, most
 
 
@@ -169,7 +169,7 @@ def _sharing(fleet: Fleet) -> dict[str, list[tuple[str, ModelConfig]]]:
 def _shared_gpus(fleet: Fleet) -> Iterator[Finding]:
     """What shares a GPU, with at least one replica of each model."""
     for kind, sharing in _sharing(fleet).items():
-        models = ((config, name, max(1, replicas_of(config)[0])) for name, config in sharing)
+        models = ((config, name, max(1, config.replica_range[0])) for name, config in sharing)
         for gpu in packed(models):
             parts = " + ".join(f"{part.name} {part.fraction:g}" for part in gpu.parts)
             said = f"{parts} of {kind or 'a GPU'}, {gpu.free:g} left"

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config.settings import ModelConfig
+from serve_app.config.settings import SIZES, ModelConfig
 from serve_app.errors import ConfigError
 
 STAGES_ENV = "SERVE_APP_STAGE_BUNDLES"
@@ -208,12 +208,7 @@ def of(config: ModelConfig, share: float | None = None) -> Placement:
 def _refuse_in_swap_group(config: ModelConfig) -> None:
     """What a model that shares its GPU in a swap group cannot have."""
     engine, group = config.engine, config.resources.swap_group
-    for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "data_parallel_size",
-        "prefill_context_parallel_size",
-    ):
+    for name in SIZES:
         if int(engine.get(name) or 1) > 1:
             raise ConfigError(
                 f"engine.{name} is {engine[name]}, but the models of a swap group ('{group}') "
@@ -231,7 +226,7 @@ def _refuse_in_swap_group(config: ModelConfig) -> None:
     if config.adapters or engine.get("enable_lora"):
         # They come and go while the model sleeps, when its memory is not there to be written.
         raise ConfigError("a model of a swap group cannot have adapters; remove one of the two")
-    most = config.autoscaling.max_replicas if config.autoscaling else config.replicas or 1
+    _, most = config.replica_range
     if most > 1:
         setting = "autoscaling.max_replicas" if config.autoscaling else "replicas"
         raise ConfigError(

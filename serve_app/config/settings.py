@@ -280,7 +280,7 @@ class ModelConfig(_Args):
     @model_validator(mode="after")
     def _part_of_one_gpu(self) -> ModelConfig:
         part = self.resources.part_of_gpu
-        for name in _SIZES if part else ():
+        for name in SIZES if part else ():
             if (size := self.engine.get(name)) not in (None, 1):
                 raise ConfigError(
                     f"resources.{part} is a part of one GPU, but engine.{name} is {size}; remove "
@@ -309,8 +309,16 @@ class ModelConfig(_Args):
     def pipeline_parallel_size(self) -> int:
         return int(self.engine.get("pipeline_parallel_size") or 1)
 
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """The fewest and the most replicas that Serve will ask for."""
+        if self.autoscaling is not None:
+            return self.autoscaling.min_replicas, self.autoscaling.max_replicas
+        count = self.replicas or 1
+        return count, count
 
-_SIZES = (
+
+SIZES = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",

@@ -76,9 +76,7 @@ def _overridden(fleet: Fleet, name: str) -> bool:
 
 def _fewest(config: ModelConfig) -> int:
     """The fewest replicas that Serve starts; the ranks of a gang are replicas too."""
-    scaled = config.autoscaling
-    fewest = scaled.min_replicas if scaled is not None else config.replicas or 1
-    return fewest * defaults.parallelism(config.engine).data
+    return config.replica_range[0] * defaults.parallelism(config.engine).data
 
 
 def _cores(fleet: Fleet, counted: dict[str, ModelConfig], limits: Limits) -> Iterator[Finding]:

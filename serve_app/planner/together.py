@@ -63,7 +63,7 @@ def packed(parts: Iterable[Part], kind: str = "") -> list[Shared]:
     """The parts on as few GPUs as Ray takes for them, if the largest come first.
 
     Ray gives a part that GPU of a node which has the least room for it
-    (tests/cluster/test_shares_cluster.py).
+    (tests/cluster/test_placement_cluster.py).
     """
     gpus: list[Shared] = []
     for part in sorted(parts, key=lambda part: -part.fraction):
@@ -81,10 +81,8 @@ def of_fleet(reports: Iterable[Report]) -> list[Shared]:
     for report in reports:
         config, gpu = report.config, report.plan.gpu
         if part := part_of(report.name, config, gpu, report.plan):
-            scaled = config.autoscaling
-            fewest = scaled.min_replicas if scaled is not None else config.replicas
             kind = config.resources.accelerator_type or gpu.ray_name or gpu.name
-            found.setdefault(kind, []).extend([part] * (fewest or 1))
+            found.setdefault(kind, []).extend([part] * (config.replica_range[0] or 1))
     return [gpu for kind, parts in found.items() for gpu in packed(parts, kind)]
 
 

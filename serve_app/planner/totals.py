@@ -12,13 +12,6 @@ from serve_app.planner.hardware import MIB, Instance
 from serve_app.planner.report import Report
 
 
-def replicas(config: ModelConfig) -> tuple[int, int]:
-    """The fewest and the most replicas of a model."""
-    if config.autoscaling is not None:
-        return config.autoscaling.min_replicas, config.autoscaling.max_replicas
-    return config.replicas or 1, config.replicas or 1
-
-
 def machines(reports: Iterable[Report]) -> tuple[dict[str, int], dict[str, int]]:
     """Machines by EC2 type, for the fewest and for the most replicas.
 
@@ -36,7 +29,7 @@ def machines(reports: Iterable[Report]) -> tuple[dict[str, int], dict[str, int]]
             continue
         best = report.machines[0]
         share = report.plan.parallel.gpus / best.instance.gpus if best.count == 1 else best.count
-        for total, count in zip((fewest, most), replicas(report.config), strict=True):
+        for total, count in zip((fewest, most), report.config.replica_range, strict=True):
             total[best.instance.name] = total.get(best.instance.name, 0) + count * share
     for which, total in enumerate((fewest, most)):
         # A swap group has its one GPU also while all its models are scaled to zero.
@@ -58,7 +51,7 @@ def _sharing(reports: list[Report], which: int) -> Iterator[list[Report]]:
             part
             for report in alike
             if (part := together.part_of(report.name, report.config, report.plan.gpu))
-            for _ in range(replicas(report.config)[which])
+            for _ in range(report.config.replica_range[which])
         ]
         for gpu in together.packed(parts):
             yield [named[part.name] for part in gpu.parts]

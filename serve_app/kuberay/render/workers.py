@@ -87,14 +87,6 @@ class WorkerGroup:
         return bool(self.shape and self.shape.pods_per_replica > 1)
 
 
-def replicas_of(model: ModelConfig) -> tuple[int, int]:
-    """The fewest and the most replicas that Serve will ask for."""
-    if model.autoscaling is not None:
-        return model.autoscaling.min_replicas, model.autoscaling.max_replicas
-    count = model.replicas or 1
-    return count, count
-
-
 def sizes_of(where: str, model: ModelConfig) -> tuple[int, int, int]:
     """The GPUs of a tensor-parallel group, a rank's groups (stages), and a replica's ranks.
 
@@ -297,7 +289,7 @@ def _gpu_group(
     for name, _ in members:
         if of_pod[name].resources.part_of_gpu:
             continue
-        fewest, largest = replicas_of(of_pod[name])
+        fewest, largest = of_pod[name].replica_range
         group.min_pods += fewest * shape.pods_per_replica
         group.max_pods += largest * shape.pods_per_replica
     group.min_pods += len(least)
@@ -311,7 +303,7 @@ def _shared(
 ) -> list[together.Shared]:
     """The GPUs of the models with parts of one, at their fewest (0) or most (1) replicas."""
     return packed(
-        (fleet.models[name], name, replicas_of(fleet.models[name])[which]) for name, _ in members
+        (fleet.models[name], name, fleet.models[name].replica_range[which]) for name, _ in members
     )
 
 
@@ -363,8 +355,8 @@ def _gateway_group(where: str, gateway: GatewayConfig, profile: ClusterProfile) 
 
 def _cpu_group(models: dict[str, ModelConfig]) -> WorkerGroup:
     """One group of CPU pods, each large enough for the most demanding model."""
-    least = sum(replicas_of(model)[0] for model in models.values())
-    most = sum(replicas_of(model)[1] for model in models.values())
+    least = sum(model.replica_range[0] for model in models.values())
+    most = sum(model.replica_range[1] for model in models.values())
     cores = max(_own_cpus(model) for model in models.values())
     memory = max(
         math.ceil(model.resources.memory_gib or 8) + _front_ends_gib(model, cores, 0)

@@ -13,7 +13,7 @@ from serve_app.config.document import Fleet, parse_document
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
 from serve_app.kuberay.render.network import why_unreachable
-from serve_app.kuberay.render.workers import packed, replicas_of, sizes_of
+from serve_app.kuberay.render.workers import packed, sizes_of
 from serve_app.kuberay.validate.manifests import (
     EFA,
     INSTANCE_TYPE,
@@ -174,7 +174,7 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
                 f"is {roomiest:g} at most where {whose} fits, which asks for {cores:g} cores "
                 "(resources.num_cpus)",
             )
-        least, most = (1, 1) if group else replicas_of(model)
+        least, most = (1, 1) if group else model.replica_range
         gpus, key = stage * stages * ranks, accelerator or holding[0].accelerator
         if model.resources.part_of_gpu:
             parts.setdefault(key, []).append((model, name))
@@ -182,7 +182,7 @@ def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
         least_asked[key] = least_asked.get(key, 0) + least * gpus
         most_asked[key] = most_asked.get(key, 0) + most * gpus
     for key, sharing in parts.items():
-        counts = [(model, name, *replicas_of(model)) for model, name in sharing]
+        counts = [(model, name, *model.replica_range) for model, name in sharing]
         least_asked[key] += len(packed((model, name, few) for model, name, few, _ in counts))
         most_asked[key] += len(packed((model, name, many) for model, name, _, many in counts))
     short = False

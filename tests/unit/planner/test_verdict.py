@@ -12,6 +12,7 @@ from harness.configs import write
 from harness.models import LLAMA, kept, plan
 
 from serve_app.config.document import load
+from serve_app.config.settings import ModelConfig, Resources
 from serve_app.errors import UserError
 from serve_app.planner import check_model, totals
 from serve_app.planner.cli import plan as command
@@ -113,15 +114,7 @@ def test_replicas_share_machines_of_a_type() -> None:
     ) -> Any:
         roomy = {"allocatable_cpu_m": 1e6, "allocatable_memory_mib": 1e6}
         machine = Of(instance=Of(name=instance, gpus=each, **roomy), count=count)
-        part = share and "gpu_share"
-        resources = Of(
-            part_of_gpu=part, gpu_share=share, gpu_memory_gib=None, swap_group=None,
-            num_cpus=1, memory_gib=None, device="gpu",
-        )  # fmt: skip
-        config = Of(
-            autoscaling=None, replicas=replicas, resources=resources, frontends="auto",
-            engine={}, adapters=[],
-        )  # fmt: skip
+        config = ModelConfig(model="m", replicas=replicas, resources=Resources(gpu_share=share))
         plan = Of(parallel=Of(gpus=gpus_), gpu=Of(name="L40S"))
         return Of(name=str(share), machines=[machine], plan=plan, config=config)
 
