@@ -244,6 +244,33 @@ def as_written_70b(at: Machine) -> dict[str, Any]:
     return several.as_written("llama70b.yaml", model, at.folder, at.port)
 
 
+def one_gpu_yaml(at: Machine) -> dict[str, Any]:
+    """configs/one-gpu.yaml in parts as large as an L40S's, on this GPU."""
+    shapes = {
+        "chat": "meta-llama--Llama-3.1-8B-Instruct",
+        "embeddings": "BAAI--bge-m3",
+        "reranker": "BAAI--bge-reranker-v2-m3",
+    }
+    parts = {"chat": 35.5, "embeddings": 4.4, "reranker": 4.4}
+    models = {name: shaped(at.model, SHAPES / it / "config.json", at.folder)
+              for name, it in shapes.items()}  # fmt: skip
+    of = {name: {"gpu_memory_gib": gib} for name, gib in parts.items()}
+    return several.all_of("one-gpu.yaml", models, at.folder, at.port, at.deadline, **of)
+
+
+def swap_yaml(at: Machine) -> dict[str, Any]:
+    """configs/swap.yaml as it is written, for one H100."""
+    shapes = {
+        "llama-8b": "meta-llama--Llama-3.1-8B-Instruct",
+        "qwen3-32b": "Qwen--Qwen3-32B-FP8",
+        "qwen2.5-7b": "Qwen--Qwen2.5-7B-Instruct-GPTQ-Int4",
+    }
+    models = {name: shaped(at.model, SHAPES / it / "config.json", at.folder)
+              for name, it in shapes.items()}  # fmt: skip
+    several.with_token(models["qwen3-32b"], "<think>", "</think>")
+    return several.all_of("swap.yaml", models, at.folder, at.port, at.deadline)
+
+
 def groups(at: Machine) -> dict[str, Any]:
     """A 70B as TP × PP, two replicas of a group, data-parallel experts: on all GPUs."""
     large, experts = (shaped(at.model, it, at.folder) for it in (LARGE, MOE))
@@ -462,7 +489,7 @@ STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
         front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
         overload_8b, start, sleep, swaps, swaps_graphs, swaps_large, zipf_swap, zipf_zero,
         zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, scaling,
-        compare_70b, shares_1gpu,
+        compare_70b, shares_1gpu, one_gpu_yaml, swap_yaml,
     )
 }  # fmt: skip
 
