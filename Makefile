@@ -43,10 +43,13 @@ test: venv  ## lint, types and every test that a CPU can run
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
 	@$(BIN)/serve-app fetch demo
 	@mkdir -p .cache && rm -f .cache/left-out
-	@# tests/kube waits more than it works, so it runs beside the others.
-	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; trap "kill $$kube 2> /dev/null" EXIT INT TERM; \
-	  $(TESTS) tests/unit tests/gateway tests/page tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
-	  wait $$kube; kube=$$?; cat .cache/kube.log; exit $$((others || kube))
+	@# One process alone would leave a core idle; tests/kube waits more than it works.
+	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; \
+	  $(TESTS) tests/gateway tests/page > .cache/gateway.log 2>&1 & gateway=$$!; \
+	  trap "kill $$kube $$gateway 2> /dev/null" EXIT INT TERM; \
+	  $(TESTS) tests/unit tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
+	  wait $$kube; kube=$$?; wait $$gateway; gateway=$$?; cat .cache/kube.log .cache/gateway.log; \
+	  exit $$((others || kube || gateway))
 	@# The documentation's server first: it is gone when the one of tests/cluster starts.
 	@$(TESTS) $(AT_A_SERVER) tests/cluster $(ALONE:%=--ignore %)  # connected to a Ray
 	@$(TESTS) $(ALONE)  # beside one on Ray's usual port; then connected to another
@@ -58,6 +61,7 @@ test-unit: venv  ## the tests without Ray, engines and network (about a minute)
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
 	@$(BIN)/python -m pytest tests/slow
+	@$(BIN)/python -m pytest tests/cluster --both-proxies -k python $(ALONE:%=--ignore %)
 
 test-kube: venv  ## day two on a real cluster with KubeRay (CONTEXT=…, and IMAGE=… where it has no faked GPUs)
 	@[ -n "$(CONTEXT)" ] || { echo "make test-kube: name a context of your kubeconfig: make test-kube CONTEXT=kind-test" >&2; exit 1; }
