@@ -36,6 +36,7 @@ from serve_app.gateway.queue import Queue
 from serve_app.gateway.relay import Answer, Relay, Request, Send
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Stage
+from serve_app.gateway.standing import Outliers
 from serve_app.gateway.stored_responses import StoredResponses
 from serve_app.gateway.upstream import Headers
 from serve_app.gateway.usage.record import Record
@@ -87,7 +88,7 @@ def build(
     limits.hit = metrics.limit_hit
     if record:
         record.lost = metrics.unrecorded
-    for listener in (limits, queue, metrics):
+    for listener in (limits, queue, metrics, Outliers(board)):
         ledger.listen(listener)
     if access_log:
         ledger.listen(access_log)

@@ -77,6 +77,10 @@ class RunningReplica(BaseModel):
     load: EngineLoad | None
     """Null while it has told none for some seconds."""
 
+    weight: float
+    """What it is asked to do beside the others, up to 1: less while it is new, or answers with
+    errors or later than they do."""
+
 
 class Memory(BaseModel):
     """What is in the memory of each GPU of a replica, in GiB."""
@@ -276,6 +280,7 @@ def _running(replica: Replica, front_ends: int) -> RunningReplica:
         front_ends=front_ends,
         asleep=bool(load and load.asleep),
         load=_load(load) if load else None,
+        weight=round(replica.weight(time.monotonic()), 1),
     )
 
 
