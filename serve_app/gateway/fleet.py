@@ -124,6 +124,10 @@ class FleetModel(BaseModel):
     adapters: list[str]
     """Ids of the adapters that this key may use."""
 
+    fallback: list[str]
+    """Ids of the models that may answer for it, the best first: those that are there and that this
+    key may use."""
+
     asleep: bool
     """Whether all its engines sleep."""
 
@@ -234,6 +238,7 @@ class Fleets:
             mend=_mend(model, starting, asleep and not all(it.sleeps_for_now for it in replicas)),
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
+            fallback=self._fallback(model, caller),
             asleep=asleep,
             takes=about.get("takes", []),
             memory=self._memory(model.name, caller),
@@ -243,6 +248,11 @@ class Fleets:
             starting=starting,
             replicas=running,
         )
+
+    def _fallback(self, model: Model, caller: Caller | None) -> list[str]:
+        named = model.config.fallback if model.config else []
+        there = ((id, self._directory.find(id)) for id in named)
+        return [id for id, it in there if it and (caller is None or caller.may_use(id, it))]
 
     def _memory(self, name: str, caller: Caller | None) -> Memory | None:
         """What is in the memory of a model's GPU, with what others have there."""

@@ -82,6 +82,7 @@ async def test_it_tells_what_the_gateway_knows_of_a_model() -> None:
             "mend": "",
             "ids": ["m", "org/m"],
             "adapters": ["m-sql", "m-law"],
+            "fallback": [],
             "asleep": False,
             "takes": [],
             "max_model_len": 4096,
