@@ -157,8 +157,8 @@ class Queue:
         patience_s = self._config.max_wait_s if live else self._cold_start_timeout_s
         sooner_s = self._sooner_s(call)
         if sooner_s is not None:
-            waked = not live and time.monotonic() < line.wakes_until
-            patience_s = 0.0 if waked else min(patience_s, sooner_s)
+            in_vain = not live and time.monotonic() < line.wakes_until
+            patience_s = 0.0 if in_vain else min(patience_s, sooner_s)
         left_s = patience_s
         if deadline_s is not None and deadline_s < patience_s:
             patience_s, sooner_s = deadline_s, None

@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import yaml
+from harness.otlp import Receiver
 from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, took, until
 from ray.serve.exceptions import DeploymentUnavailableError
 
@@ -492,6 +493,27 @@ async def test_it_is_counted() -> None:
         assert value("requests_total", model="big", key="", code="503") == 2
         assert value("requests_total", model="small", key="", code="200") == 2
         assert value("inflight_requests", model="big") == 0
+
+
+async def test_spans_tell_the_model_that_was_named_and_the_one_that_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "20")
+    with Receiver() as receiver:
+        async with fleet("small", otlp_endpoint=receiver.url) as here:
+            await here.ask()
+            here.report("small", here.small, Usage(10, 4, 7))
+            assert await until(lambda: len(receiver.spans) == 2)
+        names = ("gen_ai.request.model", "gen_ai.response.model", "serve_app.end")
+        told = [tuple(span.attributes.get(it) for it in names) for span in receiver.spans]
+        assert told == [("big", None, "refused"), ("big", "small", "answered")]
+
+
+async def test_a_page_of_another_origin_may_read_the_header() -> None:
+    origin = "https://chat.example.com"
+    async with fleet("small", cors_allow_origins=[origin]) as here:
+        answer = await here.ask(headers={"origin": origin})
+        assert HEADER in answer.headers["access-control-expose-headers"].split(", ")
 
 
 async def test_the_list_of_models_stays_and_the_fleet_tells_of_it() -> None:
