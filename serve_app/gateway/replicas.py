@@ -259,7 +259,7 @@ class Board:
         """An application's front end by its id."""
         return self._front_ends.get(application, {}).get(front_end)
 
-    def replicas(self, application: str) -> list[Replica]:
+    def replicas_of(self, application: str) -> list[Replica]:
         """An application's replicas, avoided ones too."""
         known = self._front_ends.get(application, {})
         return list({it.replica.id: it.replica for it in known.values()}.values())

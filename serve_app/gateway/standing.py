@@ -179,7 +179,7 @@ class Outliers:
             )
 
     def _siblings(self, model: str, replica: Replica) -> list[Standing]:
-        return [it.standing for it in self._board.replicas(model) if it is not replica]
+        return [it.standing for it in self._board.replicas_of(model) if it is not replica]
 
 
 def _may_be_out(siblings: Sequence[Standing], now: float) -> bool:

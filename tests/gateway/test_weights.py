@@ -54,7 +54,7 @@ async def test_a_new_one_is_not_flooded() -> None:
         assert await until(lambda: len(old.exchanges) == 3)
         before = {it.id: (it.host, it.port) for _, it in gateway.board.all()}
         gateway.board.publish("m", before | {"r1": (new.host, new.port)})
-        (replica,) = (it for it in gateway.board.replicas("m") if it.id == "r1")
+        (replica,) = (it for it in gateway.board.replicas_of("m") if it.id == "r1")
         replica.standing.since += 3600  # so that a slow machine sees it new, too
         sent += [asyncio.create_task(ask(gateway, 1)) for _ in range(3)]
         assert await until(lambda: len(old.exchanges) + len(new.exchanges) == 6)

@@ -37,10 +37,10 @@ class Replicas:
         self.outliers = Outliers(self.board, lambda: self.now)
 
     def __getitem__(self, n: int) -> Replica:
-        return self.board.replicas("m")[n]
+        return self.board.replicas_of("m")[n]
 
     def weights(self) -> list[float]:
-        return [round(it.weight(self.now), 3) for it in self.board.replicas("m")]
+        return [round(it.weight(self.now), 3) for it in self.board.replicas_of("m")]
 
     def ended(self, n: int, times: int = 1, **more: Any) -> None:
         entry = Entry(
@@ -74,12 +74,12 @@ def test_those_that_were_there_first_are_not_new(monkeypatch: pytest.MonkeyPatch
     board.publish("m", {})
     board.publish("m", {"a": ("h", 1), "b": ("h", 2)})
     board.publish("m", {"a": ("h", 1), "b": ("h", 2), "c": ("h", 3)})
-    assert [it.weight(100.0) for it in board.replicas("m")] == [1, 1, LEAST]
+    assert [it.weight(100.0) for it in board.replicas_of("m")] == [1, 1, LEAST]
     board.publish("m", {"d": ("h", 4)})  # all others have gone
-    assert [it.weight(100.0) for it in board.replicas("m")] == [1]
+    assert [it.weight(100.0) for it in board.replicas_of("m")] == [1]
     board.add("m", {"e": ("h", 5)})
     board.add("cold", {"f": ("h", 6)})
-    assert [board.replicas(m)[-1].weight(100.0) for m in ("m", "cold")] == [LEAST, 1]
+    assert [board.replicas_of(m)[-1].weight(100.0) for m in ("m", "cold")] == [LEAST, 1]
 
 
 def test_one_that_stays_keeps_its_standing() -> None:
@@ -175,7 +175,7 @@ def test_requests_that_fail_everywhere_make_no_outlier() -> None:
             replicas.ended(n, status=500)
     assert sum(weight < 1 for weight in replicas.weights()) <= 2
     replicas = Replicas(3)
-    for standings in replicas.board.replicas("m"):
+    for standings in replicas.board.replicas_of("m"):
         standings.standing.faults = FAULTS  # such as after minutes of it
     replicas.ended(0, status=500)
     assert replicas.weights() == [1, 1, 1]
