@@ -78,8 +78,8 @@ class RunningReplica(BaseModel):
     """Null while it has told none for some seconds."""
 
     weight: float
-    """What it is asked to do beside the others, up to 1: less while it is new, or answers with
-    errors or later than they do."""
+    """What it is asked to do beside the others, from 0 to 1: less while it is new, or answers later
+    than they do; nothing for a while after errors, if another one can."""
 
 
 class Memory(BaseModel):

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 LEAST = 0.1
-"""The smallest weight: who got nothing could not show that it is well again (Envoy's
-``min_weight_percent``)."""
+"""What a new replica begins with (Envoy's ``min_weight_percent``), and the least of a slow one: who
+got nothing could not show that it is well again."""
+
+OUT = 0.001
+"""The weight of one with faults: none to speak of, while another one has room. It has the fewest
+requests, since its errors come at once, so with a tenth it would still get the most."""
 
 SLOW_START_S = 10.0
 """Seconds in which a weight grows to 1."""
@@ -32,25 +36,26 @@ FAULTS = 5
 ``consecutive_5xx``)."""
 
 OUT_S = 30.0
-"""Seconds with the smallest weight after the first faults; the second time twice as long, and so on
+"""Seconds with that weight after the first faults; the second time twice as long, and so on
 (Envoy's ``base_ejection_time``)."""
 
 MOST_OUT_S = 300.0
 """The most of it (Envoy's ``max_ejection_time``). After as long without faults they are forgotten.
 """
 
-SLOWER = 3.0
+SLOWER = 4.0
 """An outlier in TTFT has so many times the median of its siblings. Its weight is then the inverse
-of that ratio, so that a replica that is four times as slow gets a fourth."""
+of that ratio, so that a replica that is five times as slow gets a fifth. With 3 and fewer streams,
+equal replicas under much load were taken for slow (docs/decisions.md)."""
 
 BASE_TOKENS = 512
 """A TTFT is the time for so many tokens more than the prompt has: the step that runs already, and
 what a request costs whatever its length (about 20 ms, at 25,000 tokens/s)."""
 
-ENOUGH = 20
+ENOUGH = 50
 """Streams of a replica before it is compared."""
 
-_FADE = 0.05
+_FADE = 0.02
 """What each TTFT takes from the weight of those before it."""
 
 OUT_OF_DATE_S = 60.0
@@ -65,7 +70,7 @@ class Standing:
     """What speaks for and against one replica."""
 
     since: float = float("-inf")
-    """By ``time.monotonic``: when its weight begins to grow. Until then it is the smallest."""
+    """By ``time.monotonic``: when its weight begins to grow. Until then it is :data:`OUT`."""
 
     faults: int = 0
     """In a row."""
@@ -89,7 +94,9 @@ class Standing:
     judged: float = float("-inf")
 
     def weight(self, now: float) -> float:
-        """From :data:`LEAST` to 1."""
+        """Above 0 and at most 1."""
+        if now < self.since:
+            return OUT
         grown = (now - self.since) / SLOW_START_S
         if now - self.told < OUT_OF_DATE_S:
             grown = min(grown, 1 / self.slowness)
@@ -156,8 +163,8 @@ class Outliers:
         standing.out += 1
         standing.since = now + min(MOST_OUT_S, OUT_S * standing.out)
         logger.warning(
-            f"model '{model}', replica {replica.id}: {standing.faults} errors in a row; it gets "
-            f"less for {standing.since - now:.0f} s"
+            f"model '{model}', replica {replica.id}: {standing.faults} errors in a row; others get "
+            f"its requests for {standing.since - now:.0f} s"
         )
         standing.faults = 0
 

@@ -27,7 +27,7 @@ BACK_S = 240.0
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """``big`` and ``small`` run, ``cold`` is scaled to zero; ``small`` answers for both."""
-    args = servers.demo_args("smollm2-135m")
+    args = servers.demo_args("smollm2-135m") | {"served_as": []}
     scaling = {"min_replicas": 0, "max_replicas": 1}
     config = servers.document(
         free_port(),
