@@ -77,6 +77,10 @@ class RunningReplica(BaseModel):
     load: EngineLoad | None
     """Null while it has told none for some seconds."""
 
+    weight: float
+    """What it is asked to do beside the others, from 0 to 1: less while it is new, or answers later
+    than they do; nothing for a while after errors, if another one can."""
+
 
 class Memory(BaseModel):
     """What is in the memory of each GPU of a replica, in GiB."""
@@ -119,6 +123,10 @@ class FleetModel(BaseModel):
 
     adapters: list[str]
     """Ids of the adapters that this key may use."""
+
+    fallback: list[str]
+    """Ids of the models that may answer for it, the best first: those that are there and that this
+    key may use."""
 
     asleep: bool
     """Whether all its engines sleep."""
@@ -238,6 +246,7 @@ class Fleets:
             mend=_mend(model, starting, asleep and not all(it.sleeps_for_now for it in replicas)),
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
+            fallback=self._fallback(model, caller),
             asleep=asleep,
             takes=about.get("takes", []),
             memory=_memory(model.name, about.get("memory"), gpus, seen),
@@ -247,6 +256,11 @@ class Fleets:
             starting=starting,
             replicas=running,
         )
+
+    def _fallback(self, model: Model, caller: Caller | None) -> list[str]:
+        named = model.config.fallback if model.config else []
+        there = ((id, self._directory.find(id)) for id in named)
+        return [id for id, it in there if it and (caller is None or caller.may_use(id, it))]
 
 
 OnGpus = dict[str, dict[str, float]]
@@ -295,6 +309,7 @@ def _running(replica: Replica, front_ends: int) -> RunningReplica:
         front_ends=front_ends,
         asleep=bool(load and load.asleep),
         load=_load(load) if load else None,
+        weight=round(replica.weight(time.monotonic()), 1),
     )
 
 

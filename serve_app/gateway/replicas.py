@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from serve_app.cluster import front_end_ids
 from serve_app.cluster.exchange import Load
+from serve_app.gateway.standing import Standing
 
 Address = tuple[str, int]
 """Host and port."""
@@ -107,6 +108,13 @@ class Replica:
     avoid_until: dict[str, float] = field(default_factory=dict)
     """By front end that failed: the time, by ``time.monotonic``, until which it is avoided."""
 
+    standing: Standing = field(default_factory=Standing)
+
+    def weight(self, now: float) -> float:
+        """How much it can be asked to do beside its siblings, above 0 and at most 1; ``now`` is by
+        ``time.monotonic``."""
+        return self.standing.weight(now)
+
     def report(self, load: Load) -> None:
         """Take its report. What this gateway sends and what ends is counted from here on."""
         self.load = load
@@ -192,8 +200,10 @@ class Board:
         before = self._front_ends.get(application, {})
         replicas = {it.replica.id: it.replica for it in before.values()}
         self._forget_replicas(before)
+        # The first ones are no newer than their siblings.
+        since = time.monotonic() if before.keys() & running.keys() else -math.inf
         self._front_ends[application] = {
-            id: before.get(id) or _front_end(id, address, replicas)
+            id: before.get(id) or _front_end(id, address, replicas, since)
             for id, address in running.items()
         }
         self._know_replicas(application)
@@ -233,8 +243,9 @@ class Board:
         """Add the front ends of a replica that a Serve handle named; return those not avoided."""
         known = self._front_ends.setdefault(application, {})
         replicas = {it.replica.id: it.replica for it in known.values()}
+        since = time.monotonic() if known else -math.inf
         for id, address in running.items():
-            known.setdefault(id, _front_end(id, address, replicas))
+            known.setdefault(id, _front_end(id, address, replicas, since))
         self._know_replicas(application)
         return [it for id in running if not (it := known[id]).replica.avoids(id)]
 
@@ -253,6 +264,15 @@ class Board:
         """Whether Serve still reports it, live or avoided."""
         application, _ = self._replicas.get(front_end.replica.id, ("", None))
         return self._front_ends.get(application, {}).get(front_end.id) is front_end
+
+    def find(self, application: str, front_end: str) -> FrontEnd | None:
+        """An application's front end by its id."""
+        return self._front_ends.get(application, {}).get(front_end)
+
+    def replicas_of(self, application: str) -> list[Replica]:
+        """An application's replicas, avoided ones too."""
+        known = self._front_ends.get(application, {})
+        return list({it.replica.id: it.replica for it in known.values()}.values())
 
     def over_plan(self, application: str) -> int:
         """The most bytes that one of its engines holds beyond its part of a GPU."""
@@ -285,7 +305,8 @@ class Board:
         return [it for id, it in known.items() if not it.replica.avoids(id)]
 
 
-def _front_end(id: str, address: Address, replicas: dict[str, Replica]) -> FrontEnd:
+def _front_end(id: str, address: Address, replicas: dict[str, Replica], since: float) -> FrontEnd:
     name = front_end_ids.replica_of(id)
     host, port = address
-    return FrontEnd(id, host, port, replicas.setdefault(name, Replica(name)))
+    new = Replica(name, standing=Standing(since))
+    return FrontEnd(id, host, port, replicas.setdefault(name, new))

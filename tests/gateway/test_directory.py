@@ -16,6 +16,7 @@ from serve_app.gateway import directory, replicas
 from serve_app.gateway.directory import Model, read_details
 from serve_app.gateway.policy import FewestRequests
 from serve_app.gateway.replicas import Board, FrontEnd
+from serve_app.gateway.standing import SLOW_START_S
 
 CHAT = "/v1/chat/completions"
 
@@ -376,6 +377,7 @@ def test_what_is_running_is_remembered_when_the_list_changes() -> None:
     front_end = known(one)["a"]
     front_end.began()
     one.publish("m", {"a": ("127.0.0.1", 1), "c": ("127.0.0.1", 2)})
+    known(one)["c"].replica.standing.since -= SLOW_START_S  # it is new no more
     assert chosen(one) == {"c"}
     assert known(one)["a"] is front_end
 

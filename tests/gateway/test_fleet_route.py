@@ -82,6 +82,7 @@ async def test_it_tells_what_the_gateway_knows_of_a_model() -> None:
             "mend": "",
             "ids": ["m", "org/m"],
             "adapters": ["m-sql", "m-law"],
+            "fallback": [],
             "asleep": False,
             "takes": [],
             "max_model_len": 4096,
@@ -90,8 +91,8 @@ async def test_it_tells_what_the_gateway_knows_of_a_model() -> None:
             "longest_wait_s": 0.0,
             "starting": [],
             "replicas": [
-                {"id": "r0", "front_ends": 2, "asleep": False, "load": load},
-                {"id": "r1", "front_ends": 1, "asleep": False, "load": None},
+                {"id": "r0", "front_ends": 2, "asleep": False, "load": load, "weight": 1.0},
+                {"id": "r1", "front_ends": 1, "asleep": False, "load": None, "weight": 1.0},
             ],
         }
     }
