@@ -1,0 +1,298 @@
+"""Chooses a replica for a call: one that has the beginning of its prompt, until that is saturated.
+
+docs/routing.md tells why it is so, and of each constant.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, NamedTuple
+
+from serve_app.cluster.exchange import Usage
+from serve_app.config.settings import RoutingConfig
+from serve_app.gateway.replicas import FrontEnd, Replica
+from serve_app.gateway.routing.index import Index
+from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
+from serve_app.gateway.routing.work import Mean, Work
+
+Reason = Literal["warm", "overflow", "cold", "hash", "session", "short"]
+"""Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
+it, and too much to do. ``cold``: none that can be had has it; this one has the least to do.
+``hash``: none has it, and other gateways choose the same one. ``session``: the client named its
+session. ``short``: the prompt has no whole block; the replica has the least to do."""
+
+WARM = 0.8
+"""Part of what the best replica has cached from which on another is as good."""
+
+PATIENCE = 4.0
+"""How many times the prefill that a cache saves a call may wait for it: it also saves the time of
+others. ``max_wait_for_cache_s`` bounds it."""
+
+BOUND = 1.25
+"""Times the mean number of requests that a replica may have and still get more for its cache, as in
+Mirrokni et al., "Consistent Hashing with Bounded Loads", 2016."""
+
+SLACK = 4
+"""Requests beyond the mean that it may have in any case: so few decode as fast as one."""
+
+UNKNOWN_TOKENS = 2**16
+"""Size of a KV cache that its replica has not told yet."""
+
+_BYTES_PER_TOKEN = 4.0
+_COMPLETION_TOKENS = 256.0
+"""Before the accounting has told."""
+
+_LEAST_TRUST = 0.1
+
+
+class Option(NamedTuple):
+    """A replica that a call could go to."""
+
+    replica: Replica
+    cached: float
+    """Tokens of the prompt that it is believed to have."""
+
+    requests: float
+    """What it has, of all gateways, by its weight."""
+
+    ahead: float
+    """Uncached tokens that it has to read first."""
+
+    ttft_s: float
+    """Seconds until it has read those and the prompt's own."""
+
+    work: float
+    """Tokens that it has to read and to generate, by its weight."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """A call that was given to a replica."""
+
+    prompt: Prompt
+    replica: str
+    part: float
+    """Of the prompt, the part that the index found there."""
+
+    cached: float
+    """Tokens that were believed to be cached, by what such beliefs were worth."""
+
+
+class CacheAware:
+    """One model's choice. It holds no asyncio, and takes its time from ``now``."""
+
+    def __init__(
+        self,
+        config: RoutingConfig | None = None,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        warm: float = WARM,
+        patience: float = PATIENCE,
+        bound: float = BOUND,
+        slack: float = SLACK,
+    ) -> None:
+        self.config = config or RoutingConfig()
+        self._now = now
+        self._warm, self._patience = warm, patience
+        self._bound, self._slack = bound, slack
+        self.index = Index()
+        self.work = Work()
+        self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
+        self._completion = Mean(_COMPLETION_TOKENS, 4.0)
+        self._trust: dict[str, Mean] = {}
+        """By replica: what part of the tokens that were believed to be cached were so."""
+
+        self._drops: dict[str, int] = {}
+        self._sent: dict[str, Sent] = {}
+        self.reason: Reason = "short"
+        """Why the last choice was made."""
+
+    # --- a call's way --------------------------------------------------------------------------
+
+    def choose(self, id: str, prompt: Prompt, live: Sequence[FrontEnd]) -> FrontEnd:
+        """The front end of ``live``, which is not empty, that gets a call. It counts as sent there.
+
+        Args:
+            id: the call's; each further attempt has the same.
+        """
+        now = self._now()
+        options = self._options(prompt, live, now)
+        option, self.reason = self._pick(prompt, options)
+        self._send(id, prompt, option, now)
+        return least_busy([it for it in live if it.replica is option.replica])
+
+    def first_byte(self, id: str) -> None:
+        """The first byte of the answer has come."""
+        self.work.first_byte(id, self._now())
+
+    def ended(self, id: str) -> None:
+        """The call has ended at the replica that it was sent to, well or not."""
+        self.work.ended(id)
+
+    def used(self, id: str, usage: Usage | None) -> Sent | None:
+        """What the call took in all; None where that is not known. Nothing comes after it.
+
+        Returns what was believed of it.
+        """
+        sent = self._sent.pop(id, None)
+        known = usage if usage and usage.prompt_tokens else None
+        self.work.used(id, known.prompt_tokens - known.cached_tokens if known else None)
+        if sent is None or known is None:
+            return None
+        self._bytes_per_token.add(sent.prompt.size, known.prompt_tokens)
+        self._completion.add(known.completion_tokens, 1)
+        if sent.part and (trust := self._trust.get(sent.replica)):
+            believed = sent.part * known.prompt_tokens
+            trust.add(min(known.cached_tokens, believed), believed)
+        return sent
+
+    def keep(self, replicas: set[str]) -> None:
+        """Forget all replicas but these."""
+        for id in self._trust.keys() - replicas:
+            self.index.clear(id)
+            self.work.forget(id)
+            del self._trust[id]
+            self._drops.pop(id, None)
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas it remembers something of."""
+        return len(self._trust)
+
+    # --- the choice ----------------------------------------------------------------------------
+
+    def _pick(self, prompt: Prompt, options: list[Option]) -> tuple[Option, Reason]:
+        if prompt.session is not None:
+            return self._by_hash(prompt.session.encode(), options), "session"
+        if not prompt.blocks:
+            return _least(options), "short"
+        best = max(it.cached for it in options)
+        if not best:
+            if self.index.knows(prompt.blocks[0]) or not _several_gateways(options):
+                return _least(options), "cold"
+            return self._by_hash(prompt.blocks[0], options), "hash"
+        fitting = self._fitting(options)
+        enough = self._warm * best
+        warm = [it for it in fitting if it.cached >= enough]
+        cold = [it for it in fitting if it.cached < enough]
+        if not warm:
+            return min(cold, key=_soonest), "overflow"
+        first = _least(warm)
+        if cold:
+            other = min(cold, key=_soonest)
+            saved_s = (first.cached - other.cached) / self.work.rate(first.replica.id)
+            patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
+            if first.ttft_s - other.ttft_s > patience_s:
+                return other, "overflow"
+        return first, "warm"
+
+    def _fitting(self, options: list[Option]) -> list[Option]:
+        """Those that do not have many more requests than the others. There is always one."""
+        mean = (sum(it.requests for it in options) + 1) / len(options)
+        most = max(self._bound * mean, mean + self._slack)
+        return [it for it in options if it.requests + 1 <= most] or options
+
+    def _by_hash(self, key: bytes, options: list[Option]) -> Option:
+        """The first with room, in an order that all gateways have for this key.
+
+        Rendezvous hashing (Thaler and Ravishankar, 1998): a replica that comes or goes moves only
+        the keys that are or were its own.
+        """
+        ordered = sorted(
+            options, key=lambda it: blake2b(it.replica.id.encode(), key=key[:64]).digest()
+        )
+        mean = (sum(it.requests for it in options) + 1) / len(options)
+        most = math.ceil(self._bound * mean)
+        return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
+
+    def _options(self, prompt: Prompt, live: Sequence[FrontEnd], now: float) -> list[Option]:
+        tokens = prompt.size / self._bytes_per_token.value
+        completion = self._completion.value
+        replicas = list(dict.fromkeys(it.replica for it in live))
+        for replica in replicas:
+            self._look_at(replica)
+        found = self.index.match(prompt.blocks)
+        reading = {it: self.work.uncached(it.id, now) for it in replicas}
+        inflight = sum(it.inflight for it in replicas)
+        # What other gateways have sent is as far as what this one has.
+        each = sum(reading.values()) / inflight if inflight else 0.0
+        options = []
+        for replica in replicas:
+            weight = replica.weight(now)
+            others = replica.others if replica.fresh_load else 0
+            requests = replica.inflight + others
+            part = _part(found.get(replica.id, 0), prompt)
+            cached = part * tokens * self._trust_in(replica.id)
+            ahead = reading[replica] + others * each
+            ttft_s = (ahead + tokens - cached) / (self.work.rate(replica.id) * weight)
+            work = (ahead + (requests + 1) * completion) / weight
+            options.append(Option(replica, cached, requests / weight, ahead, ttft_s, work))
+        return options
+
+    def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
+        replica = option.replica
+        found = self.index.match(prompt.blocks).get(replica.id, 0)
+        self._sent[id] = Sent(prompt, replica.id, _part(found, prompt), option.cached)
+        tokens = prompt.size / self._bytes_per_token.value
+        self.work.began(
+            id,
+            replica.id,
+            tokens - option.cached,
+            option.ahead,
+            now,
+            streams=prompt.streams,
+        )
+        if prompt.blocks:
+            self.index.add(replica.id, prompt.blocks, self._capacity(replica))
+
+    def _capacity(self, replica: Replica) -> int:
+        """Blocks that its KV cache holds, as far as what was found there agrees."""
+        told = replica.load.prefix_cache_tokens if replica.load else None
+        tokens = UNKNOWN_TOKENS if told is None else told
+        size = tokens * self._bytes_per_token.value / BLOCK
+        return int(size * self._trust_in(replica.id))
+
+    def _trust_in(self, replica: str) -> float:
+        return max(_LEAST_TRUST, self._trust[replica].value)
+
+    def _look_at(self, replica: Replica) -> None:
+        """Forget what it had, if it has dropped its cache."""
+        if replica.id not in self._trust:
+            self._trust[replica.id] = Mean(1.0, 4000.0)
+        drops = replica.load.cache_drops if replica.load else 0
+        if self._drops.get(replica.id, drops) != drops:
+            self.index.clear(replica.id)
+        self._drops[replica.id] = drops
+
+
+def least_busy(front_ends: Sequence[FrontEnd]) -> FrontEnd:
+    """The front end of one replica that has the fewest requests."""
+    fewest = min(it.inflight for it in front_ends)
+    return random.choice([it for it in front_ends if it.inflight == fewest])
+
+
+def _least(options: list[Option]) -> Option:
+    """The one with the least to do. Ties are broken at random, so that gateways differ."""
+    return min(options, key=lambda it: (it.work, random.random()))
+
+
+def _soonest(option: Option) -> tuple[float, float, float]:
+    return option.ttft_s, option.work, random.random()
+
+
+def _part(blocks: int, prompt: Prompt) -> float:
+    """The part of a prompt that its first blocks are."""
+    if not blocks:
+        return 0.0
+    if blocks == len(prompt.blocks) == MOST // BLOCK:
+        return 1.0
+    return min(1.0, blocks * BLOCK / prompt.size)
+
+
+def _several_gateways(options: list[Option]) -> bool:
+    return any(it.replica.load and it.replica.load.gateways > 1 for it in options)
