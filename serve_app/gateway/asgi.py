@@ -31,10 +31,11 @@ from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import EXPOSED, Limits
 from serve_app.gateway.metrics import Metrics
-from serve_app.gateway.policy import FewestRequests, Policy
+from serve_app.gateway.policy import Policy
 from serve_app.gateway.queue import Queue
 from serve_app.gateway.relay import Answer, Relay, Request, Send
 from serve_app.gateway.replicas import Board
+from serve_app.gateway.routing.router import Router
 from serve_app.gateway.stages import Call, Stage
 from serve_app.gateway.stored_responses import StoredResponses
 from serve_app.gateway.upstream import Headers
@@ -76,7 +77,8 @@ def build(
     run inside these and the metrics stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
-    stored = StoredResponses(board, policy or FewestRequests())
+    router = Router(board, config.routing)
+    stored = StoredResponses(board, policy or router)
     queue = Queue(
         board, ColdStart(directory, board), stored, config.queue, config.cold_start_timeout_s
     )
@@ -85,9 +87,10 @@ def build(
     metrics = exposition.metrics
     metrics.watch(lambda: [it.name for it in directory.models()], queue.waiting, board.over_plan)
     limits.hit = metrics.limit_hit
+    router.chose, router.predicted = metrics.routed, metrics.cached_as_predicted
     if record:
         record.lost = metrics.unrecorded
-    for listener in (limits, queue, metrics):
+    for listener in (limits, queue, router, metrics):
         ledger.listen(listener)
     if access_log:
         ledger.listen(access_log)

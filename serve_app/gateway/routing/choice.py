@@ -8,9 +8,11 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from serve_app.cluster.exchange import Usage
@@ -48,6 +50,10 @@ _COMPLETION_TOKENS = 256.0
 """Before the accounting has told."""
 
 _LEAST_TRUST = 0.1
+"""So that a replica's part of the index is never empty, and can grow again."""
+
+_ENDS = 64
+"""Calls whose ends tell how soon a replica without room has a place."""
 
 
 class Option(NamedTuple):
@@ -108,6 +114,9 @@ class CacheAware:
         """By replica: what part of the tokens that were believed to be cached were so."""
 
         self._drops: dict[str, int] = {}
+        self._ends: dict[str, deque[float]] = {}
+        """By replica: when its latest calls ended."""
+
         self._sent: dict[str, Sent] = {}
         self.reason: Reason = "short"
         """Why the last choice was made."""
@@ -121,10 +130,36 @@ class CacheAware:
             id: the call's; each further attempt has the same.
         """
         now = self._now()
-        options = self._options(prompt, live, now)
+        replicas = dict.fromkeys(it.replica for it in live)
+        options = self._options(prompt, replicas, now)
         option, self.reason = self._pick(prompt, options)
         self._send(id, prompt, option, now)
         return least_busy([it for it in live if it.replica is option.replica])
+
+    def waits_for(
+        self, prompt: Prompt, live: Sequence[FrontEnd], full: Mapping[Replica, int]
+    ) -> tuple[Replica, float] | None:
+        """A replica without room that is worth waiting for, and for how many seconds at most.
+
+        A place there is one more thing that the call would wait for, beside the prompts that are
+        read before its own.
+
+        Args:
+            full: by replica without room: how many calls must end there before this one has a
+                place; 0 where the places that are free now will be used by others.
+        """
+        if not prompt.blocks and prompt.session is None:
+            return None
+        now = self._now()
+        waits = {
+            it: calls * self._seconds_for_a_place(it, now) if calls else 0.0
+            for it, calls in full.items()
+        }
+        replicas = dict.fromkeys(it.replica for it in live)
+        option, reason = self._pick(prompt, self._options(prompt, replicas | waits, now, waits))
+        if option.replica in full and reason in ("warm", "session"):
+            return option.replica, self.config.max_wait_for_cache_s
+        return None
 
     def first_byte(self, id: str) -> None:
         """The first byte of the answer has come."""
@@ -133,6 +168,8 @@ class CacheAware:
     def ended(self, id: str) -> None:
         """The call has ended at the replica that it was sent to, well or not."""
         self.work.ended(id)
+        if sent := self._sent.get(id):
+            self._ends.setdefault(sent.replica, deque(maxlen=_ENDS)).append(self._now())
 
     def used(self, id: str, usage: Usage | None) -> Sent | None:
         """What the call took in all; None where that is not known. Nothing comes after it.
@@ -158,6 +195,7 @@ class CacheAware:
             self.work.forget(id)
             del self._trust[id]
             self._drops.pop(id, None)
+            self._ends.pop(id, None)
 
     @property
     def replicas(self) -> int:
@@ -210,10 +248,17 @@ class CacheAware:
         most = math.ceil(self._bound * mean)
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
 
-    def _options(self, prompt: Prompt, live: Sequence[FrontEnd], now: float) -> list[Option]:
+    def _options(
+        self,
+        prompt: Prompt,
+        replicas: Iterable[Replica],
+        now: float,
+        waits: Mapping[Replica, float] = MappingProxyType({}),
+    ) -> list[Option]:
+        """``waits``: by replica, seconds until it has a place."""
         tokens = prompt.size / self._bytes_per_token.value
         completion = self._completion.value
-        replicas = list(dict.fromkeys(it.replica for it in live))
+        replicas = list(replicas)
         for replica in replicas:
             self._look_at(replica)
         found = self.index.match(prompt.blocks)
@@ -230,6 +275,7 @@ class CacheAware:
             cached = part * tokens * self._trust_in(replica.id)
             ahead = reading[replica] + others * each
             ttft_s = (ahead + tokens - cached) / (self.work.rate(replica.id) * weight)
+            ttft_s += waits.get(replica, 0.0)
             work = (ahead + (requests + 1) * completion) / weight
             options.append(Option(replica, cached, requests / weight, ahead, ttft_s, work))
         return options
@@ -256,6 +302,10 @@ class CacheAware:
         tokens = UNKNOWN_TOKENS if told is None else told
         size = tokens * self._bytes_per_token.value / BLOCK
         return int(size * self._trust_in(replica.id))
+
+    def _seconds_for_a_place(self, replica: Replica, now: float) -> float:
+        ends = self._ends.get(replica.id, deque())
+        return (now - ends[0]) / len(ends) if len(ends) > 1 else math.inf
 
     def _trust_in(self, replica: str) -> float:
         return max(_LEAST_TRUST, self._trust[replica].value)
