@@ -12,7 +12,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.config.settings import QueueConfig
@@ -22,7 +22,7 @@ from serve_app.gateway.errors import GatewayError, invalid, unavailable
 from serve_app.gateway.fair_order import ANYBODY, FairOrder, Rank, Share, cost, rank
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.policy import Policy
-from serve_app.gateway.replicas import Board, FrontEnd, Replica, Waiting
+from serve_app.gateway.replicas import Board, FrontEnd, Replica, Room, Waiting
 from serve_app.gateway.routing.held import MOST, Held
 from serve_app.gateway.stages import Call
 
@@ -287,29 +287,27 @@ class Queue:
             self._grant(line, line.again.popleft(), roomy)
             return True
         spare = [it for it in roomy if (room := rooms[it.replica]) is None or room.left > room.kept]
+        with_room, with_spare = ({it.replica for it in some} for some in (roomy, spare))
+        may_have_last = None if len(spare) == len(roomy) else _may_have_last(order, rooms)
 
-        if spare:
-            able, may = spare, None
-        else:
-            # The last room is for callers that ask for little: they then need not wait. Where
-            # there is none, it is for all.
-            most = sum(room.most for room in rooms.values() if room)
-            light = order.highest_light(most)
-            able = roomy
-            may = lambda it: it.caller.priority > light or order.is_light(it, most)  # noqa: E731
-        share = order.first(may)
-        held = line.held.next({it.replica for it in able})
-        if held and may and not may(held[0].share):
-            held = None
+        def able(share: Share[_Place] | None) -> list[FrontEnd]:
+            """The front ends that a caller's next call can go to."""
+            return roomy if may_have_last is None or (share and may_have_last(share)) else spare
+
+        def fits(place: _Place, replica: Replica) -> bool:
+            return replica in with_spare or (replica in with_room and able(place.share) is roomy)
+
+        share = order.first(None if spare else may_have_last)
+        held = line.held.next(fits)
         if held and (share is None or held[2] < rank(share)):
             place, replica, _ = held
             line.held.remove(place)
-            self._grant(line, place, [it for it in able if it.replica is replica])
+            self._grant(line, place, [it for it in roomy if it.replica is replica])
             return True
         if share is not None:
-            its_rank, place = rank(share), order.take(share)
-            if not self._hold(line, place, its_rank, able, replicas):
-                self._grant(line, place, able)
+            among, its_rank, place = able(share), rank(share), order.take(share)
+            if not self._hold(line, place, its_rank, among, replicas):
+                self._grant(line, place, among)
             return True
         if spare and (in_vain := line.held.in_vain(replicas, time.monotonic())):
             line.held.remove(in_vain)
@@ -398,6 +396,16 @@ class Queue:
                 self._leave(line, place)
                 if not place.granted.done():
                     place.granted.set_exception(error)
+
+
+def _may_have_last(
+    order: FairOrder[_Place], rooms: Mapping[Replica, Room | None]
+) -> Callable[[Share[_Place]], bool]:
+    """Who may have the last room of a replica: callers that ask for little, who then need not wait,
+    and those above them. Where there is none such, it is for all."""
+    most = sum(room.most for room in rooms.values() if room)
+    light = order.highest_light(most)
+    return lambda it: it.caller.priority > light or order.is_light(it, most)
 
 
 def _deadline_s(call: Call) -> float | None:

@@ -8,7 +8,7 @@ lets others pass that the free place suits, until its own replica has one.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -62,9 +62,9 @@ class Held(Generic[Item]):
         if not line:
             del self._lines[hold.replica]
 
-    def next(self, having_room: Container[Replica]) -> tuple[Item, Replica, Any] | None:
-        """The next call, its replica and its rank, of those whose replica has room."""
-        heads = (line[0] for replica, line in self._lines.items() if replica in having_room)
+    def next(self, fits: Callable[[Item, Replica], bool]) -> tuple[Item, Replica, Any] | None:
+        """The next call, its replica and its rank, of those whose replica has room for them."""
+        heads = (line[0] for line in self._lines.values() if fits(line[0].item, line[0].replica))
         first = min(heads, key=lambda it: it.rank, default=None)
         return (first.item, first.replica, first.rank) if first else None
 
