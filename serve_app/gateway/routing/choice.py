@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from serve_app.config.settings import RoutingConfig
 from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.routing.index import Index
 from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
-from serve_app.gateway.routing.work import Mean, Work
+from serve_app.gateway.routing.work import PRIOR_TOKENS_PER_S, Backlog, Mean
 
 Reason = Literal["warm", "overflow", "cold", "hash", "session", "short"]
 """Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
@@ -69,6 +69,9 @@ class Option(NamedTuple):
     ahead: float
     """Uncached tokens that it has to read first."""
 
+    rate: float
+    """Tokens of prompts that it reads in a second."""
+
     ttft_s: float
     """Seconds until it has read those and the prompt's own."""
 
@@ -89,6 +92,25 @@ class Sent:
     """Tokens that were believed to be cached, by what such beliefs were worth."""
 
 
+class _Seen:
+    """What is known of one replica."""
+
+    def __init__(self, drops: int, rate: Mean) -> None:
+        self.drops = drops
+        """How often it had dropped its cache, when the index was last cleared of it."""
+
+        self.backlog = Backlog(rate)
+        self.trust = Mean(1.0, 4000.0)
+        """What part of the tokens that were believed to be cached were so."""
+
+        self.ends: deque[float] = deque(maxlen=_ENDS)
+        """When its latest calls ended."""
+
+    @property
+    def trusted(self) -> float:
+        return max(_LEAST_TRUST, self.trust.value)
+
+
 class CacheAware:
     """One model's choice. It holds no asyncio, and takes its time from ``now``."""
 
@@ -107,17 +129,13 @@ class CacheAware:
         self._warm, self._patience = warm, patience
         self._bound, self._slack = bound, slack
         self.index = Index()
-        self.work = Work()
+        self._rate = Mean(PRIOR_TOKENS_PER_S, 1.0)
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
         self._completion = Mean(_COMPLETION_TOKENS, 4.0)
-        self._trust: dict[str, Mean] = {}
-        """By replica: what part of the tokens that were believed to be cached were so."""
-
-        self._drops: dict[str, int] = {}
-        self._ends: dict[str, deque[float]] = {}
-        """By replica: when its latest calls ended."""
-
+        self._seen: dict[str, _Seen] = {}
         self._sent: dict[str, Sent] = {}
+        """By call that is not accounted for yet: where it was sent last."""
+
         self.reason: Reason = "short"
         """Why the last choice was made."""
 
@@ -130,10 +148,10 @@ class CacheAware:
             id: the call's; each further attempt has the same.
         """
         now = self._now()
-        replicas = dict.fromkeys(it.replica for it in live)
-        options = self._options(prompt, replicas, now)
+        found = self.index.match(prompt.blocks)
+        options = self._options(prompt, found, dict.fromkeys(it.replica for it in live), now)
         option, self.reason = self._pick(prompt, options)
-        self._send(id, prompt, option, now)
+        self._send(id, prompt, option, found, now)
         return least_busy([it for it in live if it.replica is option.replica])
 
     def waits_for(
@@ -151,56 +169,53 @@ class CacheAware:
         if not prompt.blocks and prompt.session is None:
             return None
         now = self._now()
-        waits = {
-            it: calls * self._seconds_for_a_place(it, now) if calls else 0.0
-            for it, calls in full.items()
-        }
-        replicas = dict.fromkeys(it.replica for it in live)
-        option, reason = self._pick(prompt, self._options(prompt, replicas | waits, now, waits))
+        waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
+        replicas = dict.fromkeys(it.replica for it in live) | waits
+        options = self._options(prompt, self.index.match(prompt.blocks), replicas, now, waits)
+        option, reason = self._pick(prompt, options)
         if option.replica in full and reason in ("warm", "session"):
             return option.replica, self.config.max_wait_for_cache_s
         return None
 
     def first_byte(self, id: str) -> None:
         """The first byte of the answer has come."""
-        self.work.first_byte(id, self._now())
+        if seen := self._where(id):
+            seen.backlog.first_byte(id, self._now())
 
     def ended(self, id: str) -> None:
         """The call has ended at the replica that it was sent to, well or not."""
-        self.work.ended(id)
-        if sent := self._sent.get(id):
-            self._ends.setdefault(sent.replica, deque(maxlen=_ENDS)).append(self._now())
+        if seen := self._where(id):
+            seen.backlog.read(id)
+            seen.ends.append(self._now())
 
     def used(self, id: str, usage: Usage | None) -> Sent | None:
         """What the call took in all; None where that is not known. Nothing comes after it.
 
         Returns what was believed of it.
         """
-        sent = self._sent.pop(id, None)
+        seen, sent = self._where(id), self._sent.pop(id, None)
         known = usage if usage and usage.prompt_tokens else None
-        self.work.used(id, known.prompt_tokens - known.cached_tokens if known else None)
+        if seen:
+            seen.backlog.used(id, known.prompt_tokens - known.cached_tokens if known else None)
         if sent is None or known is None:
             return None
         self._bytes_per_token.add(sent.prompt.size, known.prompt_tokens)
         self._completion.add(known.completion_tokens, 1)
-        if sent.part and (trust := self._trust.get(sent.replica)):
+        if seen and sent.part:
             believed = sent.part * known.prompt_tokens
-            trust.add(min(known.cached_tokens, believed), believed)
+            seen.trust.add(min(known.cached_tokens, believed), believed)
         return sent
 
     def keep(self, replicas: set[str]) -> None:
         """Forget all replicas but these."""
-        for id in self._trust.keys() - replicas:
+        for id in self._seen.keys() - replicas:
             self.index.clear(id)
-            self.work.forget(id)
-            del self._trust[id]
-            self._drops.pop(id, None)
-            self._ends.pop(id, None)
+            del self._seen[id]
 
     @property
     def replicas(self) -> int:
         """How many replicas it remembers something of."""
-        return len(self._trust)
+        return len(self._seen)
 
     # --- the choice ----------------------------------------------------------------------------
 
@@ -219,11 +234,11 @@ class CacheAware:
         warm = [it for it in fitting if it.cached >= enough]
         cold = [it for it in fitting if it.cached < enough]
         if not warm:
-            return min(cold, key=_soonest), "overflow"
+            return _soonest(cold), "overflow"
         first = _least(warm)
         if cold:
-            other = min(cold, key=_soonest)
-            saved_s = (first.cached - other.cached) / self.work.rate(first.replica.id)
+            other = _soonest(cold)
+            saved_s = (first.cached - other.cached) / first.rate
             patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
             if first.ttft_s - other.ttft_s > patience_s:
                 return other, "overflow"
@@ -251,73 +266,80 @@ class CacheAware:
     def _options(
         self,
         prompt: Prompt,
-        replicas: Iterable[Replica],
+        found: Mapping[str, int],
+        replicas: Collection[Replica],
         now: float,
         waits: Mapping[Replica, float] = MappingProxyType({}),
     ) -> list[Option]:
-        """``waits``: by replica, seconds until it has a place."""
+        """What is to be expected of each replica. It runs for each of them at each call.
+
+        Args:
+            found: by replica, how many of the prompt's blocks it has.
+            waits: by replica, seconds until it has a place.
+        """
         tokens = prompt.size / self._bytes_per_token.value
         completion = self._completion.value
-        replicas = list(replicas)
+        inflight = reading = 0.0
+        known = []
         for replica in replicas:
-            self._look_at(replica)
-        found = self.index.match(prompt.blocks)
-        reading = {it: self.work.uncached(it.id, now) for it in replicas}
-        inflight = sum(it.inflight for it in replicas)
+            seen = self._look_at(replica)
+            seen.backlog.expire(now)
+            inflight += replica.inflight
+            reading += seen.backlog.tokens
+            known.append((replica, seen))
         # What other gateways have sent is as far as what this one has.
-        each = sum(reading.values()) / inflight if inflight else 0.0
+        each = reading / inflight if inflight else 0.0
         options = []
-        for replica in replicas:
-            weight = replica.weight(now)
-            others = replica.others if replica.fresh_load else 0
+        for replica, seen in known:
+            others = replica.others if now < replica.load_until else 0
+            weight, rate = replica.weight(now), seen.backlog.rate
             requests = replica.inflight + others
-            part = _part(found.get(replica.id, 0), prompt)
-            cached = part * tokens * self._trust_in(replica.id)
-            ahead = reading[replica] + others * each
-            ttft_s = (ahead + tokens - cached) / (self.work.rate(replica.id) * weight)
-            ttft_s += waits.get(replica, 0.0)
+            blocks = found.get(replica.id)
+            cached = _part(blocks, prompt) * tokens * seen.trusted if blocks else 0.0
+            ahead = seen.backlog.tokens + others * each
+            ttft_s = (ahead + tokens - cached) / (rate * weight)
+            if waits:
+                ttft_s += waits.get(replica, 0.0)
             work = (ahead + (requests + 1) * completion) / weight
-            options.append(Option(replica, cached, requests / weight, ahead, ttft_s, work))
+            options.append(Option(replica, cached, requests / weight, ahead, rate, ttft_s, work))
         return options
 
-    def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
+    def _send(
+        self, id: str, prompt: Prompt, option: Option, found: Mapping[str, int], now: float
+    ) -> None:
         replica = option.replica
-        found = self.index.match(prompt.blocks).get(replica.id, 0)
-        self._sent[id] = Sent(prompt, replica.id, _part(found, prompt), option.cached)
-        tokens = prompt.size / self._bytes_per_token.value
-        self.work.began(
-            id,
-            replica.id,
-            tokens - option.cached,
-            option.ahead,
-            now,
-            streams=prompt.streams,
-        )
+        seen = self._seen[replica.id]
+        part = _part(found.get(replica.id, 0), prompt)
+        self._sent[id] = Sent(prompt, replica.id, part, option.cached)
+        uncached = prompt.size / self._bytes_per_token.value - option.cached
+        seen.backlog.began(id, uncached, option.ahead, now, streams=prompt.streams)
         if prompt.blocks:
-            self.index.add(replica.id, prompt.blocks, self._capacity(replica))
+            told = replica.load.prefix_cache_tokens if replica.load else None
+            tokens = UNKNOWN_TOKENS if told is None else told
+            holds = int(tokens * seen.trusted * self._bytes_per_token.value / BLOCK)
+            self.index.add(replica.id, prompt.blocks, holds)
 
-    def _capacity(self, replica: Replica) -> int:
-        """Blocks that its KV cache holds, as far as what was found there agrees."""
-        told = replica.load.prefix_cache_tokens if replica.load else None
-        tokens = UNKNOWN_TOKENS if told is None else told
-        size = tokens * self._bytes_per_token.value / BLOCK
-        return int(size * self._trust_in(replica.id))
+    def _seconds_for(self, calls: int, replica: Replica, now: float) -> float:
+        """How long it takes until so many calls have ended at a replica."""
+        if not calls:
+            return 0.0
+        ends = self._look_at(replica).ends
+        return calls * (now - ends[0]) / len(ends) if len(ends) > 1 else math.inf
 
-    def _seconds_for_a_place(self, replica: Replica, now: float) -> float:
-        ends = self._ends.get(replica.id, deque())
-        return (now - ends[0]) / len(ends) if len(ends) > 1 else math.inf
-
-    def _trust_in(self, replica: str) -> float:
-        return max(_LEAST_TRUST, self._trust[replica].value)
-
-    def _look_at(self, replica: Replica) -> None:
-        """Forget what it had, if it has dropped its cache."""
-        if replica.id not in self._trust:
-            self._trust[replica.id] = Mean(1.0, 4000.0)
+    def _look_at(self, replica: Replica) -> _Seen:
+        """What is known of it; nothing of its cache, if it has dropped that."""
         drops = replica.load.cache_drops if replica.load else 0
-        if self._drops.get(replica.id, drops) != drops:
+        seen = self._seen.get(replica.id)
+        if seen is None:
+            seen = self._seen[replica.id] = _Seen(drops, self._rate)
+        elif seen.drops != drops:
+            seen.drops = drops
             self.index.clear(replica.id)
-        self._drops[replica.id] = drops
+        return seen
+
+    def _where(self, id: str) -> _Seen | None:
+        sent = self._sent.get(id)
+        return self._seen.get(sent.replica) if sent else None
 
 
 def least_busy(front_ends: Sequence[FrontEnd]) -> FrontEnd:
@@ -328,11 +350,13 @@ def least_busy(front_ends: Sequence[FrontEnd]) -> FrontEnd:
 
 def _least(options: list[Option]) -> Option:
     """The one with the least to do. Ties are broken at random, so that gateways differ."""
-    return min(options, key=lambda it: (it.work, random.random()))
+    least = min(it.work for it in options)
+    return random.choice([it for it in options if it.work == least])
 
 
-def _soonest(option: Option) -> tuple[float, float, float]:
-    return option.ttft_s, option.work, random.random()
+def _soonest(options: list[Option]) -> Option:
+    """The one that would answer first."""
+    return min(options, key=lambda it: (it.ttft_s, it.work))
 
 
 def _part(blocks: int, prompt: Prompt) -> float:

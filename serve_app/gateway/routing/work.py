@@ -1,8 +1,9 @@
-"""What each replica of a model has to do, in tokens, and how fast it does it.
+"""What replicas have to do, in tokens of prompts, and how fast they do it.
 
-A token of a prompt that is not in the KV cache costs an engine a step's share; how many of these
-are ahead of a request decides its TTFT. All estimates are calibrated against themselves: the rate
-is the tokens that were believed to be ahead of a call, and its own, by the time to its first byte.
+A token of a prompt that is not in the KV cache has to be computed before the first byte of the
+answer, and so have those of the prompts before it. The estimate is calibrated against itself: a
+replica's rate is the tokens that were believed to be ahead of a call, and its own, by the time to
+its first byte.
 """
 
 from __future__ import annotations
@@ -16,82 +17,88 @@ PRIOR_TOKENS_PER_S = 8000.0
 calls that would wait longer than ``max_wait_for_cache_s``; others are compared in tokens."""
 
 _PRIOR_S = 1.0
-"""Weight of what is known of a model's replicas in the rate of one of them, in seconds of it."""
+"""Weight of what is known of all replicas in the rate of one of them, in seconds of it."""
 
 _KEPT = 0.98
-"""Part of what was measured that is kept at each further call: the last 50 decide."""
+"""Part of what was measured that is kept at each further call: about the last 50 decide."""
 
 _EXPIRES = 2.0
 """A prompt whose first byte does not tell that it was read (the answer is no stream) counts as read
 after so many times as long as was estimated."""
 
 
-class Rate:
-    """Tokens per second, of the latest measurements; long ones weigh more."""
-
-    def __init__(self, tokens: float = 0.0, seconds: float = 0.0) -> None:
-        self.tokens = tokens
-        self.seconds = seconds
-
-    def measured(self, tokens: float, seconds: float) -> None:
-        self.tokens = self.tokens * _KEPT + tokens
-        self.seconds = self.seconds * _KEPT + seconds
-
-
 class Mean:
     """A ratio of two sums, in which what is old counts less and less."""
 
+    __slots__ = ("above", "below")
+
     def __init__(self, prior: float, weight: float) -> None:
-        self._above, self._below = prior * weight, weight
+        self.above, self.below = prior * weight, weight
 
     def add(self, above: float, below: float) -> None:
-        self._above = self._above * _KEPT + above
-        self._below = self._below * _KEPT + below
+        self.above = self.above * _KEPT + above
+        self.below = self.below * _KEPT + below
 
     @property
     def value(self) -> float:
-        return self._above / self._below
+        return self.above / self.below
 
 
 @dataclass(slots=True)
-class Prefill:
-    """A prompt on its way through a replica."""
-
-    replica: str
+class _Prefill:
     tokens: float
-    """Of it, those that are not in the KV cache, as estimated."""
+    """Of the prompt, those that are not in the KV cache, as estimated."""
 
     ahead: float
     """Uncached tokens that the replica had to read before it."""
 
     began: float
     expires: float
-    """When it counts as read without a first byte."""
-
     first_byte_s: float | None = None
 
 
-class Load:
-    """One replica's prompts that are being read, of this gateway."""
+class Backlog:
+    """The prompts of this gateway that one replica has yet to read."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_all: Mean | None = None) -> None:
+        """``of_all`` is the rate of all replicas of the model, which measures as well."""
         self.tokens = 0.0
-        """Sum of those that are not in its KV cache."""
+        """Of these prompts, those that are not in the KV cache."""
 
-        self.rate = Rate()
-        self._reading: dict[str, Prefill] = {}
+        self._of_all = of_all or Mean(PRIOR_TOKENS_PER_S, 1.0)
+        self._own = Mean(0.0, 0.0)
+        self._calls: dict[str, _Prefill] = {}
+        """Those that are not accounted for yet."""
+
+        self._reading: dict[str, _Prefill] = {}
         self._expiring: list[tuple[float, str]] = []
 
-    def add(self, id: str, prefill: Prefill) -> None:
-        self._reading[id] = prefill
-        self.tokens += prefill.tokens
-        if prefill.expires < math.inf:
-            heapq.heappush(self._expiring, (prefill.expires, id))
+    @property
+    def rate(self) -> float:
+        """Tokens of prompts that the replica reads in a second."""
+        own = self._own
+        return (own.above + self._of_all.value * _PRIOR_S) / (own.below + _PRIOR_S)
+
+    def began(self, id: str, tokens: float, ahead: float, now: float, *, streams: bool) -> None:
+        """A call was sent there, with so many uncached tokens behind so many others."""
+        expires = math.inf
+        if not streams:
+            expires = now + _EXPIRES * (ahead + tokens) / self.rate
+            heapq.heappush(self._expiring, (expires, id))
+        self._calls[id] = self._reading[id] = _Prefill(tokens, ahead, now, expires)
+        self.tokens += tokens
+
+    def first_byte(self, id: str, now: float) -> None:
+        """The first byte of a call's answer has come: its prompt has been read."""
+        prefill = self._reading.get(id)
+        if prefill and prefill.expires == math.inf:
+            prefill.first_byte_s = now - prefill.began
+        self.read(id)
 
     def read(self, id: str) -> None:
-        """A prompt has been read, or will not be."""
+        """A call's prompt has been read, or will not be."""
         if prefill := self._reading.pop(id, None):
-            # Without rounding errors that pile up.
+            # From zero, so that rounding errors do not pile up.
             self.tokens = self.tokens - prefill.tokens if self._reading else 0.0
 
     def expire(self, now: float) -> None:
@@ -99,68 +106,10 @@ class Load:
         while self._expiring and self._expiring[0][0] <= now:
             self.read(heapq.heappop(self._expiring)[1])
 
-
-class Work:
-    """All replicas of one model."""
-
-    def __init__(self) -> None:
-        self._loads: dict[str, Load] = {}
-        self._rate = Rate(PRIOR_TOKENS_PER_S * _PRIOR_S, _PRIOR_S)
-        self._calls: dict[str, Prefill] = {}
-
-    def uncached(self, replica: str, now: float) -> float:
-        """This gateway's uncached prompt tokens that the replica has yet to read."""
-        if load := self._loads.get(replica):
-            load.expire(now)
-            return load.tokens
-        return 0.0
-
-    def rate(self, replica: str) -> float:
-        """Tokens of prompts that a replica reads in a second."""
-        of_all = self._rate.tokens / self._rate.seconds
-        load = self._loads.get(replica)
-        if load is None:
-            return of_all
-        rate = load.rate
-        return (rate.tokens + of_all * _PRIOR_S) / (rate.seconds + _PRIOR_S)
-
-    def began(
-        self, id: str, replica: str, tokens: float, ahead: float, now: float, *, streams: bool
-    ) -> None:
-        """A call was sent to a replica, with so many uncached tokens behind so many others."""
-        lasts = _EXPIRES * (ahead + tokens) / self.rate(replica)
-        prefill = Prefill(replica, tokens, ahead, now, math.inf if streams else now + lasts)
-        self._calls[id] = prefill
-        self._loads.setdefault(replica, Load()).add(id, prefill)
-
-    def first_byte(self, id: str, now: float) -> None:
-        """The first byte of a call's answer has come: its prompt has been read."""
-        if prefill := self._calls.get(id):
-            self._read(id, prefill)
-            if prefill.expires == math.inf:
-                prefill.first_byte_s = now - prefill.began
-
-    def ended(self, id: str) -> None:
-        """It has ended at that replica, well or not."""
-        if prefill := self._calls.get(id):
-            self._read(id, prefill)
-
-    def used(self, id: str, tokens: float | None) -> None:
-        """The engine computed so many tokens of its prompt; None where that is not known."""
+    def used(self, id: str, computed: int | None) -> None:
+        """The engine computed so many tokens of a call's prompt; None where that is not known."""
+        self.read(id)
         prefill = self._calls.pop(id, None)
-        if prefill and tokens is not None and prefill.first_byte_s:
-            self._rate.measured(prefill.ahead + tokens, prefill.first_byte_s)
-            if load := self._loads.get(prefill.replica):
-                load.rate.measured(prefill.ahead + tokens, prefill.first_byte_s)
-
-    def forget(self, replica: str) -> None:
-        """A replica is gone."""
-        self._loads.pop(replica, None)
-
-    @property
-    def replicas(self) -> set[str]:
-        return set(self._loads)
-
-    def _read(self, id: str, prefill: Prefill) -> None:
-        if load := self._loads.get(prefill.replica):
-            load.read(id)
+        if prefill and computed is not None and prefill.first_byte_s:
+            for rate in (self._own, self._of_all):
+                rate.add(prefill.ahead + computed, prefill.first_byte_s)
