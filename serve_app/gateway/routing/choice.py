@@ -60,8 +60,11 @@ class Option(NamedTuple):
     """A replica that a call could go to."""
 
     replica: Replica
+    part: float
+    """Of the prompt, the part that the index has of it."""
+
     cached: float
-    """Tokens of the prompt that it is believed to have."""
+    """Tokens of that, by what such beliefs were worth at this replica."""
 
     requests: float
     """What it has, of all gateways, by its weight."""
@@ -86,10 +89,8 @@ class Sent:
     prompt: Prompt
     replica: str
     part: float
-    """Of the prompt, the part that the index found there."""
-
     cached: float
-    """Tokens that were believed to be cached, by what such beliefs were worth."""
+    """As in :class:`Option`."""
 
 
 class _Seen:
@@ -148,10 +149,9 @@ class CacheAware:
             id: the call's; each further attempt has the same.
         """
         now = self._now()
-        found = self.index.match(prompt.blocks)
-        options = self._options(prompt, found, dict.fromkeys(it.replica for it in live), now)
+        options = self._options(prompt, dict.fromkeys(it.replica for it in live), now)
         option, self.reason = self._pick(prompt, options)
-        self._send(id, prompt, option, found, now)
+        self._send(id, prompt, option, now)
         return least_busy([it for it in live if it.replica is option.replica])
 
     def waits_for(
@@ -171,8 +171,7 @@ class CacheAware:
         now = self._now()
         waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
         replicas = dict.fromkeys(it.replica for it in live) | waits
-        options = self._options(prompt, self.index.match(prompt.blocks), replicas, now, waits)
-        option, reason = self._pick(prompt, options)
+        option, reason = self._pick(prompt, self._options(prompt, replicas, now, waits))
         if option.replica in full and reason in ("warm", "session"):
             return option.replica, self.config.max_wait_for_cache_s
         return None
@@ -266,7 +265,6 @@ class CacheAware:
     def _options(
         self,
         prompt: Prompt,
-        found: Mapping[str, int],
         replicas: Collection[Replica],
         now: float,
         waits: Mapping[Replica, float] = MappingProxyType({}),
@@ -274,7 +272,6 @@ class CacheAware:
         """What is to be expected of each replica. It runs for each of them at each call.
 
         Args:
-            found: by replica, how many of the prompt's blocks it has.
             waits: by replica, seconds until it has a place.
         """
         tokens = prompt.size / self._bytes_per_token.value
@@ -287,6 +284,7 @@ class CacheAware:
             inflight += replica.inflight
             reading += seen.backlog.tokens
             known.append((replica, seen))
+        found = self.index.match(prompt.blocks)
         # What other gateways have sent is as far as what this one has.
         each = reading / inflight if inflight else 0.0
         options = []
@@ -295,22 +293,22 @@ class CacheAware:
             weight, rate = replica.weight(now), seen.backlog.rate
             requests = replica.inflight + others
             blocks = found.get(replica.id)
-            cached = _part(blocks, prompt) * tokens * seen.trusted if blocks else 0.0
+            part = _part(blocks, prompt) if blocks else 0.0
+            cached = part * tokens * seen.trusted
             ahead = seen.backlog.tokens + others * each
             ttft_s = (ahead + tokens - cached) / (rate * weight)
             if waits:
                 ttft_s += waits.get(replica, 0.0)
             work = (ahead + (requests + 1) * completion) / weight
-            options.append(Option(replica, cached, requests / weight, ahead, rate, ttft_s, work))
+            options.append(
+                Option(replica, part, cached, requests / weight, ahead, rate, ttft_s, work)
+            )
         return options
 
-    def _send(
-        self, id: str, prompt: Prompt, option: Option, found: Mapping[str, int], now: float
-    ) -> None:
+    def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
         replica = option.replica
         seen = self._seen[replica.id]
-        part = _part(found.get(replica.id, 0), prompt)
-        self._sent[id] = Sent(prompt, replica.id, part, option.cached)
+        self._sent[id] = Sent(prompt, replica.id, option.part, option.cached)
         uncached = prompt.size / self._bytes_per_token.value - option.cached
         seen.backlog.began(id, uncached, option.ahead, now, streams=prompt.streams)
         if prompt.blocks:
@@ -361,8 +359,6 @@ def _soonest(options: list[Option]) -> Option:
 
 def _part(blocks: int, prompt: Prompt) -> float:
     """The part of a prompt that its first blocks are."""
-    if not blocks:
-        return 0.0
     if blocks == len(prompt.blocks) == MOST // BLOCK:
         return 1.0
     return min(1.0, blocks * BLOCK / prompt.size)

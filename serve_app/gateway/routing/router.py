@@ -14,6 +14,9 @@ from serve_app.gateway.routing import prefix
 from serve_app.gateway.routing.choice import CacheAware, least_busy
 from serve_app.gateway.stages import Call
 
+_MEDIA = {"images", "audio", "videos"}
+"""What a replica says it takes beside text."""
+
 
 class RoundRobin(Policy):
     """Each replica in turn; for comparison."""
@@ -73,7 +76,7 @@ class Router(Policy):
             return self._fewest.choose(live, call)
         if routed.choice.replicas > len(replicas):
             routed.choice.keep(replicas)
-        front_end = routed.choice.choose(call.id, _prompt(routed, call), live)
+        front_end = routed.choice.choose(call.id, self._prompt(routed, call), live)
         self.chose(model.name, routed.choice.reason)
         return front_end
 
@@ -82,7 +85,7 @@ class Router(Policy):
     ) -> tuple[Replica, float] | None:
         if not (routed := self._by_cache(call, self._config(call.model))):
             return None
-        return routed.choice.waits_for(_prompt(routed, call), live, full)
+        return routed.choice.waits_for(self._prompt(routed, call), live, full)
 
     def first_byte(self, call: Call) -> None:
         if routed := self._routed.get(call.model.name):
@@ -120,10 +123,13 @@ class Router(Policy):
             update={name: getattr(own, name) for name in own.model_fields_set}
         )
 
-
-def _prompt(routed: _Routed, call: Call) -> prefix.Prompt:
-    prompt = routed.prompts.get(call.id)
-    if prompt is None:
-        with_session = routed.choice.config.session_affinity
-        prompt = routed.prompts[call.id] = prefix.of(call, with_session=with_session)
-    return prompt
+    def _prompt(self, routed: _Routed, call: Call) -> prefix.Prompt:
+        prompt = routed.prompts.get(call.id)
+        if prompt is None:
+            takes = self._board.about.get(call.model.name, {}).get("takes")
+            prompt = routed.prompts[call.id] = prefix.of(
+                call,
+                session=routed.choice.config.session_affinity,
+                media=takes is None or not _MEDIA.isdisjoint(takes),
+            )
+        return prompt
