@@ -309,9 +309,10 @@ class Queue:
             if not self._hold(line, place, its_rank, among, replicas):
                 self._grant(line, place, among)
             return True
-        if spare and (in_vain := line.held.in_vain(replicas, time.monotonic())):
+        in_vain = line.held.in_vain(replicas, time.monotonic())
+        if in_vain and (anywhere := able(in_vain.share)):
             line.held.remove(in_vain)
-            self._grant(line, in_vain, spare)
+            self._grant(line, in_vain, anywhere)
             return True
         return False
 

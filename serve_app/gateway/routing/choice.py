@@ -60,8 +60,8 @@ class Option(NamedTuple):
     """A replica that a call could go to."""
 
     replica: Replica
-    part: float
-    """Of the prompt, the part that the index has of it."""
+    blocks: int
+    """Of the prompt, those that the index has of it."""
 
     cached: float
     """Tokens of that, by what such beliefs were worth at this replica."""
@@ -88,7 +88,7 @@ class Sent:
 
     prompt: Prompt
     replica: str
-    part: float
+    blocks: int
     cached: float
     """As in :class:`Option`."""
 
@@ -200,8 +200,8 @@ class CacheAware:
             return None
         self._bytes_per_token.add(sent.prompt.size, known.prompt_tokens)
         self._completion.add(known.completion_tokens, 1)
-        if seen and sent.part:
-            believed = sent.part * known.prompt_tokens
+        if seen and sent.blocks:
+            believed = _part(sent.blocks, sent.prompt) * known.prompt_tokens
             seen.trust.add(min(known.cached_tokens, believed), believed)
         return sent
 
@@ -233,15 +233,26 @@ class CacheAware:
         warm = [it for it in fitting if it.cached >= enough]
         cold = [it for it in fitting if it.cached < enough]
         if not warm:
-            return _soonest(cold), "overflow"
+            return self._next_home(prompt, cold, max(options, key=lambda it: it.cached)), "overflow"
         first = _least(warm)
-        if cold:
-            other = _soonest(cold)
-            saved_s = (first.cached - other.cached) / first.rate
-            patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
-            if first.ttft_s - other.ttft_s > patience_s:
-                return other, "overflow"
+        sooner = [it for it in cold if self._is_worth(it, first)]
+        if sooner:
+            return self._next_home(prompt, sooner, first), "overflow"
         return first, "warm"
+
+    def _is_worth(self, cold: Option, warm: Option) -> bool:
+        """Whether a call would be answered so much sooner there that its prompt may be computed
+        again."""
+        saved_s = (warm.cached - cold.cached) / warm.rate
+        patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
+        return warm.ttft_s - cold.ttft_s > patience_s
+
+    def _next_home(self, prompt: Prompt, cold: list[Option], warm: Option) -> Option:
+        """Where calls go that share a beginning and overflow: all to the same one.
+
+        Else each makes a copy at another replica, and the copies push each other out.
+        """
+        return _in_order(prompt.blocks[warm.blocks - 1], cold)[0]
 
     def _fitting(self, options: list[Option]) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
@@ -250,14 +261,8 @@ class CacheAware:
         return [it for it in options if it.requests + 1 <= most] or options
 
     def _by_hash(self, key: bytes, options: list[Option]) -> Option:
-        """The first with room, in an order that all gateways have for this key.
-
-        Rendezvous hashing (Thaler and Ravishankar, 1998): a replica that comes or goes moves only
-        the keys that are or were its own.
-        """
-        ordered = sorted(
-            options, key=lambda it: blake2b(it.replica.id.encode(), key=key[:64]).digest()
-        )
+        """The first with room, in an order that all gateways have for this key."""
+        ordered = _in_order(key, options)
         mean = (sum(it.requests for it in options) + 1) / len(options)
         most = math.ceil(self._bound * mean)
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
@@ -292,25 +297,28 @@ class CacheAware:
             others = replica.others if now < replica.load_until else 0
             weight, rate = replica.weight(now), seen.backlog.rate
             requests = replica.inflight + others
-            blocks = found.get(replica.id)
-            part = _part(blocks, prompt) if blocks else 0.0
-            cached = part * tokens * seen.trusted
+            blocks = found.get(replica.id, 0)
+            cached = _part(blocks, prompt) * tokens * seen.trusted if blocks else 0.0
             ahead = seen.backlog.tokens + others * each
             ttft_s = (ahead + tokens - cached) / (rate * weight)
             if waits:
                 ttft_s += waits.get(replica, 0.0)
             work = (ahead + (requests + 1) * completion) / weight
             options.append(
-                Option(replica, part, cached, requests / weight, ahead, rate, ttft_s, work)
+                Option(replica, blocks, cached, requests / weight, ahead, rate, ttft_s, work)
             )
         return options
 
     def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
         replica = option.replica
         seen = self._seen[replica.id]
-        self._sent[id] = Sent(prompt, replica.id, option.part, option.cached)
+        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached)
         uncached = prompt.size / self._bytes_per_token.value - option.cached
-        seen.backlog.began(id, uncached, option.ahead, now, streams=prompt.streams)
+        # What waits in an engine waits for a place or KV blocks: that tells nothing of its rate.
+        waits = replica.load is not None and now < replica.load_until and replica.load.waiting > 0
+        seen.backlog.began(
+            id, uncached, option.ahead, now, streams=prompt.streams, measures=not waits
+        )
         if prompt.blocks:
             told = replica.load.prefix_cache_tokens if replica.load else None
             tokens = UNKNOWN_TOKENS if told is None else told
@@ -355,6 +363,15 @@ def _least(options: list[Option]) -> Option:
 def _soonest(options: list[Option]) -> Option:
     """The one that would answer first."""
     return min(options, key=lambda it: (it.ttft_s, it.work))
+
+
+def _in_order(key: bytes, options: list[Option]) -> list[Option]:
+    """In an order that all gateways have for this key.
+
+    Rendezvous hashing (Thaler and Ravishankar, 1998): a replica that comes or goes moves only the
+    keys that are or were its own.
+    """
+    return sorted(options, key=lambda it: blake2b(it.replica.id.encode(), key=key[:64]).digest())
 
 
 def _part(blocks: int, prompt: Prompt) -> float:

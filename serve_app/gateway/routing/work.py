@@ -54,6 +54,7 @@ class _Prefill:
 
     began: float
     expires: float
+    measures: bool
     first_byte_s: float | None = None
 
 
@@ -79,19 +80,33 @@ class Backlog:
         own = self._own
         return (own.above + self._of_all.value * _PRIOR_S) / (own.below + _PRIOR_S)
 
-    def began(self, id: str, tokens: float, ahead: float, now: float, *, streams: bool) -> None:
-        """A call was sent there, with so many uncached tokens behind so many others."""
+    def began(
+        self,
+        id: str,
+        tokens: float,
+        ahead: float,
+        now: float,
+        *,
+        streams: bool,
+        measures: bool = True,
+    ) -> None:
+        """A call was sent there, with so many uncached tokens behind so many others.
+
+        Args:
+            streams: whether its first byte will tell when its prompt has been read.
+            measures: whether this will tell the replica's rate.
+        """
         expires = math.inf
         if not streams:
             expires = now + _EXPIRES * (ahead + tokens) / self.rate
             heapq.heappush(self._expiring, (expires, id))
-        self._calls[id] = self._reading[id] = _Prefill(tokens, ahead, now, expires)
+        self._calls[id] = self._reading[id] = _Prefill(tokens, ahead, now, expires, measures)
         self.tokens += tokens
 
     def first_byte(self, id: str, now: float) -> None:
         """The first byte of a call's answer has come: its prompt has been read."""
         prefill = self._reading.get(id)
-        if prefill and prefill.expires == math.inf:
+        if prefill and prefill.measures and prefill.expires == math.inf:
             prefill.first_byte_s = now - prefill.began
         self.read(id)
 
