@@ -101,6 +101,13 @@ class Load:
     over_plan: int = 0
     """Bytes of its GPU that it holds beyond its part (``resources.gpu_share``)."""
 
+    prefix_cache_tokens: int | None = None
+    """Tokens that its KV cache keeps of past prompts at most: 0 with prefix caching off, None where
+    a replica of an earlier version does not tell."""
+
+    cache_drops: int = 0
+    """How often it has forgotten them all: it slept, was told to, or an adapter changed."""
+
 
 @dataclass(frozen=True)
 class Question:

@@ -166,6 +166,22 @@ class Autoscaling(Settings):
         return self
 
 
+class RoutingConfig(Settings):
+    """Which replica gets a request, of a model that has several."""
+
+    policy: Literal["cache_aware", "least_loaded", "round_robin"] = "cache_aware"
+    """``cache_aware``: the replica that has the beginning of the prompt in its KV cache, until it
+    is saturated. ``least_loaded``: the one with the fewest requests. ``round_robin``: each in turn,
+    to compare with."""
+
+    max_wait_for_cache_s: float = Field(default=2.0, ge=0)
+    """Seconds of TTFT, at most, that a request gives for a replica that has its prompt cached."""
+
+    session_affinity: bool = False
+    """Whether requests with the same ``X-Session-Id`` header, or the same ``prompt_cache_key`` in
+    the body, go to the same replica while it has room, whatever is cached elsewhere."""
+
+
 class Adapter(Settings):
     """A LoRA adapter, served under a model id of its own."""
 
@@ -203,6 +219,10 @@ class ModelConfig(_Args):
 
     resources: Resources = Resources()
     """What one replica needs of its node."""
+
+    routing: RoutingConfig | None = None
+    """Which of its replicas gets a request; what is not set here is as in the gateway's
+    ``routing``."""
 
     frontends: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_FRONTENDS)] = "auto"
     """Processes of each replica that take requests, render them and stream answers: one Python
@@ -575,6 +595,9 @@ class GatewayConfig(_Args):
 
     cold_start_timeout_s: float = Field(default=600.0, ge=0)
     """Seconds that a request waits for a model that is starting; then 503."""
+
+    routing: RoutingConfig = RoutingConfig()
+    """Which replica gets a request; a model's own ``routing`` wins."""
 
     queue: QueueConfig = QueueConfig()
     """Where requests wait for a replica."""

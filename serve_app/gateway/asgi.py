@@ -32,10 +32,11 @@ from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.limits import EXPOSED, Limits
 from serve_app.gateway.metrics import Metrics
-from serve_app.gateway.policy import FewestRequests, Policy
+from serve_app.gateway.policy import Policy
 from serve_app.gateway.queue import Queue
 from serve_app.gateway.relay import Answer, Relay, Request, Send
 from serve_app.gateway.replicas import Board
+from serve_app.gateway.routing.router import Router
 from serve_app.gateway.stages import Call, Stage
 from serve_app.gateway.standing import Outliers
 from serve_app.gateway.stored_responses import StoredResponses
@@ -78,7 +79,8 @@ def build(
     run inside these and the metrics stage, so that their time and refusals are counted too.
     """
     ledger, limits = ledger or Ledger(), limits or Limits()
-    stored = StoredResponses(board, policy or FewestRequests())
+    router = Router(board, config.routing)
+    stored = StoredResponses(board, policy or router)
     fallbacks = Fallbacks(directory)
     queue = Queue(
         board,
@@ -93,9 +95,10 @@ def build(
     metrics = exposition.metrics
     metrics.watch(lambda: [it.name for it in directory.models()], queue.waiting, board.over_plan)
     limits.hit = metrics.limit_hit
+    router.chose, router.predicted = metrics.routed, metrics.cached_as_predicted
     if record:
         record.lost = metrics.unrecorded
-    for listener in (limits, queue, metrics, Outliers(board)):
+    for listener in (limits, queue, router, metrics, Outliers(board)):
         ledger.listen(listener)
     if access_log:
         ledger.listen(access_log)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 
 from serve_app.gateway.errors import Unavailable, unavailable
 from serve_app.gateway.queue import Queue
@@ -43,6 +44,7 @@ class Dispatcher:
             finally:
                 outcome.queued_s += time.perf_counter() - waits
             outcome.front_end = front_end.id
+            answer.first_byte = partial(self._queue.first_byte, call)
             try:
                 return await self._relay.send(front_end, request, answer)
             except Asleep:

@@ -107,7 +107,7 @@ class FairOrder(Generic[Item]):
     def first(self, may: Callable[[Share[Item]], bool] | None = None) -> Share[Item] | None:
         """Whose turn it is, of those that ``may`` have it; None where nobody waits or may."""
         able = filter(may, self._waiting.values()) if may else self._waiting.values()
-        return min(able, key=_rank, default=None)
+        return min(able, key=rank, default=None)
 
     def take(self, share: Share[Item]) -> Item:
         """Take the caller's first call out: it has its turn."""
@@ -150,7 +150,10 @@ class FairOrder(Generic[Item]):
             self._waiting.pop(share.caller.name, None)
 
 
-def _rank(share: Share[Any]) -> tuple[int, float, int]:
+Rank = tuple[int, float, int]
+
+
+def rank(share: Share[Any]) -> Rank:
     """Where a caller's next call stands; the least is the first."""
     return -share.caller.priority, share.served, share.waiting[0][0]
 

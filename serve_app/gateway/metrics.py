@@ -109,6 +109,21 @@ class Metrics:
             "Requests that usage_db or usage_dir will never have: a disk was full, or 4 GiB of "
             "requests waited for the database already.",
         )
+        self._routed = Counter(
+            registry,
+            "serve_app_gateway_routing_choices_total",
+            "Choices among several replicas, by why one was chosen (docs/routing.md): warm, "
+            "overflow, cold, hash, session, short; least_loaded or round_robin where that decides.",
+            ("model", "reason"),
+        )
+        self._routed_tokens = Counter(
+            registry,
+            "serve_app_gateway_routing_tokens_total",
+            "Of the requests that were routed by what is cached: tokens of their prompts (prompt), "
+            "those that were predicted to be in the KV cache (predicted), and those that were "
+            "(cached).",
+            ("model", "kind"),
+        )
         self._inflight = Gauge(
             registry,
             "serve_app_gateway_inflight_requests",
@@ -177,6 +192,16 @@ class Metrics:
     def limit_hit(self, call: Call, limit: str) -> None:
         """Count a request that a limit of its key refuses."""
         self._limits_hit.inc(call.model.name, call.caller.name if call.caller else "", limit)
+
+    def routed(self, model: str, reason: str) -> None:
+        """Count a choice among several replicas."""
+        self._routed.inc(model, reason)
+
+    def cached_as_predicted(self, model: str, predicted: float, cached: int, prompt: int) -> None:
+        """Count a request's tokens that were believed to be in the KV cache, and that were."""
+        self._routed_tokens.inc(model, "prompt", by=prompt)
+        self._routed_tokens.inc(model, "predicted", by=predicted)
+        self._routed_tokens.inc(model, "cached", by=cached)
 
     def unrecorded(self) -> None:
         """Count a request that could not be written down."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from serve_app.gateway.replicas import FrontEnd
+from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.stages import Call
 
 
@@ -21,8 +21,28 @@ class Policy(Protocol):
         """
         ...
 
+    def waits_for(
+        self, live: Sequence[FrontEnd], call: Call, full: Mapping[Replica, int]
+    ) -> tuple[Replica, float] | None:
+        """A replica that has no room now and is worth waiting for, and for how many seconds at
+        most; None where the call shall go to one of ``live`` now.
 
-class FewestRequests:
+        Args:
+            full: by replica without room: how many calls must end there before this one has a
+                place; 0 where the places that are free now will be used by others.
+        """
+        return None
+
+    def first_byte(self, call: Call) -> None:
+        """The answer has begun."""
+        return
+
+    def left(self, call: Call) -> None:
+        """The attempt has ended, well or not."""
+        return
+
+
+class FewestRequests(Policy):
     """The replica with the fewest requests from this gateway for its weight, and of it the front
     end with the fewest.
 

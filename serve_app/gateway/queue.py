@@ -12,17 +12,18 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.config.settings import QueueConfig
 from serve_app.gateway import routes
 from serve_app.gateway.cold_start import LOOK_S, ColdStart
 from serve_app.gateway.errors import Unavailable, invalid, unavailable
-from serve_app.gateway.fair_order import ANYBODY, FairOrder, Share, cost
+from serve_app.gateway.fair_order import ANYBODY, FairOrder, Rank, Share, cost, rank
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.policy import Policy
-from serve_app.gateway.replicas import Board, FrontEnd, Replica, Waiting
+from serve_app.gateway.replicas import Board, FrontEnd, Replica, Room, Waiting
+from serve_app.gateway.routing.held import MOST, Held
 from serve_app.gateway.stages import Call
 
 DEADLINE = b"x-request-timeout-ms"
@@ -59,6 +60,9 @@ class _Line:
     passing: deque[_Place] = field(default_factory=deque)
     """Calls that need a replica, but no room in its engine."""
 
+    held: Held[_Place] = field(default_factory=Held)
+    """Calls that have had their turn, and wait for the replica that has their prompt cached."""
+
     again: deque[_Place] = field(default_factory=deque)
     """Calls that have had their turn, and whose replica failed."""
 
@@ -87,6 +91,9 @@ class _Line:
         if place not in self.places:
             return
         del self.places[place]
+        if place in self.held:
+            self.held.remove(place)
+            return
         for line in (self.passing, self.again):
             if place in line:
                 line.remove(place)
@@ -172,7 +179,7 @@ class Queue:
                 if not place.granted.exception():
                     self.end(call, place.granted.result())
             else:
-                line.leave(place)
+                self._leave(line, place)
                 if isinstance(error, TimeoutError) and sooner_s is not None:
                     self._wake_on(line)
                 self._attend(line)
@@ -183,12 +190,17 @@ class Queue:
     def end(self, call: Call, front_end: FrontEnd) -> None:
         """The call has ended at this front end, well or not; another one may have its turn."""
         front_end.ended()
+        self._policy.left(call)
         if charged := self._charged.get(call.id):
             share = charged[1]
             share.inflight -= 1
             share.seen = now = time.monotonic()
             self._lines[call.model.name].ends.append(now)
         self._changed(call.model.name)
+
+    def first_byte(self, call: Call) -> None:
+        """The call's answer has begun."""
+        self._policy.first_byte(call)
 
     def entered(self, entry: Entry) -> None:
         """Take what a call took, as a listener of the ledger."""
@@ -221,7 +233,7 @@ class Queue:
         of_key = len(place.share.waiting) - 1 if place.share and place.call.caller else 0
         if free > 0 and of_key < _TIMES_FREE * free:
             return
-        line.leave(place)
+        self._leave(line, place)
         self._attend(line)
         who = f"The API key has {of_key} of the" if free > 0 else "There are"
         wait_s = line.seconds_for(of_key if free > 0 else others)
@@ -280,7 +292,7 @@ class Queue:
     def _give_turn(self, line: _Line, live: list[FrontEnd], replicas: set[Replica]) -> bool:
         """Give one turn, if anyone waits for it and there is room."""
         order = line.order
-        if not (line.again or order.anyone_waits):
+        if not (line.again or order.anyone_waits or line.held):
             return False
         rooms = {replica: replica.room() for replica in replicas}
         roomy = [it for it in live if (room := rooms[it.replica]) is None or room.left > 0]
@@ -290,17 +302,60 @@ class Queue:
             self._grant(line, line.again.popleft(), roomy)
             return True
         spare = [it for it in roomy if (room := rooms[it.replica]) is None or room.left > room.kept]
-        if spare:
-            share = order.first()
-        else:
-            # The last room is for callers that ask for little: they then need not wait. Where
-            # there is none, it is for all.
-            most = sum(room.most for room in rooms.values() if room)
-            light = order.highest_light(most)
-            share = order.first(lambda it: it.caller.priority > light or order.is_light(it, most))
-        if share is None:
+        with_room, with_spare = ({it.replica for it in some} for some in (roomy, spare))
+        may_have_last = None if len(spare) == len(roomy) else _may_have_last(order, rooms)
+
+        def able(share: Share[_Place] | None) -> list[FrontEnd]:
+            """The front ends that a caller's next call can go to."""
+            return roomy if may_have_last is None or (share and may_have_last(share)) else spare
+
+        def fits(place: _Place, replica: Replica) -> bool:
+            return replica in with_spare or (replica in with_room and able(place.share) is roomy)
+
+        share = order.first(None if spare else may_have_last)
+        held = line.held.next(fits)
+        if held and (share is None or held[2] < rank(share)):
+            place, replica, _ = held
+            line.held.remove(place)
+            self._grant(line, place, [it for it in roomy if it.replica is replica])
+            return True
+        if share is not None:
+            among, its_rank, place = able(share), rank(share), order.take(share)
+            if not self._hold(line, place, its_rank, among, replicas):
+                self._grant(line, place, among)
+            return True
+        in_vain = line.held.in_vain(replicas, time.monotonic())
+        if in_vain and (anywhere := able(in_vain.share)):
+            line.held.remove(in_vain)
+            self._grant(line, in_vain, anywhere)
+            return True
+        return False
+
+    def _hold(
+        self,
+        line: _Line,
+        place: _Place,
+        its_rank: Rank,
+        able: list[FrontEnd],
+        replicas: set[Replica],
+    ) -> bool:
+        """Let a call whose turn it is wait for a replica without room, if the policy says so."""
+        full = replicas - {it.replica for it in able}
+        if not full or place.call.front_end or place.granted.done():
             return False
-        self._grant(line, order.take(share), spare or roomy)
+        # While others wait, the places that are free now will be used.
+        others = line.order.anyone_waits
+        places = {
+            it: 0 if others else waiting + 1
+            for it in full
+            if (waiting := line.held.waiting(it)) < MOST
+        }
+        wait = self._policy.waits_for(able, place.call, places) if places else None
+        if wait is None:
+            return False
+        replica, seconds = wait
+        line.held.add(place, replica, its_rank, time.monotonic() + seconds)
+        self._charge(line, place)
         return True
 
     def _grant(self, line: _Line, place: _Place, roomy: Sequence[FrontEnd]) -> None:
@@ -318,9 +373,20 @@ class Queue:
         front_end.began()
         if share := place.share:
             share.inflight += 1
-            if call.id not in self._charged:
-                self._charged[call.id] = line.order, share, line.order.charge(share)
+            self._charge(line, place)
         place.granted.set_result(front_end)
+
+    def _charge(self, line: _Line, place: _Place) -> None:
+        """Charge the caller for a call that has had its turn."""
+        if (share := place.share) and place.call.id not in self._charged:
+            self._charged[place.call.id] = line.order, share, line.order.charge(share)
+
+    def _leave(self, line: _Line, place: _Place) -> None:
+        """Take out a call that has no turn to come. One that was held has been charged for."""
+        if place in line.held and (charged := self._charged.pop(place.call.id, None)):
+            _, share, charge = charged
+            share.served -= charge / share.caller.weight
+        line.leave(place)
 
     # --- while calls wait ----------------------------------------------------------------------
 
@@ -354,9 +420,19 @@ class Queue:
         except Exception as error:
             line.attendant, line.wakes_until = None, 0.0
             for place in list(line.places):
-                line.leave(place)
+                self._leave(line, place)
                 if not place.granted.done():
                     place.granted.set_exception(error)
+
+
+def _may_have_last(
+    order: FairOrder[_Place], rooms: Mapping[Replica, Room | None]
+) -> Callable[[Share[_Place]], bool]:
+    """Who may have the last room of a replica: callers that ask for little, who then need not wait,
+    and those above them. Where there is none such, it is for all."""
+    most = sum(room.most for room in rooms.values() if room)
+    light = order.highest_light(most)
+    return lambda it: it.caller.priority > light or order.is_light(it, most)
 
 
 def _deadline_s(call: Call) -> float | None:

@@ -106,6 +106,9 @@ class Answer:
         self.streamed = False
         """Whether the replica's answer is an event stream."""
 
+        self.first_byte: Callable[[], None] = lambda: None
+        """Called at that moment."""
+
         self._opened = False
         self._alarm: asyncio.TimerHandle | None = None
         self._speaking: asyncio.Task[None] | None = None
@@ -138,6 +141,7 @@ class Answer:
             await self._speaking
         if self.started_at is None:
             self.started_at = time.perf_counter()
+            self.first_byte()
         return self._opened
 
     async def send(self, message: MutableMapping[str, Any]) -> None:

@@ -108,6 +108,7 @@ class Replica:
     avoid_until: dict[str, float] = field(default_factory=dict)
     """By front end that failed: the time, by ``time.monotonic``, until which it is avoided."""
 
+    now: Callable[[], float] = time.monotonic
     standing: Standing = field(default_factory=Standing)
 
     def weight(self, now: float) -> float:
@@ -119,12 +120,12 @@ class Replica:
         """Take its report. What this gateway sends and what ends is counted from here on."""
         self.load = load
         self.others = max(0, load.running + load.waiting - self.inflight)
-        self.load_until = time.monotonic() + STALE_S
+        self.load_until = self.now() + STALE_S
 
     @property
     def fresh_load(self) -> Load | None:
         """Its engine's load, unless its last report is out of date."""
-        return self.load if time.monotonic() < self.load_until else None
+        return self.load if self.now() < self.load_until else None
 
     @property
     def sleeps_for_now(self) -> bool:
@@ -137,7 +138,7 @@ class Replica:
         if self.load is None:
             return None
         runs, others = self.load.capacity, 0
-        if time.monotonic() < self.load_until:
+        if self.now() < self.load_until:
             others = self.others
             if self.load.kv_cache_usage >= KV_CACHE_FULL:
                 # The KV cache bounds it. At this length of its requests, so many fit.
@@ -153,7 +154,7 @@ class Replica:
         """Whether it failed a moment ago: alone, or with another one of this replica."""
         if not self.avoid_until:
             return False
-        now = time.monotonic()
+        now = self.now()
         self.avoid_until = {id: until for id, until in self.avoid_until.items() if until > now}
         return front_end in self.avoid_until or len(self.avoid_until) >= LOST
 
@@ -273,6 +274,10 @@ class Board:
         """An application's replicas, avoided ones too."""
         known = self._front_ends.get(application, {})
         return list({it.replica.id: it.replica for it in known.values()}.values())
+
+    def replicas(self, application: str) -> set[str]:
+        """The ids of an application's replicas, those that are avoided too."""
+        return {it.replica.id for it in self._front_ends.get(application, {}).values()}
 
     def over_plan(self, application: str) -> int:
         """The most bytes that one of its engines holds beyond its part of a GPU."""

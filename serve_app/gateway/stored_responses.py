@@ -8,7 +8,7 @@ that made it (:mod:`serve_app.cluster.response_ids`). So every gateway can tell,
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from serve_app.cluster.response_ids import maker_of
@@ -16,14 +16,14 @@ from serve_app.gateway.body import previous_response_in
 from serve_app.gateway.errors import GatewayError, unavailable
 from serve_app.gateway.policy import Policy
 from serve_app.gateway.relay import Request
-from serve_app.gateway.replicas import Board, FrontEnd
+from serve_app.gateway.replicas import Board, FrontEnd, Replica
 from serve_app.gateway.stages import Call, Outcome
 
 _CREATE = "/v1/responses"
 _STORED = re.compile(_CREATE + r"/([^/]+)(?:/cancel)?")
 
 
-class StoredResponses:
+class StoredResponses(Policy):
     """The policy for requests that name a stored response; ``policy`` chooses for all others.
 
     It is a stage too: it refuses requests whose replica is gone, before they wait for a new one.
@@ -56,6 +56,17 @@ class StoredResponses:
 
     def ended(self, call: Call, outcome: Outcome) -> None:
         pass
+
+    def waits_for(
+        self, live: Sequence[FrontEnd], call: Call, full: Mapping[Replica, int]
+    ) -> tuple[Replica, float] | None:
+        return self._policy.waits_for(live, call, full) if call.front_end is None else None
+
+    def first_byte(self, call: Call) -> None:
+        self._policy.first_byte(call)
+
+    def left(self, call: Call) -> None:
+        self._policy.left(call)
 
     def choose(self, live: Sequence[FrontEnd], call: Call) -> FrontEnd:
         if call.front_end is None:

@@ -79,6 +79,9 @@ class Engine:
         self.asleep = False
         """Whether it has been put to sleep, or is on its way there."""
 
+        self.cache_drops = 0
+        """How often its prefix cache was dropped."""
+
         self.wakes = False
         """Whether it then wakes by itself when requests wait for it: it is in a swap group."""
 

@@ -148,6 +148,7 @@ class FrontEnds:
             asleep=self._engine.asleep,
             wakes=self._engine.wakes,
             over_plan=self.over_plan,
+            cache_drops=self._engine.cache_drops,
         )
 
     @property
@@ -162,10 +163,15 @@ class FrontEnds:
     async def asleep(self, asleep: bool) -> None:
         """Refuse new requests on all front ends, or take them again."""
         self._engine.asleep = asleep
+        self._engine.cache_drops += asleep
         await self._tell_all("asleep", asleep)
 
     async def forget(self, adapter: str) -> None:
-        """Have all front ends ask again for an adapter before they use it."""
+        """Have all front ends ask again for an adapter before they use it.
+
+        The prefix cache is dropped next: it knows adapters by name only.
+        """
+        self._engine.cache_drops += 1
         await self._tell_all("forget", adapter)
 
     async def drain(self, timeout_s: float) -> None:

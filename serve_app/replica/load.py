@@ -124,7 +124,21 @@ class EngineLoad:
             self._running = self._waiting = 0
         capacity = self._config.scheduler_config.max_num_seqs if self._config else 0
         waiting = max(self._waiting, answering - self._running)
-        return Load(self._running, waiting, capacity, self._kv_cache_usage)
+        return Load(
+            self._running,
+            waiting,
+            capacity,
+            self._kv_cache_usage,
+            prefix_cache_tokens=self._prefix_cache_tokens,
+        )
+
+    @property
+    def _prefix_cache_tokens(self) -> int | None:
+        """Tokens of past prompts that the KV cache keeps at most."""
+        if self._config is None:
+            return None
+        cache = self._config.cache_config
+        return cache.kv_cache_size_tokens if cache.enable_prefix_caching else 0
 
     def record(
         self,

@@ -46,7 +46,8 @@ class Sleep:
                 await self._wake()
             return "awake"
         if action == "reset-prefix-cache":
-            done = await llm.reset_prefix_cache()
+            if done := await llm.reset_prefix_cache():
+                self._engine.cache_drops += 1
             return "prefix cache reset" if done else "not reset: requests still hold blocks of it"
         raise UserError(f"there is no action '{action}'{did_you_mean(action, ACTIONS)}")
 

@@ -12,7 +12,7 @@ from harness.scripted import GatewayProcess, reported
 
 from serve_app.cluster.exchange import Load
 from serve_app.cluster.replicas import Watcher, addresses
-from serve_app.gateway import directory, replicas
+from serve_app.gateway import directory
 from serve_app.gateway.directory import Model, read_details
 from serve_app.gateway.policy import FewestRequests
 from serve_app.gateway.replicas import Board, FrontEnd
@@ -382,12 +382,12 @@ def test_what_is_running_is_remembered_when_the_list_changes() -> None:
     assert known(one)["a"] is front_end
 
 
-def test_a_front_end_that_failed_is_avoided_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_front_end_that_failed_is_avoided_for_a_while() -> None:
     two = board("a", "b")
     first = choose(two)
     two.avoid(first)
     assert chosen(two) == {"a", "b"} - {first.id}
-    monkeypatch.setattr(replicas.time, "monotonic", lambda: 10.0**9)
+    first.replica.now = lambda: 10.0**9
     assert chosen(two) == {"a", "b"}
 
 

@@ -14,6 +14,7 @@ from harness.scripted import Exchange, GatewayProcess, Upstream, until
 
 from serve_app.gateway.callers import Caller
 from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.policy import Policy
 from serve_app.gateway.replicas import FrontEnd
 from serve_app.gateway.stages import Call, Outcome
 
@@ -226,7 +227,7 @@ async def test_an_exception_inside_the_gateway(begun: bool) -> None:
 async def test_a_policy_chooses_among_the_live_replicas_and_sees_the_call() -> None:
     seen: list[tuple[list[str], Call]] = []
 
-    class Last:
+    class Last(Policy):
         def choose(self, live: Sequence[FrontEnd], call: Call) -> FrontEnd:
             seen.append(([replica.id for replica in live], call))
             return live[-1]

@@ -154,7 +154,7 @@ def test_the_command_ends_as_its_replicas_do(
 def test_gateways_hear_whether_the_engine_sleeps(asleep: bool) -> None:
     ours: Any = FrontEnds.__new__(FrontEnds)
     ours.first, ours.further, ours.over_plan = SimpleNamespace(running=0), [], 0
-    ours._engine = SimpleNamespace(asleep=asleep, busy=False, wakes=True)
+    ours._engine = SimpleNamespace(asleep=asleep, busy=False, wakes=True, cache_drops=0)
     told = ours.told(EngineLoad("m"))
     assert Answer.decode(Answer("", 0, load=told).encode()).load == told
     assert (told.asleep, told.wakes) == (asleep, True)

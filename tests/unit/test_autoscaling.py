@@ -294,7 +294,9 @@ def vllm_config(max_num_seqs: int = 256) -> Any:
         scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192),
         model_config=SimpleNamespace(max_model_len=32768),
         parallel_config=SimpleNamespace(tensor_parallel_size=2),
-        cache_config=SimpleNamespace(gpu_memory_utilization=0.9, kv_cache_size_tokens=120_000),
+        cache_config=SimpleNamespace(
+            gpu_memory_utilization=0.9, kv_cache_size_tokens=120_000, enable_prefix_caching=True
+        ),
     )
 
 

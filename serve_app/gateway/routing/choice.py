@@ -1,0 +1,385 @@
+"""Chooses a replica for a call: one that has the beginning of its prompt, until that is saturated.
+
+docs/routing.md tells why it is so, and of each constant.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+from serve_app.cluster.exchange import Usage
+from serve_app.config.settings import RoutingConfig
+from serve_app.gateway.replicas import FrontEnd, Replica
+from serve_app.gateway.routing.index import Index
+from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
+from serve_app.gateway.routing.work import PRIOR_TOKENS_PER_S, Backlog, Mean
+
+Reason = Literal["warm", "overflow", "cold", "hash", "session", "short"]
+"""Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
+it, and too much to do. ``cold``: none that can be had has it; this one has the least to do.
+``hash``: none has it, and other gateways choose the same one. ``session``: the client named its
+session. ``short``: the prompt has no whole block; the replica has the least to do."""
+
+WARM = 0.8
+"""Part of what the best replica has cached from which on another is as good."""
+
+PATIENCE = 4.0
+"""How many times the prefill that a cache saves a call may wait for it: it also saves the time of
+others. ``max_wait_for_cache_s`` bounds it."""
+
+BOUND = 1.25
+"""Times the mean number of requests that a replica may have and still get more for its cache, as in
+Mirrokni et al., "Consistent Hashing with Bounded Loads", 2016."""
+
+SLACK = 4
+"""Requests beyond the mean that it may have in any case: so few decode as fast as one."""
+
+UNKNOWN_TOKENS = 2**16
+"""Size of a KV cache that its replica has not told yet."""
+
+_BYTES_PER_TOKEN = 4.0
+_COMPLETION_TOKENS = 256.0
+"""Before the accounting has told."""
+
+_LEAST_TRUST = 0.1
+"""So that a replica's part of the index is never empty, and can grow again."""
+
+_ENDS = 64
+"""Calls whose ends tell how soon a replica without room has a place."""
+
+
+class Option(NamedTuple):
+    """A replica that a call could go to."""
+
+    replica: Replica
+    blocks: int
+    """Of the prompt, those that the index has of it."""
+
+    cached: float
+    """Tokens of that, by what such beliefs were worth at this replica."""
+
+    requests: float
+    """What it has, of all gateways, by its weight."""
+
+    ahead: float
+    """Uncached tokens that it has to read first."""
+
+    rate: float
+    """Tokens of prompts that it reads in a second."""
+
+    ttft_s: float
+    """Seconds until it has read those and the prompt's own."""
+
+    work: float
+    """Tokens that it has to read and to generate, by its weight."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """A call that was given to a replica."""
+
+    prompt: Prompt
+    replica: str
+    blocks: int
+    cached: float
+    """As in :class:`Option`."""
+
+
+class _Seen:
+    """What is known of one replica."""
+
+    def __init__(self, drops: int, rate: Mean) -> None:
+        self.drops = drops
+        """How often it had dropped its cache, when the index was last cleared of it."""
+
+        self.backlog = Backlog(rate)
+        self.trust = Mean(1.0, 4000.0)
+        """What part of the tokens that were believed to be cached were so."""
+
+        self.ends: deque[float] = deque(maxlen=_ENDS)
+        """When its latest calls ended."""
+
+    @property
+    def trusted(self) -> float:
+        return max(_LEAST_TRUST, self.trust.value)
+
+
+class CacheAware:
+    """One model's choice. It holds no asyncio, and takes its time from ``now``."""
+
+    def __init__(
+        self,
+        config: RoutingConfig | None = None,
+        now: Callable[[], float] = time.monotonic,
+        *,
+        warm: float = WARM,
+        patience: float = PATIENCE,
+        bound: float = BOUND,
+        slack: float = SLACK,
+    ) -> None:
+        self.config = config or RoutingConfig()
+        self._now = now
+        self._warm, self._patience = warm, patience
+        self._bound, self._slack = bound, slack
+        self.index = Index()
+        self._rate = Mean(PRIOR_TOKENS_PER_S, 1.0)
+        self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
+        self._completion = Mean(_COMPLETION_TOKENS, 4.0)
+        self._seen: dict[str, _Seen] = {}
+        self._sent: dict[str, Sent] = {}
+        """By call that is not accounted for yet: where it was sent last."""
+
+        self.reason: Reason = "short"
+        """Why the last choice was made."""
+
+    # --- a call's way --------------------------------------------------------------------------
+
+    def choose(self, id: str, prompt: Prompt, live: Sequence[FrontEnd]) -> FrontEnd:
+        """The front end of ``live``, which is not empty, that gets a call. It counts as sent there.
+
+        Args:
+            id: the call's; each further attempt has the same.
+        """
+        now = self._now()
+        options = self._options(prompt, dict.fromkeys(it.replica for it in live), now)
+        option, self.reason = self._pick(prompt, options)
+        self._send(id, prompt, option, now)
+        return least_busy([it for it in live if it.replica is option.replica])
+
+    def waits_for(
+        self, prompt: Prompt, live: Sequence[FrontEnd], full: Mapping[Replica, int]
+    ) -> tuple[Replica, float] | None:
+        """A replica without room that is worth waiting for, and for how many seconds at most.
+
+        A place there is one more thing that the call would wait for, beside the prompts that are
+        read before its own.
+
+        Args:
+            full: by replica without room: how many calls must end there before this one has a
+                place; 0 where the places that are free now will be used by others.
+        """
+        if not prompt.blocks and prompt.session is None:
+            return None
+        now = self._now()
+        waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
+        replicas = dict.fromkeys(it.replica for it in live) | waits
+        option, reason = self._pick(prompt, self._options(prompt, replicas, now, waits))
+        if option.replica in full and reason in ("warm", "session"):
+            return option.replica, self.config.max_wait_for_cache_s
+        return None
+
+    def first_byte(self, id: str) -> None:
+        """The first byte of the answer has come."""
+        if seen := self._where(id):
+            seen.backlog.first_byte(id, self._now())
+
+    def ended(self, id: str) -> None:
+        """The call has ended at the replica that it was sent to, well or not."""
+        if seen := self._where(id):
+            seen.backlog.read(id)
+            seen.ends.append(self._now())
+
+    def used(self, id: str, usage: Usage | None) -> Sent | None:
+        """What the call took in all; None where that is not known. Nothing comes after it.
+
+        Returns what was believed of it.
+        """
+        seen, sent = self._where(id), self._sent.pop(id, None)
+        known = usage if usage and usage.prompt_tokens else None
+        if seen:
+            seen.backlog.used(id, known.prompt_tokens - known.cached_tokens if known else None)
+        if sent is None or known is None:
+            return None
+        self._bytes_per_token.add(sent.prompt.size, known.prompt_tokens)
+        self._completion.add(known.completion_tokens, 1)
+        if seen and sent.blocks:
+            believed = _part(sent.blocks, sent.prompt) * known.prompt_tokens
+            seen.trust.add(min(known.cached_tokens, believed), believed)
+        return sent
+
+    def keep(self, replicas: set[str]) -> None:
+        """Forget all replicas but these."""
+        for id in self._seen.keys() - replicas:
+            self.index.clear(id)
+            del self._seen[id]
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas it remembers something of."""
+        return len(self._seen)
+
+    # --- the choice ----------------------------------------------------------------------------
+
+    def _pick(self, prompt: Prompt, options: list[Option]) -> tuple[Option, Reason]:
+        if prompt.session is not None:
+            return self._by_hash(prompt.session.encode(), options), "session"
+        if not prompt.blocks:
+            return _least(options), "short"
+        best = max(it.cached for it in options)
+        if not best:
+            if self.index.knows(prompt.blocks[0]) or not _several_gateways(options):
+                return _least(options), "cold"
+            return self._by_hash(prompt.blocks[0], options), "hash"
+        fitting = self._fitting(options)
+        enough = self._warm * best
+        warm = [it for it in fitting if it.cached >= enough]
+        cold = [it for it in fitting if it.cached < enough]
+        if not warm:
+            return self._next_home(prompt, cold, max(options, key=lambda it: it.cached)), "overflow"
+        first = _least(warm)
+        sooner = [it for it in cold if self._is_worth(it, first)]
+        if sooner:
+            return self._next_home(prompt, sooner, first), "overflow"
+        return first, "warm"
+
+    def _is_worth(self, cold: Option, warm: Option) -> bool:
+        """Whether a call would be answered so much sooner there that its prompt may be computed
+        again."""
+        saved_s = (warm.cached - cold.cached) / warm.rate
+        patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
+        return warm.ttft_s - cold.ttft_s > patience_s
+
+    def _next_home(self, prompt: Prompt, cold: list[Option], warm: Option) -> Option:
+        """Where calls go that share a beginning and overflow: all to the same one.
+
+        Else each makes a copy at another replica, and the copies push each other out.
+        """
+        return _in_order(prompt.blocks[warm.blocks - 1], cold)[0]
+
+    def _fitting(self, options: list[Option]) -> list[Option]:
+        """Those that do not have many more requests than the others. There is always one."""
+        mean = (sum(it.requests for it in options) + 1) / len(options)
+        most = max(self._bound * mean, mean + self._slack)
+        return [it for it in options if it.requests + 1 <= most] or options
+
+    def _by_hash(self, key: bytes, options: list[Option]) -> Option:
+        """The first with room, in an order that all gateways have for this key."""
+        ordered = _in_order(key, options)
+        mean = (sum(it.requests for it in options) + 1) / len(options)
+        most = math.ceil(self._bound * mean)
+        return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
+
+    def _options(
+        self,
+        prompt: Prompt,
+        replicas: Collection[Replica],
+        now: float,
+        waits: Mapping[Replica, float] = MappingProxyType({}),
+    ) -> list[Option]:
+        """What is to be expected of each replica. It runs for each of them at each call.
+
+        Args:
+            waits: by replica, seconds until it has a place.
+        """
+        tokens = prompt.size / self._bytes_per_token.value
+        completion = self._completion.value
+        inflight = reading = 0.0
+        known = []
+        for replica in replicas:
+            seen = self._look_at(replica)
+            seen.backlog.expire(now)
+            inflight += replica.inflight
+            reading += seen.backlog.tokens
+            known.append((replica, seen))
+        found = self.index.match(prompt.blocks)
+        # What other gateways have sent is as far as what this one has.
+        each = reading / inflight if inflight else 0.0
+        options = []
+        for replica, seen in known:
+            others = replica.others if now < replica.load_until else 0
+            weight, rate = replica.weight(now), seen.backlog.rate
+            requests = replica.inflight + others
+            blocks = found.get(replica.id, 0)
+            cached = _part(blocks, prompt) * tokens * seen.trusted if blocks else 0.0
+            ahead = seen.backlog.tokens + others * each
+            ttft_s = (ahead + tokens - cached) / (rate * weight)
+            if waits:
+                ttft_s += waits.get(replica, 0.0)
+            work = (ahead + (requests + 1) * completion) / weight
+            options.append(
+                Option(replica, blocks, cached, requests / weight, ahead, rate, ttft_s, work)
+            )
+        return options
+
+    def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
+        replica = option.replica
+        seen = self._seen[replica.id]
+        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached)
+        uncached = prompt.size / self._bytes_per_token.value - option.cached
+        # What waits in an engine waits for a place or KV blocks: that tells nothing of its rate.
+        waits = replica.load is not None and now < replica.load_until and replica.load.waiting > 0
+        seen.backlog.began(
+            id, uncached, option.ahead, now, streams=prompt.streams, measures=not waits
+        )
+        if prompt.blocks:
+            told = replica.load.prefix_cache_tokens if replica.load else None
+            tokens = UNKNOWN_TOKENS if told is None else told
+            holds = int(tokens * seen.trusted * self._bytes_per_token.value / BLOCK)
+            self.index.add(replica.id, prompt.blocks, holds)
+
+    def _seconds_for(self, calls: int, replica: Replica, now: float) -> float:
+        """How long it takes until so many calls have ended at a replica."""
+        if not calls:
+            return 0.0
+        ends = self._look_at(replica).ends
+        return calls * (now - ends[0]) / len(ends) if len(ends) > 1 else math.inf
+
+    def _look_at(self, replica: Replica) -> _Seen:
+        """What is known of it; nothing of its cache, if it has dropped that."""
+        drops = replica.load.cache_drops if replica.load else 0
+        seen = self._seen.get(replica.id)
+        if seen is None:
+            seen = self._seen[replica.id] = _Seen(drops, self._rate)
+        elif seen.drops != drops:
+            seen.drops = drops
+            self.index.clear(replica.id)
+        return seen
+
+    def _where(self, id: str) -> _Seen | None:
+        sent = self._sent.get(id)
+        return self._seen.get(sent.replica) if sent else None
+
+
+def least_busy(front_ends: Sequence[FrontEnd]) -> FrontEnd:
+    """The front end of one replica that has the fewest requests."""
+    fewest = min(it.inflight for it in front_ends)
+    return random.choice([it for it in front_ends if it.inflight == fewest])
+
+
+def _least(options: list[Option]) -> Option:
+    """The one with the least to do. Ties are broken at random, so that gateways differ."""
+    least = min(it.work for it in options)
+    return random.choice([it for it in options if it.work == least])
+
+
+def _soonest(options: list[Option]) -> Option:
+    """The one that would answer first."""
+    return min(options, key=lambda it: (it.ttft_s, it.work))
+
+
+def _in_order(key: bytes, options: list[Option]) -> list[Option]:
+    """In an order that all gateways have for this key.
+
+    Rendezvous hashing (Thaler and Ravishankar, 1998): a replica that comes or goes moves only the
+    keys that are or were its own.
+    """
+    return sorted(options, key=lambda it: blake2b(it.replica.id.encode(), key=key[:64]).digest())
+
+
+def _part(blocks: int, prompt: Prompt) -> float:
+    """The part of a prompt that its first blocks are."""
+    if blocks == len(prompt.blocks) == MOST // BLOCK:
+        return 1.0
+    return min(1.0, blocks * BLOCK / prompt.size)
+
+
+def _several_gateways(options: list[Option]) -> bool:
+    return any(it.replica.load and it.replica.load.gateways > 1 for it in options)

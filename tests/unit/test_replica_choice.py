@@ -1,0 +1,498 @@
+"""The parts of the choice of a replica: a prompt's key, the index, what replicas have to do, and
+the choice itself."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from serve_app.cluster.exchange import Load, Usage
+from serve_app.config.settings import GatewayConfig, ModelConfig, RoutingConfig, parse
+from serve_app.errors import ConfigError
+from serve_app.gateway.replicas import FrontEnd, Replica
+from serve_app.gateway.routing import prefix
+from serve_app.gateway.routing.choice import CacheAware
+from serve_app.gateway.routing.held import Held
+from serve_app.gateway.routing.index import Index
+from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
+from serve_app.gateway.routing.work import Backlog
+
+# --- the key -------------------------------------------------------------------------------------
+
+
+def prompt_of(
+    body: Any, model_id: str = "m", path: str = "/v1/chat/completions", **more: Any
+) -> Prompt:
+    given = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = [(k.encode(), v.encode()) for k, v in more.pop("headers", {}).items()]
+    call: Any = SimpleNamespace(
+        model_id=model_id,
+        model=SimpleNamespace(name="m", adapters=("lora",)),
+        request=SimpleNamespace(body=given, headers=headers, path=path),
+    )
+    return prefix.of(call, **more)
+
+
+def said(*texts: str, **more: Any) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+    return {"model": "m", "messages": messages, **more}
+
+
+def common(a: Prompt, b: Prompt) -> int:
+    """How many leading blocks two prompts have in common."""
+    return next(
+        (n for n, (x, y) in enumerate(zip(a.blocks, b.blocks, strict=False)) if x != y),
+        min(len(a.blocks), len(b.blocks)),
+    )
+
+
+LONG, OTHER = "a" * 5000, "b" * 5000
+
+
+def test_the_next_turn_of_a_conversation_has_all_blocks_of_the_turn_before() -> None:
+    first, second = prompt_of(said(LONG)), prompt_of(said(LONG, OTHER, "and now?"))
+    assert common(first, second) == len(first.blocks) == first.size // BLOCK == 4
+    assert common(first, prompt_of(said(OTHER))) == 0
+
+
+def test_a_key_is_in_the_order_of_the_chat_template_whatever_the_clients() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": LONG}}]
+    one, two = said("hi", tools=tools), said("another question", tools=tools)
+    other_way = json.dumps(dict(reversed(two.items()))).encode()
+    assert common(prompt_of(one), prompt_of(other_way)) == 4  # those of the tools
+    assert prompt_of(two).blocks == prompt_of(other_way).blocks
+
+
+@pytest.mark.parametrize("more", [{"cache_salt": "mine"}, {"chat_template_kwargs": {"x": 1}}])
+def test_what_makes_another_prompt_of_the_same_messages_makes_another_key(more: Any) -> None:
+    assert common(prompt_of(said(LONG)), prompt_of(said(LONG, **more))) == 0
+
+
+def test_an_adapter_has_a_cache_of_its_own_and_an_alias_has_not() -> None:
+    own, alias, adapter = (prompt_of(said(LONG), id) for id in ("m", "org/m", "lora"))
+    assert own.blocks == alias.blocks
+    assert common(own, adapter) == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": LONG},
+        {"prompt": list(range(2000))},
+        {"input": LONG, "instructions": "be brief"},
+        {"system": LONG, "messages": [{"role": "user", "content": "hi"}]},
+        {"token_ids": list(range(2000))},
+    ],
+)
+def test_every_api_has_a_key(body: Any) -> None:
+    assert len(prompt_of({"model": "m"} | body).blocks) >= 4
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xfe", b'{"messages": "\xff'])
+def test_a_body_that_is_no_json_object_has_no_key(body: bytes) -> None:
+    assert prompt_of(body).blocks == ()
+
+
+def test_a_body_in_utf_16_has_the_key_of_the_same_in_utf_8() -> None:
+    text = json.dumps(said(LONG))
+    assert prompt_of(text.encode("utf-16")).blocks == prompt_of(text.encode()).blocks
+
+
+def picture(data: str, style: str) -> dict[str, Any]:
+    if style == "openai":
+        return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    return {"type": "image", "source": {"type": "base64", "data": data}}
+
+
+@pytest.mark.parametrize("style", ["openai", "anthropic"])
+def test_a_picture_is_a_block_of_its_hash(style: str) -> None:
+    one, other = "iVBOR" + "x" * 200_000, "iVBOR" + "x" * 199_999 + "y"
+
+    def asking(data: str) -> Prompt:
+        content = [picture(data, style), {"type": "text", "text": LONG}]
+        return prompt_of({"model": "m", "messages": [{"role": "user", "content": content}]})
+
+    assert asking(one).size < 5000 + 2 * BLOCK
+    assert asking(one).blocks == asking(one).blocks
+    assert common(asking(one), asking(other)) == 0
+
+
+def test_no_more_than_the_beginning_of_a_prompt_is_looked_at() -> None:
+    endless = prompt_of(said("x" * (2 * MOST)))
+    assert len(endless.blocks) == MOST // BLOCK
+    assert endless.size > 2 * MOST
+
+
+def test_the_first_byte_tells_of_the_prefill_only_where_it_comes_after_it() -> None:
+    assert prompt_of(said("hi", stream=True)).streams
+    assert not prompt_of(said("hi")).streams
+    assert not prompt_of({"input": "hi", "stream": True}, path="/v1/responses").streams
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "session"),
+    [
+        ({}, {"x-session-id": "s1"}, "s1"),
+        ({"prompt_cache_key": "k1"}, {}, "k1"),
+        ({"prompt_cache_key": "k1"}, {"x-session-id": "s1"}, "s1"),
+        ({"prompt_cache_key": {"not": "text"}}, {}, None),
+        ({}, {}, None),
+    ],
+)
+def test_a_client_can_name_its_session(body: Any, headers: Any, session: str | None) -> None:
+    assert prompt_of(said("hi", **body), headers=headers, session=True).session == session
+    assert prompt_of(said("hi", **body), headers=headers).session is None
+
+
+# --- the index -----------------------------------------------------------------------------------
+
+
+def blocks(name: str, count: int) -> tuple[bytes, ...]:
+    return tuple(f"{name}-{n}".encode() for n in range(count))
+
+
+def test_the_index_finds_how_much_of_a_prompt_each_replica_has() -> None:
+    index = Index()
+    index.add("r0", blocks("a", 8), 100)
+    index.add("r1", blocks("a", 3), 100)
+    index.add("r2", blocks("b", 8), 100)
+    assert index.match(blocks("a", 10)) == {"r0": 8, "r1": 3}
+    assert index.match(blocks("c", 10)) == index.match(()) == {}
+    assert index.knows(b"b-0") and not index.knows(b"c-0")
+
+
+def test_a_replica_forgets_what_it_has_not_used_for_longest_and_of_a_prompt_the_end_first() -> None:
+    index = Index()
+    for name in ("a", "b"):
+        index.add("r0", blocks(name, 4), 10)
+    index.add("r0", blocks("a", 4), 10)  # used again
+    index.add("r0", blocks("c", 4), 10)
+    assert index.match(blocks("a", 4)) == {"r0": 4}
+    assert index.match(blocks("b", 4)) == {"r0": 2}
+    assert index.blocks("r0") == 10
+    index.add("r0", blocks("c", 4), 3)  # less than one prompt
+    assert (index.blocks("r0"), index.match(blocks("c", 4))) == (3, {"r0": 3})
+
+
+def test_a_replica_that_is_gone_leaves_nothing_behind() -> None:
+    index = Index()
+    for n in range(200):  # more than there are at a time: a rolling update every day
+        index.add(f"r{n}", blocks("a", 4), 100)
+        index.add("stays", blocks("a", 2), 100)
+        index.clear(f"r{n - 3}")
+    index.clear("unknown")
+    assert set(index.match(blocks("a", 4))) == {"stays", "r197", "r198", "r199"}
+    for id in ("stays", "r197", "r198", "r199"):
+        index.clear(id)
+    assert not index._holders
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_index_is_the_same_as_a_plain_one(seed: int) -> None:
+    """Against a model of it: for each replica the list of what it has used, the latest last."""
+    chance, index = random.Random(seed), Index()
+    plain: dict[str, list[bytes]] = {f"r{n}": [] for n in range(5)}
+    prompts = [blocks(name, 12) for name in "abcdefgh"]
+    for _ in range(500):
+        id, prompt = chance.choice(list(plain)), chance.choice(prompts)
+        used = prompt[: chance.randrange(1, 13)]
+        if chance.random() < 0.05:
+            index.clear(id)
+            plain[id] = []
+        else:
+            index.add(id, used, 30)
+            kept = [it for it in plain[id] if it not in used] + list(reversed(used))
+            plain[id] = kept[-30:]
+        for looked in prompts:
+            has = {
+                id: next((n for n, it in enumerate(looked) if it not in mine), len(looked))
+                for id, mine in plain.items()
+            }
+            assert index.match(looked) == {id: n for id, n in has.items() if n}
+
+
+# --- what a replica has to do --------------------------------------------------------------------
+
+
+def test_a_replicas_rate_is_what_it_had_to_read_by_the_time_it_took() -> None:
+    backlog = Backlog()
+    before = backlog.rate
+    for n in range(200):
+        backlog.began(str(n), 900, 100, now=n, streams=True)
+        assert backlog.tokens == 900
+        backlog.first_byte(str(n), n + 0.5)
+        assert backlog.tokens == 0
+        backlog.used(str(n), 900)
+    assert before == 8000
+    assert backlog.rate == pytest.approx(2000, rel=0.05)
+
+
+def test_an_answer_without_a_first_byte_counts_as_read_after_a_while() -> None:
+    backlog = Backlog()
+    backlog.began("1", 8000, 0, now=0.0, streams=False)  # a second, at 8000 tokens/s
+    backlog.began("2", 8000, 0, now=0.0, streams=True)
+    backlog.expire(1.9)
+    assert backlog.tokens == 16000
+    backlog.expire(2.1)
+    assert backlog.tokens == 8000
+    backlog.used("1", 8000)
+    assert backlog.rate == 8000  # its end tells nothing of when it was read
+
+
+# --- calls that wait for a certain replica -------------------------------------------------------
+
+
+def test_held_calls_have_a_line_for_each_replica_in_the_order_of_their_ranks() -> None:
+    held: Held[str] = Held()
+    a, b = Replica("a"), Replica("b")
+    for item, replica, rank, until in [("a2", a, 2, 5), ("b3", b, 3, 9), ("a1", a, 1, 7)]:
+        held.add(item, replica, rank, until)
+    assert held.next(lambda item, replica: True) == ("a1", a, 1)
+    assert held.next(lambda item, replica: replica is b) == ("b3", b, 3)
+    assert held.next(lambda item, replica: False) is None
+    assert (held.waiting(a), held.waiting(b), len(held)) == (2, 1, 3)
+    assert held.in_vain({a, b}, now=4) is None
+    assert held.in_vain({a, b}, now=6) == "a2"
+    assert held.in_vain({a}, now=4) == "b3"  # its replica is gone
+    for item in ("a1", "a2", "b3"):
+        held.remove(item)
+    assert (len(held), held.waiting(a), held.in_vain(set(), now=99)) == (0, 0, None)
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+class Fleet:
+    """Replicas, and one gateway's choice among them. Its time stands still unless told."""
+
+    def __init__(self, replicas: int, gateways: int = 1, **more: Any) -> None:
+        self.time = 0.0
+        settings = {k: more.pop(k) for k in list(more) if k in RoutingConfig.model_fields}
+        self.policy = CacheAware(RoutingConfig(**settings), self.now, **more)
+        self.live = [
+            FrontEnd(f"r{n}", "h", 1, Replica(f"r{n}", now=self.now)) for n in range(replicas)
+        ]
+        self.report(gateways=gateways)
+        self.calls = 0
+
+    def now(self) -> float:
+        return self.time
+
+    def report(self, **more: Any) -> None:
+        for it in self.live:
+            running = it.replica.inflight
+            load = {"prefix_cache_tokens": 100_000} | more
+            it.replica.report(Load(running, 0, 256, 0.0, **load))
+
+    def send(self, prompt: Prompt, live: list[FrontEnd] | None = None) -> str:
+        """Choose for a call that then stays; the replica."""
+        self.calls += 1
+        front_end = self.policy.choose(str(self.calls), prompt, live or self.live)
+        front_end.began()
+        return front_end.id
+
+    def answer(self, prompt: Prompt, cached: int = 0, ttft_s: float = 0.1, live: Any = None) -> str:
+        """Choose for a call, and let it come to its end."""
+        id = self.send(prompt, live)
+        self.end(prompt, cached, ttft_s)
+        return id
+
+    def end(self, prompt: Prompt, cached: int = 0, ttft_s: float = 0.1, id: str = "") -> None:
+        id = id or str(self.calls)
+        its = next(it for it in self.live if it.id == self.policy._sent[id].replica)
+        self.time += ttft_s
+        self.policy.first_byte(id)
+        its.ended()
+        self.policy.ended(id)
+        self.policy.used(id, Usage(prompt.size // 4, cached, 100))
+
+
+def text(name: str, kib: int, own: int = 0) -> Prompt:
+    """A prompt of so many KiB; all but the last ``own`` are the same for a name."""
+    own_blocks = tuple(f"{name}-{random.random()}".encode() for _ in range(own))
+    return Prompt(blocks(name, kib - own) + own_blocks, kib * BLOCK)
+
+
+def test_a_conversation_stays_where_it_is_cached_though_another_replica_has_less_to_do() -> None:
+    fleet = Fleet(4)
+    home = fleet.answer(text("a", 20))
+    for n in range(3):
+        next(it for it in fleet.live if it.id == home).began()
+        assert fleet.answer(text("a", 21 + n)) == home
+        assert fleet.policy.reason == "warm"
+    assert fleet.answer(text("b", 20)) != home
+    assert fleet.policy.reason == "cold"
+
+
+def test_prompts_of_which_none_is_cached_are_spread_as_evenly_as_by_load() -> None:
+    fleet = Fleet(4)
+    went = Counter(fleet.send(text(str(n), 20)) for n in range(40))
+    assert set(went.values()) == {10}
+
+
+def test_a_prompt_that_all_have_in_common_is_soon_everywhere() -> None:
+    """The failure of sglang#21199: one replica had it, and so got all of the load."""
+    fleet = Fleet(8)
+    went = Counter(fleet.send(text("system", 24, own=4)) for _ in range(160))
+    assert len(went) == 8
+    assert max(went.values()) <= 1.25 * 20 + 4
+    # And it is not computed again and again: at most once on each replica.
+    assert sum(it.cached == 0 for it in fleet.policy._sent.values()) == 8
+
+
+def test_a_call_goes_elsewhere_when_its_replica_has_much_more_to_read() -> None:
+    fleet = Fleet(2, max_wait_for_cache_s=2.0)
+    home = fleet.answer(text("a", 40))
+    fleet.send(text("b", 300), [it for it in fleet.live if it.id == home])  # 10 s of work
+    assert fleet.send(text("a", 40)) != home
+    assert fleet.policy.reason == "overflow"
+
+
+def test_a_call_waits_for_its_cache_as_long_as_that_is_worth_and_the_setting_allows() -> None:
+    def stays(shared: int, ahead: int, **config: Any) -> bool:
+        fleet = Fleet(2, **config)
+        home = fleet.answer(text("a", shared))
+        fleet.send(text("b", ahead), [it for it in fleet.live if it.id == home])
+        return fleet.send(Prompt(blocks("a", shared), (shared + 4) * BLOCK)) == home
+
+    assert stays(shared=20, ahead=80)
+    assert not stays(shared=20, ahead=120)  # more than (1 + PATIENCE) times what it saves
+    assert not stays(shared=20, ahead=80, max_wait_for_cache_s=0.1)
+    assert stays(shared=20, ahead=120, patience=10)
+
+
+def test_what_the_index_promises_counts_as_much_as_it_has_kept() -> None:
+    """Another gateway's prompts push ours out of the cache: the index must not believe itself."""
+    fleet = Fleet(2)
+    [only, _] = fleet.live
+    fleet.answer(text("a", 40), live=[only])
+    believed = fleet.policy._seen[only.id].trusted
+    for _ in range(100):
+        fleet.answer(text("a", 40), cached=0, live=[only])
+    assert (believed, fleet.policy._seen[only.id].trusted) == (1.0, pytest.approx(0.15, abs=0.05))
+    fleet.send(text("a", 40), [only])
+    assert fleet.policy._sent[str(fleet.calls)].cached == pytest.approx(10240 * 0.15, rel=0.4)
+    fleet.end(text("a", 40))
+    for n in range(100):
+        fleet.answer(text(f"b{n}", 40), live=[only])
+    assert fleet.policy.index.blocks(only.id) < 0.25 * 100_000 * 4 / BLOCK
+    for _ in range(300):
+        fleet.answer(text("a", 40), cached=10_240, live=[only])
+    assert fleet.policy._seen[only.id].trusted > 0.95
+
+
+def test_a_replica_that_dropped_its_cache_has_nothing() -> None:
+    fleet = Fleet(2)
+    home = fleet.answer(text("a", 20))
+    fleet.report(cache_drops=1)
+    fleet.answer(text("a", 20))
+    assert fleet.policy.reason == "cold"
+    fleet.report(cache_drops=1)
+    fleet.answer(text("a", 20))
+    assert fleet.policy.reason == "warm"
+    assert home in {it.id for it in fleet.live}
+
+
+def test_an_engine_without_prefix_caching_gets_calls_by_its_load_alone() -> None:
+    fleet = Fleet(4)
+    fleet.report(prefix_cache_tokens=0)
+    went = Counter(fleet.send(text("a", 20)) for _ in range(40))
+    assert set(went.values()) == {10}
+
+
+def test_only_replicas_that_are_there_are_chosen_and_others_are_forgotten() -> None:
+    fleet = Fleet(3)
+    home = fleet.answer(text("a", 20))
+    fleet.live = [it for it in fleet.live if it.id != home]
+    assert fleet.answer(text("a", 20)) != home
+    assert fleet.policy.reason == "cold"
+    fleet.policy.keep({it.id for it in fleet.live})
+    assert fleet.policy.replicas == 2
+    assert home not in fleet.policy.index.replicas
+
+
+def test_several_gateways_choose_the_same_replica_for_a_new_prompt_and_none_too_often() -> None:
+    one, two = Fleet(8, gateways=2), Fleet(8, gateways=2)
+    prompts = [text(str(n), 20) for n in range(64)]
+    first = [one.answer(it) for it in prompts]
+    assert one.policy.reason == "hash"
+    assert first == [two.answer(it) for it in reversed(prompts)][::-1]
+    assert len(set(first)) == 8
+    busy = Fleet(8, gateways=2)
+    spread = Counter(busy.send(text(str(n), 20)) for n in range(160))
+    assert max(spread.values()) <= 1.25 * 161 / 8 + 1
+
+
+def test_a_session_stays_at_its_replica_whatever_it_sends() -> None:
+    fleet = Fleet(8, session_affinity=True)
+    went = {fleet.answer(Prompt(blocks(str(n), 20), 20 * BLOCK, session="s1")) for n in range(20)}
+    assert len(went) == 1
+    assert fleet.policy.reason == "session"
+    others = {
+        fleet.answer(Prompt(blocks(str(n), 20), 20 * BLOCK, session=str(n))) for n in range(50)
+    }
+    assert len(others) > 4
+
+
+def test_a_replica_with_half_the_weight_gets_half_as_much() -> None:
+    fleet = Fleet(3)
+    slow = fleet.live[0].replica
+    slow.weight = lambda now: 0.5  # type: ignore[method-assign]
+    went = Counter(fleet.send(text(str(n), 20)) for n in range(100))
+    assert 15 <= went["r0"] <= 22
+
+
+def test_a_prompt_of_less_than_a_block_goes_to_the_replica_with_the_least_to_do() -> None:
+    fleet = Fleet(4)
+    went = Counter(fleet.send(Prompt((), 200)) for _ in range(40))
+    assert set(went.values()) == {10}
+    assert fleet.policy.reason == "short"
+
+
+def test_a_call_waits_for_a_place_where_it_is_cached_if_places_come_soon_or_are_used_anyway() -> (
+    None
+):
+    fleet = Fleet(2)
+    home = fleet.answer(text("a", 40))
+    [full] = [it for it in fleet.live if it.id == home]
+    rest = [it for it in fleet.live if it is not full]
+    asks = text("a", 40)
+    assert fleet.policy.waits_for(asks, rest, {full.replica: 0}) == (full.replica, 2.0)
+    assert fleet.policy.waits_for(asks, rest, {full.replica: 1}) is None  # when is not known
+    for _ in range(10):
+        fleet.answer(asks, cached=10_000, live=[full])  # each takes 0.1 s
+    assert fleet.policy.waits_for(asks, rest, {full.replica: 4}) == (full.replica, 2.0)
+    assert fleet.policy.waits_for(asks, rest, {full.replica: 100}) is None
+    assert fleet.policy.waits_for(text("new", 40), rest, {full.replica: 0}) is None
+    assert fleet.policy.waits_for(Prompt((), 100), rest, {full.replica: 0}) is None
+
+
+def test_bytes_per_token_come_from_the_accounting() -> None:
+    """A prompt of so many bytes is 1 token each in one language and 1/4 in another."""
+    fleet = Fleet(2)
+    for _ in range(100):
+        prompt = text("a", 20)
+        fleet.send(prompt)
+        fleet.policy.used(str(fleet.calls), Usage(prompt.size, 0, 10))
+    fleet.send(text("b", 20))
+    uncached = max(it.backlog.tokens for it in fleet.policy._seen.values())
+    assert uncached == pytest.approx(20 * BLOCK, rel=0.05)
+
+
+# --- settings ------------------------------------------------------------------------------------
+
+
+def test_the_settings_say_what_to_change() -> None:
+    for settings, args in ((GatewayConfig, {}), (ModelConfig, {"model": "org/m"})):
+        with pytest.raises(ConfigError, match="did you mean 'policy'"):
+            parse(settings, {**args, "routing": {"polcy": "least_loaded"}}, "args")
+        with pytest.raises(ConfigError, match=r"routing.policy is 'random', but .*round_robin"):
+            parse(settings, {**args, "routing": {"policy": "random"}}, "args")
+        with pytest.raises(ConfigError, match=r"routing.max_wait_for_cache_s"):
+            parse(settings, {**args, "routing": {"max_wait_for_cache_s": -1}}, "args")
