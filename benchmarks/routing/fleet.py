@@ -20,7 +20,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-from unittest import mock
 
 from benchmarks.routing import traces
 from benchmarks.routing.engine import BLOCK, Engine, Request, Speed
@@ -75,11 +74,13 @@ class Policy(Protocol):
 class Gateway:
     """One gateway: its view of the replicas, and its line."""
 
-    def __init__(self, number: int, policy: Policy, replicas: int) -> None:
+    def __init__(
+        self, number: int, policy: Policy, replicas: int, now: Callable[[], float]
+    ) -> None:  # fmt: skip
         self.number = number
         self.policy = policy
         self.front_ends = [
-            FrontEnd(f"r{n}", "", n, Replica(f"r{n}")) for n in range(replicas)
+            FrontEnd(f"r{n}", "", n, Replica(f"r{n}", now=now)) for n in range(replicas)
         ]  # its "port" is the engine's number
         self.line: deque[Asked] = deque()
 
@@ -104,6 +105,8 @@ class Outcome:
     """What a run gave; of the requests that arrived in its measured part, and times within it."""
 
     ttft_s: list[float] = field(default_factory=list)
+    """Of those that had no first token when the run was broken off, the time until then."""
+
     reasons: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -123,42 +126,50 @@ class Fleet:
     """Engines and gateways, and the time."""
 
     def __init__(
-        self, speed: Speed, replicas: int, policies: Sequence[Policy], seed: int
+        self, speed: Speed, replicas: int, gateways: int,
+        policy: Callable[[int, Callable[[], float]], Policy], seed: int,
     ) -> None:  # fmt: skip
         self.now = 0.0
         self.engines = [Engine(speed) for _ in range(replicas)]
-        self.gateways = [Gateway(n, policy, replicas) for n, policy in enumerate(policies)]
+        self.gateways = [
+            Gateway(n, policy(seed + n, self._clock), replicas, self._clock)
+            for n in range(gateways)
+        ]
+        random.seed(seed)  # the gateway's policies break ties by it
         self._rng = random.Random(seed)
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
-        self._told = [[0.0] * replicas for _ in policies]
-        self._due = [[False] * replicas for _ in policies]
+        self._told = [[0.0] * replicas for _ in self.gateways]
+        self._due = [[False] * replicas for _ in self.gateways]
         """By gateway and replica: whether a report is on its way."""
 
         self._ends = [float("inf")] * replicas
         self._left = 0
+        self._silent: dict[Asked, None] = {}
+        """Measured requests without a first token."""
+
         self.outcome = Outcome()
 
     def run(self, sessions: Sequence[Session], begin: float, end: float, limit: float) -> Outcome:
         """Play a trace. Arrivals from ``begin`` to ``end`` are measured; ``limit`` breaks it off."""
         self._begin, self._end = begin, end
-        clock = mock.Mock()
-        clock.monotonic = lambda: self.now
-        # The gateway's classes ask the time by this module.
-        with mock.patch("serve_app.gateway.replicas.time", clock):
-            for gateway in self.gateways:
-                for engine in range(len(self.engines)):
-                    self._at(self._rng.random() * HOLD_S, self._report, gateway, engine)
-            for session in sessions:
-                self._at(session.at, self._arrive, session, 0)
-            self._at(end, lambda: None)
-            while self._events:
-                self.now, _, what, about = heapq.heappop(self._events)
-                if self.now > limit or (self.now > end and not self._left):
-                    break
-                what(*about)
+        for gateway in self.gateways:
+            for engine in range(len(self.engines)):
+                self._at(self._rng.random() * HOLD_S, self._report, gateway, engine)
+        for session in sessions:
+            self._at(session.at, self._arrive, session, 0)
+        self._at(end, lambda: None)
+        while self._events:
+            self.now, _, what, about = heapq.heappop(self._events)
+            if self.now > limit or (self.now > end and not self._left):
+                break
+            what(*about)
         self.outcome.unfinished = self._left
+        self.outcome.ttft_s.extend(self.now - asked.arrived for asked in self._silent)
         return self.outcome
+
+    def _clock(self) -> float:
+        return self.now
 
     def _at(self, when: float, what: Callable[..., None], *about: Any) -> None:
         heapq.heappush(self._events, (when, next(self._order), what, about))
@@ -171,6 +182,7 @@ class Fleet:
         asked = Asked(session, number, gateway, self.now, blocks)
         if self._begin <= self.now < self._end:
             self._left += 1
+            self._silent[asked] = None
             self.outcome.arrived += 1
         gateway.line.append(asked)
         self._give(gateway)
@@ -201,7 +213,8 @@ class Fleet:
         for request in first:
             asked = request.owner
             asked.gateway.policy.first_byte(asked)
-            if self._begin <= asked.arrived < self._end:
+            if asked in self._silent:
+                del self._silent[asked]
                 self.outcome.ttft_s.append(self.now - asked.arrived)
         for request in ended:
             self._ended(request)
@@ -242,7 +255,7 @@ class Fleet:
         engine = self.engines[number]
         load = Load(
             engine.running, len(engine.waiting), engine.speed.most_seqs, engine.kv_cache_usage,
-            gateways=len(self.gateways),
+            gateways=len(self.gateways), prefix_cache_tokens=engine.speed.kv_tokens,
         )  # fmt: skip
         self._at(self.now + _REPORT_S, self._hear, gateway, number, load)
         self._at(self.now + HOLD_S, self._report, gateway, number)

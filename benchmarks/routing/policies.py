@@ -1,16 +1,16 @@
 """The policies that the simulator compares: the gateway's own, and others'."""
 
 from __future__ import annotations
-
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from benchmarks.routing import peers, traces
 from benchmarks.routing.engine import BLOCK, Request
 from benchmarks.routing.fleet import Asked, Policy
-from benchmarks.routing.peers import CacheAware
+from serve_app.cluster.exchange import Usage
 from serve_app.gateway.policy import FewestRequests
 from serve_app.gateway.replicas import FrontEnd
+from serve_app.gateway.routing import choice, prefix
 
 
 class _Told:
@@ -24,7 +24,7 @@ class _Told:
 
 
 class RoundRobin(_Told):
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, now: Callable[[], float]) -> None:
         self._next = seed
 
     def choose(self, live: list[FrontEnd], asked: Asked) -> FrontEnd:
@@ -33,7 +33,7 @@ class RoundRobin(_Told):
 
 
 class LeastLoaded(_Told):
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, now: Callable[[], float]) -> None:
         self._policy = FewestRequests()
 
     def choose(self, live: list[FrontEnd], asked: Asked) -> FrontEnd:
@@ -41,13 +41,42 @@ class LeastLoaded(_Told):
         return self._policy.choose(live, call)
 
 
+class CacheAware:
+    """The gateway's own."""
+
+    waits = True
+
+    def __init__(self, seed: int, now: Callable[[], float], **constants: float) -> None:
+        self._policy = choice.CacheAware(now=now, **constants)
+
+    def choose(self, live: list[FrontEnd], asked: Asked) -> FrontEnd:
+        turn = asked.turn
+        of_block = prefix.BLOCK // traces.BYTES_PER_TOKEN
+        numbers = traces.blocks(turn.pieces, turn.prompt_tokens, of_block)
+        blocks = tuple(number.to_bytes(8, "big") for number in numbers)
+        size = turn.prompt_tokens * traces.BYTES_PER_TOKEN
+        asked.memory = str(id(asked))
+        chosen = self._policy.choose(asked.memory, prefix.Prompt(blocks, size), live)
+        asked.reason = self._policy.reason
+        return chosen
+
+    def first_byte(self, asked: Asked) -> None:
+        self._policy.first_byte(asked.memory)
+
+    def ended(self, asked: Asked, request: Request) -> None:
+        self._policy.ended(asked.memory)
+        usage = Usage(request.prompt_tokens, request.cached_tokens, request.output_tokens)
+        if believed := self._policy.used(asked.memory, usage):
+            asked.predicted_tokens = round(believed.cached)
+
+
 class VllmRouter(_Told):
     """Its cache_aware. It has no queue: what it gets goes to an engine at once."""
 
     waits = False
 
-    def __init__(self, seed: int) -> None:
-        self._policy = CacheAware()
+    def __init__(self, seed: int, now: Callable[[], float]) -> None:
+        self._policy = peers.CacheAware()
 
     def choose(self, live: list[FrontEnd], asked: Asked) -> FrontEnd:
         blocks = asked.blocks[: asked.turn.prompt_tokens // BLOCK]
@@ -56,14 +85,15 @@ class VllmRouter(_Told):
         return live[at]
 
 
-POLICIES: dict[str, Callable[[int], Policy]] = {
-    "round_robin": RoundRobin,
+Make = Callable[[int, Callable[[], float]], Policy]
+"""Makes the policy of one gateway, from a seed and the clock."""
+
+OURS, ROUND_ROBIN, THEIRS = "cache_aware", "round_robin", "vllm-router cache_aware"
+
+POLICIES: dict[str, Make] = {
+    OURS: CacheAware,
+    ROUND_ROBIN: RoundRobin,
     "least_loaded": LeastLoaded,
-    "vllm-router cache_aware": VllmRouter,
+    THEIRS: VllmRouter,
 }
-"""By name; each makes the policy of one gateway from a seed."""
-
-
-def of(name: str, gateways: int, seed: int) -> Sequence[Policy]:
-    random.seed(seed)  # FewestRequests breaks ties by it
-    return [POLICIES[name](seed + n) for n in range(gateways)]
+"""By name."""

@@ -56,8 +56,11 @@ class Trace:
     turns: float
     """Turns of a session, on average."""
 
-    goal: str
-    """What a cache-aware policy must do here: ``win``, or ``not lose``."""
+    wins: bool
+    """Whether a cache-aware policy has something to win here."""
+
+    warm_s: float = 120.0
+    """Seconds until as many sessions end as begin, about."""
 
     def at(self, rate: float, seconds: float, seed: int) -> list[Session]:
         """Poisson arrivals of sessions that make ``rate`` requests/s, for so many seconds."""
@@ -219,11 +222,11 @@ def _different(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
 TRACES = {
     trace.name: trace
     for trace in (
-        Trace("b2b-saas", "150 × 6,000 shared + 1,200 own, 1,000 out", _b2b_saas, 1, "win"),
-        Trace("multi-turn", "chats of 6 turns, 220 in and 200 out each", _multi_turn, 5.9, "win"),
-        Trace("code-agent", "20 steps of an agent, 131 in to 1 out", _code_agent, 20, "win"),
-        Trace("26 % shared", "2,548 of 9,800 shared, 430 out", _low_sharing, 1, "not lose"),
-        Trace("reasoning", "300 in, 2,500 out, nothing shared", _reasoning, 1, "not lose"),
-        Trace("all different", "2,000 in, 200 out, nothing shared", _different, 1, "not lose"),
+        Trace("b2b-saas", "150 × 6,000 shared + 1,200 own, 1,000 out", _b2b_saas, 1, True),
+        Trace("multi-turn", "chats of 6 turns, 220 in and 200 out each", _multi_turn, 5.9, True),
+        Trace("code-agent", "20 steps of an agent, 131 in to 1 out", _code_agent, 20, True, 240),
+        Trace("26 % shared", "2,548 of 9,800 shared, 430 out", _low_sharing, 1, False),
+        Trace("reasoning", "300 in, 2,500 out, nothing shared", _reasoning, 1, False, 180),
+        Trace("all different", "2,000 in, 200 out, nothing shared", _different, 1, False),
     )
 }
