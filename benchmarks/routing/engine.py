@@ -1,8 +1,10 @@
 """An engine in simulated time: chunked prefill, decode in the same steps, and vLLM's prefix cache.
 
-What it leaves out: preemption (a request is admitted when all of its prompt and answer fit), the
-part of a prefill's attention that grows with the square of its length, tokenization and HTTP,
-CUDA graphs' sizes, speculative decoding.
+A request is admitted when the blocks of its whole prompt are free; while it decodes it takes more,
+and where there are none, the one that came last is preempted and computed again later.
+
+What it leaves out: the part of a prefill's attention that grows with the square of its length,
+tokenization and HTTP, CUDA graphs' sizes, speculative decoding, cascade attention.
 """
 
 from __future__ import annotations
@@ -74,52 +76,66 @@ class Cache:
     def __init__(self, blocks: int) -> None:
         self.size = blocks
         self._used: dict[int, int] = {}
-        self._free: OrderedDict[int, None] = OrderedDict()
+        self._idle: OrderedDict[int, None] = OrderedDict()
         self._blank = blocks
-        self.promised = 0
-        """Blocks that running requests will still take."""
+        self.decoded = 0
+        """In use, without a number yet: requests that decode fill them."""
 
     @property
     def used(self) -> int:
-        return len(self._used)
+        return len(self._used) + self.decoded
+
+    @property
+    def free(self) -> int:
+        return self._blank + len(self._idle)
 
     def found(self, blocks: Sequence[int]) -> int:
         """How many of the first of these are there."""
         for number, block in enumerate(blocks):
-            if block not in self._used and block not in self._free:
+            if block not in self._used and block not in self._idle:
                 return number
         return len(blocks)
 
-    def room(self, blocks: Sequence[int], found: int, more: int) -> bool:
-        """Whether all of these fit, ``found`` of which are there, and ``more``, unpromised."""
-        idle = sum(block in self._free for block in blocks[:found])
-        free = self._blank + len(self._free) - idle
-        return free - self.promised >= len(blocks) - found + more
+    def fits(self, blocks: Sequence[int], found: int, more: int = 0) -> bool:
+        """Whether all of these can be taken, ``found`` of which are there, and ``more``."""
+        idle = sum(block in self._idle for block in blocks[:found])
+        return self.free - idle >= len(blocks) - found + more
 
     def take(self, blocks: Sequence[int]) -> None:
         """Use these; what is not there takes a blank block, or the one evicted first."""
-        used, free = self._used, self._free
+        used, idle = self._used, self._idle
         for block in blocks:
             if block in used:
                 used[block] += 1
                 continue
-            if block in free:
-                del free[block]
-            elif self._blank:
-                self._blank -= 1
+            if block in idle:
+                del idle[block]
             else:
-                free.popitem(last=False)
+                self._evict()
             used[block] = 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Use these no more; they stay until they are evicted."""
-        used, free = self._used, self._free
+        used, idle = self._used, self._idle
         for block in reversed(blocks):
             if used[block] > 1:
                 used[block] -= 1
             else:
                 del used[block]
-                free[block] = None
+                idle[block] = None
+
+    def unnamed(self, blocks: int) -> None:
+        """So many blocks are in use by requests that decode."""
+        for _ in range(blocks - self.decoded):
+            self._evict()
+        self._blank += max(0, self.decoded - blocks)
+        self.decoded = blocks
+
+    def _evict(self) -> None:
+        if self._blank:
+            self._blank -= 1
+        else:
+            self._idle.popitem(last=False)
 
 
 @dataclass(eq=False, slots=True)
@@ -132,16 +148,32 @@ class Request:
     """Of prompt and answer, the full ones."""
 
     cached_tokens: int = 0
-    done_tokens: int = 0
-    """Of the prompt."""
+    """Of the prompt, found when it was admitted first."""
+
+    generated: int = 0
+    """Tokens that it had when it was preempted."""
+
+    done: int = 0
+    """Tokens whose keys and values it has, of the prompt and those generated before."""
 
     taken: int = 0
-    """Blocks of the prompt that it has."""
+    """Blocks of these."""
 
     first_token: float = math.nan
     ended: float = math.nan
+    preempted: int = 0
     owner: Any = None
     """What its sender wants to remember."""
+
+    @property
+    def length(self) -> int:
+        """Tokens to compute before it decodes."""
+        return self.prompt_tokens + self.generated
+
+    @property
+    def left(self) -> int:
+        """Tokens to generate."""
+        return self.output_tokens - self.generated
 
 
 class Engine:
@@ -157,13 +189,18 @@ class Engine:
         self._prefilling: deque[Request] = deque()
         self._chunks: list[tuple[Request, int]] = []
         self._decoding: list[tuple[int, int, Request]] = []
-        """By the decode step with which it ends."""
+        """By the decode step with which each ends."""
 
         self._steps = 0
         self._number = 0
         self._context = 0
+        """Tokens of those that decode, of prompts and answers."""
+
         self._produced = 0
-        """Tokens decoded by those that run: they have blocks, which are only promised here."""
+        """Of these, what has been decoded since their prefill."""
+
+        self._ahead = 0
+        """Tokens that the current steps decode: they have blocks already."""
 
         self._began = 0.0
         self._bulk = (0, 0.0)
@@ -177,14 +214,14 @@ class Engine:
 
     @property
     def kv_cache_usage(self) -> float:
-        return (self.cache.used + self._produced // BLOCK) / self.cache.size
+        return self.cache.used / self.cache.size
 
     def add(self, request: Request, now: float) -> None:
         """Take a request. It gets into a step when the current one has ended."""
         self.waiting.append(request)
         if self.ends == math.inf:
             self._step(now)
-        elif self._bulk[0] > 1 and self._decoding:
+        elif self._bulk[0] > 1:
             # Decode steps were counted together: go on from the end of the one that runs.
             steps, each = self._bulk
             begun = min(steps, max(1, math.ceil((now - self._began) / each)))
@@ -198,86 +235,120 @@ class Engine:
         self._steps += steps
         self._context += steps * len(self._decoding)
         self._produced += steps * len(self._decoding)
+        self._ahead = 0
         while self._decoding and self._decoding[0][0] <= self._steps:
-            request = heapq.heappop(self._decoding)[2]
-            self._context -= request.prompt_tokens + request.output_tokens - 1
-            self._produced -= request.output_tokens - 1
-            self._end(request, now)
+            _, _, request = heapq.heappop(self._decoding)
+            self._stop(request, request.left - 1)
             ended.append(request)
         for request, tokens in self._chunks:
-            request.done_tokens += tokens
-            if request.done_tokens < request.prompt_tokens:
+            request.done += tokens
+            if request.done < request.length:
                 continue
             self._prefilling.remove(request)
-            request.first_token = now
-            first.append(request)
-            if request.output_tokens <= 1:
-                self._end(request, now)
+            if not request.preempted:
+                request.first_token = now
+                first.append(request)
+            self._context += request.length
+            if request.left <= 1:
+                self._stop(request, 0)
                 ended.append(request)
                 continue
-            self._context += request.prompt_tokens
             self._number += 1
-            last = self._steps + request.output_tokens - 1
+            last = self._steps + request.left - 1
             heapq.heappush(self._decoding, (last, self._number, request))
+        for request in ended:
+            request.ended = now
         self._step(now)
         return first, ended
 
-    def _end(self, request: Request, now: float) -> None:
-        request.ended = now
-        answer = request.blocks[request.prompt_tokens // BLOCK :]
-        self.cache.promised -= _partly(request) + len(answer)
-        self.cache.take(answer)
-        self.cache.release(request.blocks)
+    def _stop(self, request: Request, decoded: int) -> None:
+        """A request decodes no more: its blocks are free, with numbers by which they are found."""
+        self._context -= request.length + decoded
+        self._produced -= decoded
+        self.cache.unnamed(self._unnamed)
+        filled = (request.length + decoded) // BLOCK
+        new = request.blocks[request.taken : filled]
+        if self.cache.free >= len(new):
+            self.cache.take(new)
+            request.taken = filled
+        self.cache.release(request.blocks[: request.taken])
+
+    @property
+    def _unnamed(self) -> int:
+        """Blocks with what was decoded, and each request's last one, which is not full."""
+        return self.running + (self._produced + self._ahead) // BLOCK
 
     def _step(self, now: float) -> None:
+        while self._decoding and not self._decodes(1):
+            self._preempt()
         budget = self.speed.batch_tokens - len(self._decoding)
         self._chunks = []
         for request in self._prefilling:
             budget -= self._chunk(request, budget)
         while self.waiting and budget > 0 and self.running < self.speed.most_seqs:
             request = self.waiting[0]
-            prompt = request.blocks[: request.prompt_tokens // BLOCK]
+            prompt = request.blocks[: request.length // BLOCK]
             found = self.cache.found(prompt)
-            answer = len(request.blocks) - len(prompt) + _partly(request)
-            if not self.cache.room(prompt, found, answer):
+            if not self.cache.fits(prompt, found, 1 + self._promised()):
                 break
             self.waiting.popleft()
             # The last token is computed in any case: its logits are needed.
-            request.cached_tokens = min(found * BLOCK, request.prompt_tokens - 1)
-            request.done_tokens = request.cached_tokens
+            request.done = min(found * BLOCK, request.length - 1)
             request.taken = found
+            if not request.preempted:
+                request.cached_tokens = request.done
             self.cache.take(prompt[:found])
-            self.cache.promised += len(prompt) - found + answer
             self._prefilling.append(request)
+            self.cache.unnamed(self._unnamed)
             budget -= self._chunk(request, budget)
         prefill = sum(tokens for _, tokens in self._chunks)
-        self._began = now
-        if prefill:
-            self._bulk = (1, self.speed.step(prefill, len(self._decoding), self._context))
-        elif self._decoding:
+        decodes = len(self._decoding)
+        steps = 1
+        if decodes and not prefill:
             steps = min(_BULK, max(1, self._decoding[0][0] - self._steps))
-            each = self.speed.step(0, len(self._decoding), self._context)
-            self._bulk = (steps, each)
-        else:
-            self._bulk = (0, 0.0)
-            self.ends = math.inf
+            while steps > 1 and not self._decodes(steps):
+                steps //= 2
+            self._decodes(steps)
+        elif not prefill:
+            self._bulk, self.ends = (0, 0.0), math.inf
             return
-        self.ends = now + self._bulk[0] * self._bulk[1]
+        each = self.speed.step(prefill, decodes, self._context)
+        self._began, self._bulk, self.ends = now, (steps, each), now + steps * each
+
+    def _promised(self) -> int:
+        """Blocks that prompts which are being read will still take."""
+        return sum(it.length // BLOCK - it.taken for it in self._prefilling)
+
+    def _decodes(self, steps: int) -> bool:
+        """Take the blocks for so many decode steps, if there are as many."""
+        self._ahead = steps * len(self._decoding)
+        more = self._unnamed - self.cache.decoded
+        if more > self.cache.free - self._promised():
+            self._ahead = 0
+            return False
+        self.cache.unnamed(self._unnamed)
+        return True
+
+    def _preempt(self) -> None:
+        """The request that came last gives its blocks, and waits as the next one."""
+        at = max(range(len(self._decoding)), key=lambda n: self._decoding[n][1])
+        last, _, request = self._decoding.pop(at)
+        heapq.heapify(self._decoding)
+        decoded = request.left - 1 - (last - self._steps)
+        self._stop(request, decoded)
+        request.generated += decoded + 1
+        request.preempted += 1
+        request.done = request.taken = 0
+        self.waiting.appendleft(request)
 
     def _chunk(self, request: Request, budget: int) -> int:
         """Put the next part of a prompt into the step; how many tokens."""
-        tokens = min(budget, request.prompt_tokens - request.done_tokens)
+        tokens = min(budget, request.length - request.done)
         if tokens <= 0:
             return 0
         # Blocks count as cached when they are given out, as in vLLM's allocate_slots.
-        new = request.blocks[request.taken : (request.done_tokens + tokens) // BLOCK]
+        new = request.blocks[request.taken : (request.done + tokens) // BLOCK]
         request.taken += len(new)
         self.cache.take(new)
-        self.cache.promised -= len(new)
         self._chunks.append((request, tokens))
         return tokens
-
-
-def _partly(request: Request) -> int:
-    """The block that is not full at a request's end."""
-    return int((request.prompt_tokens + request.output_tokens) % BLOCK > 0)

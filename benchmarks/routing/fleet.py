@@ -17,7 +17,7 @@ import heapq
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from benchmarks.routing.engine import BLOCK, Engine, Request, Speed
 from benchmarks.routing.traces import Session, Turn
 from serve_app.cluster.exchange import Load
 from serve_app.gateway.replicas import FrontEnd, Replica
+from serve_app.gateway.routing.held import MOST, Held
 from serve_app.replica.reports import _APART_S, HOLD_S
 
 _REPORT_S = 0.001
@@ -40,6 +41,9 @@ class Asked:
     number: int
     gateway: Gateway
     arrived: float
+    rank: int
+    """Who came first has the lowest."""
+
     blocks: Sequence[int]
     """vLLM's blocks of its prompt and answer."""
 
@@ -47,6 +51,9 @@ class Asked:
     reason: str = ""
     predicted_tokens: int = 0
     """Of its prompt, cached as its policy believed."""
+
+    held: bool = False
+    """Whether it waited for a replica while others had room."""
 
     memory: Any = None
     """What its policy wants to remember of it."""
@@ -66,6 +73,12 @@ class Policy(Protocol):
         """One of ``live``; sets the request's ``reason`` and ``predicted_tokens``."""
         ...
 
+    def waits_for(
+        self, live: list[FrontEnd], asked: Asked, full: Mapping[Replica, int]
+    ) -> tuple[Replica, float] | None:
+        """A replica without room that it should wait for, and for how long at most."""
+        ...
+
     def first_byte(self, asked: Asked) -> None: ...
 
     def ended(self, asked: Asked, request: Request) -> None: ...
@@ -82,22 +95,64 @@ class Gateway:
         self.front_ends = [
             FrontEnd(f"r{n}", "", n, Replica(f"r{n}", now=now)) for n in range(replicas)
         ]  # its "port" is the engine's number
+        self.replicas = dict.fromkeys(it.replica for it in self.front_ends)
         self.line: deque[Asked] = deque()
+        self.held: Held[Asked] = Held()
+        self._now = now
 
     def turns(self) -> list[Asked]:
-        """Give turns to those who can have one now."""
-        given = []
-        while self.line:
-            live = self.front_ends
-            if self.policy.waits:
-                live = [it for it in live if (room := it.replica.room()) is None or room.left > 0]
-                if not live:
-                    break
-            asked = self.line.popleft()
-            asked.front_end = self.policy.choose(live, asked)
-            asked.front_end.began()
-            given.append(asked)
+        """Give turns to those who can have one now, as ``Queue._give_turns`` does."""
+        given: list[Asked] = []
+        while self._turn(given):
+            pass
         return given
+
+    def _turn(self, given: list[Asked]) -> bool:
+        if not (self.line or self.held):
+            return False
+        live = self.front_ends
+        if self.policy.waits:
+            live = [it for it in live if (room := it.replica.room()) is None or room.left > 0]
+            if not live:
+                return False
+        roomy = {it.replica: it for it in live}
+        held = self.held.next(lambda asked, replica: replica in roomy)
+        if held and (not self.line or held[2] < self.line[0].rank):
+            asked, replica, _ = held
+            self.held.remove(asked)
+            given.append(self._sent(asked, [roomy[replica]]))
+            return True
+        if self.line:
+            asked = self.line.popleft()
+            if not self._hold(asked, live, roomy):
+                given.append(self._sent(asked, live))
+            return True
+        if asked_in_vain := self.held.in_vain(self.replicas, self._now()):
+            self.held.remove(asked_in_vain)
+            given.append(self._sent(asked_in_vain, live))
+            return True
+        return False
+
+    def _hold(self, asked: Asked, live: list[FrontEnd], roomy: Container[Replica]) -> bool:
+        if len(live) == len(self.front_ends):
+            return False
+        places = {
+            it: 0 if self.line else waiting + 1
+            for it in self.replicas
+            if it not in roomy and (waiting := self.held.waiting(it)) < MOST
+        }
+        wait = self.policy.waits_for(live, asked, places) if places else None
+        if wait is None:
+            return False
+        replica, seconds = wait
+        asked.held = True
+        self.held.add(asked, replica, asked.rank, self._now() + seconds)
+        return True
+
+    def _sent(self, asked: Asked, live: list[FrontEnd]) -> Asked:
+        asked.front_end = self.policy.choose(live, asked)
+        asked.front_end.began()
+        return asked
 
 
 @dataclass
@@ -108,6 +163,9 @@ class Outcome:
     """Of those that had no first token when the run was broken off, the time until then."""
 
     reasons: Counter[str] = field(default_factory=Counter)
+    held: int = 0
+    """Requests that waited for a replica while others had room."""
+
     prompt_tokens: int = 0
     cached_tokens: int = 0
     predicted_tokens: int = 0
@@ -179,7 +237,7 @@ class Fleet:
         turn = session.turns[number]
         tokens = turn.prompt_tokens + turn.output_tokens
         blocks = traces.blocks(turn.pieces, tokens, BLOCK)
-        asked = Asked(session, number, gateway, self.now, blocks)
+        asked = Asked(session, number, gateway, self.now, next(self._order), blocks)
         if self._begin <= self.now < self._end:
             self._left += 1
             self._silent[asked] = None
@@ -228,6 +286,7 @@ class Fleet:
         if self._begin <= asked.arrived < self._end:
             self._left -= 1
             outcome.reasons[asked.reason] += 1
+            outcome.held += asked.held
             outcome.prompt_tokens += request.prompt_tokens
             outcome.cached_tokens += request.cached_tokens
             outcome.predicted_tokens += asked.predicted_tokens

@@ -1,15 +1,15 @@
 """The policies that the simulator compares: the gateway's own, and others'."""
 
 from __future__ import annotations
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from benchmarks.routing import peers, traces
 from benchmarks.routing.engine import BLOCK, Request
 from benchmarks.routing.fleet import Asked, Policy
 from serve_app.cluster.exchange import Usage
 from serve_app.gateway.policy import FewestRequests
-from serve_app.gateway.replicas import FrontEnd
+from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.routing import choice, prefix
 
 
@@ -17,6 +17,11 @@ class _Told:
     """A policy that learns nothing from what becomes of its requests."""
 
     waits = True
+
+    def waits_for(
+        self, live: list[FrontEnd], asked: Asked, full: Mapping[Replica, int]
+    ) -> tuple[Replica, float] | None:
+        return None
 
     def first_byte(self, asked: Asked) -> None: ...
 
@@ -50,24 +55,33 @@ class CacheAware:
         self._policy = choice.CacheAware(now=now, **constants)
 
     def choose(self, live: list[FrontEnd], asked: Asked) -> FrontEnd:
+        chosen = self._policy.choose(str(asked.rank), _prompt(asked), live)
+        asked.reason = self._policy.reason
+        return chosen
+
+    def waits_for(
+        self, live: list[FrontEnd], asked: Asked, full: Mapping[Replica, int]
+    ) -> tuple[Replica, float] | None:
+        return self._policy.waits_for(_prompt(asked), live, full)
+
+    def first_byte(self, asked: Asked) -> None:
+        self._policy.first_byte(str(asked.rank))
+
+    def ended(self, asked: Asked, request: Request) -> None:
+        self._policy.ended(str(asked.rank))
+        usage = Usage(request.prompt_tokens, request.cached_tokens, request.output_tokens)
+        if believed := self._policy.used(str(asked.rank), usage):
+            asked.predicted_tokens = round(believed.cached)
+
+
+def _prompt(asked: Asked) -> prefix.Prompt:
+    if asked.memory is None:
         turn = asked.turn
         of_block = prefix.BLOCK // traces.BYTES_PER_TOKEN
         numbers = traces.blocks(turn.pieces, turn.prompt_tokens, of_block)
         blocks = tuple(number.to_bytes(8, "big") for number in numbers)
-        size = turn.prompt_tokens * traces.BYTES_PER_TOKEN
-        asked.memory = str(id(asked))
-        chosen = self._policy.choose(asked.memory, prefix.Prompt(blocks, size), live)
-        asked.reason = self._policy.reason
-        return chosen
-
-    def first_byte(self, asked: Asked) -> None:
-        self._policy.first_byte(asked.memory)
-
-    def ended(self, asked: Asked, request: Request) -> None:
-        self._policy.ended(asked.memory)
-        usage = Usage(request.prompt_tokens, request.cached_tokens, request.output_tokens)
-        if believed := self._policy.used(asked.memory, usage):
-            asked.predicted_tokens = round(believed.cached)
+        asked.memory = prefix.Prompt(blocks, turn.prompt_tokens * traces.BYTES_PER_TOKEN)
+    return cast(prefix.Prompt, asked.memory)
 
 
 class VllmRouter(_Told):

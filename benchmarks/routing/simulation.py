@@ -85,6 +85,7 @@ def run(case: Case, rate: float) -> dict[str, Any]:
         "hit": round(outcome.cached_tokens / prompts, 4),
         "predicted_hit": round(outcome.predicted_tokens / prompts, 4),
         "reasons": dict(outcome.reasons),
+        "held": outcome.held,
         "unfinished": outcome.unfinished,
         "cpu_s": round(time.process_time() - began, 1),
     }

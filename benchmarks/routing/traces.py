@@ -150,7 +150,7 @@ def _conversation(
         answer = answered()
         if length + answer > most and found:
             break
-        pause = rng.expovariate(1 / pause_s) if number else 0.0
+        pause = rng.expovariate(1 / pause_s) if number and pause_s else 0.0
         found.append(Turn((*pieces, (own, length)), length, answer, pause))
         length += answer
     return tuple(found)
@@ -160,8 +160,8 @@ def _multi_turn(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
     """Chats that go on: KubeAI's benchmark takes ShareGPT's threads of several turns.
 
     Lengths are lognormal about the means of ShareGPT as vLLM's benchmark filters it (some 220
-    tokens in each question and 200 in each answer); turns are geometric, 6 on average; users think
-    for 10 s; all share a system prompt of 100 tokens.
+    tokens in each question and 200 in each answer); turns are geometric, 6 on average; all share a
+    system prompt of 100 tokens. As there, the next question comes as soon as the answer is there.
     """
     streams = _Streams()
     system = streams.new()
@@ -170,7 +170,7 @@ def _multi_turn(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
         yield _conversation(
             rng, ((system, 100),), streams.new(), turns,
             lambda: _lognormal(rng, 220, 1.0, 4000), lambda: _lognormal(rng, 200, 0.8, 2000),
-            10.0, 16_000,
+            0.0, 16_000,
         )  # fmt: skip
 
 
