@@ -41,18 +41,46 @@ class Fleet:
             "last_deployed_time_s": 1.7e9,
             "deployed_app_config": application(name, len(self.places(name))),
             "source": "declarative",
+            "external_scaler_enabled": False,
+            "deployment_topology": None,
             "deployments": {
                 DEPLOYMENT: {
                     "name": DEPLOYMENT,
                     "status": "HEALTHY",
                     "status_trigger": "CONFIG_UPDATE_COMPLETED",
                     "message": "",
+                    "deployment_config": _SERVES,
                     "target_num_replicas": len(self.places(name)),
                     "required_resources": {"CPU": 1},
                     "replicas": [_replica(name, id) for id in self.places(name)],
                 }
             },
         }
+
+
+_SERVES = {
+    "max_ongoing_requests": 1_000_000,
+    "max_queued_requests": -1,
+    "backpressure_config": {"status_code": 503, "retry_after_s": None},
+    "user_config": None,
+    "graceful_shutdown_wait_loop_s": 2.0,
+    "graceful_shutdown_timeout_s": 615.0,
+    "health_check_period_s": 5.0,
+    "health_check_timeout_s": 30.0,
+    "ray_actor_options": {"num_cpus": 0.0, "num_gpus": 0.0},
+    "request_router_config": {
+        "request_router_class": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
+        "request_router_kwargs": {},
+        "request_routing_stats_period_s": 10.0,
+        "request_routing_stats_timeout_s": 30.0,
+        "initial_backoff_s": 0.025,
+        "backoff_multiplier": 2.0,
+        "max_backoff_s": 0.5,
+    },
+    "rolling_update_percentage": 0.2,
+    "max_surge_percent": 0,
+}
+"""Of each deployment, as Serve tells it."""
 
 
 def application(name: str, replicas: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import pickle
 import statistics
 import time
@@ -69,13 +70,17 @@ async def measure(fleet: Fleet) -> dict[str, float]:
     some = fleet.names[len(fleet.names) // 2]
     policy: Any = FewestRequests()
 
+    def all_report() -> None:
+        for id in ids:
+            board.report(id, _BUSY)
+
     with mock.patch("serve_app.cluster.serve.report_async", report):
         await directory.refresh()
         return {
             "report_bytes": len(told),
             "unpickle_ms": await _ms(report),
             "refresh_ms": await _ms(directory.refresh),
-            "all_reports_ms": await _ms(lambda: [board.report(id, _BUSY) for id in ids]),
+            "all_reports_ms": await _ms(all_report),
             "look_ms": await _ms(lambda: {it.id: (name, it) for name, it in board.all()}),
             "choose_ms": await _ms(lambda: policy.choose(board.live(some), None)),
             "models_ms": await _ms(
@@ -144,6 +149,7 @@ async def _ms(part: Callable[[], Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default=SIZES)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     for size in parser.parse_args().sizes.split(","):
         replicas, _, names = size.partition(":")
         fleet = Fleet(int(names), int(replicas))

@@ -73,7 +73,7 @@ class Exchange:
                 else:
                     said = await self._once(front_end, question)
             except (UpstreamError, ValueError) as error:
-                if all(it is not front_end for _, it in self._board.all()):
+                if not self._board.has(front_end):
                     self._ledger.lost(front_end.id)
                     return
                 logger.debug(f"no exchange with {front_end.id}: {error!r}")

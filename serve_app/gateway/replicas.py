@@ -155,6 +155,10 @@ class Board:
 
     def __init__(self) -> None:
         self._front_ends: dict[str, dict[str, FrontEnd]] = {}
+        self._replicas: dict[str, tuple[str, Replica]] = {}
+        """By a replica's id: its application, and itself. Each of a thousand replicas reports every
+        second: none is looked for among all."""
+
         self.max_model_len: dict[str, int] = {}
         """By application, as its replicas reported it last; kept while there are none."""
 
@@ -187,15 +191,17 @@ class Board:
             self.about[application] = about
         before = self._front_ends.get(application, {})
         replicas = {it.replica.id: it.replica for it in before.values()}
+        self._forget_replicas(before)
         self._front_ends[application] = {
             id: before.get(id) or _front_end(id, address, replicas)
             for id, address in running.items()
         }
+        self._know_replicas(application)
         self.changed(application)
 
     def forget(self, application: str) -> None:
         """Forget an application that was removed."""
-        self._front_ends.pop(application, None)
+        self._forget_replicas(self._front_ends.pop(application, {}))
         self.max_model_len.pop(application, None)
         self.about.pop(application, None)
 
@@ -229,6 +235,7 @@ class Board:
         replicas = {it.replica.id: it.replica for it in known.values()}
         for id, address in running.items():
             known.setdefault(id, _front_end(id, address, replicas))
+        self._know_replicas(application)
         return [it for id in running if not (it := known[id]).replica.avoids(id)]
 
     def all(self) -> list[tuple[str, FrontEnd]]:
@@ -237,12 +244,15 @@ class Board:
 
     def report(self, replica_id: str, load: Load) -> None:
         """Take what a replica says of its engine's load. One that is not known is ignored."""
-        for application, known in self._front_ends.items():
-            for front_end in known.values():
-                if front_end.replica.id == replica_id:
-                    front_end.replica.report(load)
-                    self.changed(application)
-                    return
+        if known := self._replicas.get(replica_id):
+            application, replica = known
+            replica.report(load)
+            self.changed(application)
+
+    def has(self, front_end: FrontEnd) -> bool:
+        """Whether Serve still reports it, live or avoided."""
+        application, _ = self._replicas.get(front_end.replica.id, ("", None))
+        return self._front_ends.get(application, {}).get(front_end.id) is front_end
 
     def over_plan(self, application: str) -> int:
         """The most bytes that one of its engines holds beyond its part of a GPU."""
@@ -251,8 +261,8 @@ class Board:
 
     def application_of(self, front_end: str) -> str | None:
         """The application of the front end with this id, live or avoided."""
-        having = (name for name, known in self._front_ends.items() if front_end in known)
-        return next(having, None)
+        application, _ = self._replicas.get(front_end_ids.replica_of(front_end), ("", None))
+        return application if front_end in self._front_ends.get(application, {}) else None
 
     def live(self, application: str) -> list[FrontEnd]:
         """Front ends to choose from: not avoided, and awake unless all are asleep."""
@@ -261,6 +271,14 @@ class Board:
             return live
         now = time.monotonic()
         return [it for it in live if it.replica.asleep_until < now] or live
+
+    def _know_replicas(self, application: str) -> None:
+        for it in self._front_ends[application].values():
+            self._replicas[it.replica.id] = application, it.replica
+
+    def _forget_replicas(self, front_ends: Mapping[str, FrontEnd]) -> None:
+        for it in front_ends.values():
+            self._replicas.pop(it.replica.id, None)
 
     def _not_avoided(self, application: str) -> list[FrontEnd]:
         known = self._front_ends.get(application, {})

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from serve_app.cluster.exchange import HOLD_S, Answer, Load, Question, Report
+from serve_app.cluster.exchange import HOLD_S, IDLE_HOLD_S, Answer, Load, Question, Report
 
 SILENT_S = 15.0
 """Seconds without a question after which a gateway counts as gone."""
@@ -41,6 +41,9 @@ class _Box:
     asked: float = field(default_factory=time.monotonic)
     told: float = float("-inf")
     """When it was last answered, with a report or not."""
+
+    load: Load | None = None
+    """As it was told last."""
 
     waiting: int = 0
     waits_since: float = 0.0
@@ -73,14 +76,13 @@ class Reports:
         self._take_over(box)
         if not box.reports:
             box.news.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HOLD_S):
-                    await box.news.wait()
+            await self._news(box, IDLE_HOLD_S if question.of == box.id else HOLD_S)
         if (early := box.told + _APART_S - time.monotonic()) > 0:
             await asyncio.sleep(early)
         box.asked = box.told = time.monotonic()
         told = [box.reports[i] for i in range(min(len(box.reports), _AT_ONCE))]
-        if load := self._load():
+        box.load = load = self._load()
+        if load:
             gateways = sum(not _silent(it) for it in self._boxes.values())
             load = replace(load, gateways=gateways)
         return Answer(box.id, box.first + len(told) - 1, told, load)
@@ -107,11 +109,27 @@ class Reports:
         for box in self._boxes.values():
             box.news.set()
 
+    async def _news(self, box: _Box, idle_hold_s: float) -> None:
+        """Wait for a report, for a while; so long where there is nothing else to tell either."""
+        until = time.monotonic() + idle_hold_s
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HOLD_S):
+                    await box.news.wait()
+            idle = _idle(load := self._load()) and load == box.load and not box.waiting
+            if box.news.is_set() or not idle or time.monotonic() >= until:
+                return
+
     def _take_over(self, box: _Box) -> None:
         for gateway, other in list(self._boxes.items()):
             if other is not box and _silent(other):
                 box.reports.extend(other.reports)
                 del self._boxes[gateway]
+
+
+def _idle(load: Load | None) -> bool:
+    """Whether the engine has nothing to do; or another front end tells of it."""
+    return load is None or not (load.running or load.waiting)
 
 
 def _silent(box: _Box) -> bool:
