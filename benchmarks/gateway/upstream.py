@@ -2,9 +2,9 @@
 
 They speak as vLLM does, and to our gateway also as replicas, each of one model: they report what
 each request took. Each port answers for all models (a request of another one names it as its
-``user``): ``instant`` answers at once, in one write;
-``paced`` sends a token to each stream every 20 ms, all in the same step as an engine does, and
-``slow`` every 5 s. A stream has as many tokens as ``max_tokens`` says, and two events more: its
+``user``): ``instant`` answers at once, in one write; ``paced`` sends a token to each stream every
+20 ms, all in the same step as an engine does, and ``slow`` every 5 s, each at its own time as many
+engines do. A stream has as many tokens as ``max_tokens`` says, and two events more: its
 role and ``[DONE]``. What a gateway sends elsewhere (spans) is taken too.
 """
 
@@ -122,8 +122,15 @@ def _streams() -> int:
     return sum(len(streams) for streams in _open.values())
 
 
-def _load() -> Load:
-    return Load(_streams(), waiting=0, capacity=_CAPACITY, kv_cache_usage=0.0)
+class _Port:
+    """What a replica knows."""
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self.reports = Reports(self._load)
+
+    def _load(self) -> Load:
+        return Load(self.streams, waiting=0, capacity=_CAPACITY, kv_cache_usage=0.0)
 
 
 async def _step(model: str) -> None:
@@ -138,8 +145,8 @@ async def _step(model: str) -> None:
 
 
 class _Connection(asyncio.Protocol):
-    def __init__(self, reports: Reports) -> None:
-        self._reports = reports
+    def __init__(self, port: _Port) -> None:
+        self._port, self._reports = port, port.reports
         self._parser = HttpRequestParser(self)
         self._streamed: _Asked | None = None
 
@@ -200,15 +207,29 @@ class _Connection(asyncio.Protocol):
         else:
             self._streamed, self._sent = asked, 0
             _open[model].add(self)
+            self._port.streams += 1
             self._transport.write(_STREAM + _event(model, None))
             self.token()
+            if model == "slow":
+                self._later()
             return
         self._report(tokens)
+
+    def _later(self) -> None:
+        """Send further tokens, each in its time."""
+        if self._streamed:
+            asyncio.get_running_loop().call_later(STEPS_S["slow"], self._next)
+
+    def _next(self) -> None:
+        if self._streamed:
+            self.token()
+            self._later()
 
     def _ended(self) -> None:
         assert self._streamed
         _open[self._streamed.plays].discard(self)
         self._streamed = None
+        self._port.streams -= 1
         self._report(self._sent)
 
     @property
@@ -228,9 +249,9 @@ class _Connection(asyncio.Protocol):
 async def main(port: int, ports: int = len(MODELS)) -> None:
     loop = asyncio.get_running_loop()
     for offset in range(ports):
-        serving = partial(_Connection, Reports(_load))
+        serving = partial(_Connection, _Port())
         await loop.create_server(serving, "127.0.0.1", port + offset, backlog=8192)
-    await asyncio.gather(*map(_step, STEPS_S))
+    await _step("paced")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ class Fleet:
     def places(self, model: str) -> dict[str, Address]:
         """Where a model's replicas listen, by id."""
         number = int(model.removeprefix("model-"))
-        numbers = range(number, self.replicas, self.models)
+        of = self.replicas / self.models
+        numbers = range(round(number * of), round((number + 1) * of))
         return {f"{n:08x}": ("127.0.0.1", self.first_port + n) for n in numbers}
 
     def report(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 import uuid
 from collections import deque
@@ -19,7 +20,12 @@ from serve_app.cluster.exchange import HOLD_S, IDLE_HOLD_S, Answer, Load, Questi
 SILENT_S = 15.0
 """Seconds without a question after which a gateway counts as gone."""
 
-_APART_S = 0.01
+_APART = 0.25
+"""By which part of it each hold is shorter or longer. A gateway that has just begun asks all front
+ends in the same moment, and would be answered by all in the same moment for ever: with a thousand,
+all its streams would stand still for 0.1 s each time."""
+
+_SOONEST_S = 0.01
 """Seconds between two answers to a gateway. Under load one answer tells of many requests: an answer
 for each would cost a gateway a tenth of its time."""
 
@@ -76,8 +82,10 @@ class Reports:
         self._take_over(box)
         if not box.reports:
             box.news.clear()
-            await self._news(box, IDLE_HOLD_S if question.of == box.id else HOLD_S)
-        if (early := box.told + _APART_S - time.monotonic()) > 0:
+            part = random.uniform(1 - _APART, 1 + _APART)
+            most_s = IDLE_HOLD_S if question.of == box.id else HOLD_S
+            await self._news(box, HOLD_S * part, most_s * part)
+        if (early := box.told + _SOONEST_S - time.monotonic()) > 0:
             await asyncio.sleep(early)
         box.asked = box.told = time.monotonic()
         told = [box.reports[i] for i in range(min(len(box.reports), _AT_ONCE))]
@@ -109,15 +117,15 @@ class Reports:
         for box in self._boxes.values():
             box.news.set()
 
-    async def _news(self, box: _Box, idle_hold_s: float) -> None:
-        """Wait for a report, for a while; so long where there is nothing else to tell either."""
-        until = time.monotonic() + idle_hold_s
-        while True:
+    async def _news(self, box: _Box, each_s: float, most_s: float) -> None:
+        """Wait for a report, for a while; again where there is nothing else to tell either."""
+        until = time.monotonic() + most_s
+        while (left_s := until - time.monotonic()) > 0:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HOLD_S):
+                async with asyncio.timeout(min(each_s, left_s)):
                     await box.news.wait()
             idle = _idle(load := self._load()) and load == box.load and not box.waiting
-            if box.news.is_set() or not idle or time.monotonic() >= until:
+            if box.news.is_set() or not idle:
                 return
 
     def _take_over(self, box: _Box) -> None:
