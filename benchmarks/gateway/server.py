@@ -2,9 +2,9 @@
 
 With ``REPLICAS MODELS`` after these it has a fleet of that size, whose replicas listen from the
 port UPSTREAM on. It is the application that Serve runs, with the args of the JSON file CONFIG. Only
-what it would ask of Ray is answered here: which models there are and where, the credential, the actor of the limits,
-other gateways, and the folder of Serve's logs. Around it is what Serve has around an app
-(:class:`benchmarks.relay.gateway.LikeServe`).
+what it would ask of Ray is answered here: which models there are and where, the credential, the
+actor of the limits, other gateways, and the folder of Serve's logs. Around it is what Serve has
+around an app (:class:`benchmarks.relay.gateway.LikeServe`).
 """
 
 from __future__ import annotations

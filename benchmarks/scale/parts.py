@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.scale.fleet import Fleet
+from serve_app.cluster import limits_actor
 from serve_app.cluster.exchange import Load
 from serve_app.gateway import api, models
 from serve_app.gateway.directory import Directory
@@ -95,6 +96,7 @@ async def measure(fleet: Fleet) -> dict[str, float]:
             "fleet_ms": await _ms(
                 lambda: fleets._fleet(None).model_dump_json(exclude_unset=True).encode()
             ),
+            "limits_ms": await _ms(_exchange_of_limits()),
             "metrics_ms": await _ms(lambda: _page({}, True, _pages(fleet))),
         }
 
@@ -115,6 +117,23 @@ def _unknown(directory: Directory) -> None:
     except GatewayError:
         return
     raise AssertionError("it is known")
+
+
+def _exchange_of_limits() -> Callable[[], None]:
+    """What the limits' actor does for one gateway of eight, twice a second: 1,000 keys, four limits
+    each."""
+    buckets = {int(time.time() // 60) - n: 10.0 for n in range(2)}
+    names = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "tokens_per_day")
+    told = limits_actor.encode({f"key-{n}": dict.fromkeys(names, buckets) for n in range(1000)})
+    sums = limits_actor.Sums({})
+
+    def exchange(gateway: str = "0") -> None:
+        others, _ = sums.exchange(gateway, limits_actor.decode(told), time.time())
+        limits_actor.encode(others)
+
+    for n in range(8):
+        exchange(str(n))
+    return exchange
 
 
 _SERIES = "".join(
