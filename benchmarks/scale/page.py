@@ -33,7 +33,8 @@ _PARTS = {
     "unknown_model_ms": "a request for a model that is not there is refused",
     "choose_ms": "a replica is chosen",
     "metrics_ms": "`GET /metrics` is put together, with 500 series of each replica",
-    "limits_ms": "the limits' actor answers one of eight gateways, 1,000 keys",
+    "limits_8_ms": "the limits' actor answers one of 8 gateways, 1,000 keys",
+    "limits_32_ms": "one of 32",
 }
 
 

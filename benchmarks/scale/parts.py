@@ -96,7 +96,8 @@ async def measure(fleet: Fleet) -> dict[str, float]:
             "fleet_ms": await _ms(
                 lambda: fleets._fleet(None).model_dump_json(exclude_unset=True).encode()
             ),
-            "limits_ms": await _ms(_exchange_of_limits()),
+            "limits_8_ms": await _ms(_exchange_of_limits(8)),
+            "limits_32_ms": await _ms(_exchange_of_limits(32)),
             "metrics_ms": await _ms(lambda: _page({}, True, _pages(fleet))),
         }
 
@@ -119,9 +120,9 @@ def _unknown(directory: Directory) -> None:
     raise AssertionError("it is known")
 
 
-def _exchange_of_limits() -> Callable[[], None]:
-    """What the limits' actor does for one gateway of eight, twice a second: 1,000 keys, four limits
-    each."""
+def _exchange_of_limits(gateways: int) -> Callable[[], None]:
+    """What the limits' actor does for one of so many gateways, twice a second: 1,000 keys, four
+    limits each."""
     buckets = {int(time.time() // 60) - n: 10.0 for n in range(2)}
     names = ("requests_per_minute", "tokens_per_minute", "concurrent_requests", "tokens_per_day")
     told = limits_actor.encode({f"key-{n}": dict.fromkeys(names, buckets) for n in range(1000)})
@@ -131,7 +132,7 @@ def _exchange_of_limits() -> Callable[[], None]:
         others, _ = sums.exchange(gateway, limits_actor.decode(told), time.time())
         limits_actor.encode(others)
 
-    for n in range(8):
+    for n in range(gateways):
         exchange(str(n))
     return exchange
 
