@@ -151,13 +151,14 @@ def serve(data: dict[str, Any]) -> str:
                 f"{cores['gcs'] + cores['raylet']:.3f}",
                 f"{it['memory_mib']['controller']:.0f}",
                 f"{it['replica_known_s']:.1f}",
-                str(it["proxies_started"]),
+                ", ".join(map(str, it["proxies_started"])),
             ]
         )
     header = [
         "models / replicas, gateways", "s until all runs", "turn of Serve's loop, ms: mean, max",
         "report, ms", "KiB", "cores, idle: controller", "each gateway", "HAProxy and its manager",
-        "GCS and raylet", "controller's MiB", "a new replica is known after s", "HAProxys started",
+        "GCS and raylet", "controller's MiB", "a new replica is known after s",
+        "HAProxys started for a replica of a model, for a gateway",
     ]  # fmt: skip
     return report.table(header, rows)
 
