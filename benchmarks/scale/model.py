@@ -34,7 +34,7 @@ class Costs:
     haproxy_event_s: float = 25e-6
     """The same in HAProxy, which is on every node (relay-2026-11-27.json)."""
 
-    front_end_s: float = 50e-6
+    front_end_s: float = 65e-6
     """Of a gateway for each front end that idles, each second: a third of a question and its
     answer."""
 
