@@ -32,6 +32,10 @@ KEPT_FREE = 0.1
 """Part of what an engine can run that is kept free while a caller is about that asks for little:
 its request then waits neither here nor in the engine."""
 
+AMPLE = 1.25
+"""How many times its requests an engine could have that has ample room: calls that wait for another
+one's cache go there after a while."""
+
 KV_CACHE_FULL = 0.8
 """Part of the KV cache in use from which on it bounds what an engine can run."""
 
@@ -82,6 +86,11 @@ class Room(NamedTuple):
     kept: int
     """Of ``left``, what is kept for callers that ask for little: the little more, and a few of
     those that run."""
+
+    @property
+    def is_ample(self) -> bool:
+        """Whether it could have a quarter more than it has."""
+        return self.left > 0 and self.most >= AMPLE * (self.most - self.left)
 
 
 @dataclass(eq=False)

@@ -257,12 +257,11 @@ def test_held_calls_have_a_line_for_each_replica_in_the_order_of_their_ranks() -
     assert held.next(lambda item, replica: replica is b) == ("b3", b, 3)
     assert held.next(lambda item, replica: False) is None
     assert (held.waiting(a), held.waiting(b), len(held)) == (2, 1, 3)
-    assert held.in_vain({a, b}, now=4) is None
-    assert held.in_vain({a, b}, now=6) == "a2"
-    assert held.in_vain({a}, now=4) == "b3"  # its replica is gone
+    assert held.in_vain(now=4) is None
+    assert held.in_vain(now=6) == "a2"
     for item in ("a1", "a2", "b3"):
         held.remove(item)
-    assert (len(held), held.waiting(a), held.in_vain(set(), now=99)) == (0, 0, None)
+    assert (len(held), held.waiting(a), held.in_vain(now=99)) == (0, 0, None)
 
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -379,12 +378,21 @@ def test_what_the_index_promises_counts_as_much_as_it_has_kept() -> None:
     fleet.send(text("a", 40), [only])
     assert fleet.policy._sent[str(fleet.calls)].cached == pytest.approx(10240 * 0.15, rel=0.4)
     fleet.end(text("a", 40))
-    for n in range(100):
-        fleet.answer(text(f"b{n}", 40), live=[only])
-    assert fleet.policy.index.blocks(only.id) < 0.25 * 100_000 * 4 / BLOCK
     for _ in range(300):
         fleet.answer(text("a", 40), cached=10_240, live=[only])
     assert fleet.policy._seen[only.id].trusted > 0.95
+
+
+def test_a_replicas_part_of_the_index_is_as_large_as_four_times_its_kv_cache() -> None:
+    fleet = Fleet(2)
+    [only, other] = fleet.live
+    fleet.report(prefix_cache_tokens=10_000)
+    for n in range(100):
+        fleet.answer(text(f"b{n}", 40), live=[only])
+    assert fleet.policy.index.blocks(only.id) == int(4 * 10_000 * 4 / BLOCK)
+    fleet.report(prefix_cache_tokens=0)  # prefix caching is off
+    fleet.answer(text("b", 40), live=[other])
+    assert fleet.policy.index.blocks(other.id) == 0
 
 
 def test_a_replica_that_dropped_its_cache_has_nothing() -> None:
