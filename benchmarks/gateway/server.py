@@ -1,15 +1,17 @@
 """A gateway process without Ray: ``python -m benchmarks.gateway.server PORT UPSTREAM CONFIG``.
 
-It is the application that Serve runs, with the args of the JSON file CONFIG. Only what it would ask
-of Ray is answered here: which models there are and where, the credential, the actor of the limits,
-other gateways, and the folder of Serve's logs. Around it is what Serve has around an app
-(:class:`benchmarks.relay.gateway.LikeServe`).
+With ``REPLICAS MODELS`` after these it has a fleet of that size, whose replicas listen from the
+port UPSTREAM on. It is the application that Serve runs, with the args of the JSON file CONFIG. Only
+what it would ask of Ray is answered here: which models there are and where, the credential, the
+actor of the limits, other gateways, and the folder of Serve's logs. Around it is what Serve has
+around an app (:class:`benchmarks.relay.gateway.LikeServe`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,19 +23,31 @@ from harness.scripted import CREDENTIAL, reported
 
 from benchmarks.gateway.upstream import MODELS
 from benchmarks.relay.gateway import LikeServe
+from benchmarks.scale.fleet import Fleet
 from serve_app.cluster import limits_actor
 from serve_app.gateway import GatewayServer
 from serve_app.gateway.exposition import Alone
 from serve_app.gateway.replicas import Board
 
 
-async def main(port: int, upstream: int, args: dict[str, Any], work: Path) -> None:
+async def main(
+    port: int, upstream: int, args: dict[str, Any], work: Path, fleet: Fleet | None = None
+) -> None:
+    told = fleet.report() if fleet else {"applications": {it: reported() for it in MODELS}}
+    pickled = pickle.dumps(told)
 
     class Watcher:
         def __init__(self, board: Board, deployment: str) -> None:
             self._board = board
+            self._watched: set[str] = set()
 
         def watch(self, application: str) -> None:
+            if application in self._watched:
+                return
+            self._watched.add(application)
+            if fleet:
+                self._board.publish(application, fleet.places(application))
+                return
             place = "127.0.0.1", upstream + MODELS.index(application)
             self._board.publish(application, {f"{application}-r0": place})
 
@@ -41,7 +55,8 @@ async def main(port: int, upstream: int, args: dict[str, Any], work: Path) -> No
             """The ids are not known otherwise than by the report."""
 
     async def report() -> dict[str, Any]:
-        return {"applications": {model: reported() for model in MODELS}}
+        found: dict[str, Any] = pickle.loads(pickled)  # as Ray does
+        return found
 
     deployment: Any = GatewayServer
     served = deployment.func_or_class.__mro__[1]  # without what Serve's ingress adds
@@ -79,4 +94,7 @@ class _Coordinator:
 if __name__ == "__main__":
     config = Path(sys.argv[3])
     args = json.loads(config.read_text())
-    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), args, config.parent))
+    first = int(sys.argv[2])
+    size = [int(it) for it in sys.argv[4:]]
+    fleet = Fleet(models=size[1], replicas=size[0], first_port=first) if size else None
+    uvloop.run(main(int(sys.argv[1]), first, args, config.parent, fleet))

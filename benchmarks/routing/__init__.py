@@ -1,0 +1,1 @@
+"""Which replica a request should go to: policies compared in simulation and in real time."""
