@@ -284,10 +284,6 @@ class Board:
         known = self._front_ends.get(application, {})
         return list({it.replica.id: it.replica for it in known.values()}.values())
 
-    def replicas(self, application: str) -> set[str]:
-        """The ids of an application's replicas, those that are avoided too."""
-        return {it.replica.id for it in self._front_ends.get(application, {}).values()}
-
     def over_plan(self, application: str) -> int:
         """The most bytes that one of its engines holds beyond its part of a GPU."""
         replicas = (it.replica.fresh_load for it in self._front_ends.get(application, {}).values())

@@ -287,7 +287,7 @@ class Fleet:
         for it in self.live:
             running = it.replica.inflight
             load = {"prefix_cache_tokens": 100_000} | more
-            it.replica.report(Load(running, 0, 256, 0.0, **load))
+            it.replica.report(Load(running, 0, 64, 0.0, **load))
 
     def send(self, prompt: Prompt, live: list[FrontEnd] | None = None) -> str:
         """Choose for a call that then stays; the replica."""

@@ -47,8 +47,11 @@ REMEMBERED = 4.0
 """How many times its KV cache a replica's part of the index is. A replica is still the best place
 for what it has just forgotten: elsewhere that would push out what others come back to."""
 
-SLACK = 4
-"""Requests beyond the mean that it may have in any case: so few decode as fast as one."""
+SLACK = 1 / 16
+"""Requests beyond the mean that it may have in any case, as a part of what an engine runs at once:
+a request more costs a step of many little, a prompt that is computed again much."""
+
+_LEAST_SLACK = 4
 
 UNKNOWN_TOKENS = 2**16
 """Size of a KV cache that its replica has not told yet."""
@@ -268,7 +271,8 @@ class CacheAware:
     def _fitting(self, options: list[Option]) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
         mean = (sum(it.requests for it in options) + 1) / len(options)
-        most = max(self._bound * mean, mean + self._slack)
+        runs = max(it.replica.load.capacity if it.replica.load else 0 for it in options)
+        most = max(self._bound * mean, mean + max(_LEAST_SLACK, self._slack * runs))
         return [it for it in options if it.requests + 1 <= most] or options
 
     def _by_hash(self, key: bytes, options: list[Option]) -> Option:
