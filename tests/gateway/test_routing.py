@@ -159,11 +159,11 @@ async def test_a_prompt_that_everybody_sends_is_soon_on_every_replica() -> None:
         them.go.clear()
         sent = [asyncio.create_task(chat_anyhow(gateway, LONG, f"question {n}")) for n in range(60)]
         assert await until(lambda: sum(them.got()) == 60)
-        assert min(them.got()) >= 5
-        assert max(them.got()) <= 1.25 * 15 + 4
+        assert max(them.got()) <= 1.5 * 15
         them.go.set()
         assert set(await asyncio.gather(*sent)) == {200}
-        assert counted(gateway, "choices_total", "reason")["overflow"] == 3
+        overflows = counted(gateway, "choices_total", "reason")["overflow"]
+        assert overflows == sum(got > 0 for got in them.got()) - 1  # the others had it then
 
 
 async def chat_anyhow(gateway: GatewayProcess, *texts: str, **more: Any) -> int:

@@ -35,9 +35,14 @@ PATIENCE = 4.0
 """How many times the prefill that a cache saves a call may wait for it: it also saves the time of
 others. ``max_wait_for_cache_s`` bounds it."""
 
-BOUND = 1.25
-"""Times the mean number of requests that a replica may have and still get more for its cache, as in
-Mirrokni et al., "Consistent Hashing with Bounded Loads", 2016."""
+BOUND = 1.5
+"""Times the mean number of requests that a replica may have and still get more for its cache. With
+less, random clusters of requests move prompts that must be computed again; with more, one replica
+of two could have all."""
+
+HASH_BOUND = 1.25
+"""The same for a prompt that is nowhere, which has nothing to lose: as in Mirrokni et al.,
+"Consistent Hashing with Bounded Loads", 2016."""
 
 SOONER = 2.0
 """How many times sooner another replica must answer at least: where all have much to do, some have
@@ -47,11 +52,8 @@ REMEMBERED = 4.0
 """How many times its KV cache a replica's part of the index is. A replica is still the best place
 for what it has just forgotten: elsewhere that would push out what others come back to."""
 
-SLACK = 1 / 16
-"""Requests beyond the mean that it may have in any case, as a part of what an engine runs at once:
-a request more costs a step of many little, a prompt that is computed again much."""
-
-_LEAST_SLACK = 4
+SLACK = 4
+"""Requests beyond the mean that it may have in any case."""
 
 UNKNOWN_TOKENS = 2**16
 """Size of a KV cache that its replica has not told yet."""
@@ -271,15 +273,14 @@ class CacheAware:
     def _fitting(self, options: list[Option]) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
         mean = (sum(it.requests for it in options) + 1) / len(options)
-        runs = max(it.replica.load.capacity if it.replica.load else 0 for it in options)
-        most = max(self._bound * mean, mean + max(_LEAST_SLACK, self._slack * runs))
+        most = max(self._bound * mean, mean + self._slack)
         return [it for it in options if it.requests + 1 <= most] or options
 
     def _by_hash(self, key: bytes, options: list[Option]) -> Option:
         """The first with room, in an order that all gateways have for this key."""
         ordered = _in_order(key, options)
         mean = (sum(it.requests for it in options) + 1) / len(options)
-        most = math.ceil(self._bound * mean)
+        most = math.ceil(HASH_BOUND * mean)
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
 
     def _options(
