@@ -18,7 +18,7 @@ from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, t
 from serve_app.cluster.exchange import Usage
 from serve_app.config import keys
 from serve_app.gateway.callers import Caller
-from serve_app.gateway.fair_order import AWAY_S, FairOrder
+from serve_app.gateway.fair_order import AWAY_S, FairOrder, rank
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.queue import Queue
 from serve_app.gateway.replicas import Load
@@ -314,6 +314,7 @@ class Order(FairOrder[str]):
         """Give turns until nobody waits, and settle each at once."""
         had = []
         while share := self.first():
+            self.served(rank(share))
             had.append(self.take(share))
             charge = self.charge(share)
             self.settle(share, charge, (takes or {}).get(share.caller.name, 1.0))
@@ -338,6 +339,21 @@ def test_nobody_saves_up_turns_while_being_away() -> None:
     order.came(b, *["b"] * 10)
     had = order.turns()
     assert 4 <= had[:10].count("b") <= 6
+
+
+def test_calls_that_are_held_keep_nobody_waiting_who_comes_later() -> None:
+    """Their caller is charged for them at once, and others are lifted to where calls are served."""
+    order, a, b = Order(), Caller("a"), Caller("b")
+    order.came(a, *["a"] * 50)
+    held = []
+    while share := order.first():
+        held.append(rank(share))
+        order.take(share)
+        order.charge(share)
+    order.served(held[0])
+    order.came(b, "b")
+    share = order.first()
+    assert share and sum(it < rank(share) for it in held) <= 1
 
 
 def test_a_priority_goes_before_any_share() -> None:

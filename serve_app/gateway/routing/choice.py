@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,10 +17,10 @@ from typing import Literal, NamedTuple
 
 from serve_app.cluster.exchange import Usage
 from serve_app.config.settings import RoutingConfig
-from serve_app.gateway.replicas import FrontEnd, Replica
-from serve_app.gateway.routing.index import Index
+from serve_app.gateway.replicas import KV_CACHE_FULL, FrontEnd, Replica
+from serve_app.gateway.routing.index import Block, Index
 from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
-from serve_app.gateway.routing.work import PRIOR_TOKENS_PER_S, Backlog, Mean
+from serve_app.gateway.routing.work import Backlog, Mean, Rate
 
 Reason = Literal["warm", "overflow", "cold", "hash", "session", "short"]
 """Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
@@ -35,12 +35,29 @@ PATIENCE = 4.0
 """How many times the prefill that a cache saves a call may wait for it: it also saves the time of
 others. ``max_wait_for_cache_s`` bounds it."""
 
-BOUND = 1.25
-"""Times the mean number of requests that a replica may have and still get more for its cache, as in
-Mirrokni et al., "Consistent Hashing with Bounded Loads", 2016."""
+BOUND = 3.0
+"""Times the mean number of requests that a replica may have and still get more for its cache, while
+it has what it needs: a request more costs a step of many little, and a prompt that is computed
+again much."""
+
+SCARCE_BOUND = 1.5
+"""The same where its KV cache is full or requests wait in it; and for the requests of one beginning
+alone. What everybody sends is computed once on each replica, which is nothing."""
+
+HASH_BOUND = 1.25
+"""The same for a prompt that is nowhere, which has nothing to lose: as in Mirrokni et al.,
+"Consistent Hashing with Bounded Loads", 2016."""
+
+SOONER = 2.0
+"""How many times sooner another replica must answer at least: where all have much to do, some have
+a little less, and a prompt that moves there for that pushes out another's."""
+
+REMEMBERED = 4.0
+"""How many times its KV cache a replica's part of the index is. A replica is still the best place
+for what it has just forgotten: elsewhere that would push out what others come back to."""
 
 SLACK = 4
-"""Requests beyond the mean that it may have in any case: so few decode as fast as one."""
+"""Requests beyond the mean that it may have in any case."""
 
 UNKNOWN_TOKENS = 2**16
 """Size of a KV cache that its replica has not told yet."""
@@ -50,7 +67,7 @@ _COMPLETION_TOKENS = 256.0
 """Before the accounting has told."""
 
 _LEAST_TRUST = 0.1
-"""So that a replica's part of the index is never empty, and can grow again."""
+"""So that what is not believed at all can be tried again."""
 
 _ENDS = 64
 """Calls whose ends tell how soon a replica without room has a place."""
@@ -81,6 +98,9 @@ class Option(NamedTuple):
     work: float
     """Tokens that it has to read and to generate, by its weight."""
 
+    alike: int
+    """Requests of this gateway there that have as much of this prompt in common."""
+
 
 @dataclass(slots=True)
 class Sent:
@@ -92,17 +112,24 @@ class Sent:
     cached: float
     """As in :class:`Option`."""
 
+    beginning: Block | None
+    """The last block of the prompt that was known there."""
+
 
 class _Seen:
     """What is known of one replica."""
 
-    def __init__(self, drops: int, rate: Mean) -> None:
+    def __init__(self, drops: int, rate: Rate) -> None:
         self.drops = drops
         """How often it had dropped its cache, when the index was last cleared of it."""
 
         self.backlog = Backlog(rate)
         self.trust = Mean(1.0, 4000.0)
         """What part of the tokens that were believed to be cached were so."""
+
+        self.alike: Counter[Block] = Counter()
+        """Of the requests that are there: how many had all up to this block in common with what was
+        known there, and no more."""
 
         self.ends: deque[float] = deque(maxlen=_ENDS)
         """When its latest calls ended."""
@@ -124,13 +151,16 @@ class CacheAware:
         patience: float = PATIENCE,
         bound: float = BOUND,
         slack: float = SLACK,
+        sooner: float = SOONER,
+        remembered: float = REMEMBERED,
     ) -> None:
         self.config = config or RoutingConfig()
         self._now = now
         self._warm, self._patience = warm, patience
-        self._bound, self._slack = bound, slack
+        self._bound, self._slack, self._sooner = bound, slack, sooner
+        self._remembered = remembered
         self.index = Index()
-        self._rate = Mean(PRIOR_TOKENS_PER_S, 1.0)
+        self._rate = Rate()
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
         self._completion = Mean(_COMPLETION_TOKENS, 4.0)
         self._seen: dict[str, _Seen] = {}
@@ -150,7 +180,7 @@ class CacheAware:
         """
         now = self._now()
         options = self._options(prompt, dict.fromkeys(it.replica for it in live), now)
-        option, self.reason = self._pick(prompt, options)
+        option, self.reason = self._pick(prompt, options, now)
         self._send(id, prompt, option, now)
         return least_busy([it for it in live if it.replica is option.replica])
 
@@ -164,14 +194,14 @@ class CacheAware:
 
         Args:
             full: by replica without room: how many calls must end there before this one has a
-                place; 0 where the places that are free now will be used by others.
+                place; 0 where no replica has ample room, so that all wait.
         """
         if not prompt.blocks and prompt.session is None:
             return None
         now = self._now()
         waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
         replicas = dict.fromkeys(it.replica for it in live) | waits
-        option, reason = self._pick(prompt, self._options(prompt, replicas, now, waits))
+        option, reason = self._pick(prompt, self._options(prompt, replicas, now, waits), now)
         if option.replica in full and reason in ("warm", "session"):
             return option.replica, self.config.max_wait_for_cache_s
         return None
@@ -186,6 +216,12 @@ class CacheAware:
         if seen := self._where(id):
             seen.backlog.read(id)
             seen.ends.append(self._now())
+            sent = self._sent[id]
+            if sent.beginning is not None:
+                seen.alike[sent.beginning] -= 1
+                if not seen.alike[sent.beginning]:
+                    del seen.alike[sent.beginning]
+                sent.beginning = None
 
     def used(self, id: str, usage: Usage | None) -> Sent | None:
         """What the call took in all; None where that is not known. Nothing comes after it.
@@ -218,7 +254,7 @@ class CacheAware:
 
     # --- the choice ----------------------------------------------------------------------------
 
-    def _pick(self, prompt: Prompt, options: list[Option]) -> tuple[Option, Reason]:
+    def _pick(self, prompt: Prompt, options: list[Option], now: float) -> tuple[Option, Reason]:
         if prompt.session is not None:
             return self._by_hash(prompt.session.encode(), options), "session"
         if not prompt.blocks:
@@ -228,7 +264,7 @@ class CacheAware:
             if self.index.knows(prompt.blocks[0]) or not _several_gateways(options):
                 return _least(options), "cold"
             return self._by_hash(prompt.blocks[0], options), "hash"
-        fitting = self._fitting(options)
+        fitting = self._fitting(options, now)
         enough = self._warm * best
         warm = [it for it in fitting if it.cached >= enough]
         cold = [it for it in fitting if it.cached < enough]
@@ -245,7 +281,7 @@ class CacheAware:
         again."""
         saved_s = (warm.cached - cold.cached) / warm.rate
         patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
-        return warm.ttft_s - cold.ttft_s > patience_s
+        return warm.ttft_s - cold.ttft_s > patience_s and warm.ttft_s > self._sooner * cold.ttft_s
 
     def _next_home(self, prompt: Prompt, cold: list[Option], warm: Option) -> Option:
         """Where calls go that share a beginning and overflow: all to the same one.
@@ -254,17 +290,23 @@ class CacheAware:
         """
         return _in_order(prompt.blocks[warm.blocks - 1], cold)[0]
 
-    def _fitting(self, options: list[Option]) -> list[Option]:
+    def _fitting(self, options: list[Option], now: float) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
         mean = (sum(it.requests for it in options) + 1) / len(options)
-        most = max(self._bound * mean, mean + self._slack)
-        return [it for it in options if it.requests + 1 <= most] or options
+        least = mean + self._slack
+        most, scarce = max(self._bound * mean, least), max(SCARCE_BOUND * mean, least)
+        return [
+            it
+            for it in options
+            if it.requests + 1 <= (scarce if _is_scarce(it.replica, now) else most)
+            and it.alike + 1 <= scarce
+        ] or options
 
     def _by_hash(self, key: bytes, options: list[Option]) -> Option:
         """The first with room, in an order that all gateways have for this key."""
         ordered = _in_order(key, options)
         mean = (sum(it.requests for it in options) + 1) / len(options)
-        most = math.ceil(self._bound * mean)
+        most = math.ceil(HASH_BOUND * mean)
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
 
     def _options(
@@ -304,15 +346,21 @@ class CacheAware:
             if waits:
                 ttft_s += waits.get(replica, 0.0)
             work = (ahead + (requests + 1) * completion) / weight
+            alike = seen.alike[prompt.blocks[blocks - 1]] if blocks else 0
             options.append(
-                Option(replica, blocks, cached, requests / weight, ahead, rate, ttft_s, work)
+                Option(replica, blocks, cached, requests / weight, ahead, rate, ttft_s, work, alike)
             )
         return options
 
     def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
         replica = option.replica
+        if before := self._where(id):
+            before.backlog.used(id, None)  # that attempt has failed
         seen = self._seen[replica.id]
-        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached)
+        beginning = prompt.blocks[option.blocks - 1] if option.blocks else None
+        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached, beginning)
+        if beginning is not None:
+            seen.alike[beginning] += 1
         uncached = prompt.size / self._bytes_per_token.value - option.cached
         # What waits in an engine waits for a place or KV blocks: that tells nothing of its rate.
         waits = replica.load is not None and now < replica.load_until and replica.load.waiting > 0
@@ -322,8 +370,8 @@ class CacheAware:
         if prompt.blocks:
             told = replica.load.prefix_cache_tokens if replica.load else None
             tokens = UNKNOWN_TOKENS if told is None else told
-            holds = int(tokens * seen.trusted * self._bytes_per_token.value / BLOCK)
-            self.index.add(replica.id, prompt.blocks, holds)
+            size = tokens * self._bytes_per_token.value * self._remembered
+            self.index.add(replica.id, prompt.blocks, int(size / BLOCK))
 
     def _seconds_for(self, calls: int, replica: Replica, now: float) -> float:
         """How long it takes until so many calls have ended at a replica."""
@@ -360,18 +408,14 @@ def _least(options: list[Option]) -> Option:
     return random.choice([it for it in options if it.work == least])
 
 
-def _soonest(options: list[Option]) -> Option:
-    """The one that would answer first."""
-    return min(options, key=lambda it: (it.ttft_s, it.work))
-
-
 def _in_order(key: bytes, options: list[Option]) -> list[Option]:
     """In an order that all gateways have for this key.
 
     Rendezvous hashing (Thaler and Ravishankar, 1998): a replica that comes or goes moves only the
     keys that are or were its own.
     """
-    return sorted(options, key=lambda it: blake2b(it.replica.id.encode(), key=key[:64]).digest())
+    start = blake2b(key, digest_size=16).digest()
+    return sorted(options, key=lambda it: blake2b(it.replica.id.encode(), key=start).digest())
 
 
 def _part(blocks: int, prompt: Prompt) -> float:
@@ -379,6 +423,14 @@ def _part(blocks: int, prompt: Prompt) -> float:
     if blocks == len(prompt.blocks) == MOST // BLOCK:
         return 1.0
     return min(1.0, blocks * BLOCK / prompt.size)
+
+
+def _is_scarce(replica: Replica, now: float) -> bool:
+    """Whether its engine lacks room for what it has."""
+    load = replica.load
+    if load is None or now >= replica.load_until:
+        return False
+    return load.waiting > 0 or load.kv_cache_usage >= KV_CACHE_FULL
 
 
 def _several_gateways(options: list[Option]) -> bool:
