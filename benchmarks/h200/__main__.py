@@ -7,7 +7,6 @@ one JSON file. Run it where the GPUs are, with ``tests`` on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import shutil
@@ -25,8 +24,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from benchmarks import overload
-from benchmarks.h200 import customers, failures, front_ends, several, shares, zipf
+from benchmarks import overload, vllm_bench
+from benchmarks.h200 import customers, failures, front_ends, several, shares, tuning, zipf
 from benchmarks.h200 import swaps as swap_groups
 from benchmarks.h200.server import (
     HAPROXY,
@@ -68,26 +67,13 @@ class Machine:
         return Server(command, self.port, self.folder / f"{name}.log", **RAY).wait()
 
 
-def bench(at: Machine, port: int, concurrency: int, prompts: int) -> dict[str, float]:
-    """``vllm bench serve`` in this process: its import takes longer than the measurement."""
-    from vllm.benchmarks.serve import add_cli_args, main_async
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    arguments = parser.parse_args([
-        "--backend", "openai", "--base-url", f"http://127.0.0.1:{port}", "--model", MODEL,
-        "--tokenizer", str(at.model), "--dataset-name", "random", "--random-input-len", "512",
-        "--random-output-len", "128", "--num-prompts", str(prompts),
-        "--max-concurrency", str(concurrency), "--ignore-eos", "--disable-tqdm",
-        "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99",
-        "--num-warmups", "0",
-    ])  # fmt: skip
-    with (at.folder / "bench.log").open("a") as out, contextlib.redirect_stdout(out):
-        raw = asyncio.run(main_async(arguments))
-    keys = ("output_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms",
-            "mean_tpot_ms", "median_tpot_ms", "p99_itl_ms", "completed", "failed")  # fmt: skip
-    return {key: round(raw[key], 2) for key in keys if key in raw}
+def bench(at: Machine, port: int, concurrency: int, prompts: int, seed: int) -> dict[str, float]:
+    """``vllm bench serve``: 512 tokens in, 128 out."""
+    prompts_of = vllm_bench.random_prompts(512, 128)
+    return vllm_bench.run(
+        port, MODEL, at.model, concurrency, prompts,
+        dataset=prompts_of, log=at.folder / "bench.log", seed=seed,
+    )  # fmt: skip
 
 
 LOADS = {1: 12, 64: 256, 256: 768}
@@ -126,15 +112,16 @@ def _in_turn(at: Machine, model: Path, engine: dict[str, Any]) -> dict[str, Any]
             stack.callback(servers[name].stop)
         list(pool.map(Server.wait, servers.values()))
         for server in servers.values():
-            bench(at, server.port, 64, 64)  # warm
+            bench(at, server.port, 64, 64, seed=0)  # warm
         rounds: list[dict[str, Any]] = []
         longest = 0.0
         while len(rounds) < 5 and time.monotonic() + longest < at.deadline:
             began = time.monotonic()
             rounds.append({})
             for concurrency, prompts in LOADS.items():
+                seed = 1000 * len(rounds) + concurrency
                 for name, server in servers.items():
-                    measured = bench(at, server.port, concurrency, prompts)
+                    measured = bench(at, server.port, concurrency, prompts, seed)
                     rounds[-1].setdefault(name, {})[f"c{concurrency}"] = measured
             print(json.dumps(rounds[-1]), flush=True)
             longest = time.monotonic() - began
@@ -390,7 +377,7 @@ def _describe(at: Machine, server: Server, *, gpus: int) -> dict[str, Any]:
             "tokens": answer["usage"]["completion_tokens"],
             "seconds": round(time.monotonic() - began, 2),
         },
-        "c64": bench(at, server.port, 64, 128),
+        "c64": bench(at, server.port, 64, 128, seed=0),
         f"kill -9 of the replica ({gpus} GPUs)": failures.gone(
             server, signal.SIGKILL, failures.REPLICA
         ),
@@ -492,6 +479,16 @@ STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
         compare_70b, shares_1gpu, one_gpu_yaml, swap_yaml,
     )
 }  # fmt: skip
+
+
+def _tuning(experiment: tuning.Experiment) -> Callable[[Machine], dict[str, Any]]:
+    def step(at: Machine) -> dict[str, Any]:
+        return tuning.measure(experiment, at.model, at.folder, at.port, at.cache, at.deadline)
+
+    return step
+
+
+STEPS |= {name: _tuning(experiment) for name, experiment in tuning.EXPERIMENTS.items()}
 
 
 def main() -> None:
