@@ -32,6 +32,9 @@ from benchmarks.h200.server import (
 from benchmarks.vllm_bench import random_prompts, shared_prompts
 
 MOST_ROUNDS = 3
+FRONT_ENDS = 2
+"""Of each variant, whatever ``auto`` would make of its size: engines are to be what differs."""
+
 START_S = 330.0
 """Where no kernel is compiled yet."""
 
@@ -101,7 +104,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         },
         {
             f"c{clients}": Load(clients, prompts, random_prompts(512, 128))
-            for clients, prompts in ((1, 4), (8, 24), (32, 96), (60, 180))
+            for clients, prompts in ((1, 4), (8, 24), (48, 144))
         },
         130,
     ),
@@ -192,7 +195,7 @@ def measure(
     """
     common = {"max_model_len": 8192, **experiment.engine}
     models = [
-        application(name, model, {**common, **one.engine}, cache_dir=cache,
+        application(name, model, {**common, **one.engine}, cache_dir=cache, frontends=FRONT_ENDS,
                     resources=resources(one.gib))
         for name, one in experiment.variants.items()
     ]  # fmt: skip
