@@ -1,6 +1,6 @@
-"""``python -m benchmarks.quick``: what this gateway costs, on this machine, in minutes.
+"""``make bench``: what this gateway costs on this machine, beside bare vLLM and others.
 
-All arms run one after the other, a few rounds of it, so that what the machine does meanwhile
+All contenders run one after the other, a few rounds of it, so that what the machine does meanwhile
 falls on all of them. See docs/benchmarks.md.
 """
 
@@ -10,28 +10,33 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import json
-import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
 
-from benchmarks import arms, load, profiling, report
+from benchmarks import arms, clients, load, profiling, report
 from benchmarks.tiny_model import tiny_model
 from serve_app.errors import UserError
 
 _CACHE = Path(".cache/bench")
 _RESULTS = Path(__file__).parent / "results"
 _LEVELS = (1, 16, 64)
-_DEFAULT_ARMS = "bare,python,haproxy,rayllm"
+_CLIENT_LEVEL = 16
+"""Requests at once of the clients in Python: they take a core of the same machine."""
+
+Running = Sequence[arms.Running]
+"""What is measured, first the one that clients ask."""
+
+_DEFAULT_ARMS = "bare,vllm-router,litellm,bare-n,bare-rust,haproxy,rayllm,rayllm-direct"
 
 
 def main() -> int:
@@ -40,22 +45,27 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         load.require_wrk()
-        chosen = _chosen(options.arms)
         setup = _setup(options, console)
-        return _run(options, chosen, setup, console)
+        chosen, left_out = _chosen(options.arms, setup)
+        asked = clients.chosen(options.clients)
+        return _run(options, chosen, left_out, asked, setup, console)
     except UserError as error:
-        print(f"bench-quick: {error}", file=sys.stderr)
+        print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quick", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--arms", default=_DEFAULT_ARMS, help=f"of: {', '.join(arms.ARMS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="concurrency levels, such as 64 or 1,64")
-    parser.add_argument("--seconds", type=float, default=12, help="for each level, about")
+    parser.add_argument("--seconds", type=float, default=5, help="for each level, about")
+    parser.add_argument(
+        "--clients", default="vllm", help=f"beside wrk, of: {', '.join(clients.ALL)}; or none"
+    )
+    parser.add_argument("--front-ends", type=int, default=1, help="of ours, and of bare-n")
     parser.add_argument(
         "--executor",
         choices=["mp", "uni"],
@@ -66,7 +76,7 @@ def _options() -> argparse.Namespace:
         "--env", action="append", default=[], metavar="NAME=VALUE", help="for every engine"
     )
     parser.add_argument(
-        "--patience", type=float, default=60, help="seconds to wait for others to be quiet"
+        "--patience", type=float, default=20, help="seconds to wait for others to be quiet"
     )
     parser.add_argument("--profile", action="store_true", help="py-spy at the highest level")
     parser.add_argument("--native", action="store_true", help="py-spy sees C frames too")
@@ -74,19 +84,17 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _chosen(names: str) -> list[arms.Arm]:
+def _chosen(names: str, setup: arms.Setup) -> tuple[list[arms.Arm], dict[str, str]]:
+    """The arms, and why some of them cannot run here."""
     unknown = [n for n in names.split(",") if n not in arms.ARMS]
     if unknown:
         raise UserError(f"there is no arm '{unknown[0]}' (arms: {', '.join(arms.ARMS)})")
-    chosen = [arms.ARMS[n] for n in names.split(",")]
-    for arm in chosen:
-        for package in arm.needs:
-            if importlib.util.find_spec(package) is None:
-                raise UserError(
-                    f"the arm '{arm.name}' needs the package {package}; run: "
-                    f"{sys.executable} -m pip install --no-deps {package}"
-                )
-    return chosen
+    wanted = [arms.ARMS[n] for n in names.split(",")]
+    reasons = {arm.name: arm.left_out(setup) for arm in wanted}
+    chosen = [arm for arm in wanted if not reasons[arm.name]]
+    if not chosen:
+        raise UserError(f"no arm can run here: {'; '.join(reasons.values())}")
+    return chosen, {name: why for name, why in reasons.items() if why}
 
 
 def _setup(options: argparse.Namespace, console: Console) -> arms.Setup:
@@ -95,85 +103,117 @@ def _setup(options: argparse.Namespace, console: Console) -> arms.Setup:
     work = Path(tempfile.mkdtemp(prefix="serve-app-bench-"))
     engine = arms.ENGINE | {"distributed_executor_backend": options.executor}
     env = dict(pair.partition("=")[::2] for pair in options.env)
-    return arms.Setup(model, work, engine, env)
+    return arms.Setup(model, work, engine, env, options.front_ends)
 
 
 def _run(
-    options: argparse.Namespace, chosen: list[arms.Arm], setup: arms.Setup, console: Console
-) -> int:
+    options: argparse.Namespace, chosen: list[arms.Arm], left_out: dict[str, str],
+    asked: dict[str, clients.Client], setup: arms.Setup, console: Console,
+) -> int:  # fmt: skip
     levels = sorted(int(c) for c in options.only.split(",")) if options.only else list(_LEVELS)
     machine = report.machine()
     console.print(report.facts(machine), markup=False)
+    for name, why in left_out.items():
+        console.print(f"left out: {name}: {why}", markup=False)
     console.print(f"logs: {setup.work}", markup=False)
+    groups: dict[str, list[arms.Arm]] = defaultdict(list)
+    for arm in chosen:
+        groups[arm.behind or arm.name].append(arm)
     records: list[report.Record] = []
     for number in range(1, options.rounds + 1):
-        for arm in chosen:
-            record = _measure(arm, number, setup, levels, options, console)
-            records.append(record)
-            shutil.copy(setup.work / f"{arm.name}.log", setup.work / f"{arm.name}-{number}.log")
-    titles = {arm.name: arm.title for arm in chosen}
-    print(f"\n{report.throughput(records, titles)}\n\n{report.ratios(records, titles)}\n")
-    print(f"cores in use at c={levels[-1]}:\n{report.cores(records)}")
-    path = options.results or _RESULTS / f"quick-{datetime.datetime.now():%Y-%m-%d-%H%M}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+        for server, group in groups.items():
+            for record in _measure_group(arms.ARMS[server], group, setup, levels, asked, options):
+                records.append({"round": number, **record})
+                _say(records[-1], console)
+            for name in {server, *(arm.name for arm in group)}:
+                log = setup.work / f"{name}.log"
+                with contextlib.suppress(FileNotFoundError):
+                    log.rename(log.with_name(f"{name}-{number}.log"))
     document = {
+        "date": str(datetime.date.today()),
         "machine": machine,
-        "setup": arms.as_json(setup) | {"tokens": load.TOKENS, "seconds": options.seconds},
+        "command": f"python -m benchmarks {' '.join(sys.argv[1:])}".strip(),
+        "contenders": {arm.name: arm.title for arm in chosen},
+        "left_out": left_out,
+        "setup": arms.as_json(setup)
+        | {"tokens": load.TOKENS, "seconds": options.seconds, "clients": list(asked)},
         "records": records,
     }
+    print(f"\n{report.page(document)}")
+    path = options.results or _RESULTS / f"bench-{datetime.date.today()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\n{path}")
+    print(f"written: {path}; make tables and make charts bring it into the docs")
     return 0
 
 
+def _measure_group(
+    server: arms.Arm, group: list[arms.Arm], setup: arms.Setup, levels: list[int],
+    asked: dict[str, clients.Client], options: argparse.Namespace,
+) -> Iterator[report.Record]:  # fmt: skip
+    """A server, and each gateway by others in front of it, in turn; one record for each."""
+    try:
+        with arms.started(server, setup) as running:
+            start_s = running.wait_until_it_answers()
+            for arm in group:
+                if arm is server:
+                    record = _measure([running], setup, levels, asked, options)
+                    yield {"arm": arm.name, "start_s": start_s, **record}
+                    continue
+                behind = dataclasses.replace(setup, upstream=running.port)
+                try:
+                    with arms.started(arm, behind) as front:
+                        front_s = front.wait_until_it_answers()
+                        record = _measure([front, running], setup, levels, asked, options)
+                    yield {"arm": arm.name, "start_s": front_s, **record}
+                except UserError as error:
+                    yield {"arm": arm.name, "load": {}, "error": str(error)}
+    except UserError as error:
+        yield from ({"arm": arm.name, "load": {}, "error": str(error)} for arm in group)
+
+
 def _measure(
-    arm: arms.Arm,
-    number: int,
-    setup: arms.Setup,
-    levels: list[int],
+    running: Running, setup: arms.Setup, levels: list[int], asked: dict[str, clients.Client],
     options: argparse.Namespace,
-    console: Console,
-) -> report.Record:
-    record: dict[str, Any] = {"arm": arm.name, "round": number, "load": {}}
+) -> dict[str, Any]:  # fmt: skip
+    """One contender in one round. Its first process is asked; CPU is counted of all of them."""
+    record: dict[str, Any] = {"load": {}}
     body = setup.work / "request.json"
     body.write_bytes(load.request_body())
+    port = running[0].port
     try:
-        with arms.started(arm, setup) as running:
-            record["start_s"] = running.wait_until_it_answers()
-            record["events_per_request"] = load.check_stream(running.port)
-            _settle(running, body, levels)
-            for concurrency in levels:
-                level = _undisturbed(running, concurrency, body, options)
-                record["load"][concurrency] = level
-                if concurrency == levels[-1]:
-                    record["cores"] = level.pop("cores")
-                time.sleep(1)  # the engine drops what wrk cut off
-            if 1 in levels:
-                _wait_for_quiet(running, options.patience)
-                record["first_token"] = dataclasses.asdict(load.first_token(running.port))
-            if options.profile:
-                _profile(running, levels[-1], body, options)
+        record["events_per_request"] = load.check_stream(port)
+        load.run_wrk(port, levels[-1], 2, body, waves=1)  # warm every path
+        time.sleep(2)  # Ray's processes finish their start
+        for concurrency in levels:
+            level = _undisturbed(running, concurrency, body, options)
+            record["load"][concurrency] = level
+            if concurrency == levels[-1]:
+                record["cores"] = level.pop("cores")
+            time.sleep(1)  # the engine drops what wrk cut off
+        if 1 in levels:
+            record["first_token"] = dataclasses.asdict(load.first_token(port, requests=15))
+        for name, client in asked.items():
+            _wait_for_quiet(running, options.patience)
+            record.setdefault("clients", {})[name] = client(
+                clients.Target(port, setup.model, setup.work, _CLIENT_LEVEL)
+            )
+        if options.profile:
+            _profile(running[0], levels[-1], body, options)
     except (UserError, OSError, ValueError) as error:
         record["error"] = str(error)
-    _say(record, console)
     return record
 
 
-def _settle(running: arms.Running, body: Path, levels: list[int]) -> None:
-    """Warm every path, and let Ray's processes finish their start."""
-    load.run_wrk(running.port, levels[-1], 3, body, waves=1)
-    time.sleep(2)
-
-
 def _undisturbed(
-    running: arms.Running, concurrency: int, body: Path, options: argparse.Namespace
+    running: Running, concurrency: int, body: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The least disturbed of up to three tries; on a machine of one's own, the first."""
     tries: list[dict[str, Any]] = []
     while len(tries) < 3:
         _wait_for_quiet(running, options.patience)
         watch = _CpuWatch(running)
-        measured = load.run_wrk(running.port, concurrency, options.seconds, body)
+        measured = load.run_wrk(running[0].port, concurrency, options.seconds, body)
         cores = watch.cores() | {"(wrk)": round(measured.client_cores, 3)}
         others = watch.busy() - sum(cores.values())
         level = dataclasses.asdict(measured) | {"others_cores": round(others, 3), "cores": cores}
@@ -183,7 +223,7 @@ def _undisturbed(
     return min(tries, key=lambda t: t["others_cores"])
 
 
-def _wait_for_quiet(running: arms.Running, patience: float) -> None:
+def _wait_for_quiet(running: Running, patience: float) -> None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         watch = _CpuWatch(running)
@@ -194,11 +234,11 @@ def _wait_for_quiet(running: arms.Running, patience: float) -> None:
 
 
 class _CpuWatch:
-    """CPU use from here on: of an arm by process, and of the whole machine, in cores."""
+    """CPU use from here on: of a contender by process, and of the whole machine, in cores."""
 
-    def __init__(self, running: arms.Running) -> None:
+    def __init__(self, running: Running) -> None:
         self._running = running
-        self._before = arms.cpu_seconds(running)
+        self._before = self._seconds()
         self._busy = _busy_seconds()
         self._began = time.monotonic()
 
@@ -206,12 +246,15 @@ class _CpuWatch:
         self._elapsed = time.monotonic() - self._began
         self._busy = _busy_seconds() - self._busy
         used: dict[str, float] = defaultdict(float)
-        for process, (name, seconds) in arms.cpu_seconds(self._running).items():
+        for process, (name, seconds) in self._seconds().items():
             used[name] += (seconds - self._before.get(process, (name, 0.0))[1]) / self._elapsed
         return {name: round(share, 3) for name, share in used.items() if share > 0.002}
 
     def busy(self) -> float:
         return self._busy / self._elapsed
+
+    def _seconds(self) -> dict[psutil.Process, tuple[str, float]]:
+        return {k: v for one in self._running for k, v in arms.cpu_seconds(one).items()}
 
 
 def _busy_seconds() -> float:
