@@ -230,25 +230,36 @@ def measure(
 
 
 def _started(server: Server, names: list[str], limit_s: float) -> dict[str, str]:
-    """Wait for all; what is said of those that do not answer."""
+    """Wait until each answers, or has failed once; why some do not.
+
+    Serve tries a failed start twice more, which would take the time of the others' rounds.
+    """
     waiting = set(names)
-    failed: dict[str, str] = {}
 
     def settled() -> bool:
         if server.process.poll() is not None:
             raise RuntimeError(f"no server: {server.text()[-6000:]}")
         states = ready(server.port).get("models", {})
         for name in sorted(waiting):
-            state = states.get(name, {})
-            if state.get("status") == "DEPLOY_FAILED":
-                failed[name] = str(state.get("message"))
+            if states.get(name, {}).get("status") == "RUNNING":
+                completion(server.port, 1, model=name)
                 waiting.discard(name)
-            elif state.get("status") == "RUNNING" and completion(server.port, 1, model=name):
-                waiting.discard(name)
-        return not waiting
+        return waiting <= failures(server.text()).keys()
 
     until(settled, limit_s)
-    return failed | dict.fromkeys(waiting, f"it did not answer in {limit_s:.0f} s")
+    said = dict.fromkeys(waiting, f"it did not answer in {limit_s:.0f} s")
+    return said | {name: why for name, why in failures(server.text()).items() if name in waiting}
+
+
+_FAILED = re.compile(
+    r"ServeReplica:([^:]+):.*ERROR [\d-]+ [\d:]+ \[core\.py:\d+\] (\w*(?:Error|Exception): .*)"
+)
+"""A line of vLLM's when EngineCore ends for it."""
+
+
+def failures(log: str) -> dict[str, str]:
+    """The last error of each variant's engine."""
+    return {name: why.strip() for name, why in _FAILED.findall(log)}
 
 
 def _rounds(experiment: Experiment, live: list[str], server: Server, model: Path, folder: Path,
