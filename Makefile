@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes fuzz lint bench-quick bench-relay bench-gateway soak lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes fuzz lint bench bench-gpu bench-clients gateways tables charts bench-relay bench-gateway soak lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -107,18 +107,36 @@ fuzz: venv  ## odd bytes into the gateway: its parsers (FUZZ_S=60 for each), its
 lint: venv  ## format, types, and which room imports which (docs/architecture.md)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy && $(ROOMS)
 
-bench-quick: venv  ## bare vLLM, this gateway and Ray Serve LLM in turn, on this CPU
-	@$(UV) pip install -q --no-deps --python $(BIN)/python pyarrow==25.0.1  # Ray Serve LLM imports it
-	@$(BIN)/python -m benchmarks.quick $(BENCH)
+GATEWAYS := .cache/gateways
+CLIENTS_OF_BENCH := .cache/clients
+
+bench: venv gateways  ## bare vLLM, this gateway, Ray Serve LLM, vllm-router, LiteLLM in turn, on this CPU (BENCH=…)
+	@$(UV) pip install -q --python $(BIN)/python -r requirements/bench.txt
+	@$(BIN)/python -m benchmarks $(BENCH)
+
+bench-gpu: venv  ## the same on a machine with GPUs (MODEL=folder of an 8B shape; dummy weights; BENCH=…)
+	@[ -n "$(MODEL)" ] || { echo "make bench-gpu: name the folder of a model's config and tokenizer: make bench-gpu MODEL=/models/llama-8b" >&2; exit 1; }
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.h200 $(MODEL) --only contenders_1b,contenders_8b $(BENCH)
+
+bench-clients:  ## AIPerf, a client of make bench (BENCH="--clients vllm,aiperf"; 1 GB)
+	@$(UV) venv -q --allow-existing --python $(BIN)/python $(CLIENTS_OF_BENCH)/aiperf
+	@$(UV) pip sync -q --python $(CLIENTS_OF_BENCH)/aiperf/bin/python requirements/aiperf.txt
+
+gateways: venv
+	@$(UV) venv -q --allow-existing --python $(BIN)/python $(GATEWAYS)
+	@$(UV) pip sync -q --compile-bytecode --python $(GATEWAYS)/bin/python requirements/gateways.txt
+
+tables: venv  ## tables of README and docs from benchmarks/results
+	@$(BIN)/python -m tools.result_tables
+
+charts: venv  ## docs/charts from benchmarks/results, and the tables
+	@$(UV) pip install -q --python $(BIN)/python -r requirements/bench.txt
+	@$(BIN)/python -m tools.result_tables --charts
 
 bench-relay: venv  ## the gateway's CPU per event and request, beside the least there is (BENCH="--before TREE")
 	@$(BIN)/python -m benchmarks.relay $(BENCH)
 
-GATEWAYS := .cache/gateways
-
-bench-gateway: venv  ## the whole gateway, everything off and on, beside LiteLLM and vllm-router (BENCH=…)
-	@$(UV) venv -q --allow-existing --python $(BIN)/python $(GATEWAYS)
-	@$(UV) pip sync -q --compile-bytecode --python $(GATEWAYS)/bin/python requirements/gateways.txt
+bench-gateway: venv gateways  ## the whole gateway, everything off and on, beside LiteLLM and vllm-router (BENCH=…)
 	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.gateway $(BENCH)
 
 soak: venv  ## the gateway's memory while a million requests pass, everything on (about 15 minutes; BENCH=…)
@@ -144,6 +162,8 @@ lock: venv  ## refresh the locks from pyproject.toml
 	  -o requirements/cuda.lock
 	@$(CLIENT_LOCK) requirements/recipes.in -o requirements/recipes.txt
 	@$(CLIENT_LOCK) requirements/gateways.in -o requirements/gateways.txt
+	@$(CLIENT_LOCK) requirements/bench.in -c requirements/cpu.lock -o requirements/bench.txt
+	@echo aiperf | $(CLIENT_LOCK) - -o requirements/aiperf.txt
 	@# Without PyTorch, which Open WebUI imports only where it runs models itself.
 	@echo open-webui | $(CLIENT_LOCK) - -o requirements/open-webui.txt --override <(echo 'torch ; sys_platform == "never"')
 

@@ -76,7 +76,10 @@ def _options() -> argparse.Namespace:
         "--env", action="append", default=[], metavar="NAME=VALUE", help="for every engine"
     )
     parser.add_argument(
-        "--patience", type=float, default=20, help="seconds to wait for others to be quiet"
+        "--patience",
+        type=float,
+        default=20,
+        help="seconds to wait for others to be quiet; 0: measure once, whatever they do",
     )
     parser.add_argument("--profile", action="store_true", help="py-spy at the highest level")
     parser.add_argument("--native", action="store_true", help="py-spy sees C frames too")
@@ -218,7 +221,7 @@ def _undisturbed(
         others = watch.busy() - sum(cores.values())
         level = dataclasses.asdict(measured) | {"others_cores": round(others, 3), "cores": cores}
         tries.append(level)
-        if others <= report.DISTURBED:
+        if others <= report.DISTURBED or not options.patience:
             break
     return min(tries, key=lambda t: t["others_cores"])
 

@@ -114,23 +114,25 @@ def rust_front_end() -> str:
     return str(named) if os.access(named, os.X_OK) else ""
 
 
-def _no_rust(setup: Setup) -> str:
+def no_rust() -> str:
+    """Why vLLM's Rust front end cannot run here; empty where it can."""
     if rust_front_end():
         return ""
     return (
-        "this build of vLLM has no vllm-rs (its wheel for CPUs does not); "
+        "this build of vLLM has no vllm-rs (its wheel for CPUs has none); "
         "VLLM_RUST_FRONTEND_PATH can name one"
     )
 
 
-def _rust_env() -> dict[str, str]:
+def rust_env() -> dict[str, str]:
     return {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": rust_front_end()}
 
 
-def _no_ray_llm(setup: Setup) -> str:
-    if importlib.util.find_spec("pyarrow"):
-        return ""
-    return f"Ray Serve LLM imports pyarrow; run: {sys.executable} -m pip install --no-deps pyarrow"
+def no_ray_llm() -> str:
+    """Why Ray Serve LLM cannot run here; empty where it can."""
+    return (
+        "" if importlib.util.find_spec("pyarrow") else "it imports pyarrow, which is not installed"
+    )
 
 
 def _vllm_router(setup: Setup, port: int) -> list[str]:
@@ -164,23 +166,27 @@ def _ours(setup: Setup, port: int) -> list[str]:
     return _serve_run(setup, port, "ours", [model, gateway])
 
 
-def _ray_llm(setup: Setup, port: int) -> list[str]:
-    model = {
-        "model_loading_config": {
-            "model_id": load.MODEL,
-            "model_source": str(setup.model.resolve()),
-        },
-        "accelerator_config": {"kind": "cpu"},
-        "engine_kwargs": setup.engine,
-        "runtime_env": {"env_vars": setup.environment},
+def ray_llm(name: str, model: Path, engine: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """An application of Ray Serve LLM with one model, for Serve's config file."""
+    config = {
+        "model_loading_config": {"model_id": name, "model_source": str(model)},
+        "engine_kwargs": engine,
         "deployment_config": {"num_replicas": 1},
+        **more,
     }
-    app = {
+    return {
         "name": "llm",
         "route_prefix": "/",
         "import_path": "ray.serve.llm:build_openai_app",
-        "args": {"llm_configs": [model]},
+        "args": {"llm_configs": [config]},
     }
+
+
+def _ray_llm(setup: Setup, port: int) -> list[str]:
+    app = ray_llm(
+        load.MODEL, setup.model.resolve(), setup.engine,
+        accelerator_config={"kind": "cpu"}, runtime_env={"env_vars": setup.environment},
+    )  # fmt: skip
     return _serve_run(setup, port, "ray-llm", [app])
 
 
@@ -194,7 +200,9 @@ _RAY = {
     "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
 }
 _HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-_DIRECT = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
+DIRECT = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
+"""Ray Serve LLM's path for one model: HAProxy asks the replica itself."""
+
 _OURS = (":Gateway", ":ModelServer")
 _LLM = (":OpenAiIngress", ":LLMServer")
 _VLLM = ("vllm.entrypoints.cli.main",)
@@ -209,15 +217,16 @@ ARMS = {
             left_out=lambda setup: others.absent("litellm", "litellm")),
         Arm("bare-n", "bare, as many front ends as ours", _bare_n, profiled=_VLLM,
             left_out=_no_more),
-        Arm("bare-rust", "bare, its Rust front end", _bare, _rust_env(), _VLLM, left_out=_no_rust),
+        Arm("bare-rust", "bare, its Rust front end", _bare, rust_env(), _VLLM,
+            left_out=lambda setup: no_rust()),
         Arm("haproxy", "serve_app, HAProxy", _ours, _RAY | _HAPROXY | haproxy.environment(), _OURS),
         Arm("python", "serve_app, Serve's Python proxy", _ours, _RAY, (*_OURS, "ProxyActor")),
         Arm("rayllm", "Ray Serve LLM, any number of models", _ray_llm, _RAY,
-            (*_LLM, "ProxyActor"), left_out=_no_ray_llm),
+            (*_LLM, "ProxyActor"), left_out=lambda setup: no_ray_llm()),
         Arm("rayllm-haproxy", "the same, HAProxy", _ray_llm, _RAY | _HAPROXY, _LLM,
-            left_out=_no_ray_llm),
+            left_out=lambda setup: no_ray_llm()),
         Arm("rayllm-direct", "Ray Serve LLM, one model (direct streaming)", _ray_llm,
-            _RAY | _HAPROXY | _DIRECT, _LLM, left_out=_no_ray_llm),
+            _RAY | _HAPROXY | DIRECT, _LLM, left_out=lambda setup: no_ray_llm()),
     )
 }  # fmt: skip
 

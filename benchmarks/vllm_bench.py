@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 FIGURES = (
     "output_throughput", "request_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms",
@@ -38,8 +40,10 @@ def run(
             prefix cache, so another call wants another one.
         body: further fields of each request.
     """
-    from vllm.benchmarks.serve import add_cli_args, main_async
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    # Here only: the servers' logs are read.
+    with mock.patch.dict(os.environ, {"VLLM_CONFIGURE_LOGGING": "0"}):
+        from vllm.benchmarks.serve import add_cli_args, main_async
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser()
     add_cli_args(parser)

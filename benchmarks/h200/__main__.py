@@ -176,6 +176,34 @@ def front_ends_8b(at: Machine) -> dict[str, Any]:
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
 
 
+def _contenders(at: Machine, model: Path, engine: dict[str, Any], names: list[str],
+                most: int = 256) -> dict[str, Any]:  # fmt: skip
+    gpus = len(gpu_memory_mib())
+    places = {name: str(number % gpus) for number, name in enumerate(names)}
+    return front_ends.measure(model, at.folder, at.port, engine, at.deadline, places, most)
+
+
+def contenders_1b(at: Machine) -> dict[str, Any]:
+    """``make bench-gpu``: the 1B shape, where what is in front of the engine limits; all at once on
+    one GPU, or spread over as many as there are.
+    """
+    model, engine = _one_b(at, 6)
+    names = ["bare-1", "bare-4", "bare-rust", "ours-4", "rayllm", "rayllm-direct", "vllm-router",
+             "litellm"]  # fmt: skip
+    return _contenders(at, model, engine, names)
+
+
+def contenders_8b(at: Machine) -> dict[str, Any]:
+    """The 8B shape: bare, ours, and Ray Serve LLM's path for one model."""
+    large = min(gpu_memory_mib("total")) > 100_000 or len(gpu_memory_mib()) > 1
+    engine = {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.25,
+        "kv_cache_memory_bytes": (20 if large else 8) << 30,
+    }  # fmt: skip
+    names = ["bare-1", "ours-4", "rayllm-direct", "vllm-router", "litellm"]
+    return _contenders(at, at.model, engine, names, 256 if large else 64)
+
+
 def customers_1b(at: Machine) -> dict[str, Any]:
     """The 1B shape: keys, limits, usage, access log, traces and scrapes, all on against all off."""
     model, engine = _one_b(at, 16)
@@ -473,7 +501,8 @@ def shares_1gpu(at: Machine) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
-        front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
+        front_ends_1b, front_ends_8b, contenders_1b, contenders_8b, executor_8b, front_ends_tp,
+        compare, customers_1b,
         overload_8b, start, sleep, swaps, swaps_graphs, swaps_large, zipf_swap, zipf_zero,
         zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, scaling,
         compare_70b, shares_1gpu, one_gpu_yaml, swap_yaml,
