@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="py-spy at the highest level")
     parser.add_argument("--native", action="store_true", help="py-spy sees C frames too")
     parser.add_argument("--results", type=Path, help="where the JSON goes", default=None)
+    parser.add_argument("--add", action="store_true", help="to the rounds that the file has")
     return parser.parse_args()
 
 
@@ -122,17 +123,8 @@ def _run(
     groups: dict[str, list[arms.Arm]] = defaultdict(list)
     for arm in chosen:
         groups[arm.behind or arm.name].append(arm)
-    records: list[report.Record] = []
-    for number in range(1, options.rounds + 1):
-        for server, group in groups.items():
-            for record in _measure_group(arms.ARMS[server], group, setup, levels, asked, options):
-                records.append({"round": number, **record})
-                _say(records[-1], console)
-            for name in {server, *(arm.name for arm in group)}:
-                log = setup.work / f"{name}.log"
-                with contextlib.suppress(FileNotFoundError):
-                    log.rename(log.with_name(f"{name}-{number}.log"))
-    document = {
+    path = options.results or _RESULTS / f"bench-{datetime.date.today()}.json"
+    document: dict[str, Any] = {
         "date": str(datetime.date.today()),
         "machine": machine,
         "command": f"python -m benchmarks {' '.join(sys.argv[1:])}".strip(),
@@ -140,14 +132,45 @@ def _run(
         "left_out": left_out,
         "setup": arms.as_json(setup)
         | {"tokens": load.TOKENS, "seconds": options.seconds, "clients": list(asked)},
-        "records": records,
+        "records": [],
     }
+    if options.add:
+        document = _added(document, path)
+    done = Counter(record["arm"] for record in document["records"])
+    for number in range(1, options.rounds + 1):
+        for server, group in groups.items():
+            for record in _measure_group(arms.ARMS[server], group, setup, levels, asked, options):
+                document["records"].append({"round": done[record["arm"]] + number, **record})
+                _say(document["records"][-1], console)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(document, indent=1) + "\n")
+            for name in {server, *(arm.name for arm in group)}:
+                log = setup.work / f"{name}.log"
+                with contextlib.suppress(FileNotFoundError):
+                    log.rename(log.with_name(f"{name}-{number}.log"))
     print(f"\n{report.page(document)}")
-    path = options.results or _RESULTS / f"bench-{datetime.date.today()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"written: {path}; make tables and make charts bring it into the docs")
+    print(f"written: {path}; make charts brings it into the docs")
     return 0
+
+
+def _added(document: dict[str, Any], path: Path) -> dict[str, Any]:
+    """With the records that the file has already, if they were made alike.
+
+    Raises:
+        UserError: they were not.
+    """
+    if not path.is_file():
+        return document
+    before = json.loads(path.read_text())
+    if before["setup"] != document["setup"]:
+        raise UserError(f"{path} has another setup; take its options, or another --results")
+    return {
+        **document,
+        "command": f"{before['command']}; {document['command']}",
+        "contenders": before["contenders"] | document["contenders"],
+        "left_out": before["left_out"] | document["left_out"],
+        "records": before["records"],
+    }
 
 
 def _measure_group(
