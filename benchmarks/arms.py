@@ -199,7 +199,10 @@ _RAY = {
     # Ray Serve LLM reserves more cores than this machine may have; reserving is all it does.
     "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
 }
-_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+_HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # at the end, not under load
+}
 DIRECT = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
 """Ray Serve LLM's path for one model: HAProxy asks the replica itself."""
 

@@ -187,18 +187,23 @@ def resources(gib: float) -> dict[str, Any]:
     return {"gpu_memory_gib": gib}
 
 
+def applications(experiment: Experiment, model: Path, cache: str) -> list[dict[str, Any]]:
+    """The blocks of its config."""
+    common = {"max_model_len": 8192, **experiment.engine}
+    return [
+        application(name, model, {**common, **one.engine}, cache_dir=cache, frontends=FRONT_ENDS,
+                    resources=resources(one.gib))
+        for name, one in experiment.variants.items()
+    ]  # fmt: skip
+
+
 def measure(
     experiment: Experiment, model: Path, folder: Path, port: int, cache: str, deadline: float
 ) -> dict[str, Any]:
     """Run one; ``deadline`` is by ``time.monotonic``. A variant that does not start is left out,
     with what ``GET /ready`` says of it.
     """
-    common = {"max_model_len": 8192, **experiment.engine}
-    models = [
-        application(name, model, {**common, **one.engine}, cache_dir=cache, frontends=FRONT_ENDS,
-                    resources=resources(one.gib))
-        for name, one in experiment.variants.items()
-    ]  # fmt: skip
+    models = applications(experiment, model, cache)
     command = serve_run(folder, port, *models, gateways=2)
     log = folder / f"{'-'.join(experiment.variants)}.log"
     server = Server(command, port, log, **HAPROXY)
@@ -207,7 +212,7 @@ def measure(
         "date": str(datetime.date.today()),
         "machine": report.machine(),
         "weights": "dummy",
-        "engine": common,
+        "engine": dict(experiment.engine),
         "variants": {name: asdict(one) for name, one in experiment.variants.items()},
         "loads": {name: asdict(one) for name, one in experiment.loads.items()},
     }
@@ -298,11 +303,14 @@ _COUNTER = re.compile(r'^(vllm:\w+)\{[^}]*model_name="([^"]*)"[^}]*\} (\S+)$', r
 
 
 def _counters(port: int, model: str) -> dict[str, float]:
-    """A model's :data:`COUNTERS`, summed over its front ends, without ``vllm:`` and ``_total``."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
-        text = answer.read().decode()
+        return counters_in(answer.read().decode(), model)
+
+
+def counters_in(exposition: str, model: str) -> dict[str, float]:
+    """A model's :data:`COUNTERS`, summed over its front ends, without ``vllm:`` and ``_total``."""
     found: dict[str, float] = {}
-    for counter, name, value in _COUNTER.findall(text):
+    for counter, name, value in _COUNTER.findall(exposition):
         if name == model and counter in COUNTERS:
             short = counter.removeprefix("vllm:").removesuffix("_total")
             found[short] = found.get(short, 0.0) + float(value)
