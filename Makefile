@@ -114,11 +114,13 @@ bench: venv gateways  ## bare vLLM, this gateway, Ray Serve LLM, vllm-router, Li
 	@$(UV) pip install -q --python $(BIN)/python -r requirements/bench.txt
 	@$(BIN)/python -m benchmarks $(BENCH)
 
-bench-gpu: venv  ## the same on a machine with GPUs (MODEL=folder of an 8B shape; dummy weights; BENCH=…)
+# Not in the environment of `make venv`, which is the CPU's.
+bench-gpu:  ## the same on a machine with GPUs, in an environment with .[gpu] (MODEL=an 8B's folder, PYTHON=…, BENCH=…)
 	@[ -n "$(MODEL)" ] || { echo "make bench-gpu: name the folder of a model's config and tokenizer: make bench-gpu MODEL=/models/llama-8b" >&2; exit 1; }
-	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.h200 $(MODEL) --only contenders_1b,contenders_8b $(BENCH)
+	@PYTHONPATH=.:tests "$(PYTHON)" -m benchmarks.h200 $(MODEL) --only contenders_1b,contenders_8b \
+	  --results benchmarks/results/bench-gpu.json $(BENCH)
 
-bench-clients:  ## AIPerf, a client of make bench (BENCH="--clients vllm,aiperf"; 1 GB)
+bench-clients: venv  ## AIPerf, a client of make bench (BENCH="--clients vllm,aiperf"; 1 GB)
 	@$(UV) venv -q --allow-existing --python $(BIN)/python $(CLIENTS_OF_BENCH)/aiperf
 	@$(UV) pip sync -q --python $(CLIENTS_OF_BENCH)/aiperf/bin/python requirements/aiperf.txt
 

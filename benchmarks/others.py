@@ -61,7 +61,10 @@ def absent(command: str, package: str) -> str:
     """Why one cannot run here; empty where it can."""
     if version(package) and (BIN / command).is_file():
         return ""
-    return f"{package} is not installed in {BIN.parent}; make bench installs it"
+    return (
+        f"{package} is not installed in {BIN.parent}, where make bench puts it; or run: python3 -m "
+        "venv .cache/gateways && .cache/gateways/bin/pip install -r requirements/gateways.txt"
+    )
 
 
 def _words(*words: Any) -> list[str]:

@@ -69,7 +69,7 @@ def _on_gpu(title: str, runs: list[dict[str, Any]], step: str) -> list[str]:
 
 
 def _on_cpu() -> list[str]:
-    found = newest("bench-*.json")
+    found = newest("bench-2*.json")
     assert found is not None
     records = report.by_number(found["records"])
 
@@ -91,12 +91,45 @@ _THEIRS = {
 
 def bench() -> str:
     """The last ``make bench``: the whole page of it."""
-    found = newest("bench-*.json")
+    found = newest("bench-2*.json")
     if found is None:
         return NOT_YET
     rounds = max(it["round"] for it in found["records"])
     about = f"{found['date']}, {rounds} rounds ([raw](../benchmarks/results/{found['file']}))."
     return f"{about} {report.facts(found['machine'])}\n\n{report.page(found).rstrip()}"
+
+
+def _contenders(step: str) -> Callable[[], str]:
+    """A step of ``make bench-gpu``: tokens/s, and over bare with one front end in the same round."""
+
+    def table() -> str:
+        found = newest("bench-gpu*.json")
+        if found is None or not found.get(step, {}).get("rounds"):
+            return NOT_YET
+        one = found[step]
+        rounds, names = one["rounds"], [name for name in one["rounds"][0] if name != "c1"]
+        loads = list(rounds[0][names[0]])
+        rows = []
+        for name in names:
+            cells = []
+            for at in loads:
+                mine = [r[name][at]["tokens_per_s"] for r in rounds]
+                base = [r[names[0]][at]["tokens_per_s"] for r in rounds]
+                over = [a / b for a, b in zip(mine, base, strict=True)]
+                cells += [report.spread(mine, "{:.0f}"), report.spread(over, "{:.2f}")]
+            ttft = [r["c1"][name]["ttft_ms"][1] for r in rounds]
+            errors = sum(r[name][at]["errors"] for r in rounds for at in loads)
+            rows.append([name, *cells, report.spread(ttft, "{:.1f}"), str(errors)])
+        header = ["", *(it for at in loads for it in (f"tokens/s, {at}", f"÷ {names[0]}")),
+                  "TTFT p50, c1, ms", "errors"]  # fmt: skip
+        absent = "".join(f"\n\nLeft out: {who}: {why}" for who, why in one["left_out"].items())
+        about = (
+            f"{one['date']}, {', '.join(one['gpus'])}, {one['machine']['cores']} cores, "
+            f"{len(rounds)} rounds ([raw](../benchmarks/results/{found['file']}), `{step}`)."
+        )
+        return f"{about}\n\n{report.table(header, rows)}{absent}"
+
+    return table
 
 
 def _tuned(step: str) -> Callable[[], str]:
@@ -114,6 +147,7 @@ def _tuned(step: str) -> Callable[[], str]:
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "bench": bench,
+    **{step: _contenders(step) for step in ("contenders_1b", "contenders_8b")},
     **{step: _tuned(step) for step in tuning.EXPERIMENTS},
 }
 
@@ -121,7 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
 def draw() -> list[Path]:
     """All charts of docs/charts that result files have numbers for."""
     written = []
-    if found := newest("bench-*.json"):
+    if found := newest("bench-2*.json"):
         written += charts.save(_bench_chart(found), CHARTS / "bench")
     tuned = newest("tuning-*.json") or {}
     for step in tuning.EXPERIMENTS:

@@ -81,6 +81,30 @@ def test_a_step_is_told_by_load_with_paired_ratios_and_what_was_left_out() -> No
     assert "1,234" in text
 
 
+def test_contenders_on_a_gpu_are_told_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one(tokens: float) -> dict[str, dict[str, float]]:
+        return {"c64": {"tokens_per_s": tokens, "errors": 1}}
+
+    round_ = {
+        "bare-1": one(100),
+        "ours-4": one(150),
+        "c1": {"bare-1": {"ttft_ms": [1, 2, 3]}, "ours-4": {"ttft_ms": [2, 4, 5]}},
+    }
+    step = {
+        "date": "2026-01-02", "gpus": ["a GPU"], "machine": {"cores": 16},
+        "left_out": {"litellm": "it is not installed"}, "rounds": [round_],
+    }  # fmt: skip
+    (tmp_path / "bench-gpu.json").write_text(json.dumps({"contenders_1b": step}))
+    monkeypatch.setattr(result_tables, "RESULTS", tmp_path)
+    text = result_tables.TABLES["contenders_1b"]()
+    ours = next(line for line in text.splitlines() if line.startswith("| ours-4"))
+    assert [cell.strip() for cell in ours.split("|")[1:-1]] == ["ours-4", "150", "1.50", "4.0", "1"]
+    assert "Left out: litellm: it is not installed" in text
+    assert result_tables.TABLES["contenders_8b"]() == result_tables.NOT_YET
+
+
 def test_every_step_has_a_base_among_its_variants() -> None:
     for name, experiment in tuning.EXPERIMENTS.items():
         assert tuning_page.BASES[name] in experiment.variants

@@ -29,7 +29,7 @@ def test_an_arm_that_cannot_run_is_left_out_with_the_reason(
     chosen, left_out = bench._chosen("bare,bare-n,bare-rust,litellm", _setup(tmp_path))
     assert [arm.name for arm in chosen] == ["bare"]
     assert left_out.keys() == {"bare-n", "bare-rust", "litellm"}
-    assert "make bench installs it" in left_out["litellm"]
+    assert "pip install -r requirements/gateways.txt" in left_out["litellm"]
     assert "vllm-rs" in left_out["bare-rust"]
 
 
