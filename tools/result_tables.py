@@ -100,7 +100,7 @@ def bench() -> str:
 
 
 def _contenders(step: str) -> Callable[[], str]:
-    """A step of ``make bench-gpu``: tokens/s, and over bare with one front end in the same round."""
+    """A step of ``make bench-gpu``: tokens/s, and over bare with one front end, by round."""
 
     def table() -> str:
         found = newest("bench-gpu*.json")
