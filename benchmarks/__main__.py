@@ -29,7 +29,7 @@ from serve_app.errors import UserError
 
 _CACHE = Path(".cache/bench")
 _RESULTS = Path(__file__).parent / "results"
-_LEVELS = (1, 16, 64)
+_LEVELS = (1, 64)
 _CLIENT_LEVEL = 16
 """Requests at once of the clients in Python: they take a core of the same machine."""
 
@@ -218,7 +218,7 @@ def _measure(
                 record["cores"] = level.pop("cores")
             time.sleep(1)  # the engine drops what wrk cut off
         if 1 in levels:
-            record["first_token"] = dataclasses.asdict(load.first_token(port, requests=15))
+            record["first_token"] = dataclasses.asdict(load.first_token(port, requests=12))
         for name, client in asked.items():
             _wait_for_quiet(running, options.patience)
             record.setdefault("clients", {})[name] = client(
