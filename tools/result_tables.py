@@ -132,6 +132,27 @@ def _contenders(step: str) -> Callable[[], str]:
     return table
 
 
+def ngram_texts() -> str:
+    """The share of proposals that real weights accept, by kind of text."""
+    found = newest("ngram-texts-*.json")
+    if found is None:
+        return NOT_YET
+    rows = []
+    for kind in dict.fromkeys(it["kind"] for it in found["records"]):
+        mine = [it for it in found["records"] if it["kind"] == kind]
+        shares = [it["accepted"] / it["proposed"] for it in mine if it["proposed"]]
+        proposed = [it["proposed"] / it["tokens"] for it in mine]
+        steps = [it["tokens"] / (it["tokens"] - it["accepted"]) for it in mine]
+        rows.append([kind, report.spread(proposed, "{:.2f}"), report.spread(shares, "{:.2f}"),
+                     report.spread(steps, "{:.2f}")])  # fmt: skip
+    header = ["answer", "proposed, per token of the answer", "share accepted", "tokens per step"]
+    return (
+        f"{found['date']}, {found['model']}, temperature 0, {len(mine)} prompts of each kind, "
+        f"lowest-median-highest ([raw](../benchmarks/results/{found['file']})).\n\n"
+        f"{report.table(header, rows)}"
+    )
+
+
 def _tuned(step: str) -> Callable[[], str]:
     def table() -> str:
         found = newest("tuning-*.json")
@@ -147,6 +168,7 @@ def _tuned(step: str) -> Callable[[], str]:
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "bench": bench,
+    "ngram_texts": ngram_texts,
     **{step: _contenders(step) for step in ("contenders_1b", "contenders_8b")},
     **{step: _tuned(step) for step in tuning.EXPERIMENTS},
 }

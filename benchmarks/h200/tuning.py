@@ -286,12 +286,11 @@ def _rounds(experiment: Experiment, live: list[str], server: Server, model: Path
         for number, (at, load) in enumerate(experiment.loads.items(), 1):
             random.shuffle(live)
             for name in live:
-                before = _counters(server.port, name)
+                before = counters(server.port, name)
                 figures = ask(name, load, 100 * len(rounds) + number, load.prompts)
-                time.sleep(0.2)  # front ends tell their statistics every 50 ms
                 grown = {
                     counter: value - before.get(counter, 0.0)
-                    for counter, value in _counters(server.port, name).items()
+                    for counter, value in counters(server.port, name).items()
                 }
                 rounds[-1][name][at] = figures | {k: v for k, v in grown.items() if v}
         print(json.dumps(rounds[-1]), flush=True)
@@ -302,7 +301,9 @@ def _rounds(experiment: Experiment, live: list[str], server: Server, model: Path
 _COUNTER = re.compile(r'^(vllm:\w+)\{[^}]*model_name="([^"]*)"[^}]*\} (\S+)$', re.M)
 
 
-def _counters(port: int, model: str) -> dict[str, float]:
+def counters(port: int, model: str) -> dict[str, float]:
+    """:func:`counters_in` what the gateway at this port exports."""
+    time.sleep(0.2)  # front ends tell their statistics every 50 ms
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         return counters_in(answer.read().decode(), model)
 
