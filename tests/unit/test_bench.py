@@ -84,6 +84,14 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 @pytest.mark.parametrize("name", tuning.EXPERIMENTS)
+def test_each_prefix_of_a_load_is_asked_for(name: str) -> None:
+    for load in tuning.EXPERIMENTS[name].loads.values():
+        prefixes = int(load.dataset.get("prefix-repetition-num-prefixes", 1))
+        assert load.prompts >= load.concurrency
+        assert load.prompts % prefixes == 0, "vllm bench serve would send fewer"
+
+
+@pytest.mark.parametrize("name", tuning.EXPERIMENTS)
 def test_the_config_of_a_tuning_step_is_accepted(name: str, tmp_path: Path) -> None:
     experiment = tuning.EXPERIMENTS[name]
     models = tuning.applications(experiment, tmp_path, "/cache")
