@@ -108,7 +108,7 @@ def chart(step: str, found: Result) -> Any:
     rounds, base = found["rounds"], BASES[step]
     others = [name for name in rounds[0] if name != base]
     charts.bars(left, {
-        load: {name: spread(ratios(rounds, name, base, load)) for name in others}
+        _lines(load): {name: spread(ratios(rounds, name, base, load)) for name in others}
         for load in found["loads"]
     }, f"output tokens/s ÷ {base}")  # fmt: skip
     left.axhline(1, color="#333333", linewidth=0.8)
@@ -118,16 +118,21 @@ def chart(step: str, found: Result) -> Any:
         _against_acceptance(right, found, others, base)
     else:
         charts.bars(right, {
-            load: {name: spread([r[name][load][key] for r in rounds]) for name in rounds[0]}
+            _lines(load): {name: spread([r[name][load][key] for r in rounds]) for name in rounds[0]}
             for load in found["loads"]
         }, TITLES[key])  # fmt: skip
         right.legend()
-    for axes in (left, right) if key != "accepted" else (left,):
-        axes.tick_params(axis="x", labelrotation=20)
+    for axes in (left, right):
+        axes.tick_params(labelsize=7.5)
     gpus = found.get("gpus") or ["no GPU"]
     figure.suptitle(f"{gpus[0].split(',')[0]}, 8B shape, dummy weights, {found['date']}", size=8)
     figure.tight_layout()
     return figure
+
+
+def _lines(load: str) -> str:
+    """A load's name, its parts one below the other."""
+    return load.replace("-", "\n")
 
 
 def _against_acceptance(axes: Any, found: Result, others: list[str], base: str) -> None:
