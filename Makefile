@@ -120,9 +120,13 @@ bench-gpu:  ## the same on a machine with GPUs, in an environment with .[gpu] (M
 	@PYTHONPATH=.:tests "$(PYTHON)" -m benchmarks.h200 $(MODEL) --only contenders_1b,contenders_8b \
 	  --results benchmarks/results/bench-gpu.json $(BENCH)
 
-bench-clients: venv  ## AIPerf, a client of make bench (BENCH="--clients vllm,aiperf"; 1 GB)
+bench-clients: venv  ## AIPerf and inference-perf, clients of make bench (BENCH="--clients vllm,aiperf,inference-perf"; 2 GB)
 	@$(UV) venv -q --allow-existing --python $(BIN)/python $(CLIENTS_OF_BENCH)/aiperf
 	@$(UV) pip sync -q --python $(CLIENTS_OF_BENCH)/aiperf/bin/python requirements/aiperf.txt
+	@for p in python3.12 python3.13 "$$HOME"/.pyenv/versions/3.1[23].*/bin/python ""; do "$$p" -c '' 2>/dev/null && break; done; \
+	  [ -n "$$p" ] || { echo "inference-perf is left out: there is no Python 3.12 or 3.13 here" >&2; exit 0; }; \
+	  $(UV) venv -q --allow-existing --python "$$p" $(CLIENTS_OF_BENCH)/inference-perf && \
+	  $(UV) pip sync -q --python $(CLIENTS_OF_BENCH)/inference-perf/bin/python requirements/inference-perf.txt
 
 gateways: venv
 	@$(UV) venv -q --allow-existing --python $(BIN)/python $(GATEWAYS)
@@ -166,6 +170,7 @@ lock: venv  ## refresh the locks from pyproject.toml
 	@$(CLIENT_LOCK) requirements/gateways.in -o requirements/gateways.txt
 	@$(CLIENT_LOCK) requirements/bench.in -c requirements/cpu.lock -o requirements/bench.txt
 	@echo aiperf | $(CLIENT_LOCK) - -o requirements/aiperf.txt
+	@echo inference-perf | $(CLIENT_LOCK) - --python-version 3.12 -o requirements/inference-perf.txt
 	@# Without PyTorch, which Open WebUI imports only where it runs models itself.
 	@echo open-webui | $(CLIENT_LOCK) - -o requirements/open-webui.txt --override <(echo 'torch ; sys_platform == "never"')
 

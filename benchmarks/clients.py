@@ -1,7 +1,7 @@
 """Clients beside wrk: they tell percentiles, and take a core where wrk takes a hundredth.
 
-``vllm bench serve`` runs in this process. AIPerf is in an environment of its own, where
-``make bench-clients`` has installed it.
+``vllm bench serve`` runs in this process. AIPerf and inference-perf are in environments of their
+own, where ``make bench-clients`` has installed them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks import load, vllm_bench
 from serve_app.errors import UserError
@@ -61,7 +63,7 @@ def aiperf(at: Target) -> dict[str, float]:
     """NVIDIA's AIPerf."""
     into = at.work / f"aiperf-{next(_seeds)}"
     _say([
-        CACHE / "aiperf" / "bin" / "aiperf", "profile", "--model", load.MODEL,
+        program("aiperf"), "profile", "--model", load.MODEL,
         "--url", f"http://127.0.0.1:{at.port}", "--endpoint-type", "chat", "--streaming",
         "--tokenizer", at.model.resolve(), "--concurrency", at.concurrency,
         "--request-count", at.requests, "--isl", PROMPT, "--osl", TOKENS,
@@ -82,7 +84,57 @@ def aiperf(at: Target) -> dict[str, float]:
     return {k: round(float(v), 3) for k, v in found.items()} | {"failed": float(errors["avg"])}
 
 
-ALL: dict[str, Client] = {"vllm": vllm, "aiperf": aiperf}
+def inference_perf(at: Target) -> dict[str, float]:
+    """The one of Kubernetes' serving working group. Its random prompts are completions only."""
+    into = at.work / f"inference-perf-{next(_seeds)}"
+    into.mkdir()
+    config = {
+        "api": {"type": "completion", "streaming": True},
+        "server": {
+            "type": "vllm", "model_name": load.MODEL, "base_url": f"http://127.0.0.1:{at.port}",
+            "ignore_eos": True,
+        },
+        "tokenizer": {"pretrained_model_name_or_path": str(at.model.resolve())},
+        "data": {
+            "type": "random",
+            "input_distribution": _always(PROMPT, at.requests),
+            "output_distribution": _always(TOKENS, at.requests),
+        },
+        "load": {
+            "type": "concurrent", "num_workers": 1,
+            "stages": [{"num_requests": at.requests, "concurrency_level": at.concurrency}],
+        },
+        "storage": {"local_storage": {"path": str(into)}},
+    }  # fmt: skip
+    path = into / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    _say([program("inference-perf"), "--config_file", path], at.work / "inference-perf.log")
+    told = json.loads(next(into.rglob("summary_lifecycle_metrics.json")).read_text())
+    latency, rates = told["successes"]["latency"], told["successes"]["throughput"]
+    found = {
+        "output_throughput": rates["output_tokens_per_sec"],
+        "request_throughput": rates["requests_per_sec"],
+        "completed": told["successes"]["count"],
+        "failed": told["failures"]["count"],
+    }
+    for short, name in (("ttft", "time_to_first_token"), ("itl", "inter_token_latency")):
+        if latency[name]:
+            found[f"median_{short}_ms"] = 1000 * latency[name]["median"]
+            found[f"p99_{short}_ms"] = 1000 * latency[name]["p99"]
+    return {k: round(float(v), 3) for k, v in found.items()}
+
+
+def _always(tokens: int, requests: int) -> dict[str, Any]:
+    return {"type": "fixed", "min": tokens, "max": tokens, "mean": tokens, "std_dev": 0,
+            "total_count": requests}  # fmt: skip
+
+
+ALL: dict[str, Client] = {"vllm": vllm, "aiperf": aiperf, "inference-perf": inference_perf}
+
+
+def program(name: str) -> Path:
+    """A client's command in its own environment."""
+    return CACHE / name / "bin" / name
 
 
 def chosen(names: str) -> dict[str, Client]:
@@ -95,8 +147,8 @@ def chosen(names: str) -> dict[str, Client]:
     for name in wanted:
         if name not in ALL:
             raise UserError(f"there is no client '{name}' (clients: {', '.join(ALL)}, or none)")
-    if "aiperf" in wanted and not (CACHE / "aiperf" / "bin" / "aiperf").is_file():
-        raise UserError(f"AIPerf is not installed in {CACHE / 'aiperf'}; make bench installs it")
+        if name != "vllm" and not program(name).is_file():
+            raise UserError(f"{name} is not installed in {CACHE / name}; run: make bench-clients")
     return {name: ALL[name] for name in wanted}
 
 

@@ -48,11 +48,16 @@ def test_a_run_in_which_nothing_can_take_part_is_refused(tmp_path: Path) -> None
         bench._chosen("bear", _setup(tmp_path))
 
 
-def test_unknown_clients_are_refused() -> None:
+def test_unknown_clients_and_those_not_installed_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clients, "CACHE", tmp_path)
     assert list(clients.chosen("vllm")) == ["vllm"]
     assert clients.chosen("none") == {}
     with pytest.raises(UserError, match="there is no client 'abc'"):
         clients.chosen("vllm,abc")
+    with pytest.raises(UserError, match="run: make bench-clients"):
+        clients.chosen("aiperf")
 
 
 def test_rounds_are_added_to_a_file_of_the_same_setup_only(tmp_path: Path) -> None:
