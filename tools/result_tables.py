@@ -96,7 +96,14 @@ def bench() -> str:
         return NOT_YET
     rounds = max(it["round"] for it in found["records"])
     about = f"{found['date']}, {rounds} rounds ([raw](../benchmarks/results/{found['file']}))."
-    return f"{about} {report.facts(found['machine'])}\n\n{report.page(found).rstrip()}"
+    shown = f"{about} {report.facts(found['machine'])}\n\n{report.page(found).rstrip()}"
+    return shown + _chart("bench", "tokens/s of each contender")
+
+
+def _chart(name: str, title: str) -> str:
+    """The picture of docs/charts, on a page of docs; empty where it has not been drawn."""
+    drawn = (CHARTS / f"{name}.svg").is_file()
+    return f"\n\n![{title}](charts/{name}.svg)" if drawn else ""
 
 
 def _contenders(step: str) -> Callable[[], str]:
@@ -159,8 +166,8 @@ def _tuned(step: str) -> Callable[[], str]:
         if found is None or "rounds" not in found.get(step, {}):
             return NOT_YET
         shown = tuning_page.table(step, found[step])
-        chart = f"\n\n![{step}](charts/{step}.svg)" if (CHARTS / f"{step}.svg").is_file() else ""
-        return f"{shown}\n\n[Raw](../benchmarks/results/{found['file']}), `{step}`.{chart}"
+        raw = f"[Raw](../benchmarks/results/{found['file']}), `{step}`."
+        return f"{shown}\n\n{raw}{_chart(step, step)}"
 
     return table
 
