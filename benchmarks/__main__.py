@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 from rich.console import Console
 
-from benchmarks import arms, clients, load, profiling, report
+from benchmarks import arms, clients, load, others, profiling, report
 from benchmarks.tiny_model import tiny_model
 from serve_app.errors import UserError
 
@@ -116,6 +116,8 @@ def _run(
 ) -> int:  # fmt: skip
     levels = sorted(int(c) for c in options.only.split(",")) if options.only else list(_LEVELS)
     machine = report.machine()
+    theirs = {name: others.version(name) for name in ("vllm-router", "litellm")}
+    machine["packages"] |= {name: version for name, version in theirs.items() if version}
     console.print(report.facts(machine), markup=False)
     for name, why in left_out.items():
         console.print(f"left out: {name}: {why}", markup=False)
@@ -226,8 +228,8 @@ def _measure(
             )
         if options.profile:
             _profile(running[0], levels[-1], body, options)
-    except (UserError, OSError, ValueError) as error:
-        record["error"] = str(error)
+    except Exception as error:  # told, and the others go on
+        record["error"] = f"{type(error).__name__}: {error}"
     return record
 
 
@@ -241,10 +243,10 @@ def _undisturbed(
         watch = _CpuWatch(running)
         measured = load.run_wrk(running[0].port, concurrency, options.seconds, body)
         cores = watch.cores() | {"(wrk)": round(measured.client_cores, 3)}
-        others = watch.busy() - sum(cores.values())
-        level = dataclasses.asdict(measured) | {"others_cores": round(others, 3), "cores": cores}
+        elsewhere = watch.busy() - sum(cores.values())
+        level = dataclasses.asdict(measured) | {"others_cores": round(elsewhere, 3), "cores": cores}
         tries.append(level)
-        if others <= report.DISTURBED or not options.patience:
+        if elsewhere <= report.DISTURBED or not options.patience:
             break
     return min(tries, key=lambda t: t["others_cores"])
 
