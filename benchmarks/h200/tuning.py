@@ -25,6 +25,7 @@ from benchmarks.h200.server import (
     Server,
     application,
     completion,
+    gpu_memory_mib,
     ready,
     serve_run,
     until,
@@ -177,17 +178,19 @@ EXPERIMENTS: dict[str, Experiment] = {
 """In order of worth."""
 
 
-def resources(gib: float) -> dict[str, Any]:
+def resources(gib: float, of_gib: float) -> dict[str, Any]:
     """What a variant asks for; apart, so that a run without a GPU can replace it."""
-    return {"gpu_memory_gib": gib}
+    return {"gpu_share": round(gib / of_gib, 4)}
 
 
-def applications(experiment: Experiment, model: Path, cache: str) -> list[dict[str, Any]]:
-    """The blocks of its config."""
+def applications(
+    experiment: Experiment, model: Path, cache: str, gpu_gib: float
+) -> list[dict[str, Any]]:
+    """The blocks of its config; ``gpu_gib`` is the memory of the GPU."""
     common = {"max_model_len": 8192, **experiment.engine}
     return [
         application(name, model, {**common, **one.engine}, cache_dir=cache, frontends=FRONT_ENDS,
-                    resources=resources(one.gib))
+                    resources=resources(one.gib, gpu_gib))
         for name, one in experiment.variants.items()
     ]  # fmt: skip
 
@@ -198,7 +201,7 @@ def measure(
     """Run one; ``deadline`` is by ``time.monotonic``. A variant that does not start is left out,
     with what ``GET /ready`` says of it.
     """
-    models = applications(experiment, model, cache)
+    models = applications(experiment, model, cache, min(gpu_memory_mib("total")) / 1024)
     command = serve_run(folder, port, *models, gateways=2)
     log = folder / f"{'-'.join(experiment.variants)}.log"
     server = Server(command, port, log, **HAPROXY)

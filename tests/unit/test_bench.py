@@ -99,11 +99,11 @@ def test_each_prefix_of_a_load_is_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", tuning.EXPERIMENTS)
 def test_the_config_of_a_tuning_step_is_accepted(name: str, tmp_path: Path) -> None:
     experiment = tuning.EXPERIMENTS[name]
-    models = tuning.applications(experiment, tmp_path, "/cache")
+    models = tuning.applications(experiment, tmp_path, "/cache", 79.6)
     found = parse_document({"applications": models}, tmp_path / "config.yaml")
     assert found.models.keys() == experiment.variants.keys()
-    parts = [model.resources.gpu_memory_gib for model in found.models.values()]
-    assert sum(part or 99 for part in parts) <= 75, "more than an H100 has for them"
+    parts = [model.resources.gpu_share for model in found.models.values()]
+    assert sum(part or 1.0 for part in parts) <= 0.95, "more than an H100 has for them"
 
 
 def test_the_first_error_of_an_engine_is_why_its_variant_is_left_out() -> None:
