@@ -1,6 +1,7 @@
 """A gateway process without Ray: ``python -m benchmarks.gateway.server PORT UPSTREAM CONFIG``.
 
-It is the application that Serve runs, with the args of the JSON file CONFIG. Only what it would ask
+With a fourth argument COUNT it has one model ``m`` with so many replicas, at UPSTREAM and the ports
+after it; without, the models of :mod:`benchmarks.gateway.upstream`, each with one. It is the application that Serve runs, with the args of the JSON file CONFIG. Only what it would ask
 of Ray is answered here: which models there are and where, the credential, the actor of the limits,
 other gateways, and the folder of Serve's logs. Around it is what Serve has around an app
 (:class:`benchmarks.relay.gateway.LikeServe`).
@@ -27,21 +28,26 @@ from serve_app.gateway.exposition import Alone
 from serve_app.gateway.replicas import Board
 
 
-async def main(port: int, upstream: int, args: dict[str, Any], work: Path) -> None:
+async def main(
+    port: int, upstream: int, args: dict[str, Any], work: Path, replicas: int = 0
+) -> None:
+    places = {model: {f"{model}-r0": upstream + n} for n, model in enumerate(MODELS)}
+    if replicas:
+        places = {"m": {f"m-r{n}": upstream + n for n in range(replicas)}}
 
     class Watcher:
         def __init__(self, board: Board, deployment: str) -> None:
             self._board = board
 
         def watch(self, application: str) -> None:
-            place = "127.0.0.1", upstream + MODELS.index(application)
-            self._board.publish(application, {f"{application}-r0": place})
+            ports = places[application]
+            self._board.publish(application, {id: ("127.0.0.1", at) for id, at in ports.items()})
 
         def ids(self, application: str) -> None:
             """The ids are not known otherwise than by the report."""
 
     async def report() -> dict[str, Any]:
-        return {"applications": {model: reported() for model in MODELS}}
+        return {"applications": {model: reported() for model in places}}
 
     deployment: Any = GatewayServer
     served = deployment.func_or_class.__mro__[1]  # without what Serve's ingress adds
@@ -79,4 +85,5 @@ class _Coordinator:
 if __name__ == "__main__":
     config = Path(sys.argv[3])
     args = json.loads(config.read_text())
-    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), args, config.parent))
+    count = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), args, config.parent, count))

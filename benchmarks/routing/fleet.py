@@ -202,22 +202,26 @@ class Fleet:
         """By gateway and replica: whether a report is on its way."""
 
         self._ends = [float("inf")] * replicas
-        self._left = 0
+        self._left = self._gone = 0
         self._silent: dict[Asked, None] = {}
         """Measured requests without a first token."""
+
+        self.last_end = 0.0
+        """When the last request ended so far."""
 
         self.outcome = Outcome()
 
     def run(self, sessions: Sequence[Session], begin: float, end: float, limit: float) -> Outcome:
         """Play a trace. Arrivals from ``begin`` to ``end`` are measured; ``limit`` breaks it off."""
         self._begin, self._end = begin, end
+        coming = sum(len(session.turns) for session in sessions)
         for gateway in self.gateways:
             for engine in range(len(self.engines)):
                 self._at(self._rng.random() * HOLD_S, self._report, gateway, engine)
         for session in sessions:
             self._at(session.at, self._arrive, session, 0)
         self._at(end, lambda: None)
-        while self._events:
+        while self._events and self._gone < coming:
             self.now, _, what, about = heapq.heappop(self._events)
             if self.now > limit or (self.now > end and not self._left):
                 break
@@ -281,6 +285,8 @@ class Fleet:
 
     def _ended(self, request: Request) -> None:
         asked, outcome = request.owner, self.outcome
+        self.last_end = self.now
+        self._gone += 1
         asked.front_end.ended()
         asked.gateway.policy.ended(asked, request)
         if self._begin <= asked.arrived < self._end:

@@ -129,8 +129,11 @@ def play_all(path: Path, budget_s: float, *, quick: bool, processes: int) -> boo
     with ProcessPoolExecutor(processes) as pool:
         sizes = {f"{c.trace}, {c.replicas}": (c.trace, c.replicas) for c in wanted}
         missing = {key: size for key, size in sizes.items() if key not in capacities}
-        for key, found in zip(missing, pool.map(capacity, *zip(*missing.values())), strict=True) \
-                if missing else ():
+        for key, found in (
+            zip(missing, pool.map(capacity, *zip(*missing.values())), strict=True)
+            if missing
+            else ()
+        ):
             capacities[key] = found
         save()
         at = 0
