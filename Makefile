@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes fuzz lint bench-quick bench-relay bench-gateway soak lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes fuzz lint bench bench-gpu bench-clients gateways tables charts bench-relay bench-gateway bench-scale soak lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,10 +43,13 @@ test: venv  ## lint, types and every test that a CPU can run
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
 	@$(BIN)/serve-app fetch demo
 	@mkdir -p .cache && rm -f .cache/left-out
-	@# tests/kube waits more than it works, so it runs beside the others.
-	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; trap "kill $$kube 2> /dev/null" EXIT INT TERM; \
-	  $(TESTS) tests/unit tests/gateway tests/page tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
-	  wait $$kube; kube=$$?; cat .cache/kube.log; exit $$((others || kube))
+	@# One process alone would leave a core idle; tests/kube waits more than it works.
+	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; \
+	  $(TESTS) tests/gateway tests/page > .cache/gateway.log 2>&1 & gateway=$$!; \
+	  trap "kill $$kube $$gateway 2> /dev/null" EXIT INT TERM; \
+	  $(TESTS) tests/unit tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
+	  wait $$kube; kube=$$?; wait $$gateway; gateway=$$?; cat .cache/kube.log .cache/gateway.log; \
+	  exit $$((others || kube || gateway))
 	@# The documentation's server first: it is gone when the one of tests/cluster starts.
 	@$(TESTS) $(AT_A_SERVER) tests/cluster $(ALONE:%=--ignore %)  # connected to a Ray
 	@$(TESTS) $(ALONE)  # beside one on Ray's usual port; then connected to another
@@ -58,6 +61,7 @@ test-unit: venv  ## the tests without Ray, engines and network (about a minute)
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
 	@$(BIN)/python -m pytest tests/slow
+	@$(BIN)/python -m pytest tests/cluster --both-proxies -k python $(ALONE:%=--ignore %)
 
 test-kube: venv  ## day two on a real cluster with KubeRay (CONTEXT=…, and IMAGE=… where it has no faked GPUs)
 	@[ -n "$(CONTEXT)" ] || { echo "make test-kube: name a context of your kubeconfig: make test-kube CONTEXT=kind-test" >&2; exit 1; }
@@ -103,22 +107,50 @@ fuzz: venv  ## odd bytes into the gateway: its parsers (FUZZ_S=60 for each), its
 lint: venv  ## format, types, and which room imports which (docs/architecture.md)
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format . && $(BIN)/mypy && $(ROOMS)
 
-bench-quick: venv  ## bare vLLM, this gateway and Ray Serve LLM in turn, on this CPU
-	@$(UV) pip install -q --no-deps --python $(BIN)/python pyarrow==25.0.1  # Ray Serve LLM imports it
-	@$(BIN)/python -m benchmarks.quick $(BENCH)
+GATEWAYS := .cache/gateways
+CLIENTS_OF_BENCH := .cache/clients
+
+bench: venv gateways  ## bare vLLM, this gateway, Ray Serve LLM, vllm-router, LiteLLM in turn, on this CPU (BENCH=…)
+	@$(UV) pip install -q --python $(BIN)/python -r requirements/bench.txt
+	@$(BIN)/python -m benchmarks $(BENCH)
+
+# Not in the environment of `make venv`, which is the CPU's.
+bench-gpu:  ## the same on a machine with GPUs, in an environment with .[gpu] (MODEL=an 8B's folder, PYTHON=…, BENCH=…)
+	@[ -n "$(MODEL)" ] || { echo "make bench-gpu: name the folder of a model's config and tokenizer: make bench-gpu MODEL=/models/llama-8b" >&2; exit 1; }
+	@PYTHONPATH=.:tests "$(PYTHON)" -m benchmarks.h200 $(MODEL) --only contenders_1b,contenders_8b \
+	  --results benchmarks/results/bench-gpu.json $(BENCH)
+
+bench-clients: venv  ## AIPerf and inference-perf, clients of make bench (BENCH="--clients vllm,aiperf,inference-perf"; 2 GB)
+	@$(UV) venv -q --allow-existing --python $(BIN)/python $(CLIENTS_OF_BENCH)/aiperf
+	@$(UV) pip sync -q --python $(CLIENTS_OF_BENCH)/aiperf/bin/python requirements/aiperf.txt
+	@for p in python3.12 python3.13 "$$HOME"/.pyenv/versions/3.1[23].*/bin/python ""; do "$$p" -c '' 2>/dev/null && break; done; \
+	  [ -n "$$p" ] || { echo "inference-perf is left out: there is no Python 3.12 or 3.13 here" >&2; exit 0; }; \
+	  $(UV) venv -q --allow-existing --python "$$p" $(CLIENTS_OF_BENCH)/inference-perf && \
+	  $(UV) pip sync -q --python $(CLIENTS_OF_BENCH)/inference-perf/bin/python requirements/inference-perf.txt
+
+gateways: venv
+	@$(UV) venv -q --allow-existing --python $(BIN)/python $(GATEWAYS)
+	@$(UV) pip sync -q --compile-bytecode --python $(GATEWAYS)/bin/python requirements/gateways.txt
+
+tables: venv  ## tables of README and docs from benchmarks/results
+	@$(BIN)/python -m tools.result_tables
+
+charts: venv  ## docs/charts from benchmarks/results, and the tables
+	@$(UV) pip install -q --python $(BIN)/python -r requirements/bench.txt
+	@$(BIN)/python -m tools.result_tables --charts
 
 bench-relay: venv  ## the gateway's CPU per event and request, beside the least there is (BENCH="--before TREE")
 	@$(BIN)/python -m benchmarks.relay $(BENCH)
 
-GATEWAYS := .cache/gateways
-
-bench-gateway: venv  ## the whole gateway, everything off and on, beside LiteLLM and vllm-router (BENCH=…)
-	@$(UV) venv -q --allow-existing --python $(BIN)/python $(GATEWAYS)
-	@$(UV) pip sync -q --compile-bytecode --python $(GATEWAYS)/bin/python requirements/gateways.txt
+bench-gateway: venv gateways  ## the whole gateway, everything off and on, beside LiteLLM and vllm-router (BENCH=…)
 	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.gateway $(BENCH)
 
 soak: venv  ## the gateway's memory while a million requests pass, everything on (about 15 minutes; BENCH=…)
 	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.gateway --soak 1000000 $(BENCH)
+
+bench-scale: venv  ## a thousand replicas, ten thousand streams: what gives way first, and docs/scale.md (BENCH=…)
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.scale $(BENCH)
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.scale.page
 
 LOCK := $(UV) pip compile -q --no-emit-index-url --generate-hashes --custom-compile-command "make lock"
 # What comes with one build of torch and not with the other.
@@ -140,6 +172,9 @@ lock: venv  ## refresh the locks from pyproject.toml
 	  -o requirements/cuda.lock
 	@$(CLIENT_LOCK) requirements/recipes.in -o requirements/recipes.txt
 	@$(CLIENT_LOCK) requirements/gateways.in -o requirements/gateways.txt
+	@$(CLIENT_LOCK) requirements/bench.in -c requirements/cpu.lock -o requirements/bench.txt
+	@echo aiperf | $(CLIENT_LOCK) - -o requirements/aiperf.txt
+	@echo inference-perf | $(CLIENT_LOCK) - --python-version 3.12 -o requirements/inference-perf.txt
 	@# Without PyTorch, which Open WebUI imports only where it runs models itself.
 	@echo open-webui | $(CLIENT_LOCK) - -o requirements/open-webui.txt --override <(echo 'torch ; sys_platform == "never"')
 

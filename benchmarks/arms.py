@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import psutil
 import yaml
 
-from benchmarks import load
+from benchmarks import load, others
 from serve_app import lifeline
 from serve_app.cluster import haproxy
 from serve_app.config import engine_args
@@ -46,6 +47,11 @@ class Setup:
     work: Path
     engine: dict[str, Any]
     env: dict[str, str]
+    front_ends: int = 1
+    """Of ours. On a CPU ``auto`` is 1: they would use the cores that the engine needs."""
+
+    upstream: int = 0
+    """The port of the server behind a gateway by others."""
 
     @property
     def config(self) -> ModelConfig:
@@ -55,6 +61,7 @@ class Setup:
                 "resources": {"device": "cpu", "num_cpus": 0.5},
                 "engine": self.engine,
                 "env": self.env,
+                "frontends": self.front_ends,
                 "graceful_shutdown_timeout_s": 5,
             }
         )
@@ -76,8 +83,11 @@ class Arm:
     profiled: tuple[str, ...] = ()
     """What the titles of the processes that are worth a profile hold."""
 
-    needs: tuple[str, ...] = ()
-    """Packages without which it cannot be imported."""
+    behind: str = ""
+    """The arm in front of which it stands; that one is started first."""
+
+    left_out: Callable[[Setup], str] = lambda setup: ""
+    """Why it cannot run here, in one sentence; empty where it can."""
 
 
 def _bare(setup: Setup, port: int) -> list[str]:
@@ -86,6 +96,51 @@ def _bare(setup: Setup, port: int) -> list[str]:
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(setup.model.resolve()),
         "--served-model-name", load.MODEL, "--host", "127.0.0.1", "--port", str(port), *argv,
     ]  # fmt: skip
+
+
+def _bare_n(setup: Setup, port: int) -> list[str]:
+    return [*_bare(setup, port), "--api-server-count", str(setup.front_ends)]
+
+
+def _no_more(setup: Setup) -> str:
+    return "ours has one front end here, and bare with one is measured" * (setup.front_ends < 2)
+
+
+def rust_front_end() -> str:
+    """The path of vLLM's Rust front end; empty where this build of vLLM has none."""
+    package = importlib.util.find_spec("vllm")
+    assert package is not None and package.origin is not None
+    named = os.environ.get("VLLM_RUST_FRONTEND_PATH", Path(package.origin).with_name("vllm-rs"))
+    return str(named) if os.access(named, os.X_OK) else ""
+
+
+def no_rust() -> str:
+    """Why vLLM's Rust front end cannot run here; empty where it can."""
+    if rust_front_end():
+        return ""
+    return (
+        "this build of vLLM has no vllm-rs (its wheel for CPUs has none); "
+        "VLLM_RUST_FRONTEND_PATH can name one"
+    )
+
+
+def rust_env() -> dict[str, str]:
+    return {"VLLM_USE_RUST_FRONTEND": "1", "VLLM_RUST_FRONTEND_PATH": rust_front_end()}
+
+
+def no_ray_llm() -> str:
+    """Why Ray Serve LLM cannot run here; empty where it can."""
+    return (
+        "" if importlib.util.find_spec("pyarrow") else "it imports pyarrow, which is not installed"
+    )
+
+
+def _vllm_router(setup: Setup, port: int) -> list[str]:
+    return others.vllm_router(port, setup.upstream, free_port())
+
+
+def _litellm(setup: Setup, port: int) -> list[str]:
+    return others.litellm(setup.work, port, setup.upstream, [load.MODEL])
 
 
 def _serve_run(setup: Setup, port: int, name: str, applications: list[dict[str, Any]]) -> list[str]:
@@ -111,23 +166,27 @@ def _ours(setup: Setup, port: int) -> list[str]:
     return _serve_run(setup, port, "ours", [model, gateway])
 
 
-def _ray_llm(setup: Setup, port: int) -> list[str]:
-    model = {
-        "model_loading_config": {
-            "model_id": load.MODEL,
-            "model_source": str(setup.model.resolve()),
-        },
-        "accelerator_config": {"kind": "cpu"},
-        "engine_kwargs": setup.engine,
-        "runtime_env": {"env_vars": setup.environment},
+def ray_llm(name: str, model: Path, engine: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """An application of Ray Serve LLM with one model, for Serve's config file."""
+    config = {
+        "model_loading_config": {"model_id": name, "model_source": str(model)},
+        "engine_kwargs": engine,
         "deployment_config": {"num_replicas": 1},
+        **more,
     }
-    app = {
+    return {
         "name": "llm",
         "route_prefix": "/",
         "import_path": "ray.serve.llm:build_openai_app",
-        "args": {"llm_configs": [model]},
+        "args": {"llm_configs": [config]},
     }
+
+
+def _ray_llm(setup: Setup, port: int) -> list[str]:
+    app = ray_llm(
+        load.MODEL, setup.model.resolve(), setup.engine,
+        accelerator_config={"kind": "cpu"}, runtime_env={"env_vars": setup.environment},
+    )  # fmt: skip
     return _serve_run(setup, port, "ray-llm", [app])
 
 
@@ -140,27 +199,39 @@ _RAY = {
     # Ray Serve LLM reserves more cores than this machine may have; reserving is all it does.
     "RAY_OVERRIDE_RESOURCES": '{"CPU": 16}',
 }
-_HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
+_HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # at the end, not under load
+}
+DIRECT = {"RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "1"}
+"""Ray Serve LLM's path for one model: HAProxy asks the replica itself."""
+
 _OURS = (":Gateway", ":ModelServer")
 _LLM = (":OpenAiIngress", ":LLMServer")
+_VLLM = ("vllm.entrypoints.cli.main",)
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("bare", "bare `vllm serve`", _bare, profiled=("vllm.entrypoints.cli.main",)),
-        Arm("python", "serve_app, Serve's Python proxy", _ours, _RAY, (*_OURS, "ProxyActor")),
+        Arm("bare", "bare `vllm serve`", _bare, profiled=_VLLM),
+        Arm("vllm-router", "vllm-router, bare behind it", _vllm_router, behind="bare",
+            left_out=lambda setup: others.absent("vllm-router", "vllm-router")),
+        Arm("litellm", "LiteLLM, bare behind it", _litellm, others.LITELLM_ENV, behind="bare",
+            left_out=lambda setup: others.absent("litellm", "litellm")),
+        Arm("bare-n", "bare, as many front ends as ours", _bare_n, profiled=_VLLM,
+            left_out=_no_more),
+        Arm("bare-rust", "bare, its Rust front end", _bare, rust_env(), _VLLM,
+            left_out=lambda setup: no_rust()),
         Arm("haproxy", "serve_app, HAProxy", _ours, _RAY | _HAPROXY | haproxy.environment(), _OURS),
-        Arm(
-            "rayllm",
-            "Ray Serve LLM, multi-model path",
-            _ray_llm,
-            _RAY,
-            (*_LLM, "ProxyActor"),
-            ("pyarrow",),
-        ),
-        Arm("rayllm-haproxy", "the same, HAProxy", _ray_llm, _RAY | _HAPROXY, _LLM, ("pyarrow",)),
+        Arm("python", "serve_app, Serve's Python proxy", _ours, _RAY, (*_OURS, "ProxyActor")),
+        Arm("rayllm", "Ray Serve LLM, any number of models", _ray_llm, _RAY,
+            (*_LLM, "ProxyActor"), left_out=lambda setup: no_ray_llm()),
+        Arm("rayllm-haproxy", "the same, HAProxy", _ray_llm, _RAY | _HAPROXY, _LLM,
+            left_out=lambda setup: no_ray_llm()),
+        Arm("rayllm-direct", "Ray Serve LLM, one model (direct streaming)", _ray_llm,
+            _RAY | _HAPROXY | DIRECT, _LLM, left_out=lambda setup: no_ray_llm()),
     )
-}
+}  # fmt: skip
 
 
 class Running:
@@ -228,7 +299,7 @@ class Running:
 @contextlib.contextmanager
 def started(arm: Arm, setup: Setup) -> Iterator[Running]:
     """The arm, running; gone afterwards, whatever happens."""
-    port = _free_port()
+    port = free_port()
     log = setup.work / f"{arm.name}.log"
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "VLLM_"))}
     env |= setup.environment | arm.env
@@ -249,7 +320,7 @@ def started(arm: Arm, setup: Setup) -> Iterator[Running]:
         running.stop()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,5 +1,6 @@
 """Shared servers. Each starts once, when the first test asks for it, and is expensive:
-about a minute on two cores. Tests that take ``cluster`` run once for each of Serve's proxies.
+about a minute on two cores. Tests that take ``cluster`` run behind HAProxy; those of
+``_WIRE``, with ``--both-proxies`` all, behind Serve's Python proxy too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from harness.servers import BareVllm, Cluster, ModelPort
 _ENGINES = {"cluster", "bare_chat", "bare_embed", "other", "demo_server"}
 """Fixtures of tests/cluster and tests/docs that start Ray or real engines."""
 
+_WIRE = {
+    "test_beside_serve_run", "test_conformance_http", "test_fleet", "test_page_live", "test_wire",
+}  # fmt: skip
+"""Modules that a proxy can break: streams, heads, what is cut, what comes at once."""
+
 _SLOW = {
     Path(__file__).parent / "slow": 1800,  # several engines start, 30 to 190 s each
     Path(__file__).parent / "image": 7200,  # an image is built
@@ -30,6 +36,7 @@ _SLOW = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--left-out", type=Path, help="add what was skipped, and why, to this file")
+    parser.addoption("--both-proxies", action="store_true", help="not only what a proxy can break")
     parser.addoption("--screenshots", type=Path, help="write the page's pictures into this folder")
     parser.addoption("--kube-context", help="run the day-two tests on this kubeconfig context")
     parser.addoption("--kube-image", default="", help="the image of target cpu for them")
@@ -42,13 +49,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(state.cleanup)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--both-proxies"):
+        once = [it for it in items if _proxy(it) == "python" and it.path.stem not in _WIRE]
+        items[:] = [it for it in items if it not in once]
+        config.hook.pytest_deselected(items=once)
     for item in items:
         for folder in _SLOW.keys() & set(item.path.parents):
             item.add_marker("slow")
             item.add_marker(pytest.mark.timeout(_SLOW[folder]))
         if _ENGINES & set(getattr(item, "fixturenames", ())):
             item.add_marker("engine")
+
+
+def _proxy(item: pytest.Item) -> str | None:
+    return item.callspec.params.get("cluster") if hasattr(item, "callspec") else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

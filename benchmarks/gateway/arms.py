@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -17,15 +16,12 @@ from typing import Any
 
 import yaml
 
-from benchmarks import processes
+from benchmarks import others, processes
 from benchmarks.gateway.upstream import MODELS
 from serve_app.config import keys
 from serve_app.errors import UserError
 
 TREE = Path(__file__).parents[2]
-OTHERS = TREE / ".cache" / "gateways" / "bin"
-"""Where `make bench-gateway` has installed the others."""
-
 _KEYS = 100
 _ALL_LIMITS = {
     "requests_per_minute": 10**9,
@@ -119,42 +115,13 @@ class Contenders:
 
     def litellm(self, port: int) -> Arm:
         """LiteLLM's proxy as it is fastest: one worker, no database, no keys, no log."""
-        served = [
-            {
-                "model_name": model,
-                "litellm_params": {
-                    "model": f"hosted_vllm/{model}",
-                    "api_base": f"http://127.0.0.1:{self._upstream}/v1",
-                    "api_key": "none",
-                },
-            }
-            for model in MODELS
-        ]
-        config = self._work / "litellm.yaml"
-        quiet = {"telemetry": False, "set_verbose": False}
-        config.write_text(yaml.safe_dump({"model_list": served, "litellm_settings": quiet}))
-        env = {
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-            "LITELLM_LOG": "ERROR",
-            "LITELLM_MODE": "PRODUCTION",
-            "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
-        }
-        pid = self._start(
-            "litellm",
-            [OTHERS / "litellm", "--config", config, "--host", "127.0.0.1", "--port", port,
-             "--num_workers", 1],
-            env,
-        )  # fmt: skip
-        return self._up(Arm(f"LiteLLM {_version('litellm')}", port, pid))
+        command = others.litellm(self._work, port, self._upstream, MODELS)
+        pid = self._start("litellm", command, others.LITELLM_ENV)
+        return self._up(Arm(f"LiteLLM {others.version('litellm')}", port, pid))
 
     def vllm_router(self, port: int) -> Arm:
-        pid = self._start(
-            "vllm-router",
-            [OTHERS / "vllm-router", "--host", "127.0.0.1", "--port", port, "--log-level", "error",
-             "--policy", "round_robin", "--prometheus-port", port + 1,
-             "--worker-urls", f"http://127.0.0.1:{self._upstream}"],
-        )  # fmt: skip
-        return self._up(Arm(f"vllm-router {_version('vllm-router')}", port, pid))
+        pid = self._start("vllm-router", others.vllm_router(port, self._upstream, port + 1))
+        return self._up(Arm(f"vllm-router {others.version('vllm-router')}", port, pid))
 
     def _gateway(self, what: str, port: int, args: dict[str, Any]) -> Arm:
         config = self._work / f"{what}.json"
@@ -192,13 +159,6 @@ class Contenders:
 def authorization(secret: str) -> str:
     """The header with a key, and its end."""
     return f"Authorization: Bearer {secret}\r\n"
-
-
-def _version(package: str) -> str:
-    """The version of one of the others."""
-    folders = (OTHERS.parent / "lib").glob("python*/site-packages")
-    found = importlib.metadata.distributions(name=package, path=[str(it) for it in folders])
-    return next((it.version for it in found), "")
 
 
 @contextlib.contextmanager

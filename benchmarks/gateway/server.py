@@ -1,16 +1,17 @@
 """A gateway process without Ray: ``python -m benchmarks.gateway.server PORT UPSTREAM CONFIG``.
 
-With a fourth argument COUNT it has one model ``m`` with so many replicas, at UPSTREAM and the ports
-after it; without, the models of :mod:`benchmarks.gateway.upstream`, each with one. It is the application that Serve runs, with the args of the JSON file CONFIG. Only what it would ask
-of Ray is answered here: which models there are and where, the credential, the actor of the limits,
-other gateways, and the folder of Serve's logs. Around it is what Serve has around an app
-(:class:`benchmarks.relay.gateway.LikeServe`).
+With ``REPLICAS MODELS`` after these it has a fleet of that size, whose replicas listen from the
+port UPSTREAM on. It is the application that Serve runs, with the args of the JSON file CONFIG. Only
+what it would ask of Ray is answered here: which models there are and where, the credential, the
+actor of the limits, other gateways, and the folder of Serve's logs. Around it is what Serve has
+around an app (:class:`benchmarks.relay.gateway.LikeServe`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from harness.scripted import CREDENTIAL, reported
 
 from benchmarks.gateway.upstream import MODELS
 from benchmarks.relay.gateway import LikeServe
+from benchmarks.scale.fleet import Fleet
 from serve_app.cluster import limits_actor
 from serve_app.gateway import GatewayServer
 from serve_app.gateway.exposition import Alone
@@ -29,25 +31,32 @@ from serve_app.gateway.replicas import Board
 
 
 async def main(
-    port: int, upstream: int, args: dict[str, Any], work: Path, replicas: int = 0
+    port: int, upstream: int, args: dict[str, Any], work: Path, fleet: Fleet | None = None
 ) -> None:
-    places = {model: {f"{model}-r0": upstream + n} for n, model in enumerate(MODELS)}
-    if replicas:
-        places = {"m": {f"m-r{n}": upstream + n for n in range(replicas)}}
+    told = fleet.report() if fleet else {"applications": {it: reported() for it in MODELS}}
+    pickled = pickle.dumps(told)
 
     class Watcher:
         def __init__(self, board: Board, deployment: str) -> None:
             self._board = board
+            self._watched: set[str] = set()
 
         def watch(self, application: str) -> None:
-            ports = places[application]
-            self._board.publish(application, {id: ("127.0.0.1", at) for id, at in ports.items()})
+            if application in self._watched:
+                return
+            self._watched.add(application)
+            if fleet:
+                self._board.publish(application, fleet.places(application))
+                return
+            place = "127.0.0.1", upstream + MODELS.index(application)
+            self._board.publish(application, {f"{application}-r0": place})
 
         def ids(self, application: str) -> None:
             """The ids are not known otherwise than by the report."""
 
     async def report() -> dict[str, Any]:
-        return {"applications": {model: reported() for model in places}}
+        found: dict[str, Any] = pickle.loads(pickled)  # as Ray does
+        return found
 
     deployment: Any = GatewayServer
     served = deployment.func_or_class.__mro__[1]  # without what Serve's ingress adds
@@ -85,5 +94,7 @@ class _Coordinator:
 if __name__ == "__main__":
     config = Path(sys.argv[3])
     args = json.loads(config.read_text())
-    count = int(sys.argv[4]) if len(sys.argv) > 4 else 0
-    uvloop.run(main(int(sys.argv[1]), int(sys.argv[2]), args, config.parent, count))
+    first = int(sys.argv[2])
+    size = [int(it) for it in sys.argv[4:]]
+    fleet = Fleet(models=size[1], replicas=size[0], first_port=first) if size else None
+    uvloop.run(main(int(sys.argv[1]), first, args, config.parent, fleet))

@@ -1,9 +1,10 @@
-"""Instant model servers at three ports: ``python -m benchmarks.gateway.upstream PORT``.
+"""Instant model servers at three ports: ``python -m benchmarks.gateway.upstream PORT [PORTS]``.
 
 They speak as vLLM does, and to our gateway also as replicas, each of one model: they report what
-each request took. Each port answers for all models: ``instant`` answers at once, in one write;
-``paced`` sends a token to each stream every 20 ms, all in the same step as an engine does, and
-``slow`` every 5 s. A stream has as many tokens as ``max_tokens`` says, and two events more: its
+each request took. Each port answers for all models (a request of another one names it as its
+``user``): ``instant`` answers at once, in one write; ``paced`` sends a token to each stream every
+20 ms, all in the same step as an engine does, and ``slow`` every 5 s, each at its own time as many
+engines do. A stream has as many tokens as ``max_tokens`` says, and two events more: its
 role and ``[DONE]``. What a gateway sends elsewhere (spans) is taken too.
 """
 
@@ -34,6 +35,12 @@ class _Asked(msgspec.Struct):
     model: str
     max_tokens: int = 16
     stream: bool = False
+    user: str = ""
+
+    @property
+    def plays(self) -> str:
+        """Which of :data:`MODELS` answers."""
+        return self.user or self.model
 
 
 _asked = msgspec.json.Decoder(_Asked)
@@ -115,8 +122,15 @@ def _streams() -> int:
     return sum(len(streams) for streams in _open.values())
 
 
-def _load() -> Load:
-    return Load(_streams(), waiting=0, capacity=_CAPACITY, kv_cache_usage=0.0)
+class _Port:
+    """What a replica knows."""
+
+    def __init__(self) -> None:
+        self.streams = 0
+        self.reports = Reports(self._load)
+
+    def _load(self) -> Load:
+        return Load(self.streams, waiting=0, capacity=_CAPACITY, kv_cache_usage=0.0)
 
 
 async def _step(model: str) -> None:
@@ -131,8 +145,8 @@ async def _step(model: str) -> None:
 
 
 class _Connection(asyncio.Protocol):
-    def __init__(self, reports: Reports) -> None:
-        self._reports = reports
+    def __init__(self, port: _Port) -> None:
+        self._port, self._reports = port, port.reports
         self._parser = HttpRequestParser(self)
         self._streamed: _Asked | None = None
 
@@ -180,12 +194,12 @@ class _Connection(asyncio.Protocol):
         assert self._streamed
         self._sent += 1
         tokens = self._streamed.max_tokens
-        self._transport.write(_token(self._streamed.model, self._sent, tokens))
+        self._transport.write(_token(self._streamed.plays, self._sent, tokens))
         if self._sent == tokens:
             self._ended()
 
     def _answer(self, asked: _Asked) -> None:
-        model, tokens = asked.model, asked.max_tokens
+        model, tokens = asked.plays, asked.max_tokens
         if not asked.stream:
             self._transport.write(_whole_document(model, tokens, self._prompt_tokens))
         elif model not in STEPS_S:
@@ -193,15 +207,29 @@ class _Connection(asyncio.Protocol):
         else:
             self._streamed, self._sent = asked, 0
             _open[model].add(self)
+            self._port.streams += 1
             self._transport.write(_STREAM + _event(model, None))
             self.token()
+            if model == "slow":
+                self._later()
             return
         self._report(tokens)
 
+    def _later(self) -> None:
+        """Send further tokens, each in its time."""
+        if self._streamed:
+            asyncio.get_running_loop().call_later(STEPS_S["slow"], self._next)
+
+    def _next(self) -> None:
+        if self._streamed:
+            self.token()
+            self._later()
+
     def _ended(self) -> None:
         assert self._streamed
-        _open[self._streamed.model].discard(self)
+        _open[self._streamed.plays].discard(self)
         self._streamed = None
+        self._port.streams -= 1
         self._report(self._sent)
 
     @property
@@ -218,13 +246,13 @@ class _Connection(asyncio.Protocol):
         self._transport.write(_document(answer.encode()))
 
 
-async def main(port: int) -> None:
+async def main(port: int, ports: int = len(MODELS)) -> None:
     loop = asyncio.get_running_loop()
-    for offset in range(len(MODELS)):
-        serving = partial(_Connection, Reports(_load))
+    for offset in range(ports):
+        serving = partial(_Connection, _Port())
         await loop.create_server(serving, "127.0.0.1", port + offset, backlog=8192)
-    await asyncio.gather(*map(_step, STEPS_S))
+    await _step("paced")
 
 
 if __name__ == "__main__":
-    uvloop.run(main(int(sys.argv[1])))
+    uvloop.run(main(*map(int, sys.argv[1:])))

@@ -7,7 +7,6 @@ one JSON file. Run it where the GPUs are, with ``tests`` on PYTHONPATH.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import shutil
@@ -25,8 +24,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from benchmarks import overload
-from benchmarks.h200 import customers, failures, front_ends, several, shares, zipf
+from benchmarks import overload, vllm_bench
+from benchmarks.h200 import customers, failures, front_ends, several, shares, tuning, zipf
 from benchmarks.h200 import swaps as swap_groups
 from benchmarks.h200.server import (
     HAPROXY,
@@ -68,26 +67,13 @@ class Machine:
         return Server(command, self.port, self.folder / f"{name}.log", **RAY).wait()
 
 
-def bench(at: Machine, port: int, concurrency: int, prompts: int) -> dict[str, float]:
-    """``vllm bench serve`` in this process: its import takes longer than the measurement."""
-    from vllm.benchmarks.serve import add_cli_args, main_async
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    add_cli_args(parser)
-    arguments = parser.parse_args([
-        "--backend", "openai", "--base-url", f"http://127.0.0.1:{port}", "--model", MODEL,
-        "--tokenizer", str(at.model), "--dataset-name", "random", "--random-input-len", "512",
-        "--random-output-len", "128", "--num-prompts", str(prompts),
-        "--max-concurrency", str(concurrency), "--ignore-eos", "--disable-tqdm",
-        "--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99",
-        "--num-warmups", "0",
-    ])  # fmt: skip
-    with (at.folder / "bench.log").open("a") as out, contextlib.redirect_stdout(out):
-        raw = asyncio.run(main_async(arguments))
-    keys = ("output_throughput", "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms",
-            "mean_tpot_ms", "median_tpot_ms", "p99_itl_ms", "completed", "failed")  # fmt: skip
-    return {key: round(raw[key], 2) for key in keys if key in raw}
+def bench(at: Machine, port: int, concurrency: int, prompts: int, seed: int) -> dict[str, float]:
+    """``vllm bench serve``: 512 tokens in, 128 out."""
+    prompts_of = vllm_bench.random_prompts(512, 128)
+    return vllm_bench.run(
+        port, MODEL, at.model, concurrency, prompts,
+        dataset=prompts_of, log=at.folder / "bench.log", seed=seed,
+    )  # fmt: skip
 
 
 LOADS = {1: 12, 64: 256, 256: 768}
@@ -126,15 +112,16 @@ def _in_turn(at: Machine, model: Path, engine: dict[str, Any]) -> dict[str, Any]
             stack.callback(servers[name].stop)
         list(pool.map(Server.wait, servers.values()))
         for server in servers.values():
-            bench(at, server.port, 64, 64)  # warm
+            bench(at, server.port, 64, 64, seed=0)  # warm
         rounds: list[dict[str, Any]] = []
         longest = 0.0
         while len(rounds) < 5 and time.monotonic() + longest < at.deadline:
             began = time.monotonic()
             rounds.append({})
             for concurrency, prompts in LOADS.items():
+                seed = 1000 * len(rounds) + concurrency
                 for name, server in servers.items():
-                    measured = bench(at, server.port, concurrency, prompts)
+                    measured = bench(at, server.port, concurrency, prompts, seed)
                     rounds[-1].setdefault(name, {})[f"c{concurrency}"] = measured
             print(json.dumps(rounds[-1]), flush=True)
             longest = time.monotonic() - began
@@ -187,6 +174,34 @@ def front_ends_8b(at: Machine) -> dict[str, Any]:
     if len(gpu_memory_mib()) > 1:
         names |= {"bare-4": "1", "ours-2": "1"}
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
+
+
+def _contenders(at: Machine, model: Path, engine: dict[str, Any], names: list[str],
+                most: int = 256) -> dict[str, Any]:  # fmt: skip
+    gpus = len(gpu_memory_mib())
+    places = {name: str(number % gpus) for number, name in enumerate(names)}
+    return front_ends.measure(model, at.folder, at.port, engine, at.deadline, places, most)
+
+
+def contenders_1b(at: Machine) -> dict[str, Any]:
+    """``make bench-gpu``: the 1B shape, where what is in front of the engine limits; all at once on
+    one GPU, or spread over as many as there are.
+    """
+    model, engine = _one_b(at, 6)
+    names = ["bare-1", "bare-4", "bare-rust", "ours-4", "rayllm", "rayllm-direct", "vllm-router",
+             "litellm"]  # fmt: skip
+    return _contenders(at, model, engine, names)
+
+
+def contenders_8b(at: Machine) -> dict[str, Any]:
+    """The 8B shape: bare, ours, and Ray Serve LLM's path for one model."""
+    large = min(gpu_memory_mib("total")) > 100_000 or len(gpu_memory_mib()) > 1
+    engine = {
+        "max_model_len": 8192, "gpu_memory_utilization": 0.25,
+        "kv_cache_memory_bytes": (20 if large else 8) << 30,
+    }  # fmt: skip
+    names = ["bare-1", "ours-4", "rayllm-direct", "vllm-router", "litellm"]
+    return _contenders(at, at.model, engine, names, 256 if large else 64)
 
 
 def customers_1b(at: Machine) -> dict[str, Any]:
@@ -242,6 +257,33 @@ def as_written_70b(at: Machine) -> dict[str, Any]:
     """``serve run configs/llama70b.yaml``, the README's first example: four GPUs."""
     model = several.with_token(shaped(at.model, LARGE_BF16, at.folder), "<|python_tag|>")
     return several.as_written("llama70b.yaml", model, at.folder, at.port)
+
+
+def one_gpu_yaml(at: Machine) -> dict[str, Any]:
+    """configs/one-gpu.yaml in parts as large as an L40S's, on this GPU."""
+    shapes = {
+        "chat": "meta-llama--Llama-3.1-8B-Instruct",
+        "embeddings": "BAAI--bge-m3",
+        "reranker": "BAAI--bge-reranker-v2-m3",
+    }
+    parts = {"chat": 35.5, "embeddings": 4.4, "reranker": 4.4}
+    models = {name: shaped(at.model, SHAPES / it / "config.json", at.folder)
+              for name, it in shapes.items()}  # fmt: skip
+    of = {name: {"gpu_memory_gib": gib} for name, gib in parts.items()}
+    return several.all_of("one-gpu.yaml", models, at.folder, at.port, at.deadline, **of)
+
+
+def swap_yaml(at: Machine) -> dict[str, Any]:
+    """configs/swap.yaml as it is written, for one H100."""
+    shapes = {
+        "llama-8b": "meta-llama--Llama-3.1-8B-Instruct",
+        "qwen3-32b": "Qwen--Qwen3-32B-FP8",
+        "qwen2.5-7b": "Qwen--Qwen2.5-7B-Instruct-GPTQ-Int4",
+    }
+    models = {name: shaped(at.model, SHAPES / it / "config.json", at.folder)
+              for name, it in shapes.items()}  # fmt: skip
+    several.with_token(models["qwen3-32b"], "<think>", "</think>")
+    return several.all_of("swap.yaml", models, at.folder, at.port, at.deadline)
 
 
 def groups(at: Machine) -> dict[str, Any]:
@@ -363,7 +405,7 @@ def _describe(at: Machine, server: Server, *, gpus: int) -> dict[str, Any]:
             "tokens": answer["usage"]["completion_tokens"],
             "seconds": round(time.monotonic() - began, 2),
         },
-        "c64": bench(at, server.port, 64, 128),
+        "c64": bench(at, server.port, 64, 128, seed=0),
         f"kill -9 of the replica ({gpus} GPUs)": failures.gone(
             server, signal.SIGKILL, failures.REPLICA
         ),
@@ -459,12 +501,23 @@ def shares_1gpu(at: Machine) -> dict[str, Any]:
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
-        front_ends_1b, front_ends_8b, executor_8b, front_ends_tp, compare, customers_1b,
+        front_ends_1b, front_ends_8b, contenders_1b, contenders_8b, executor_8b, front_ends_tp,
+        compare, customers_1b,
         overload_8b, start, sleep, swaps, swaps_graphs, swaps_large, zipf_swap, zipf_zero,
         zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, scaling,
-        compare_70b, shares_1gpu,
+        compare_70b, shares_1gpu, one_gpu_yaml, swap_yaml,
     )
 }  # fmt: skip
+
+
+def _tuning(experiment: tuning.Experiment) -> Callable[[Machine], dict[str, Any]]:
+    def step(at: Machine) -> dict[str, Any]:
+        return tuning.measure(experiment, at.model, at.folder, at.port, at.cache, at.deadline)
+
+    return step
+
+
+STEPS |= {name: _tuning(experiment) for name, experiment in tuning.EXPERIMENTS.items()}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Front ends: bare ``vllm serve`` with one and with four, and ours with as many, on one GPU.
+"""Bare ``vllm serve`` with one front end, with four and with its Rust one, ours, and others.
 
 All servers run at the same time and are measured in turn, each alone: an idle engine waits for
 requests and takes no time of the GPU. wrk is the client; a Python client would be what limits.
@@ -7,6 +7,7 @@ requests and takes no time of the GPU. wrk is the client; a Python client would 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import random
 import statistics
@@ -16,9 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks import load
+from benchmarks import arms as contenders
+from benchmarks import load, others, report
 from benchmarks.h200 import first_tokens
-from benchmarks.h200.server import HAPROXY, MODEL, Server, application, bare, serve_run
+from benchmarks.h200.server import (
+    HAPROXY,
+    MODEL,
+    RAY,
+    Server,
+    application,
+    bare,
+    serve_applications,
+    serve_run,
+)
 from serve_app.local.instance import Instance
 
 PROMPT = 512
@@ -30,7 +41,10 @@ Command = tuple[list[str], dict[str, str]]
 
 
 def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[str, Command]:
-    """Commands and environments, by name; the ports count up from ``port``."""
+    """Commands and environments, by name; the ports count up from ``port``.
+
+    vllm-router and LiteLLM stand in front of ``bare-1``, the first.
+    """
     loaded = {"load_format": "dummy", **engine}
     found: dict[str, Command] = {}
     for count in (1, 4):
@@ -46,7 +60,24 @@ def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[s
         ours = application(MODEL, model, engine | more, frontends=count)
         command = serve_run(folder, port + len(found), ours, gateways=gateways)
         found[name] = command, HAPROXY
+    found["bare-rust"] = bare(model, port + len(found), **loaded), contenders.rust_env()
+    for name, env in (("rayllm", RAY), ("rayllm-direct", HAPROXY | contenders.DIRECT)):
+        theirs = contenders.ray_llm(MODEL, model, loaded)
+        found[name] = serve_applications(folder, port + len(found), [theirs]), env
+    found["vllm-router"] = others.vllm_router(port + len(found), port, port + 100), {}
+    command = others.litellm(folder, port + len(found), port, [MODEL])
+    found["litellm"] = command, others.LITELLM_ENV
     return found
+
+
+LEFT_OUT: dict[str, Callable[[], str]] = {
+    "bare-rust": contenders.no_rust,
+    "rayllm": contenders.no_ray_llm,
+    "rayllm-direct": contenders.no_ray_llm,
+    "vllm-router": lambda: others.absent("vllm-router", "vllm-router"),
+    "litellm": lambda: others.absent("litellm", "litellm"),
+}
+"""Why one cannot run on this machine; empty where it can."""
 
 
 def measure(
@@ -63,14 +94,18 @@ def measure(
     Args:
         names: the arms, each with its ``CUDA_VISIBLE_DEVICES``.
         most: requests at once that the KV cache has room for.
+
+    Raises:
+        SystemExit: the first arm, with which others are compared, does not start.
     """
     loads = {n: seconds for n, seconds in CONCURRENCY.items() if n <= most}
     chosen = arms(model, folder, port, engine)
-    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
+    left_out = {name: why for name in names if name in LEFT_OUT and (why := LEFT_OUT[name]())}
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(names)) as pool:
         servers = {}
         for number, (name, (command, env)) in enumerate(chosen.items()):
-            if name in names:
-                if env:  # ports and folders that no other Ray of this machine has
+            if name in names and name not in left_out:
+                if "RAY_ADDRESS" in env:  # ports and folders that no other Ray of this machine has
                     instance = Instance(port + number)
                     stack.callback(instance.close, keep=False)
                     env = instance.environment() | env
@@ -78,9 +113,17 @@ def measure(
                 log = folder / f"front-ends-{name}.log"
                 servers[name] = Server(command, port + number, log, **env)
                 stack.callback(servers[name].stop)
-        list(pool.map(Server.wait, servers.values()))
+        started = {name: pool.submit(server.wait) for name, server in servers.items()}
+        for name, ended in started.items():
+            try:
+                ended.result()
+            except SystemExit as failure:
+                if name == next(iter(started)):
+                    raise
+                left_out[name] = f"it did not start: {str(failure)[-500:]}"
+                servers.pop(name)
         starts = {name: server.seconds for name, server in servers.items()}
-        print("started", json.dumps(starts), flush=True)
+        print("started", json.dumps(starts), "left out", json.dumps(left_out), flush=True)
         for server in servers.values():
             _wrk(server.port, folder, most, 2.0)  # kernels, connections
         rounds: list[dict[str, Any]] = []
@@ -99,7 +142,11 @@ def measure(
             rounds.append(found)
             print(json.dumps(found), flush=True)
             longest = time.monotonic() - began
-        return {"engine": engine, "starts_s": starts, "rounds": rounds, "summary": _summary(rounds)}
+        return {
+            "date": str(datetime.date.today()), "machine": report.machine(), "engine": engine,
+            "left_out": left_out, "starts_s": starts, "rounds": rounds,
+            "summary": _summary(rounds),
+        }  # fmt: skip
 
 
 def request_body(prompt: object) -> dict[str, Any]:

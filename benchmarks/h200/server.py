@@ -195,15 +195,20 @@ def serve_run(
     folder: Path, port: int, *models: dict[str, Any], gateways: int = 1, **args: Any
 ) -> list[str]:
     """The command of ``serve run`` for a config with these models and a gateway with ``args``."""
-    path = folder / f"serve-{port}-{len(list(folder.iterdir()))}.yaml"
     gateway = {
         "name": "gateway",
         "route_prefix": "/",
         "import_path": "serve_app.gateway:app",
         "args": {"replicas": gateways, **args},
     }
+    return serve_applications(folder, port, [*models, gateway])
+
+
+def serve_applications(folder: Path, port: int, applications: list[dict[str, Any]]) -> list[str]:
+    """The command of ``serve run`` for these blocks of a config."""
+    path = folder / f"serve-{port}-{len(list(folder.iterdir()))}.yaml"
     http = {"host": "127.0.0.1", "port": port}
-    path.write_text(yaml.safe_dump({"http_options": http, "applications": [*models, gateway]}))
+    path.write_text(yaml.safe_dump({"http_options": http, "applications": applications}))
     return [sys.executable, "-m", "ray.serve.scripts", "run", str(path)]
 
 

@@ -31,6 +31,7 @@ from benchmarks.h200.server import (
     application,
     completion,
     gpu_memory_mib,
+    ready,
     serve_run,
     until,
 )
@@ -89,15 +90,78 @@ def as_written(config: str, model: Path, folder: Path, port: int) -> dict[str, A
         server.stop()
 
 
-def with_token(model: Path, token: str) -> Path:
-    """Add a token to the tokenizer of a model's folder, for a parser that looks for it."""
+def with_token(model: Path, *tokens: str) -> Path:
+    """Add tokens to the tokenizer of a model's folder, for a parser that looks for them."""
     path = model / "tokenizer.json"
     tokenizer: dict[str, Any] = json.loads(path.read_text())
     added: list[dict[str, Any]] = tokenizer["added_tokens"]
     last = max([*tokenizer["model"]["vocab"].values(), *(it["id"] for it in added)])
-    added.append(added[-1] | {"id": last + 1, "content": token})
+    for number, token in enumerate(tokens, last + 1):
+        added.append(added[-1] | {"id": number, "content": token})
     path.write_text(json.dumps(tokenizer))
     return model
+
+
+def all_of(
+    config: str, models: dict[str, Path], folder: Path, port: int, deadline: float,
+    **resources: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """A config of several models, each asked twice, one after the other.
+
+    Args:
+        models: each model's folder, by application, in the order in which they are asked.
+        deadline: by ``time.monotonic``; what has not started then is told.
+        resources: what an application's ``resources`` have otherwise than in the config.
+    """
+    document: dict[str, Any] = yaml.safe_load((CONFIGS / config).read_text())
+    document["http_options"] = {"host": "127.0.0.1", "port": port}
+    for block in document["applications"]:
+        if block["name"] in models:
+            args = block["args"]
+            args["model"] = str(models[block["name"]])
+            args["engine"]["load_format"] = "dummy"
+            args["resources"] = resources.get(block["name"], args["resources"])
+    path = folder / config
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    command = [sys.executable, "-m", "ray.serve.scripts", "run", str(path)]
+    server = Server(command, port, folder / f"{path.stem}.log", **RAY)
+    began = time.monotonic()
+    try:
+        started = until(lambda: _all_run(port, list(models)), deadline - began - 20)
+        found: dict[str, Any] = {"config": config, "all_have_started_s": started}
+        if started is None:
+            return found | {"fleet": _get(port, "/fleet"), "log": server.text()[-3000:]}
+        found["answers"] = [_ask(port, name) for name in [*models, *models]]
+        fleet = _get(port, "/fleet")["models"]
+        return found | {
+            "takes": {name: fleet[name]["takes"] for name in models},
+            "memory": {name: fleet[name]["memory"] for name in models},
+            "gpu_mib_in_use": gpu_memory_mib(),
+        }
+    finally:
+        server.stop()
+
+
+def _all_run(port: int, models: list[str]) -> bool:
+    found = ready(port).get("models", {})
+    return all(found.get(name, {}).get("status") == "RUNNING" for name in models)
+
+
+def _ask(port: int, model: str) -> dict[str, Any]:
+    """What a model that takes chats, texts or pairs answers; and after how many seconds."""
+    bodies: dict[str, dict[str, Any]] = {
+        "chat/completions": {"messages": [{"role": "user", "content": "The sea?"}],
+                             "max_tokens": 16},
+        "embeddings": {"input": ["the sea", "a stone"]},
+        "rerank": {"query": "what is wet?", "documents": ["the sea", "a stone"]},
+    }  # fmt: skip
+    path = {"embeddings": "embeddings", "reranker": "rerank"}.get(model, "chat/completions")
+    began = time.monotonic()
+    url = f"http://127.0.0.1:{port}/v1/{path}"
+    answer = httpx.post(url, json={"model": model, **bodies[path]}, timeout=200)
+    seconds = round(time.monotonic() - began, 3)
+    return {"model": model, "seconds": seconds, "status": answer.status_code,
+            "answer": answer.text[:200]}  # fmt: skip
 
 
 def _sdk(port: int, model: str) -> dict[str, Any]:

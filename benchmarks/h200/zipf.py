@@ -16,7 +16,7 @@ COUNT = 10
 RATE = 0.5
 """Requests per second, at random times (Poisson)."""
 
-SECONDS = 150
+SECONDS = 120
 PATIENCE_S = 120.0
 """Seconds for which a client waits."""
 
@@ -62,24 +62,27 @@ def measure(
         server.wait(max(10.0, deadline - time.monotonic()))
         until(lambda: up(port, COUNT), max(1.0, deadline - time.monotonic()))
         started = round(time.monotonic() - began, 1)
-        asked = [it for it in trace() if time.monotonic() + it[0] + PATIENCE_S < deadline]
+        asked = [it for it in trace() if time.monotonic() + it[0] + _TO_ANSWER_S < deadline]
         with ThreadPoolExecutor(len(asked) or 1) as pool:
             zero = time.monotonic()
-            answers = list(pool.map(lambda it: _answer(port, zero + it[0], it[1]), asked))
+            answers = list(pool.map(lambda it: _answer(port, zero + it[0], it[1], deadline), asked))
         return {"way": way, "all_have_started_s": started, **_told(asked, answers),
                 **({"swaps": Log(server).count()} if way == "swap" else {})}  # fmt: skip
     finally:
         server.stop()
 
 
+_TO_ANSWER_S = 20.0
+"""What a request is left at least, where the step's time ends before the trace."""
+
 _SIZES = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 
 
-def _answer(port: int, at: float, model: str) -> float | None:
+def _answer(port: int, at: float, model: str, deadline: float) -> float | None:
     """TTFT of a request that is sent at that time; None without an answer."""
     time.sleep(max(0.0, at - time.monotonic()))
     try:
-        return ask(port, model, 32, PATIENCE_S)[0]
+        return ask(port, model, 32, min(PATIENCE_S, deadline - time.monotonic()))[0]
     except Exception:
         return None
 

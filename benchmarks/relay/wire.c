@@ -219,8 +219,9 @@ static int by_size(const void *a, const void *b) {
 static void client_says(int64_t began) {
     qsort(took, answers, sizeof *took, by_size);
     printf("{\"answers\": %d, \"events\": %d, \"errors\": %d, \"reads\": %d, \"p50_us\": %.1f, "
-           "\"p99_us\": %.1f, \"seconds\": %.3f}\n", answers, events, errors, reads,
+           "\"p99_us\": %.1f, \"max_us\": %.1f, \"seconds\": %.3f}\n", answers, events, errors, reads,
            answers ? took[answers / 2] / 1e3 : 0, answers ? took[answers * 99 / 100] / 1e3 : 0,
+           answers ? took[answers - 1] / 1e3 : 0,
            (now_ns() - began) / 1e9);
 }
 

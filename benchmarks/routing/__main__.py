@@ -1,4 +1,4 @@
-"""``make bench-routing``: the choice of a replica, simulated and over HTTP, beside others' policies.
+"""``make bench-routing``: the choice of a replica, simulated and over HTTP, beside others'.
 
 python -m benchmarks.routing simulate [--quick]   # goes on where an earlier call has stopped
 python -m benchmarks.routing realtime
@@ -24,8 +24,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", choices=("simulate", "realtime", "report"))
     parser.add_argument("--quick", action="store_true", help="fewer fleets and loads")
     parser.add_argument("--budget-s", type=float, default=1e9, help="begin nothing after it")

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 
 from benchmarks.routing import traces
+from benchmarks.routing.replicas import MODEL
 from benchmarks.routing.simulation import quantile
 from benchmarks.routing.traces import Session, Turn
 
@@ -48,7 +49,7 @@ def chat(turn: Turn, model: str) -> dict[str, Any]:
 
 
 async def play(
-    url: str, sessions: Sequence[Session], model: str = "m",
+    url: str, sessions: Sequence[Session], model: str = MODEL,
     body: Callable[[Turn, str], dict[str, Any]] = chat,
 ) -> list[Answered]:  # fmt: skip
     """Send the trace's requests, each when it is due; what became of them."""

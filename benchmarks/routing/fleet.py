@@ -24,10 +24,10 @@ from typing import Any, Protocol
 from benchmarks.routing import traces
 from benchmarks.routing.engine import BLOCK, Engine, Request, Speed
 from benchmarks.routing.traces import Session, Turn
-from serve_app.cluster.exchange import Load
+from serve_app.cluster.exchange import HOLD_S, Load
 from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.routing.held import MOST, Held
-from serve_app.replica.reports import _APART_S, HOLD_S
+from serve_app.replica.reports import _APART_S
 
 _REPORT_S = 0.001
 """From a replica to a gateway."""
@@ -212,7 +212,7 @@ class Fleet:
         self.outcome = Outcome()
 
     def run(self, sessions: Sequence[Session], begin: float, end: float, limit: float) -> Outcome:
-        """Play a trace. Arrivals from ``begin`` to ``end`` are measured; ``limit`` breaks it off."""
+        """Play a trace; arrivals from ``begin`` to ``end`` are measured. Ends at ``limit``."""
         self._begin, self._end = begin, end
         coming = sum(len(session.turns) for session in sessions)
         for gateway in self.gateways:

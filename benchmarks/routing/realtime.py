@@ -84,7 +84,7 @@ def _command(name: str, port: int, work: Path) -> list[Any]:
         config = work / f"{name}.json"
         config.write_text(json.dumps({"routing": {"policy": name}}))
         module = [sys.executable, "-m", "benchmarks.gateway.server"]
-        return [*module, port, port + 2, config, REPLICAS]
+        return [*module, port, port + 2, config, REPLICAS, 1]
     return vllm_router(name.split()[1], port, range(port + 2, port + 2 + REPLICAS))
 
 

@@ -1,10 +1,10 @@
 """Engines in real time that compute nothing: ``python -m benchmarks.routing.replicas PORT COUNT``.
 
-Each port is a vLLM server in what it says and in when it says it: :class:`~benchmarks.routing.engine.
-Engine` decides when a request has its first token and its last one, and what of its prompt is found
-in the cache. A token is four bytes of the prompt. Two events make a stream: the first token, and all
-others at its end; so that a gateway's time for events is not measured here. To our gateway it is a
-replica, and reports its load and what each request took.
+Each port is a vLLM server in what it says and in when: an Engine of :mod:`benchmarks.routing.engine`
+decides when a request has its first token and its last one, and what of its prompt is found in the
+cache. A token is four bytes of the prompt. Two events make a stream, the first token, and all others
+at its end: a gateway's time for events is not measured here. To our gateway it is a replica, and
+reports its load and what each request took.
 
 A request says in ``metadata.answer`` what the engine is to generate, so that the next request of
 its conversation finds the answer in the cache too.
@@ -26,7 +26,8 @@ from benchmarks.routing.traces import BYTES_PER_TOKEN
 from serve_app.cluster.exchange import CALL_HEADER, PATH, Called, Load, Question, Report, Usage
 from serve_app.replica.reports import Reports
 
-MODEL = "m"
+MODEL = "model-0"
+"""The first of :class:`benchmarks.scale.fleet.Fleet`."""
 
 
 class _Message(msgspec.Struct):
@@ -131,7 +132,8 @@ class _Connection(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_message_begin(self) -> None:
-        self._target, self._body, self._call = b"", [], b""
+        self._target, self._call = b"", b""
+        self._body: list[bytes] = []
 
     def on_url(self, url: bytes) -> None:
         self._target += url

@@ -129,12 +129,9 @@ def play_all(path: Path, budget_s: float, *, quick: bool, processes: int) -> boo
     with ProcessPoolExecutor(processes) as pool:
         sizes = {f"{c.trace}, {c.replicas}": (c.trace, c.replicas) for c in wanted}
         missing = {key: size for key, size in sizes.items() if key not in capacities}
-        for key, found in (
-            zip(missing, pool.map(capacity, *zip(*missing.values())), strict=True)
-            if missing
-            else ()
-        ):
-            capacities[key] = found
+        found = pool.map(capacity, [it[0] for it in missing.values()],
+                         [it[1] for it in missing.values()])  # fmt: skip
+        capacities.update(zip(missing, found, strict=True))
         save()
         at = 0
         while at < len(wanted) and time.monotonic() < deadline:

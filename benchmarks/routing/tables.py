@@ -22,8 +22,8 @@ def markdown(data: dict[str, Any], name: str) -> str:
         f"# The choice of a replica, {data['date']}",
         f"{report.facts(data['machine'])}; all numbers: {name}",
         "## Simulated: goals",
-        f"{MAIN[0]} replicas, {MAIN[1]} gateway; lowest-median-highest of the seeds. ×1 is what round "
-        "robin completes where more is offered; the peak is the most over all loads.",
+        f"{MAIN[0]} replicas, {MAIN[1]} gateway; lowest-median-highest of the seeds. ×1 is what "
+        "round robin completes where more is offered; the peak is the most over all loads.",
         goals(runs),
         "## Simulated: all fleets",
         fleets(runs),

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 
 BYTES_PER_TOKEN = 4
 """Of English text and Llama's vocabulary, about; ``text`` makes words of this length."""
@@ -186,10 +187,9 @@ def _code_agent(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
     streams = _Streams()
     tools = streams.new()
     while True:
-        first = iter([6000])
+        said = chain([6000], (_lognormal(rng, 1750, 0.8, 12_000) for _ in range(19)))
         yield _conversation(
-            rng, ((tools, 8000),), streams.new(), 20,
-            lambda first=first: next(first, None) or _lognormal(rng, 1750, 0.8, 12_000),
+            rng, ((tools, 8000),), streams.new(), 20, partial(next, said),
             lambda: _lognormal(rng, 250, 0.6, 2000), 3.0, 100_000,
         )  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 Each gateway keeps one ``POST`` to :data:`PATH` open at every front end. The front end answers with
 an :class:`Answer` as soon as it has a report (under load a moment later, with more of them), else
-after :data:`HOLD_S`. A report stays with the front end until a gateway's next ``POST`` says that it
-has been taken.
+after :data:`HOLD_S`, or :data:`IDLE_HOLD_S`. A report stays with the front end until a gateway's
+next ``POST`` says that it has been taken.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ CALL_HEADER = b"x-serve-app-call"
 
 HOLD_S = 1.0
 """Seconds after which a front end answers though it has nothing to report."""
+
+IDLE_HOLD_S = 3.0
+"""The same while its engine idles, and the gateway knows that: most of a large fleet does, and each
+answer costs every gateway."""
 
 
 @dataclass(frozen=True)

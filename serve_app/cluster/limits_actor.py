@@ -34,6 +34,9 @@ LIVE_S = 5.0
 _NAME = "serve_app_limits_1"
 """With a number to raise when gateways of two versions would not understand each other."""
 
+_ROUNDING = 1e-6
+"""Below this, a difference is one of floating-point numbers."""
+
 _SAVED = "limits/days"
 _SAVE_S = 2.0
 _IDLE_S = 600.0
@@ -52,31 +55,44 @@ class Sums:
 
     def __init__(self, days: Mapping[str, Counted]) -> None:
         """``days`` is what :meth:`days` was, by gateway."""
-        self._counted: dict[str, Counted] = dict(days)
+        self._counted: dict[str, Counted] = {}
         self._told_at: dict[str, float] = {}
+        self._all: Counted = {}
+        """The sum of what all told, so that an exchange costs the same with many gateways."""
+
+        for gateway, counted in days.items():
+            self._tell(gateway, counted)
 
     def exchange(self, gateway: str, counted: Counted, now: float) -> tuple[Counted, int]:
         """Take all that a gateway has counted; return the others' sum, and how many are live.
 
         ``now`` is in seconds since the epoch.
         """
-        self._counted[gateway], self._told_at[gateway] = counted, now
+        self._tell(gateway, counted)
+        self._told_at[gateway] = now
         live = {id for id, told in self._told_at.items() if now - told < LIVE_S}
         for id in self._counted.keys() - live:
-            self._counted[id] = _of_today(self._counted[id], now)
+            self._tell(id, _of_today(self._counted[id], now))
             self._told_at.pop(id, None)
             if not self._counted[id]:
                 del self._counted[id]
-        sums: Counted = {}
-        for id, theirs in self._counted.items():
-            if id != gateway:
-                _add(sums, theirs)
-        return sums, len(live)
+        return _less(self._all, counted), len(live)
 
     def days(self, now: float) -> dict[str, Counted]:
         """What is to outlive the actor."""
         found = {id: _of_today(counted, now) for id, counted in self._counted.items()}
         return {id: counted for id, counted in found.items() if counted}
+
+    def _tell(self, gateway: str, counted: Counted) -> None:
+        """Put it in the place of what the gateway told before."""
+        before = self._counted.get(gateway, {})
+        changed = [it for it in before.keys() | counted.keys() if before.get(it) != counted.get(it)]
+        for scope in changed:
+            mine = _less({scope: self._all.get(scope, {})}, before)
+            _add(mine, {scope: counted.get(scope, {})})
+            self._all.pop(scope, None)
+            self._all.update({it: limits for it, limits in mine.items() if limits})
+        self._counted[gateway] = counted
 
 
 def _of_today(counted: Counted, now: float) -> Counted:
@@ -94,6 +110,23 @@ def _add(sums: Counted, more: Counted) -> None:
             into = sums.setdefault(scope, {}).setdefault(limit, {})
             for bucket, amount in taken.items():
                 into[bucket] = into.get(bucket, 0.0) + amount
+
+
+def _less(sums: Counted, part: Counted) -> Counted:
+    """The sums without a part of them; what is nothing then is left out."""
+    left: Counted = {}
+    for scope, limits in sums.items():
+        mine = part.get(scope, {})
+        for limit, taken in limits.items():
+            own = mine.get(limit, {})
+            rest = {
+                bucket: others
+                for bucket, amount in taken.items()
+                if (others := amount - own.get(bucket, 0.0)) > _ROUNDING
+            }
+            if rest:
+                left.setdefault(scope, {})[limit] = rest
+    return left
 
 
 class LimitsActor:

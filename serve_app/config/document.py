@@ -152,6 +152,9 @@ def parse_document(document: Any, path: Path) -> Fleet:
             models[name] = parse(ModelConfig, application.get("args"), where)
             _check_model_application(where, application)
             answering[name] = _with_live_adapters(where, models[name], application)
+            own = ids_of(name, answering[name])
+            if itself := next((id for id in models[name].fallback if id in own), None):
+                raise ConfigError(f"{where}: fallback has '{itself}', the model itself; remove it")
         elif application["import_path"] == GATEWAY_IMPORT_PATH:
             if gateway is not None:
                 raise ConfigError(f"{where}: a second gateway; one serves all models")

@@ -7,6 +7,7 @@ from typing import Any
 
 from serve_app.config import keys
 from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, Fleet, deployed
+from serve_app.config.settings import ModelConfig, ids_of
 from serve_app.errors import ConfigError, did_you_mean
 
 HTTP_OPTIONS: dict[str, Any] = {
@@ -41,7 +42,13 @@ _PAST_SERVE = ("max_ongoing_requests", "max_queued_requests", "request_router_co
 
 def notices(fleet: Fleet) -> list[str]:
     """One sentence for each setting that does not do what it seems to."""
-    return [*_of_http(fleet), *_of_deployments(fleet), *_of_traces(fleet), *_of_keys(fleet)]
+    return [
+        *_of_http(fleet),
+        *_of_deployments(fleet),
+        *_of_traces(fleet),
+        *_of_keys(fleet),
+        *_of_fallbacks(fleet),
+    ]
 
 
 def ignored_by_running_serve(
@@ -149,6 +156,18 @@ def _of_traces(fleet: Fleet) -> Iterator[str]:
         )
 
 
+def _of_fallbacks(fleet: Fleet) -> Iterator[str]:
+    """Fallbacks that are not there; another config of the same cluster may have them."""
+    known = [id for name, model in _answering(fleet).items() for id in ids_of(name, model)]
+    for name, model in fleet.models.items():
+        for id in model.fallback:
+            if id not in known:
+                yield (
+                    f"application '{name}': fallback skips '{id}', which is no model of this "
+                    f"config{did_you_mean(id, known)}"
+                )
+
+
 _MOST_OF_KEYS = 5
 
 
@@ -160,10 +179,8 @@ def _of_keys(fleet: Fleet) -> Iterator[str]:
     except ConfigError:  # whoever needs them here says so
         return
     models: list[set[str]] = []
-    for application in fleet.document["applications"]:
-        if application["name"] in fleet.models:
-            model = deployed(application["name"], application)
-            models += [{application["name"], *model.served_as}, *({a.name} for a in model.adapters)]
+    for name, model in _answering(fleet).items():
+        models += [{name, *model.served_as}, *({a.name} for a in model.adapters)]
     names: dict[str, list[str]] = {}
     for key in found:
         for problem in keys.out_of_reach(key, models):
@@ -174,6 +191,15 @@ def _of_keys(fleet: Fleet) -> Iterator[str]:
         yield f"{where}: key {of[0]}{others}: {problem}"
     if len(names) > _MOST_OF_KEYS:
         yield f"{where}: {len(names) - _MOST_OF_KEYS} more of its models are not in this config"
+
+
+def _answering(fleet: Fleet) -> dict[str, ModelConfig]:
+    """The models with the adapters of their ``user_config``."""
+    return {
+        name: deployed(name, application)
+        for application in fleet.document["applications"]
+        if (name := application["name"]) in fleet.models
+    }
 
 
 def _number(value: Any) -> float | None:

@@ -232,6 +232,14 @@ class ModelConfig(_Args):
     adapters: list[Adapter] = []
     """LoRA adapters that are loaded at the start; ``user_config`` has those that come and go."""
 
+    fallback: list[ModelId] = []
+    """Ids of models, the best first, of which one answers where this one has no replica for a
+    request; not for requests that name an adapter, nor for embeddings, scores and tokens."""
+
+    fallback_after_s: float = Field(default=10.0, ge=0)
+    """Seconds that a request waits for a replica before ``fallback`` gets it; at once where the
+    model cannot start, or others have waited in vain and it still has no replica."""
+
     cache_dir: str | None = Field(default=None, min_length=1)
     """One folder for all that makes the next start faster: downloads, compiled code and kernels,
     vLLM's start-up plan. Best on a disk that outlives the replica; one for each type of GPU.
@@ -298,6 +306,23 @@ class ModelConfig(_Args):
         return self
 
     @model_validator(mode="after")
+    def _fallback(self) -> ModelConfig:
+        twice = next((id for id in self.fallback if self.fallback.count(id) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"fallback lists '{twice}' twice; remove one")
+        if "fallback_after_s" in self.model_fields_set and not self.fallback:
+            raise ConfigError(
+                f"fallback_after_s is {self.fallback_after_s:g}, but the model has no fallback; "
+                "set fallback, or remove it"
+            )
+        convert = self.engine.get("convert") or "auto"
+        if self.fallback and (
+            self.engine.get("runner") == "pooling" or convert not in ("auto", "none")
+        ):
+            raise ConfigError(NO_FALLBACK)
+        return self
+
+    @model_validator(mode="after")
     def _part_of_one_gpu(self) -> ModelConfig:
         part = self.resources.part_of_gpu
         for name in SIZES if part else ():
@@ -337,6 +362,11 @@ class ModelConfig(_Args):
         count = self.replicas or 1
         return count, count
 
+
+NO_FALLBACK = (
+    "fallback is for models that generate text: the vectors and scores of another model mean "
+    "something else; remove it"
+)
 
 SIZES = (
     "tensor_parallel_size",

@@ -7,8 +7,9 @@ _LIMITS = "no counterpart yet: limits for each key come with a later version"
 _USAGE = "no counterpart yet: usage accounting comes with a later version"
 CALLBACKS = "no counterpart yet: traces and callbacks come with a later version"
 _FALLBACKS = (
-    "no counterpart: a model that cannot answer gives its error, and no other model answers"
+    "has its own way: list them in the model's fallback, for requests for which it has no replica"
 )
+_OTHER_FALLBACKS = "no counterpart: a model's error is its answer, and no other model answers"
 _BALANCE = "has its own way: the replica with the fewest requests in flight gets the request"
 _RETRY = "has its own way: before the first byte, another replica gets the request"
 _HEALTH = "has its own way: Serve checks every replica and replaces one that fails"
@@ -53,8 +54,8 @@ _WHY_SETTING = {
                      "enable_jwt_auth", "key_generation_settings",
                      "upperbound_key_generate_params", "default_key_generate_params",
                      "provider_budget_config"), _LIMITS),
-    **dict.fromkeys(("fallbacks", "default_fallbacks", "context_window_fallbacks",
-                     "content_policy_fallbacks"), _FALLBACKS),
+    **dict.fromkeys(("fallbacks", "default_fallbacks"), _FALLBACKS),
+    **dict.fromkeys(("context_window_fallbacks", "content_policy_fallbacks"), _OTHER_FALLBACKS),
     **dict.fromkeys(("num_retries", "retry_after", "retry_policy", "max_fallbacks",
                      "model_group_retry_policy"), _RETRY),
     **dict.fromkeys(("allowed_fails", "cooldown_time", "disable_cooldowns",

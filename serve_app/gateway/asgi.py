@@ -14,7 +14,6 @@ import fastapi
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
-from serve_app.cluster.exchange import CALL_HEADER, Called
 from serve_app.config.settings import GatewayConfig
 from serve_app.gateway import api, models, routes, stages
 from serve_app.gateway import body as request_body
@@ -23,9 +22,11 @@ from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.cold_start import ColdStart
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.dispatch import Dispatcher
-from serve_app.gateway.errors import GatewayError, invalid
-from serve_app.gateway.exchange import GATEWAY
+from serve_app.gateway.errors import GatewayError, Unavailable, invalid
+from serve_app.gateway.exchange import called
 from serve_app.gateway.exposition import Exposition
+from serve_app.gateway.fallback import HEADER as FALLBACK
+from serve_app.gateway.fallback import Fallbacks
 from serve_app.gateway.front import refuse_websocket
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.ledger import Ledger
@@ -37,6 +38,7 @@ from serve_app.gateway.relay import Answer, Relay, Request, Send
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.routing.router import Router
 from serve_app.gateway.stages import Call, Stage
+from serve_app.gateway.standing import Outliers
 from serve_app.gateway.stored_responses import StoredResponses
 from serve_app.gateway.upstream import Headers
 from serve_app.gateway.usage.record import Record
@@ -79,8 +81,14 @@ def build(
     ledger, limits = ledger or Ledger(), limits or Limits()
     router = Router(board, config.routing)
     stored = StoredResponses(board, policy or router)
+    fallbacks = Fallbacks(directory)
     queue = Queue(
-        board, ColdStart(directory, board), stored, config.queue, config.cold_start_timeout_s
+        board,
+        ColdStart(directory, board),
+        stored,
+        config.queue,
+        config.cold_start_timeout_s,
+        fallbacks.after_s,
     )
     board.waiting = queue.waiting
     exposition = exposition or Exposition(Metrics(), board, b"")
@@ -90,7 +98,7 @@ def build(
     router.chose, router.predicted = metrics.routed, metrics.cached_as_predicted
     if record:
         record.lost = metrics.unrecorded
-    for listener in (limits, queue, router, metrics):
+    for listener in (limits, queue, router, metrics, Outliers(board)):
         ledger.listen(listener)
     if access_log:
         ledger.listen(access_log)
@@ -113,6 +121,7 @@ def build(
         keyring,
         own,
         dispatcher,
+        fallbacks,
         stored,
         access_log,
         metrics,
@@ -125,7 +134,7 @@ def build(
         allow_origins=config.cors_allow_origins,
         allow_methods=("GET", "HEAD", "POST"),
         allow_headers=["*"],
-        expose_headers=["x-request-id", *EXPOSED],
+        expose_headers=["x-request-id", FALLBACK, *EXPOSED],
     )
 
 
@@ -139,6 +148,7 @@ class Gateway:
         keyring: Keyring | None,
         own: fastapi.FastAPI,
         dispatcher: Dispatcher,
+        fallbacks: Fallbacks,
         stored: StoredResponses,
         access_log: AccessLog | None,
         metrics: Metrics,
@@ -148,6 +158,7 @@ class Gateway:
         self._keyring = keyring
         self._own = own
         self._send = dispatcher.send
+        self._fallbacks = fallbacks
         self._stored = stored
         self._access_log = access_log
         self._metrics = metrics
@@ -174,12 +185,9 @@ class Gateway:
                 caller = self._caller(scope, path)
                 if _is_relayed(scope, path):
                     call = await self._call(scope, path.removesuffix("/"), receive, held, caller)
-                    answer.headers = call.answer_headers
                     self._keep_alive(answer, call.request)
                     held.callback(answer.hush)
-                    await stages.run(
-                        self._stages, call, answer, lambda c, so_far: self._send(c, answer, so_far)
-                    )
+                    await self._relay(call, answer)
                 else:
                     await self._answer_own({**scope, api.CALLER: caller}, path, receive, answer)
         except Exception as error:
@@ -194,6 +202,27 @@ class Gateway:
                     self._access_log.refused(path, error.status, caller.name if caller else "")
                 self._metrics.refused(error.status, caller)
             await _send_error(answer, error, path)
+
+    async def _relay(self, call: Call, answer: Answer) -> None:
+        """Relay to the model that the call names or, where it has no replica, to a fallback."""
+        try:
+            await self._through_stages(call, answer)
+        except Unavailable:
+            for other in self._fallbacks.calls(call):
+                try:
+                    await self._through_stages(other, answer)
+                    return
+                except GatewayError:
+                    if answer.started_at is not None:
+                        raise
+            answer.headers = call.answer_headers
+            raise
+
+    async def _through_stages(self, call: Call, answer: Answer) -> None:
+        answer.headers = call.answer_headers
+        await stages.run(
+            self._stages, call, answer, lambda c, so_far: self._send(c, answer, so_far)
+        )
 
     def _keep_alive(self, answer: Answer, request: Request) -> None:
         """A stream that waits for long says so: clients and what is between give up else."""
@@ -252,15 +281,7 @@ class Gateway:
         )
         model = models.find(self._directory, named, caller)
         number = uuid.uuid4().hex
-        called = Called(
-            number,
-            GATEWAY,
-            caller.name if caller else "",
-            model.name,
-            named,
-            routes.told(path),
-            time.time(),
-        )
+        key = caller.name if caller else ""
         request = Request(
             id,
             scope["method"],
@@ -268,7 +289,7 @@ class Gateway:
             query,
             scope["headers"],
             body,
-            [(CALL_HEADER, called.header())],
+            [called(number, key, model.name, named, path)],
         )
         return Call(number, request, model, named, caller, arrived=arrived)
 

@@ -216,6 +216,38 @@ def previous_response_in(body: bytes) -> str | None:
     return id if isinstance(id, str) else None  # vLLM refuses other types
 
 
+_OF_ONE_MODEL = (
+    "previous_response_id", "prompt_embeds", "logit_bias", "stop_token_ids", "allowed_token_ids",
+)  # fmt: skip
+"""Fields that only one model understands: what it has stored, its vectors, its tokens."""
+
+_NOTHING = (b"null", b"[]", b"{}")
+
+
+def is_for_one(body: bytes) -> bool:
+    """Whether a body is for one model, and no other one can answer it. So is a form."""
+    try:
+        fields = _raw(body)
+    except (ValueError, RecursionError, msgspec.DecodeError):
+        return True
+    if any(bytes(fields.get(name, b"null")) not in _NOTHING for name in _OF_ONE_MODEL):
+        return True
+    prompt = bytes(memoryview(fields.get("prompt", b""))[:100])
+    return bool(re.match(rb"\[\s*[\d\[]", prompt))  # tokens, not texts
+
+
+def renamed(body: bytes, model: str) -> bytes:
+    """The same body with another model's id."""
+    return msgspec.json.encode(_raw(body) | {"model": model})
+
+
+def _raw(body: bytes) -> dict[str, Any]:
+    encoding = json.detect_encoding(body)
+    return _fields.decode(body if encoding == "utf-8" else body.decode(encoding))
+
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
 _BASE64 = (b";base64,", b'"data":')
 """What stands before an image or a sound in a JSON body."""
 

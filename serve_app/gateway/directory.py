@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from serve_app.cluster import capacity, progress, serve
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 REFRESH_S = 1.0
-"""Seconds between two looks at the controller. A new model is listed after about as long."""
+"""Seconds between two looks at the controller, or more: see :data:`PART`. A new model is listed
+after about as long."""
+
+PART = 0.05
+"""Part of the time that a look may take. The report on a thousand replicas costs the controller
+some 50 ms, in which it does nothing else, and every gateway asks for it."""
+
+SELDOM_S = 10.0
+"""Seconds between two looks at most, however long one took."""
 
 _GONE = ("DELETING", "NOT_STARTED")
 
@@ -72,6 +80,9 @@ class Model:
     config: ModelConfig | None
     """The last valid settings; None where there were none yet."""
 
+    deployed: Mapping[str, Any] = field(default_factory=dict)
+    """What Serve reported when ``config`` was made of it; empty where that was refused."""
+
     @property
     def up(self) -> bool:
         return self.status == "RUNNING" and (self.replicas > 0 or not self.must_be_up)
@@ -100,11 +111,13 @@ class Directory:
         self._by_id: dict[str, Model] = {}
         self._handles: dict[str, DeploymentHandle] = {}
         self._phases: dict[str, progress.Phase] = {}
+        self._took_s = 0.0
+        """How long Serve's controller took for the last report."""
 
     async def run(self) -> None:
         """Refresh for ever. While the controller does not answer, the last state stays."""
         while True:
-            await asyncio.sleep(REFRESH_S)
+            await asyncio.sleep(min(max(REFRESH_S, self._took_s / PART), SELDOM_S))
             try:
                 await self.refresh()
             except Exception as error:
@@ -112,7 +125,9 @@ class Directory:
 
     async def refresh(self) -> None:
         """Look at the controller once."""
+        asked = time.monotonic()
         report = await serve.report_async()
+        self._took_s = time.monotonic() - asked
         if report is None:
             return
         models = {
@@ -235,12 +250,17 @@ def read_details(
 
     The report shows the config deployed last, even if it was refused. A model with invalid settings
     keeps those that it has in ``before``, because its replicas, if any, still run with them.
+    Settings that are as they were are not read again.
     """
     found: dict[str, Model] = {}
     for name, application in serve.applications(report).items():
         if application.import_path != MODEL_IMPORT_PATH or application.status in _GONE:
             continue
-        settings, problem = _settings(name, application.config, (before or {}).get(name))
+        known = (before or {}).get(name)
+        if known and known.deployed == application.config:
+            settings, problem = known.config, ""
+        else:
+            settings, problem = _settings(name, application.config, known)
         scaling = settings.autoscaling if settings else None
         found[name] = Model(
             name=name,
@@ -258,6 +278,7 @@ def read_details(
                 if r.state == "STARTING"
             ),
             config=settings,
+            deployed={} if problem else application.config,
         )
     return found
 

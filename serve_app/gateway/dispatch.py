@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
-from serve_app.gateway.errors import GatewayError, unavailable
+from serve_app.gateway.errors import Unavailable, unavailable
 from serve_app.gateway.queue import Queue
 from serve_app.gateway.relay import Answer, Asleep, NotStarted, Relay, Request
 from serve_app.gateway.replicas import Board
@@ -54,7 +54,7 @@ class Dispatcher:
                 if front_end.replica.sleeps_for_now:
                     continue  # it has just lost its turn
                 if self._board.all_asleep(name):
-                    raise GatewayError(
+                    raise Unavailable(
                         503,
                         f"The model '{name}' is asleep until its operator wakes it "
                         f"('serve-app admin {name} wake').",

@@ -36,6 +36,10 @@ class GatewayError(Exception):
         return sse_event(self._envelope, path)
 
 
+class Unavailable(GatewayError):
+    """No replica of the model takes the request now; another model may (``fallback``)."""
+
+
 def body(envelope: Mapping[str, Any], path: str = "") -> bytes:
     """An envelope as JSON: OpenAI's, or Anthropic's on Anthropic's route."""
     if path.startswith("/v1/messages"):
@@ -59,9 +63,9 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
     return GatewayError(400, message, "invalid_request_error", param=param, code=code)
 
 
-def unavailable(message: str, *, retry_after_s: int = 5) -> GatewayError:
+def unavailable(message: str, *, retry_after_s: int = 5) -> Unavailable:
     """503: the request is valid and may be sent again."""
-    return GatewayError(
+    return Unavailable(
         503,
         message,
         "server_error",

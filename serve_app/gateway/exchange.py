@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Coroutine
 from typing import Any
 
 from serve_app.cluster.credential import CREDENTIAL_HEADER
-from serve_app.cluster.exchange import PATH, Answer, Question
+from serve_app.cluster.exchange import CALL_HEADER, PATH, Answer, Called, Question
+from serve_app.gateway import routes
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.replicas import Board, FrontEnd
 from serve_app.gateway.upstream import Pool, UpstreamError
@@ -27,6 +29,12 @@ _PAUSE_S = 1.0
 
 _SILENCE_S = 30.0
 """Seconds that a front end may take for its answer: its loop may be busy with long prompts."""
+
+
+def called(id: str, key: str, model: str, model_id: str, path: str) -> tuple[bytes, bytes]:
+    """The header that tells a front end of a request: see :class:`Called`."""
+    said = Called(id, GATEWAY, key, model, model_id, routes.told(path), time.time())
+    return CALL_HEADER, said.header()
 
 
 class Exchange:
@@ -73,7 +81,7 @@ class Exchange:
                 else:
                     said = await self._once(front_end, question)
             except (UpstreamError, ValueError) as error:
-                if all(it is not front_end for _, it in self._board.all()):
+                if not self._board.has(front_end):
                     self._ledger.lost(front_end.id)
                     return
                 logger.debug(f"no exchange with {front_end.id}: {error!r}")

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +77,10 @@ class RunningReplica(BaseModel):
     load: EngineLoad | None
     """Null while it has told none for some seconds."""
 
+    weight: float
+    """What it is asked to do beside the others, from 0 to 1: less while it is new, or answers later
+    than they do; nothing for a while after errors, if another one can."""
+
 
 class Memory(BaseModel):
     """What is in the memory of each GPU of a replica, in GiB."""
@@ -119,6 +123,10 @@ class FleetModel(BaseModel):
 
     adapters: list[str]
     """Ids of the adapters that this key may use."""
+
+    fallback: list[str]
+    """Ids of the models that may answer for it, the best first: those that are there and that this
+    key may use."""
 
     asleep: bool
     """Whether all its engines sleep."""
@@ -203,20 +211,28 @@ class Fleets:
         for name, front_end in self._board.all():
             of = replicas.setdefault(name, {})
             of[front_end.replica] = of.get(front_end.replica, 0) + 1
+        models = self._directory.models()
+        gpus = _on_gpus({m.name: self._board.about.get(m.name, {}) for m in models})
+        seen = {m.name for m in models if caller is None or caller.may_use(m.name, m)}
         return Fleet(
             object="fleet",
             version=Versions(**versions()),
             **({"keys": problem} if problem else {}),
             **({"usage": unrecorded} if unrecorded else {}),
             models={
-                m.name: self._model(m, caller, replicas.get(m.name, {}))
-                for m in self._directory.models()
-                if caller is None or caller.may_use(m.name, m)
+                m.name: self._model(m, caller, replicas.get(m.name, {}), gpus, seen)
+                for m in models
+                if m.name in seen
             },
         )
 
     def _model(
-        self, model: Model, caller: Caller | None, replicas: dict[Replica, int]
+        self,
+        model: Model,
+        caller: Caller | None,
+        replicas: dict[Replica, int],
+        gpus: OnGpus,
+        seen: Container[str],
     ) -> FleetModel:
         usable = [id for id in model.ids if caller is None or caller.may_use(id, model)]
         starting = [Starting(**it) for it in self._directory.starting(model)]
@@ -230,9 +246,10 @@ class Fleets:
             mend=_mend(model, starting, asleep and not all(it.sleeps_for_now for it in replicas)),
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
+            fallback=self._fallback(model, caller),
             asleep=asleep,
             takes=about.get("takes", []),
-            memory=self._memory(model.name, caller),
+            memory=_memory(model.name, about.get("memory"), gpus, seen),
             max_model_len=model.max_model_len or self._board.max_model_len.get(model.name),
             queued=waits.requests,
             longest_wait_s=round(waits.longest_s, 1),
@@ -240,22 +257,38 @@ class Fleets:
             replicas=running,
         )
 
-    def _memory(self, name: str, caller: Caller | None) -> Memory | None:
-        """What is in the memory of a model's GPU, with what others have there."""
-        about = self._board.about
-        mine: dict[str, Any] | None = about.get(name, {}).get("memory")
-        if not mine or "gpu" not in mine:
-            return Memory(**mine) if mine else None
-        models = {model.name: model for model in self._directory.models()}
-        others: dict[str, float] = {}
-        for other, of in about.items():
-            theirs = of.get("memory") or {}
-            if other == name or other not in models or theirs.get("gpu") != mine["gpu"]:
-                continue
-            seen = caller is None or caller.may_use(other, models[other])
-            key = other if seen else "others"
-            others[key] = round(others.get(key, 0.0) + sum(theirs["parts"].values()), 2)
-        return Memory(**mine, others=others)
+    def _fallback(self, model: Model, caller: Caller | None) -> list[str]:
+        named = model.config.fallback if model.config else []
+        there = ((id, self._directory.find(id)) for id in named)
+        return [id for id, it in there if it and (caller is None or caller.may_use(id, it))]
+
+
+OnGpus = dict[str, dict[str, float]]
+"""By a GPU's UUID: what each model has of it, in GiB, of those that have a part of one."""
+
+
+def _on_gpus(abouts: Mapping[str, Mapping[str, Any]]) -> OnGpus:
+    """From what replicas tell of their models, by name."""
+    gpus: OnGpus = {}
+    for name, about in abouts.items():
+        memory = about.get("memory") or {}
+        if "gpu" in memory:
+            gpus.setdefault(memory["gpu"], {})[name] = sum(memory["parts"].values())
+    return gpus
+
+
+def _memory(
+    name: str, told: dict[str, Any] | None, gpus: OnGpus, seen: Container[str]
+) -> Memory | None:
+    """What is in the memory of a model's GPU, with what others have there."""
+    if not told or "gpu" not in told:
+        return Memory(**told) if told else None
+    others: dict[str, float] = {}
+    for other, size in gpus[told["gpu"]].items():
+        if other != name:
+            key = other if other in seen else "others"
+            others[key] = round(others.get(key, 0.0) + size, 2)
+    return Memory(**told, others=others)
 
 
 def over_plan(name: str, board: Board) -> str:
@@ -276,6 +309,7 @@ def _running(replica: Replica, front_ends: int) -> RunningReplica:
         front_ends=front_ends,
         asleep=bool(load and load.asleep),
         load=_load(load) if load else None,
+        weight=round(replica.weight(time.monotonic()), 1),
     )
 
 

@@ -41,7 +41,8 @@ class Entry:
     """The application's name."""
 
     model_id: str
-    """The id that the client named: the model's, an alias or an adapter's."""
+    """The id that the client named: the model's, an alias, an adapter's, or that of a model whose
+    fallback this one is."""
 
     path: str
     replica: str
@@ -118,7 +119,7 @@ class Ledger:
             request_id=call.request.id,
             key=call.caller.name if call.caller else "",
             model=call.model.name,
-            model_id=call.model_id,
+            model_id=call.named,
             path=routes.told(call.request.path),
             replica=outcome.front_end,
             end=outcome.end,

@@ -83,6 +83,13 @@ class Metrics:
             "Requests given to another replica, by what the first one did.",
             ("model", "reason"),
         )
+        self._fallbacks = Counter(
+            registry,
+            "serve_app_gateway_fallbacks_total",
+            "Requests that a fallback answered, by the model that they named and the one that "
+            "answered. For the first they count as refused, for the second as any other.",
+            ("model", "to"),
+        )
         self._limits_hit = Counter(
             registry,
             "serve_app_gateway_limits_hit_total",
@@ -163,6 +170,8 @@ class Metrics:
             self._overhead.observe(outcome.sent - call.arrived - outcome.queued_s, model)
         for reason in outcome.retries:
             self._retries.inc(model, reason)
+        if call.instead_of and outcome.first_byte is not None:
+            self._fallbacks.inc(call.instead_of.model.name, model)
 
     def entered(self, entry: Entry) -> None:
         usage = entry.usage

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from serve_app.gateway.replicas import FrontEnd, Replica
@@ -42,13 +43,20 @@ class Policy(Protocol):
 
 
 class FewestRequests(Policy):
-    """The replica with the fewest requests from this gateway, and of it the front end with these.
+    """The replica with the fewest requests from this gateway for its weight, and of it the front
+    end with the fewest.
 
     Ties are broken at random, so that several gateways do not all pick the same one.
     """
 
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+
     def choose(self, live: Sequence[FrontEnd], call: Call) -> FrontEnd:
         if len(live) == 1:
             return live[0]
-        fewest = min((it.replica.inflight, it.inflight) for it in live)
-        return random.choice([it for it in live if (it.replica.inflight, it.inflight) == fewest])
+        now = self._clock()
+        # With this one, so that of two idle replicas the one with the larger weight gets it.
+        loads = [((it.replica.inflight + 1) / it.replica.weight(now), it.inflight) for it in live]
+        least = min(loads)
+        return random.choice([it for it, load in zip(live, loads, strict=True) if load == least])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from serve_app.config.settings import QueueConfig
 from serve_app.gateway import routes
 from serve_app.gateway.cold_start import LOOK_S, ColdStart
-from serve_app.gateway.errors import GatewayError, invalid, unavailable
+from serve_app.gateway.errors import Unavailable, invalid, unavailable
 from serve_app.gateway.fair_order import ANYBODY, FairOrder, Rank, Share, cost, rank
 from serve_app.gateway.ledger import Entry
 from serve_app.gateway.policy import Policy
@@ -75,6 +75,10 @@ class _Line:
     attendant: asyncio.Task[None] | None = None
     """Wakes the model, and looks at its replicas; there while calls wait."""
 
+    wakes_until: float = 0.0
+    """By ``time.monotonic``. A call has left for a fallback because the model had no replica: until
+    it has one, but no longer than this, it is woken all the same, and others do not wait for it."""
+
     def seconds_for(self, calls: int) -> float:
         """How long so many calls take, at the rate of the latest ones; from 1 to 60."""
         if len(self.ends) < 2:
@@ -108,12 +112,16 @@ class Queue:
         policy: Policy,
         config: QueueConfig,
         cold_start_timeout_s: float,
+        sooner_s: Callable[[Call], float | None] = lambda call: None,
     ) -> None:
+        """``sooner_s`` tells how long a call waits that another model would then take; None where
+        there is none."""
         self._board = board
         self._cold_start = cold_start
         self._policy = policy
         self._config = config
         self._cold_start_timeout_s = cold_start_timeout_s
+        self._sooner_s = sooner_s
         self._lines: dict[str, _Line] = {}
         """By model; kept, because they know what each caller has had."""
 
@@ -139,8 +147,8 @@ class Queue:
             again: it has had a turn, and the replica failed: it goes before those that had none.
 
         Raises:
-            GatewayError: 429 where too many wait; 503 where its time is up, or no replica can
-                start; 404 for a removed model; whatever the policy raises.
+            Unavailable: 429 where too many wait; 503 where its time is up, or no replica can start.
+            GatewayError: 404 for a removed model; whatever the policy raises.
         """
         deadline_s = _deadline_s(call)
         line = self._lines.setdefault(call.model.name, _Line(call.model.name))
@@ -154,9 +162,13 @@ class Queue:
             self._board.wanted(line.name)
         live = self._board.live(line.name)
         patience_s = self._config.max_wait_s if live else self._cold_start_timeout_s
+        sooner_s = self._sooner_s(call)
+        if sooner_s is not None:
+            in_vain = not live and time.monotonic() < line.wakes_until
+            patience_s = 0.0 if in_vain else min(patience_s, sooner_s)
         left_s = patience_s
         if deadline_s is not None and deadline_s < patience_s:
-            patience_s = deadline_s
+            patience_s, sooner_s = deadline_s, None
             left_s = deadline_s - (time.perf_counter() - call.arrived)
         try:
             async with asyncio.timeout(left_s):
@@ -168,6 +180,8 @@ class Queue:
                     self.end(call, place.granted.result())
             else:
                 self._leave(line, place)
+                if isinstance(error, TimeoutError) and sooner_s is not None:
+                    self._wake_on(line)
                 self._attend(line)
             if isinstance(error, TimeoutError):
                 raise self._timed_out(line, patience_s) from None
@@ -223,7 +237,7 @@ class Queue:
         self._attend(line)
         who = f"The API key has {of_key} of the" if free > 0 else "There are"
         wait_s = line.seconds_for(of_key if free > 0 else others)
-        raise GatewayError(
+        raise Unavailable(
             429,
             f"{who} {others} requests that wait for the model '{name}' already, which is the "
             f"most; please send the request again in {math.ceil(wait_s)} seconds.",
@@ -232,12 +246,13 @@ class Queue:
             headers=_retry_after(wait_s),
         )
 
-    def _timed_out(self, line: _Line, patience_s: float) -> GatewayError:
+    def _timed_out(self, line: _Line, patience_s: float) -> Unavailable:
         name = line.name
         if not self._board.live(name):
             doing = self._cold_start.doing(name)
+            within = f"did not start within {patience_s:g} seconds" if patience_s else "must start"
             return unavailable(
-                f"The model '{name}' did not start within {patience_s:g} seconds; it "
+                f"The model '{name}' {within}; it "
                 + (f"is {doing}." if doing else "may still be loading."),
                 retry_after_s=30,
             )
@@ -247,7 +262,7 @@ class Queue:
                 f"group, within {patience_s:g} seconds; {len(line.places)} others wait.",
                 retry_after_s=30,
             )
-        return GatewayError(
+        return Unavailable(
             503,
             f"No replica of the model '{name}' had room for the request within {patience_s:g} "
             f"seconds; {len(line.places)} others wait.",
@@ -375,24 +390,35 @@ class Queue:
 
     # --- while calls wait ----------------------------------------------------------------------
 
+    def _wake_on(self, line: _Line) -> None:
+        """Wake a model though the call has left that waited for it."""
+        now = time.monotonic()
+        if now >= line.wakes_until and not self._board.live(line.name):
+            line.wakes_until = now + self._cold_start_timeout_s
+            # A moment later, so that the time is over by any clock.
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._cold_start_timeout_s + LOOK_S, self._attend, line)
+
     def _attend(self, line: _Line) -> None:
-        """Have an attendant while calls wait, and only then."""
-        if line.places and line.attendant is None:
+        """Have an attendant while calls wait or the model is woken, and only then."""
+        wanted = bool(line.places) or time.monotonic() < line.wakes_until
+        if wanted and line.attendant is None:
             line.attendant = asyncio.create_task(self._wait_on(line))
-        elif not line.places and line.attendant is not None:
+        elif not wanted and line.attendant is not None:
             line.attendant.cancel()
             line.attendant = None
 
     async def _wait_on(self, line: _Line) -> None:
         """Wake the model if need be, and see what no event tells: a replica avoided no more."""
         try:
-            while line.places:
+            while True:
                 if not self._board.live(line.name):
                     await self._cold_start.wake(line.name)
-                self._give_turns(line)
+                line.wakes_until = 0.0
+                self._give_turns(line)  # which ends this task where nobody waits any more
                 await asyncio.sleep(LOOK_S)
         except Exception as error:
-            line.attendant = None
+            line.attendant, line.wakes_until = None, 0.0
             for place in list(line.places):
                 self._leave(line, place)
                 if not place.granted.done():

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
 from serve_app.errors import envelope
 from serve_app.gateway import errors
-from serve_app.gateway.errors import GatewayError
+from serve_app.gateway.errors import GatewayError, Unavailable
 from serve_app.gateway.replicas import FrontEnd
 from serve_app.gateway.upstream import (
     Connection,
@@ -73,6 +73,9 @@ class Request:
     body: bytes
     ours: Headers = field(default_factory=list)
     """Headers that the gateway adds for the replica."""
+
+    to_fallback: bool = False
+    """Whether the client named another model. If this one refuses it, that is no answer."""
 
     @property
     def target(self) -> str:
@@ -198,6 +201,7 @@ class Relay:
 
         Raises:
             NotStarted: no byte of an answer came.
+            Unavailable: a fallback refuses the request.
             GatewayError: 504 for a replica that stays silent; 502 for one that is lost within an
                 answer that cannot end with an error event.
         """
@@ -212,12 +216,14 @@ class Relay:
                 _to_replica(request, self._credential),
                 request.body,
             ) as upstream:
-                answer.asked_at = upstream.asked_at
                 kind = dict(upstream.headers)
                 if ASLEEP_HEADER in kind:
                     raise Asleep("asleep")
                 if not 200 <= upstream.status < 600:
                     raise NotStarted(f"status {upstream.status}")
+                if request.to_fallback and 400 <= upstream.status < 500:
+                    raise _refused_by_fallback(upstream.status)
+                answer.asked_at = upstream.asked_at
                 headers = _to_client(upstream.headers)
                 if b"content-encoding" in kind:
                     pass  # compressed: relayed as it is
@@ -378,6 +384,11 @@ def _no_stream(status: int) -> GatewayError:
         "server_error",
         code="no_stream",
     )
+
+
+def _refused_by_fallback(status: int) -> Unavailable:
+    """Its prompts may be shorter, or it takes no tools: the model that was named might take it."""
+    return Unavailable(status, "The fallback refused the request.", "invalid_request_error")
 
 
 def _lost() -> GatewayError:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from serve_app.cluster import front_end_ids
 from serve_app.cluster.exchange import Load
+from serve_app.gateway.standing import Standing
 
 Address = tuple[str, int]
 """Host and port."""
@@ -108,10 +109,12 @@ class Replica:
     """By front end that failed: the time, by ``time.monotonic``, until which it is avoided."""
 
     now: Callable[[], float] = time.monotonic
+    standing: Standing = field(default_factory=Standing)
 
     def weight(self, now: float) -> float:
-        """The part of an ordinary replica's load that it gets, from 0 (excluded) to 1."""
-        return 1.0
+        """How much it can be asked to do beside its siblings, above 0 and at most 1; ``now`` is by
+        ``time.monotonic``."""
+        return self.standing.weight(now)
 
     def report(self, load: Load) -> None:
         """Take its report. What this gateway sends and what ends is counted from here on."""
@@ -161,6 +164,10 @@ class Board:
 
     def __init__(self) -> None:
         self._front_ends: dict[str, dict[str, FrontEnd]] = {}
+        self._replicas: dict[str, tuple[str, Replica]] = {}
+        """By a replica's id: its application, and itself. Each of a thousand replicas reports every
+        second: none is looked for among all."""
+
         self.max_model_len: dict[str, int] = {}
         """By application, as its replicas reported it last; kept while there are none."""
 
@@ -193,15 +200,19 @@ class Board:
             self.about[application] = about
         before = self._front_ends.get(application, {})
         replicas = {it.replica.id: it.replica for it in before.values()}
+        self._forget_replicas(before)
+        # The first ones are no newer than their siblings.
+        since = time.monotonic() if before.keys() & running.keys() else -math.inf
         self._front_ends[application] = {
-            id: before.get(id) or _front_end(id, address, replicas)
+            id: before.get(id) or _front_end(id, address, replicas, since)
             for id, address in running.items()
         }
+        self._know_replicas(application)
         self.changed(application)
 
     def forget(self, application: str) -> None:
         """Forget an application that was removed."""
-        self._front_ends.pop(application, None)
+        self._forget_replicas(self._front_ends.pop(application, {}))
         self.max_model_len.pop(application, None)
         self.about.pop(application, None)
 
@@ -233,8 +244,10 @@ class Board:
         """Add the front ends of a replica that a Serve handle named; return those not avoided."""
         known = self._front_ends.setdefault(application, {})
         replicas = {it.replica.id: it.replica for it in known.values()}
+        since = time.monotonic() if known else -math.inf
         for id, address in running.items():
-            known.setdefault(id, _front_end(id, address, replicas))
+            known.setdefault(id, _front_end(id, address, replicas, since))
+        self._know_replicas(application)
         return [it for id in running if not (it := known[id]).replica.avoids(id)]
 
     def all(self) -> list[tuple[str, FrontEnd]]:
@@ -243,12 +256,24 @@ class Board:
 
     def report(self, replica_id: str, load: Load) -> None:
         """Take what a replica says of its engine's load. One that is not known is ignored."""
-        for application, known in self._front_ends.items():
-            for front_end in known.values():
-                if front_end.replica.id == replica_id:
-                    front_end.replica.report(load)
-                    self.changed(application)
-                    return
+        if known := self._replicas.get(replica_id):
+            application, replica = known
+            replica.report(load)
+            self.changed(application)
+
+    def has(self, front_end: FrontEnd) -> bool:
+        """Whether Serve still reports it, live or avoided."""
+        application, _ = self._replicas.get(front_end.replica.id, ("", None))
+        return self._front_ends.get(application, {}).get(front_end.id) is front_end
+
+    def find(self, application: str, front_end: str) -> FrontEnd | None:
+        """An application's front end by its id."""
+        return self._front_ends.get(application, {}).get(front_end)
+
+    def replicas_of(self, application: str) -> list[Replica]:
+        """An application's replicas, avoided ones too."""
+        known = self._front_ends.get(application, {})
+        return list({it.replica.id: it.replica for it in known.values()}.values())
 
     def replicas(self, application: str) -> set[str]:
         """The ids of an application's replicas, those that are avoided too."""
@@ -261,8 +286,8 @@ class Board:
 
     def application_of(self, front_end: str) -> str | None:
         """The application of the front end with this id, live or avoided."""
-        having = (name for name, known in self._front_ends.items() if front_end in known)
-        return next(having, None)
+        application, _ = self._replicas.get(front_end_ids.replica_of(front_end), ("", None))
+        return application if front_end in self._front_ends.get(application, {}) else None
 
     def live(self, application: str) -> list[FrontEnd]:
         """Front ends to choose from: not avoided, and awake unless all are asleep."""
@@ -272,12 +297,21 @@ class Board:
         now = time.monotonic()
         return [it for it in live if it.replica.asleep_until < now] or live
 
+    def _know_replicas(self, application: str) -> None:
+        for it in self._front_ends[application].values():
+            self._replicas[it.replica.id] = application, it.replica
+
+    def _forget_replicas(self, front_ends: Mapping[str, FrontEnd]) -> None:
+        for it in front_ends.values():
+            self._replicas.pop(it.replica.id, None)
+
     def _not_avoided(self, application: str) -> list[FrontEnd]:
         known = self._front_ends.get(application, {})
         return [it for id, it in known.items() if not it.replica.avoids(id)]
 
 
-def _front_end(id: str, address: Address, replicas: dict[str, Replica]) -> FrontEnd:
+def _front_end(id: str, address: Address, replicas: dict[str, Replica], since: float) -> FrontEnd:
     name = front_end_ids.replica_of(id)
     host, port = address
-    return FrontEnd(id, host, port, replicas.setdefault(name, Replica(name)))
+    new = Replica(name, standing=Standing(since))
+    return FrontEnd(id, host, port, replicas.setdefault(name, new))

@@ -106,6 +106,20 @@ def may_stream(path: str) -> bool:
     return path in _STREAMED
 
 
+_FALL_BACK = {
+    "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses",
+    "/v1/messages", "/cohere/v2/chat",
+}  # fmt: skip
+
+
+def may_fall_back(path: str) -> bool:
+    """Whether another model can answer this route as well: with text, by a text.
+
+    Vectors, scores and tokens are one model's own.
+    """
+    return path in _FALL_BACK
+
+
 _UNDER_V1 = {path.removeprefix("/v1/") for path in _METHODS if path.startswith("/v1/")} | {"models"}
 
 

@@ -31,7 +31,7 @@ class Call:
     request: Request
     model: Model
     model_id: str
-    """The id that the client named it by."""
+    """The id that names it in the request."""
 
     caller: Caller | None
     """None where the gateway has no keys, and everybody may call."""
@@ -44,6 +44,14 @@ class Call:
 
     answer_headers: Headers = field(default_factory=list)
     """Sent with the answer, also where that is an error; a stage may append to it."""
+
+    instead_of: Call | None = None
+    """The call to the model that the client named, where this is one to its fallback."""
+
+    @property
+    def named(self) -> str:
+        """The id that the client named."""
+        return self.instead_of.model_id if self.instead_of else self.model_id
 
 
 @dataclass

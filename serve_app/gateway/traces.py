@@ -151,12 +151,12 @@ class Traces:
         path = request.path
         route = routes.told(path)
         operation = _operation(path) if route == path else "stored_response"
-        begun.name = f"{operation} {call.model_id}"
+        begun.name = f"{operation} {call.named}"
         found = begun.attributes
         found |= {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "vllm",
-            "gen_ai.request.model": call.model_id,
+            "gen_ai.request.model": call.named,
             "http.route": route,
             "http.response.status_code": outcome.status,
             "serve_app.request_id": request.id,

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import time
 import uuid
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from serve_app.cluster.exchange import HOLD_S, Answer, Load, Question, Report
+from serve_app.cluster.exchange import HOLD_S, IDLE_HOLD_S, Answer, Load, Question, Report
 
 SILENT_S = 15.0
 """Seconds without a question after which a gateway counts as gone."""
 
-_APART_S = 0.01
+_APART = 0.25
+"""By which part of it each hold is shorter or longer. A gateway that has just begun asks all front
+ends in the same moment, and would be answered by all in the same moment for ever: with a thousand,
+all its streams would stand still for 0.1 s each time."""
+
+_SOONEST_S = 0.01
 """Seconds between two answers to a gateway. Under load one answer tells of many requests: an answer
 for each would cost a gateway a tenth of its time."""
 
@@ -41,6 +47,9 @@ class _Box:
     asked: float = field(default_factory=time.monotonic)
     told: float = float("-inf")
     """When it was last answered, with a report or not."""
+
+    load: Load | None = None
+    """As it was told last."""
 
     waiting: int = 0
     waits_since: float = 0.0
@@ -73,14 +82,15 @@ class Reports:
         self._take_over(box)
         if not box.reports:
             box.news.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HOLD_S):
-                    await box.news.wait()
-        if (early := box.told + _APART_S - time.monotonic()) > 0:
+            part = random.uniform(1 - _APART, 1 + _APART)
+            most_s = IDLE_HOLD_S if question.of == box.id else HOLD_S
+            await self._news(box, HOLD_S * part, most_s * part)
+        if (early := box.told + _SOONEST_S - time.monotonic()) > 0:
             await asyncio.sleep(early)
         box.asked = box.told = time.monotonic()
         told = [box.reports[i] for i in range(min(len(box.reports), _AT_ONCE))]
-        if load := self._load():
+        box.load = load = self._load()
+        if load:
             gateways = sum(not _silent(it) for it in self._boxes.values())
             load = replace(load, gateways=gateways)
         return Answer(box.id, box.first + len(told) - 1, told, load)
@@ -107,11 +117,27 @@ class Reports:
         for box in self._boxes.values():
             box.news.set()
 
+    async def _news(self, box: _Box, each_s: float, most_s: float) -> None:
+        """Wait for a report, for a while; again where there is nothing else to tell either."""
+        until = time.monotonic() + most_s
+        while (left_s := until - time.monotonic()) > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(each_s, left_s)):
+                    await box.news.wait()
+            idle = _idle(load := self._load()) and load == box.load and not box.waiting
+            if box.news.is_set() or not idle:
+                return
+
     def _take_over(self, box: _Box) -> None:
         for gateway, other in list(self._boxes.items()):
             if other is not box and _silent(other):
                 box.reports.extend(other.reports)
                 del self._boxes[gateway]
+
+
+def _idle(load: Load | None) -> bool:
+    """Whether the engine has nothing to do; or another front end tells of it."""
+    return load is None or not (load.running or load.waiting)
 
 
 def _silent(box: _Box) -> bool:

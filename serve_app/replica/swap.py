@@ -67,6 +67,7 @@ class Member:
 
         self._state: State = "asleep"
         self._slot: int | None = None
+        self._slept = False
         self._heard = ""
         self._began = self._since = time.monotonic()
         """When it woke or fell asleep, whichever was last."""
@@ -118,6 +119,7 @@ class Member:
                 busy=works or waits or coming,
                 awake_s=awake_s,
                 evict_cost=self._evict_cost,
+                slept=self._slept,
                 heard=self._heard,
             )
 
@@ -224,7 +226,7 @@ class Member:
         with self._lock:
             self._state, self._since = state, time.monotonic()
             if state == "asleep":
-                self._slot = None
+                self._slot, self._slept = None, True
             else:
                 self._failed = None
 

@@ -36,7 +36,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
         ("helm install a b -f kuberay/values.yaml", "there is no kuberay/values.yaml"),
         ("docker build --target rocm .", "the Dockerfile has no target rocm"),
         ("docker run a:1 serve-app rnu b.yaml", "`serve-app` has no command `rnu`"),
-        ("python -m benchmarks.quick --armz bare", "-m benchmarks.quick has no option --armz"),
+        ("python -m benchmarks --armz bare", "-m benchmarks has no option --armz"),
         ("python -m benchmarks.quik", "there is no module benchmarks.quik"),
         ("pip install -r requirements/nope.txt", "there is no requirements/nope.txt"),
         ("cp kuberay/porfile.yaml profile.yaml", "cannot stat"),

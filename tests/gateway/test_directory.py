@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 from harness.scripted import GatewayProcess, reported
 
+from serve_app.cluster.exchange import Load
 from serve_app.cluster.replicas import Watcher, addresses
 from serve_app.gateway import directory
 from serve_app.gateway.directory import Model, read_details
 from serve_app.gateway.policy import FewestRequests
 from serve_app.gateway.replicas import Board, FrontEnd
+from serve_app.gateway.standing import SLOW_START_S
 
 CHAT = "/v1/chat/completions"
 
@@ -112,11 +116,58 @@ def test_a_wrong_user_config_is_said_while_the_replicas_keep_their_adapters() ->
     application["deployed_app_config"]["deployments"] = [live]
     before = read(m=application)
     assert (before["m"].adapters, before["m"].message) == (("lora",), "")
-    live["user_config"] = {"adaptors": [{"name": "lora", "path": "p2"}]}
+    wrong = {"adaptors": [{"name": "lora", "path": "p2"}]}
+    application = copy.deepcopy(application)  # Ray makes each report anew
+    application["deployed_app_config"]["deployments"] = [live | {"user_config": wrong}]
     [model] = read_details({"applications": {"m": application}}, before).values()
     assert (model.adapters, model.up) == (("lora",), True)
     expected = "application 'm': user_config: 'adaptors' is not a setting; did you mean 'adapters'?"
     assert model.message.startswith(expected)
+
+
+def test_settings_are_read_again_only_where_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report comes every second, and reading 200 models' settings takes 10 ms."""
+    read_again: list[str] = []
+
+    def counted(name: str, given: dict[str, Any], before: Model | None) -> Any:
+        read_again.append(name)
+        return settings(name, given, before)
+
+    settings = directory._settings
+    monkeypatch.setattr(directory, "_settings", counted)
+    told = {f"m{n}": reported() for n in range(20)}
+    before = read_details({"applications": copy.deepcopy(told)})
+    assert len(read_again) == 20
+    told["m7"] = reported({"served_as": ["org/x"]})
+    now = read_details({"applications": copy.deepcopy(told)}, before)
+    assert read_again[20:] == ["m7"]
+    assert now["m7"].ids == ("m7", "org/x") and now["m8"] == before["m8"]
+
+
+def test_settings_that_were_refused_are_read_again() -> None:
+    before = read(m=reported({"served_as": 5}))
+    [again] = read_details({"applications": {"m": reported({"served_as": 5})}}, before).values()
+    assert again.message == before["m"].message != ""
+
+
+async def test_a_look_that_takes_long_is_taken_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gateway may take a twentieth of the controller's time."""
+    clock, takes, slept = [0.0], iter([0.004, 0.1, 3.0]), list[float]()
+
+    async def report() -> None:
+        clock[0] += next(takes)
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 4:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(directory.serve, "report_async", report)
+    monkeypatch.setattr(directory, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(directory, "asyncio", SimpleNamespace(sleep=sleep))
+    with pytest.raises(asyncio.CancelledError):
+        await directory.Directory(cast(Any, None)).run()
+    assert slept == pytest.approx([1.0, 1.0, 2.0, 10.0])
 
 
 # --- what clients see of it --------------------------------------------------------------------
@@ -326,6 +377,7 @@ def test_what_is_running_is_remembered_when_the_list_changes() -> None:
     front_end = known(one)["a"]
     front_end.began()
     one.publish("m", {"a": ("127.0.0.1", 1), "c": ("127.0.0.1", 2)})
+    known(one)["c"].replica.standing.since -= SLOW_START_S  # it is new no more
     assert chosen(one) == {"c"}
     assert known(one)["a"] is front_end
 
@@ -337,6 +389,47 @@ def test_a_front_end_that_failed_is_avoided_for_a_while() -> None:
     assert chosen(two) == {"a", "b"} - {first.id}
     first.replica.now = lambda: 10.0**9
     assert chosen(two) == {"a", "b"}
+
+
+def test_a_report_finds_its_replica_without_a_look_at_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    board = Board()
+    for n in range(50):
+        board.publish(f"m{n}", {f"r{n}": ("h", 1), f"r{n}-1": ("h", 2)})
+    [last, _] = [it for name, it in board.all() if name == "m49"]
+    looks: list[str] = []
+
+    def counted(front_end: FrontEnd) -> Any:
+        looks.append(front_end.id)
+        return vars(front_end)["replica"]
+
+    monkeypatch.setattr(FrontEnd, "replica", property(counted), raising=False)
+    changed: list[str] = []
+    board.changed = changed.append
+    board.report("r49", Load(3, 0, 8, 0.5))
+    assert (changed, last.replica.load) == (["m49"], Load(3, 0, 8, 0.5))
+    assert {*looks} <= {"r49"}
+    looks.clear()
+    assert board.has(last) and board.application_of("r49-1") == "m49"
+    assert {*looks} <= {"r49"}
+
+
+def test_what_serve_reports_no_more_is_not_known() -> None:
+    board = Board()
+    board.publish("m", {"a": ("h", 1), "a-1": ("h", 2), "b": ("h", 3)})
+    front_ends = dict(board._front_ends["m"])
+    board.publish("m", {"b": ("h", 3)})
+    board.report("a", Load(3, 0, 8, 0.5))
+    assert front_ends["a"].replica.load is None
+    assert [board.has(front_ends[id]) for id in ("a", "a-1", "b")] == [False, False, True]
+    assert [board.application_of(id) for id in ("a", "a-1", "b", "b-1")] == [None, None, "m", None]
+    board.publish("m", {"a": ("h", 4), "b": ("h", 3)})  # another front end of this id
+    assert not board.has(front_ends["a"])
+    board.forget("m")
+    assert not board.has(front_ends["b"]) and board.application_of("b") is None
+    [again] = board.add("n", {"b": ("h", 5)})  # which a handle has named
+    assert board.has(again) and board.application_of("b") == "n"
 
 
 def test_with_the_second_front_end_that_failed_the_replica_is_lost() -> None:

@@ -82,6 +82,7 @@ async def test_it_tells_what_the_gateway_knows_of_a_model() -> None:
             "mend": "",
             "ids": ["m", "org/m"],
             "adapters": ["m-sql", "m-law"],
+            "fallback": [],
             "asleep": False,
             "takes": [],
             "max_model_len": 4096,
@@ -90,8 +91,8 @@ async def test_it_tells_what_the_gateway_knows_of_a_model() -> None:
             "longest_wait_s": 0.0,
             "starting": [],
             "replicas": [
-                {"id": "r0", "front_ends": 2, "asleep": False, "load": load},
-                {"id": "r1", "front_ends": 1, "asleep": False, "load": None},
+                {"id": "r0", "front_ends": 2, "asleep": False, "load": load, "weight": 1.0},
+                {"id": "r1", "front_ends": 1, "asleep": False, "load": None, "weight": 1.0},
             ],
         }
     }
@@ -140,6 +141,27 @@ async def test_what_others_have_of_a_models_gpu(keyed: dict[str, Any]) -> None:
         assert "others" not in all_["whole"]["memory"]
         seen = (await gateway.client.get("/fleet", headers={"x-api-key": ONE})).json()["models"]
         assert seen["m"]["memory"]["others"] == {"others": 5.75}  # whose names it may not know
+
+
+async def test_models_that_share_gpus_are_gone_through_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And not once for each of them."""
+    names = [f"m{n}" for n in range(20)]
+    async with GatewayProcess(applications={name: reported() for name in names}) as gateway:
+        for n, name in enumerate(names):
+            gateway.board.publish(name, {}, about=about_a_part(f"GPU{n // 2}", weights=1.0))
+        gone_through, models = [], gateway.directory.models
+        monkeypatch.setattr(
+            gateway.directory, "models", lambda: [gone_through.append(it) or it for it in models()]
+        )
+        told = (await gateway.client.get("/fleet")).json()["models"]
+    assert [told[name]["memory"]["others"] for name in names[:3]] == [
+        {"m1": 1.0},
+        {"m0": 1.0},
+        {"m3": 1.0},
+    ]
+    assert len(gone_through) <= 2 * len(names)
 
 
 async def test_an_engine_that_holds_more_than_its_part_is_told(

@@ -323,6 +323,52 @@ def test_a_wrong_setting_is_refused_with_what_is_allowed(args: dict[str, Any], w
     assert refused_args(**args).startswith(why)
 
 
+NO_TEXT = "fallback is for models that generate text: the vectors and scores of another model mean"
+
+
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        ({"fallback": "small"}, "fallback is 'small', but must be a list, such as ['small']"),
+        ({"fallback": ["a b"]}, "fallback.0 is 'a b', but an id has no spaces"),
+        ({"fallback": [1]}, "fallback.0 is 1, but must be text; put it in quotes, or remove it"),
+        ({"fallback": [""]}, "fallback.0 is empty; give it a value or remove it"),
+        ({"fallback": None}, "fallback is empty; give it a value or remove it"),
+        ({"fallback": ["a", "b", "a"]}, "fallback lists 'a' twice; remove one"),
+        ({"fallbacks": ["a"]}, "'fallbacks' is not a setting; did you mean 'fallback'? (known: "),
+        (
+            {"engine": {"fallback": ["a"]}},
+            "engine.fallback is not an argument of vLLM; put it beside engine, under args: "
+            "`fallback: [a]`",
+        ),
+        ({"fallback": ["a"], "fallback_after_s": -1}, "fallback_after_s is -1, but "),
+        (
+            {"fallback": ["a"], "fallback_after_s": "10s"},
+            "fallback_after_s is '10s', but must be a number, without a unit",
+        ),
+        (
+            {"fallback_after_s": 5},
+            "fallback_after_s is 5, but the model has no fallback; set fallback, or remove it",
+        ),
+        ({"fallback": ["a"], "engine": {"runner": "pooling"}}, NO_TEXT),
+        ({"fallback": ["a"], "engine": {"convert": "embed"}}, NO_TEXT),
+    ],
+)
+def test_a_fallback_that_cannot_be_is_refused(args: dict[str, Any], why: str) -> None:
+    assert refused_args(**args).startswith(why)
+
+
+@pytest.mark.parametrize("own", ["m", "org/m", "sql", "law"])
+def test_a_model_is_not_its_own_fallback(own: str) -> None:
+    args = {"fallback": ["other", own], "served_as": ["org/m"],
+            "adapters": [{"name": "sql", "path": "/a"}]}  # fmt: skip
+    application = chat(**args)
+    if own == "law":
+        application |= live({"adapters": [{"name": "law", "path": "/b"}]})
+    why = refusal(document(application))
+    assert why.endswith(f"application 'm': fallback has '{own}', the model itself; remove it")
+
+
 @pytest.mark.parametrize("value", [None, {"x": 1}, [1]])
 def test_an_environment_variable_must_be_a_plain_value(value: Any) -> None:
     assert "env" in refused_args(env={"A": value})

@@ -193,8 +193,8 @@ def test_what_has_no_counterpart_is_said_with_its_line(tmp_path: Path) -> None:
     assert said(result, "router_settings.model_group_alias.gpt-5").startswith("38: ")
     assert "serve-app keys new" in said(result, "general_settings.master_key")
     assert "another replica" in said(result, "litellm_settings.num_retries")
-    for part in ("litellm_settings.fallbacks", "environment_variables"):
-        assert "no counterpart" in said(result, part)
+    assert "the model's fallback" in said(result, "litellm_settings.fallbacks")
+    assert "no counterpart" in said(result, "environment_variables")
     comments = " ".join(line.lstrip("# ") for line in result.stdout.splitlines())
     for line in result.stderr.splitlines():
         about = line.split("theirs.yaml:", 1)[1].split(":", 1)[1].split(": ")[0].strip()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from harness.scripted import until
 
+from serve_app.cluster import limits_actor
 from serve_app.cluster.limits_actor import (
     DAILY,
     DAY_S,
@@ -75,6 +76,35 @@ def test_a_flood_at_all_gateways_overshoots_by_less_than_a_lease_of_each(
     assert took[0] == 100
     assert sum(took[1:]) < 50  # theirs were 18, 12, 6 and 0
     assert took[2:] == [0] * 6
+
+
+def test_an_exchange_costs_the_same_with_many_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gateway exchanges twice a second: what all cost grows with their number, not with its
+    square."""
+    added: list[int] = []
+
+    def counted_(sums: Counted, more: Counted) -> None:
+        added.append(len(more))
+        add(sums, more)
+
+    add = limits_actor._add
+    monkeypatch.setattr(limits_actor, "_add", counted_)
+    sums = Sums({})
+    told = {f"key-{n}": {REQUESTS.setting: {1: 2.0}} for n in range(5)}
+    cost = []
+    for gateway in range(20):
+        added.clear()
+        others, live = sums.exchange(f"g{gateway}", told, NOON)
+        cost.append(sum(added))
+        assert live == gateway + 1
+        assert others == {key: {REQUESTS.setting: {1: 2.0 * gateway}} for key in told if gateway}
+    assert max(cost) == 5
+    added.clear()
+    more = told | {"key-3": {REQUESTS.setting: {1: 3.0, 2: 1.0}}}
+    others, _ = sums.exchange("g0", more, NOON)
+    assert sum(added) == 1 and others["key-3"] == {REQUESTS.setting: {1: 38.0}}
+    others, _ = sums.exchange("g1", told, NOON)
+    assert others["key-3"] == {REQUESTS.setting: {1: 39.0, 2: 1.0}}
 
 
 def test_a_flood_at_one_gateway_gets_all_of_the_limit(four: Gateways) -> None:

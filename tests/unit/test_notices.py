@@ -151,6 +151,35 @@ def test_prompts_in_traces_without_a_receiver_are_said() -> None:
     assert notices(parse_document(document, Path("c.yaml"))) == []
 
 
+@pytest.mark.parametrize(
+    ("fallback", "said"),
+    [
+        (
+            ["smal"],
+            "fallback skips 'smal', which is no model of this config; did you mean 'small'?",
+        ),
+        (["small", "org/small", "law"], None),
+        (["zebra"], "fallback skips 'zebra', which is no model of this config"),
+    ],
+)
+def test_a_fallback_that_is_not_there_is_said(fallback: list[str], said: str | None) -> None:
+    document = fleet_of().document
+    document["applications"][0]["args"]["fallback"] = fallback
+    small = {"model": "org/small", "served_as": ["org/small"], "engine": {"enable_lora": True}}
+    adapters = {"adapters": [{"name": "law", "path": "/law"}]}
+    document["applications"].append(
+        {
+            "name": "small",
+            "route_prefix": None,
+            "import_path": "serve_app.model:app",
+            "args": small,
+            "deployments": [{"name": "ModelServer", "user_config": adapters}],
+        }
+    )
+    expected = [f"application 'm': {said}"] if said else []
+    assert notices(parse_document(document, Path("c.yaml"))) == expected
+
+
 @pytest.mark.parametrize("path", sorted((REPO / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_shipped_configs_need_no_word(path: Path) -> None:
     assert notices(load(path)) == []

@@ -1,4 +1,4 @@
-"""The simulator of benchmarks/routing: its traces, its engine, and that no request is lost in it."""
+"""The simulator of benchmarks/routing: its traces, its engine, and that it loses no request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -64,7 +64,7 @@ class TestTraces:
 
     def test_a_conversations_next_prompt_has_its_last_one_and_the_answer(self) -> None:
         for session in first("multi-turn", 50):
-            for before, after in zip(session, session[1:], strict=False):
+            for before, after in pairwise(session):
                 said = before.prompt_tokens + before.output_tokens
                 whole = traces.blocks(before.pieces, said, BLOCK)
                 prompt = traces.blocks(after.pieces, after.prompt_tokens, BLOCK)

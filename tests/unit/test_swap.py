@@ -52,6 +52,14 @@ def test_nobody_is_sent_to_sleep_for_nobody() -> None:
     assert decided(awake("a", busy=False), asleep("b")) == {}
 
 
+def test_a_model_that_has_loaded_sleeps_once_when_nobody_asks_for_it() -> None:
+    loaded = replace(awake("a", busy=False, s=3), slept=False)
+    orders = decided(loaded, asleep("b"))
+    assert not orders["a"].wake and orders["a"].slot == 0
+    assert decided(replace(loaded, busy=True), asleep("b")) == {}
+    assert decided(replace(loaded, slept=True), asleep("b")) == {}
+
+
 def test_an_idle_model_sleeps_as_soon_as_another_is_asked_for() -> None:
     orders = decided(awake("a", busy=False, s=0), asleep("b", 0))
     assert not orders["a"].wake and orders["a"].drain_s == TERMS.drain_s
@@ -156,6 +164,7 @@ class Played:
     heard: str = ""
     since: float = 0.0
     loaded: bool = False
+    slept: bool = False
     requests: list[float] = field(default_factory=list)
     """When each of them came."""
 
@@ -168,7 +177,7 @@ class Played:
         awake_s = now - self.since if self.state == "awake" else 0.0
         return Report(
             self.name, self.state, self.slot, wants,  # type: ignore[arg-type]
-            busy=bool(self.requests), awake_s=awake_s, heard=self.heard,
+            busy=bool(self.requests), awake_s=awake_s, slept=self.slept, heard=self.heard,
         )  # fmt: skip
 
     def hear(self, order: Order) -> None:
@@ -190,7 +199,7 @@ class Played:
                 self.state, self.slot = "asleep", None
         elif self.state == "falling":
             self._unlock()
-            self.state, self.slot, self.since = "asleep", None, now
+            self.state, self.slot, self.since, self.slept = "asleep", None, now, True
         elif self.state == "awake":
             self.requests.clear()
 

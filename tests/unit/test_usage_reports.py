@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,46 @@ async def test_a_question_without_news_is_answered_in_the_end(monkeypatch: Any) 
     await asyncio.sleep(0)
     kept.add(report("1"))
     assert len((await asked).reports) == 1
+
+
+async def test_a_gateway_that_knows_that_an_engine_idles_is_answered_once_it_does_not(
+    monkeypatch: Any,
+) -> None:
+    """Most replicas of a large fleet idle, and each answer costs every gateway."""
+    monkeypatch.setattr(reports, "HOLD_S", 0.001)
+    monkeypatch.setattr(reports, "IDLE_HOLD_S", float("inf"))
+    idle, busy = Load(0, 0, 8, 0.0), Load(1, 0, 8, 0.1)
+    loads = [busy, *[idle] * 9]
+    kept = Reports(lambda: loads.pop() if len(loads) > 1 else busy)
+    first = await kept.answer(Question("g"))  # which knows nothing yet
+    assert first.load == idle
+    again = await kept.answer(Question("g", first.of, first.last))
+    assert again.load == busy
+    # A busy engine is told of all the time, and one that calls wait for.
+    assert (await kept.answer(Question("g", first.of, first.last))).load == busy
+    loads[:] = [busy, *[idle] * 9]
+    assert (await kept.answer(Question("g", first.of, first.last))).load == idle
+    told = await kept.answer(Question("g", first.of, first.last, waiting=1))
+    assert told.load == idle
+
+
+async def test_front_ends_that_are_asked_in_the_same_moment_answer_in_different_ones(
+    monkeypatch: Any,
+) -> None:
+    """A thousand answers at once keep a gateway from its streams for 0.1 s."""
+    holds: list[float] = []
+
+    def timeout(seconds: float) -> Any:
+        holds.append(round(seconds, 3))
+        return asyncio.timeout(0)
+
+    named = {name: getattr(asyncio, name) for name in ("Event", "sleep")}
+    monkeypatch.setattr(reports, "asyncio", SimpleNamespace(timeout=timeout, **named))
+    monkeypatch.setattr(reports, "HOLD_S", 1.0)
+    for _ in range(20):
+        await Reports(lambda: Load(1, 0, 8, 0.1)).answer(Question("g"))
+    assert len(holds) == 20 and len({*holds}) > 10
+    assert min(holds) > 0.7 and max(holds) < 1.3
 
 
 async def test_reports_of_a_gateway_that_is_gone_go_to_another(monkeypatch: Any) -> None:

@@ -39,6 +39,11 @@ modules and library workspaces. The same for all models."""
 ALLOCATOR_SLACK_BYTES = 64 * MIB
 """Memory that PyTorch's allocator then has reserved but not handed out: 6 to 123 MiB, mean 49."""
 
+WARM_UP_BYTES = 120 * MIB
+"""The same for what vLLM loads when it warms up, after it has measured what is left: of interest
+where it is told its KV cache's size. 123 MiB for an 8B on an H100, where nothing else came on top
+(benchmarks/results/shares-h100.json)."""
+
 COMMUNICATION_BYTES = int(0.1 * GIB)
 """Buffers of the custom all-reduce where TP or PP exceeds 1, as TP 4 on H100s had them; NCCL's own
 are there before vLLM's first snapshot."""
@@ -176,7 +181,8 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
     weights = weight_bytes(model, engine)
     graphs = cudagraph_bytes(shape, engine)
     alone = parallel.gpus == 1
-    spare = SPARE_BYTES if engine.part_bytes else 0
+    in_part = bool(engine.part_bytes)
+    spare = SPARE_BYTES if in_part else 0
     stages = []
     for index in range(parallel.pipeline):
         first, last = index == 0, index == parallel.pipeline - 1
@@ -186,9 +192,10 @@ def plan(model: Model, engine: EngineArgs, gpu: GPU) -> Plan:
             weights=weights[index],
             non_torch=NON_TORCH_BYTES
             + ALLOCATOR_SLACK_BYTES
-            + (0 if alone else COMMUNICATION_BYTES),
+            + (0 if alone else COMMUNICATION_BYTES)
+            + (WARM_UP_BYTES if in_part else 0),
             buffers=buffer_bytes(shape, engine, first=first, last=last),
-            activation=activation_bytes(shape, engine, last=last),
+            activation=activation_bytes(shape, engine, last=last, sampling=in_part),
             cudagraph=graphs,
             kv_cache=0,
         )
@@ -514,8 +521,14 @@ def moe_workspace_bytes(shape: ModelShape, engine: EngineArgs) -> int:
     return rows * (max(inner, hidden) + max(2 * inner, hidden)) * element_bytes(engine)
 
 
-def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> int:
+def activation_bytes(
+    shape: ModelShape, engine: EngineArgs, *, last: bool, sampling: bool = False
+) -> int:
     """Peak of the dummy batch (``profile_run``, v1/worker/gpu/model_runner.py:851).
+
+    That batch samples greedily. With ``sampling`` it is the peak of the warm-up's, which have three
+    float32 copies of their logits (v1/worker/gpu/sample/sampler.py:227, those that pass top-k, and
+    their probabilities).
 
     The largest of the MLP, attention, the experts and, on the last stage, the logits. The residual
     and the layer's input are alive in each of them.
@@ -556,6 +569,8 @@ def activation_bytes(shape: ModelShape, engine: EngineArgs, *, last: bool) -> in
         # All-gathered logits are a second copy (layers/logits_processor.py: _gather_logits).
         copies = 1 if tp == 1 else 1 + 1 / tp
         logits = math.ceil(requests * shape.vocab_size * copies)
+        if sampling:
+            logits += math.ceil(requests * shape.vocab_size * 3 * 4 / element)
         places.append(tokens * hidden + requests * hidden + logits)
     return math.ceil(max(places) * element)
 

@@ -160,6 +160,38 @@ def test_a_config_without_a_gateway_reaches_no_client(tmp_path: Path) -> None:
     assert not [f for f in checklist.static(write(tmp_path), None) if f.check == "gateway"]
 
 
+def test_a_fallback_is_for_models_that_generate_text(tmp_path: Path) -> None:
+    folder = tmp_path / "embeds"
+    folder.mkdir()
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Pooling"}]')
+    [name] = load(write(tmp_path)).models
+
+    def said(fallback: dict[str, list[str]]) -> list[tuple[str, str, str]]:
+        document = yaml.safe_load(write(tmp_path).read_text())
+        embeds = {
+            "name": "embeds",
+            "route_prefix": None,
+            "import_path": "serve_app.model:app",
+            "args": {"model": str(folder), "resources": {"device": "cpu"}},
+        }
+        document["applications"].append(embeds)
+        for application in document["applications"]:
+            if application["name"] in fallback:
+                application["args"]["fallback"] = fallback[application["name"]]
+        path = tmp_path / "both.yaml"
+        path.write_text(yaml.safe_dump(document))
+        found = [f for f in checklist.static(path, None) if f.check == "fallback"]
+        return [(f.status, f.about, f.text) for f in found]
+
+    assert said({}) == []
+    assert said({name: ["embeds"]}) == [
+        ("fail", name, "fallback has 'embeds', which generates no text; remove it")
+    ]
+    [(status, about, text)] = said({"embeds": [name]})
+    assert (status, about) == ("fail", "embeds")
+    assert text.startswith("fallback is for models that generate text")
+
+
 def test_a_model_without_a_chat_template_is_a_warning(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     folder.mkdir()

@@ -1,0 +1,1 @@
+"""How far one cluster goes: ``python -m benchmarks.scale``."""
