@@ -27,7 +27,7 @@ from benchmarks.routing.traces import Session, Turn
 from serve_app.cluster.exchange import HOLD_S, Load
 from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.routing.held import MOST, Held
-from serve_app.replica.reports import _APART_S
+from serve_app.replica.reports import _SOONEST_S
 
 _REPORT_S = 0.001
 """From a replica to a gateway."""
@@ -309,7 +309,7 @@ class Fleet:
         """A request of the gateway has ended there: it is told, at most every 10 ms."""
         if not self._due[gateway.number][engine]:
             self._due[gateway.number][engine] = True
-            when = max(self.now, self._told[gateway.number][engine] + _APART_S)
+            when = max(self.now, self._told[gateway.number][engine] + _SOONEST_S)
             self._at(when, self._report, gateway, engine)
 
     def _report(self, gateway: Gateway, number: int) -> None:

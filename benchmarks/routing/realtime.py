@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import processes
-from benchmarks.gateway.arms import OTHERS, TREE, _version
+from benchmarks import others, processes
+from benchmarks.gateway.arms import TREE
 from benchmarks.routing import client, traces
 from serve_app.errors import UserError
 
@@ -42,7 +42,7 @@ def measure(
     port: int, rounds: Iterable[int], work: Path, names: Sequence[str], contenders: Sequence[str]
 ) -> dict[str, Any]:
     """Contenders in turn, in these rounds, on these traces."""
-    if not (OTHERS / "vllm-router").exists():
+    if not (others.BIN / "vllm-router").exists():
         contenders = [name for name in contenders if name not in THEIRS]
     records = []
     for number in rounds:
@@ -56,7 +56,7 @@ def measure(
         "rates": {name: rate for name, (_, rate) in TRACES.items()},
         "warm_s": WARM_S,
         "measured_s": MEASURED_S,
-        "vllm-router": _version("vllm-router"),
+        "vllm-router": others.version("vllm-router"),
         "records": records,
     }
 
@@ -91,7 +91,7 @@ def _command(name: str, port: int, work: Path) -> list[Any]:
 def vllm_router(policy: str, port: int, workers: range | list[int]) -> list[Any]:
     """Its command; with the defaults of its own launcher, but for retries, which hide errors."""
     return [
-        OTHERS / "vllm-router", "--host", "127.0.0.1", "--port", port, "--log-level", "error",
+        others.BIN / "vllm-router", "--host", "127.0.0.1", "--port", port, "--log-level", "error",
         "--policy", policy, "--prometheus-port", port + 1, "--disable-retries",
         "--worker-urls", *(f"http://127.0.0.1:{at}" for at in workers),
     ]  # fmt: skip

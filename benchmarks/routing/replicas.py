@@ -1,10 +1,10 @@
 """Engines in real time that compute nothing: ``python -m benchmarks.routing.replicas PORT COUNT``.
 
-Each port is a vLLM server in what it says and in when: an Engine of :mod:`benchmarks.routing.engine`
-decides when a request has its first token and its last one, and what of its prompt is found in the
-cache. A token is four bytes of the prompt. Two events make a stream, the first token, and all others
-at its end: a gateway's time for events is not measured here. To our gateway it is a replica, and
-reports its load and what each request took.
+Each port is a vLLM server in what it says and in when: :mod:`benchmarks.routing.engine` decides
+when a request has its first token and its last one, and what of its prompt is in the cache. A token
+is four bytes of the prompt. Two events make a stream, the first token, and all others at its end: a
+gateway's time for events is not measured here. To our gateway it is a replica, and reports its load
+and what each request took.
 
 A request says in ``metadata.answer`` what the engine is to generate, so that the next request of
 its conversation finds the answer in the cache too.
