@@ -17,7 +17,7 @@ import heapq
 import itertools
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,6 +116,7 @@ class Gateway:
             if not live:
                 return False
         roomy = {it.replica: it for it in live}
+        ample = [it for it in live if (room := it.replica.room()) is None or room.is_ample]
         held = self.held.next(lambda asked, replica: replica in roomy)
         if held and (not self.line or held[2] < self.line[0].rank):
             asked, replica, _ = held
@@ -124,20 +125,22 @@ class Gateway:
             return True
         if self.line:
             asked = self.line.popleft()
-            if not self._hold(asked, live, roomy):
+            if not self._hold(asked, ample or live, roomy, bool(ample)):
                 given.append(self._sent(asked, live))
             return True
-        if asked_in_vain := self.held.in_vain(self.replicas, self._now()):
+        if ample and (asked_in_vain := self.held.in_vain(self._now())):
             self.held.remove(asked_in_vain)
-            given.append(self._sent(asked_in_vain, live))
+            given.append(self._sent(asked_in_vain, ample))
             return True
         return False
 
-    def _hold(self, asked: Asked, live: list[FrontEnd], roomy: Container[Replica]) -> bool:
-        if len(live) == len(self.front_ends):
+    def _hold(
+        self, asked: Asked, live: list[FrontEnd], roomy: dict[Replica, FrontEnd], ample: bool
+    ) -> bool:
+        if len(roomy) == len(self.front_ends):
             return False
         places = {
-            it: 0 if self.line else waiting + 1
+            it: waiting + 1 if ample else 0
             for it in self.replicas
             if it not in roomy and (waiting := self.held.waiting(it)) < MOST
         }

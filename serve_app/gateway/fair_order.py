@@ -110,12 +110,15 @@ class FairOrder(Generic[Item]):
         return min(able, key=rank, default=None)
 
     def take(self, share: Share[Item]) -> Item:
-        """Take the caller's first call out: it has its turn."""
+        """Take the caller's first call out: it has its turn, and is :meth:`served` now or later."""
         _, item = share.waiting.popleft()
         self._tidy(share)
-        priority = share.caller.priority
-        self._clocks[priority] = max(self._clocks[priority], share.served)
         return item
+
+    def served(self, place: Rank) -> None:
+        """A call that had this place in the order is served: who comes now is lifted to there."""
+        priority, count, _ = place
+        self._clocks[-priority] = max(self._clocks[-priority], count)
 
     def charge(self, share: Share[Item]) -> float:
         """Charge the caller for a call whose end is not known yet; return how much."""

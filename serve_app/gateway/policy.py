@@ -29,7 +29,7 @@ class Policy(Protocol):
 
         Args:
             full: by replica without room: how many calls must end there before this one has a
-                place; 0 where the places that are free now will be used by others.
+                place; 0 where no replica has ample room, so that all wait.
         """
         return None
 

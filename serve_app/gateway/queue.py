@@ -302,6 +302,7 @@ class Queue:
             self._grant(line, line.again.popleft(), roomy)
             return True
         spare = [it for it in roomy if (room := rooms[it.replica]) is None or room.left > room.kept]
+        ample = [it for it in spare if (room := rooms[it.replica]) is None or room.is_ample]
         with_room, with_spare = ({it.replica for it in some} for some in (roomy, spare))
         may_have_last = None if len(spare) == len(roomy) else _may_have_last(order, rooms)
 
@@ -310,24 +311,31 @@ class Queue:
             return roomy if may_have_last is None or (share and may_have_last(share)) else spare
 
         def fits(place: _Place, replica: Replica) -> bool:
-            return replica in with_spare or (replica in with_room and able(place.share) is roomy)
+            """Whether a held call can go on: to its replica, or anywhere if that is gone."""
+            if replica in replicas:
+                return replica in with_spare or (
+                    replica in with_room and able(place.share) is roomy
+                )
+            return bool(able(place.share))
 
         share = order.first(None if spare else may_have_last)
         held = line.held.next(fits)
         if held and (share is None or held[2] < rank(share)):
-            place, replica, _ = held
+            place, replica, its_rank = held
             line.held.remove(place)
-            self._grant(line, place, [it for it in roomy if it.replica is replica])
+            order.served(its_rank)
+            its = [it for it in roomy if it.replica is replica]
+            self._grant(line, place, its or able(place.share))
             return True
         if share is not None:
             among, its_rank, place = able(share), rank(share), order.take(share)
-            if not self._hold(line, place, its_rank, among, replicas):
+            if not self._hold(line, place, its_rank, among, ample, replicas):
+                order.served(its_rank)
                 self._grant(line, place, among)
             return True
-        in_vain = line.held.in_vain(replicas, time.monotonic())
-        if in_vain and (anywhere := able(in_vain.share)):
+        if ample and (in_vain := line.held.in_vain(time.monotonic())):
             line.held.remove(in_vain)
-            self._grant(line, in_vain, anywhere)
+            self._grant(line, in_vain, ample)
             return True
         return False
 
@@ -337,20 +345,23 @@ class Queue:
         place: _Place,
         its_rank: Rank,
         able: list[FrontEnd],
+        ample: list[FrontEnd],
         replicas: set[Replica],
     ) -> bool:
-        """Let a call whose turn it is wait for a replica without room, if the policy says so."""
+        """Let a call whose turn it is wait for a replica without room, if the policy says so.
+
+        How long that may take counts where another one has much room. Else all are busy, and the
+        few places that are free will be used by whoever they suit.
+        """
         full = replicas - {it.replica for it in able}
         if not full or place.call.front_end or place.granted.done():
             return False
-        # While others wait, the places that are free now will be used.
-        others = line.order.anyone_waits
         places = {
-            it: 0 if others else waiting + 1
+            it: waiting + 1 if ample else 0
             for it in full
             if (waiting := line.held.waiting(it)) < MOST
         }
-        wait = self._policy.waits_for(able, place.call, places) if places else None
+        wait = self._policy.waits_for(ample or able, place.call, places) if places else None
         if wait is None:
             return False
         replica, seconds = wait

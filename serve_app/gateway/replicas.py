@@ -33,6 +33,10 @@ KEPT_FREE = 0.1
 """Part of what an engine can run that is kept free while a caller is about that asks for little:
 its request then waits neither here nor in the engine."""
 
+AMPLE = 1.25
+"""How many times its requests an engine could have that has ample room: calls that wait for another
+one's cache go there after a while."""
+
 KV_CACHE_FULL = 0.8
 """Part of the KV cache in use from which on it bounds what an engine can run."""
 
@@ -83,6 +87,11 @@ class Room(NamedTuple):
     kept: int
     """Of ``left``, what is kept for callers that ask for little: the little more, and a few of
     those that run."""
+
+    @property
+    def is_ample(self) -> bool:
+        """Whether it could have a quarter more than it has."""
+        return self.left > 0 and self.most >= AMPLE * (self.most - self.left)
 
 
 @dataclass(eq=False)
@@ -274,10 +283,6 @@ class Board:
         """An application's replicas, avoided ones too."""
         known = self._front_ends.get(application, {})
         return list({it.replica.id: it.replica for it in known.values()}.values())
-
-    def replicas(self, application: str) -> set[str]:
-        """The ids of an application's replicas, those that are avoided too."""
-        return {it.replica.id for it in self._front_ends.get(application, {}).values()}
 
     def over_plan(self, application: str) -> int:
         """The most bytes that one of its engines holds beyond its part of a GPU."""

@@ -18,7 +18,7 @@ from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, t
 from serve_app.cluster.exchange import Usage
 from serve_app.config import keys
 from serve_app.gateway.callers import Caller
-from serve_app.gateway.fair_order import AWAY_S, FairOrder
+from serve_app.gateway.fair_order import AWAY_S, FairOrder, rank
 from serve_app.gateway.ledger import Ledger
 from serve_app.gateway.queue import Queue
 from serve_app.gateway.replicas import Load
@@ -314,6 +314,7 @@ class Order(FairOrder[str]):
         """Give turns until nobody waits, and settle each at once."""
         had = []
         while share := self.first():
+            self.served(rank(share))
             had.append(self.take(share))
             charge = self.charge(share)
             self.settle(share, charge, (takes or {}).get(share.caller.name, 1.0))

@@ -65,7 +65,7 @@ async def replicas(count: int, **more: Any) -> AsyncIterator[Replicas]:
 
 
 def report(gateway: GatewayProcess, replica: str, **load: Any) -> None:
-    known = {"running": 0, "waiting": 0, "capacity": 256, "kv_cache_usage": 0.0}
+    known = {"running": 0, "waiting": 0, "capacity": 64, "kv_cache_usage": 0.0}
     gateway.board.report(replica, Load(**(known | {"prefix_cache_tokens": 100_000} | load)))
 
 
@@ -159,11 +159,11 @@ async def test_a_prompt_that_everybody_sends_is_soon_on_every_replica() -> None:
         them.go.clear()
         sent = [asyncio.create_task(chat_anyhow(gateway, LONG, f"question {n}")) for n in range(60)]
         assert await until(lambda: sum(them.got()) == 60)
-        assert min(them.got()) >= 5
-        assert max(them.got()) <= 1.25 * 15 + 4
+        assert max(them.got()) <= 1.5 * 15
         them.go.set()
         assert set(await asyncio.gather(*sent)) == {200}
-        assert counted(gateway, "choices_total", "reason")["overflow"] == 3
+        overflows = counted(gateway, "choices_total", "reason")["overflow"]
+        assert overflows == sum(got > 0 for got in them.got()) - 1  # the others had it then
 
 
 async def chat_anyhow(gateway: GatewayProcess, *texts: str, **more: Any) -> int:
@@ -265,9 +265,12 @@ async def test_it_waits_no_longer_than_the_setting_says() -> None:
         before = them.got()
         sent = [asyncio.create_task(chat_anyhow(gateway, LONG)) for _ in range(2)]
         assert await until(lambda: queue_of(gateway).waiting("m").requests == 2)
-        busy(gateway, other, -2)
-        # The first lets the second pass, which does not know when the other replica has a place.
-        report(gateway, other, running=12, capacity=10)
+        busy(gateway, other, -1)
+        report(gateway, other, running=13, capacity=10)
+        await asyncio.sleep(0.8)
+        assert queue_of(gateway).waiting("m").requests == 2  # a place alone does not draw them
+        busy(gateway, other, -6)
+        report(gateway, other, running=7, capacity=10)
         assert await asyncio.gather(*sent) == [200, 200]
         went = {f"r{n}": got - b for n, (got, b) in enumerate(zip(them.got(), before, strict=True))}
         assert went == {home: 0, other: 2}

@@ -20,7 +20,7 @@ from serve_app.config.settings import RoutingConfig
 from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.routing.index import Index
 from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
-from serve_app.gateway.routing.work import PRIOR_TOKENS_PER_S, Backlog, Mean
+from serve_app.gateway.routing.work import Backlog, Mean, Rate
 
 Reason = Literal["warm", "overflow", "cold", "hash", "session", "short"]
 """Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
@@ -35,12 +35,25 @@ PATIENCE = 4.0
 """How many times the prefill that a cache saves a call may wait for it: it also saves the time of
 others. ``max_wait_for_cache_s`` bounds it."""
 
-BOUND = 1.25
-"""Times the mean number of requests that a replica may have and still get more for its cache, as in
-Mirrokni et al., "Consistent Hashing with Bounded Loads", 2016."""
+BOUND = 1.5
+"""Times the mean number of requests that a replica may have and still get more for its cache. With
+less, random clusters of requests move prompts that must be computed again; with more, one replica
+of two could have all."""
+
+HASH_BOUND = 1.25
+"""The same for a prompt that is nowhere, which has nothing to lose: as in Mirrokni et al.,
+"Consistent Hashing with Bounded Loads", 2016."""
+
+SOONER = 2.0
+"""How many times sooner another replica must answer at least: where all have much to do, some have
+a little less, and a prompt that moves there for that pushes out another's."""
+
+REMEMBERED = 4.0
+"""How many times its KV cache a replica's part of the index is. A replica is still the best place
+for what it has just forgotten: elsewhere that would push out what others come back to."""
 
 SLACK = 4
-"""Requests beyond the mean that it may have in any case: so few decode as fast as one."""
+"""Requests beyond the mean that it may have in any case."""
 
 UNKNOWN_TOKENS = 2**16
 """Size of a KV cache that its replica has not told yet."""
@@ -50,7 +63,7 @@ _COMPLETION_TOKENS = 256.0
 """Before the accounting has told."""
 
 _LEAST_TRUST = 0.1
-"""So that a replica's part of the index is never empty, and can grow again."""
+"""So that what is not believed at all can be tried again."""
 
 _ENDS = 64
 """Calls whose ends tell how soon a replica without room has a place."""
@@ -96,7 +109,7 @@ class Sent:
 class _Seen:
     """What is known of one replica."""
 
-    def __init__(self, drops: int, rate: Mean) -> None:
+    def __init__(self, drops: int, rate: Rate) -> None:
         self.drops = drops
         """How often it had dropped its cache, when the index was last cleared of it."""
 
@@ -124,13 +137,16 @@ class CacheAware:
         patience: float = PATIENCE,
         bound: float = BOUND,
         slack: float = SLACK,
+        sooner: float = SOONER,
+        remembered: float = REMEMBERED,
     ) -> None:
         self.config = config or RoutingConfig()
         self._now = now
         self._warm, self._patience = warm, patience
-        self._bound, self._slack = bound, slack
+        self._bound, self._slack, self._sooner = bound, slack, sooner
+        self._remembered = remembered
         self.index = Index()
-        self._rate = Mean(PRIOR_TOKENS_PER_S, 1.0)
+        self._rate = Rate()
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
         self._completion = Mean(_COMPLETION_TOKENS, 4.0)
         self._seen: dict[str, _Seen] = {}
@@ -164,7 +180,7 @@ class CacheAware:
 
         Args:
             full: by replica without room: how many calls must end there before this one has a
-                place; 0 where the places that are free now will be used by others.
+                place; 0 where no replica has ample room, so that all wait.
         """
         if not prompt.blocks and prompt.session is None:
             return None
@@ -245,7 +261,7 @@ class CacheAware:
         again."""
         saved_s = (warm.cached - cold.cached) / warm.rate
         patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
-        return warm.ttft_s - cold.ttft_s > patience_s
+        return warm.ttft_s - cold.ttft_s > patience_s and warm.ttft_s > self._sooner * cold.ttft_s
 
     def _next_home(self, prompt: Prompt, cold: list[Option], warm: Option) -> Option:
         """Where calls go that share a beginning and overflow: all to the same one.
@@ -264,7 +280,7 @@ class CacheAware:
         """The first with room, in an order that all gateways have for this key."""
         ordered = _in_order(key, options)
         mean = (sum(it.requests for it in options) + 1) / len(options)
-        most = math.ceil(self._bound * mean)
+        most = math.ceil(HASH_BOUND * mean)
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
 
     def _options(
@@ -322,8 +338,8 @@ class CacheAware:
         if prompt.blocks:
             told = replica.load.prefix_cache_tokens if replica.load else None
             tokens = UNKNOWN_TOKENS if told is None else told
-            holds = int(tokens * seen.trusted * self._bytes_per_token.value / BLOCK)
-            self.index.add(replica.id, prompt.blocks, holds)
+            size = tokens * self._bytes_per_token.value * self._remembered
+            self.index.add(replica.id, prompt.blocks, int(size / BLOCK))
 
     def _seconds_for(self, calls: int, replica: Replica, now: float) -> float:
         """How long it takes until so many calls have ended at a replica."""

@@ -8,15 +8,14 @@ lets others pass that the free place suits, until its own replica has one.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from serve_app.gateway.replicas import Replica
 
-MOST = 32
-"""Calls that wait for one replica at most. Lines of random length of which each replica always has
-one to serve need not be longer; and who comes later is not kept waiting by more."""
+MOST = 256
+"""Calls that wait for one replica at most. Whoever comes next goes where there is room."""
 
 Item = TypeVar("Item")
 
@@ -68,10 +67,7 @@ class Held(Generic[Item]):
         first = min(heads, key=lambda it: it.rank, default=None)
         return (first.item, first.replica, first.rank) if first else None
 
-    def in_vain(self, replicas: Container[Replica], now: float) -> Item | None:
-        """One that has waited long enough, or whose replica is not among these any more."""
-        for replica, line in self._lines.items():
-            if replica not in replicas:
-                return line[0].item
+    def in_vain(self, now: float) -> Item | None:
+        """One that has waited long enough."""
         oldest = next(iter(self._holds.values()), None)
         return oldest.item if oldest and oldest.until <= now else None

@@ -64,7 +64,7 @@ class Router(Policy):
 
     def choose(self, live: Sequence[FrontEnd], call: Call) -> FrontEnd:
         model = call.model
-        replicas = self._board.replicas(model.name)
+        replicas = {it.id for it in self._board.replicas_of(model.name)}
         config = self._config(model)
         if len(replicas) < 2:
             return self._fewest.choose(live, call)

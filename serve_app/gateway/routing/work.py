@@ -3,7 +3,7 @@
 A token of a prompt that is not in the KV cache has to be computed before the first byte of the
 answer, and so have those of the prompts before it. The estimate is calibrated against itself: a
 replica's rate is the tokens that were believed to be ahead of a call, and its own, by the time to
-its first byte.
+its first byte, of those that had to wait for nothing else.
 """
 
 from __future__ import annotations
@@ -16,15 +16,30 @@ PRIOR_TOKENS_PER_S = 8000.0
 """Prefill rate before anything was measured: between a CPU's and an H100's. It matters only for
 calls that would wait longer than ``max_wait_for_cache_s``; others are compared in tokens."""
 
-_PRIOR_S = 1.0
-"""Weight of what is known of all replicas in the rate of one of them, in seconds of it."""
-
 _KEPT = 0.98
 """Part of what was measured that is kept at each further call: about the last 50 decide."""
+
+_UP, _DOWN = 0.1, 0.025
+"""Steps towards a measurement that is above or below what is known: so it comes to lie where four
+of five are below."""
 
 _EXPIRES = 2.0
 """A prompt whose first byte does not tell that it was read (the answer is no stream) counts as read
 after so many times as long as was estimated."""
+
+
+class Rate:
+    """Tokens of prompts per second, of the fifth of the calls that were the fastest: others have
+    waited for something else too, such as KV blocks or a step that decodes."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float = PRIOR_TOKENS_PER_S) -> None:
+        self.value = value
+
+    def measured(self, tokens: float, seconds: float) -> None:
+        sample = tokens / seconds
+        self.value += (_UP if sample > self.value else _DOWN) * (sample - self.value)
 
 
 class Mean:
@@ -61,13 +76,13 @@ class _Prefill:
 class Backlog:
     """The prompts of this gateway that one replica has yet to read."""
 
-    def __init__(self, of_all: Mean | None = None) -> None:
+    def __init__(self, of_all: Rate | None = None) -> None:
         """``of_all`` is the rate of all replicas of the model, which measures as well."""
         self.tokens = 0.0
         """Of these prompts, those that are not in the KV cache."""
 
-        self._of_all = of_all or Mean(PRIOR_TOKENS_PER_S, 1.0)
-        self._own = Mean(0.0, 0.0)
+        self._of_all = of_all or Rate()
+        self._own = Rate(self._of_all.value)
         self._calls: dict[str, _Prefill] = {}
         """Those that are not accounted for yet."""
 
@@ -77,8 +92,7 @@ class Backlog:
     @property
     def rate(self) -> float:
         """Tokens of prompts that the replica reads in a second."""
-        own = self._own
-        return (own.above + self._of_all.value * _PRIOR_S) / (own.below + _PRIOR_S)
+        return self._own.value
 
     def began(
         self,
@@ -127,4 +141,4 @@ class Backlog:
         prefill = self._calls.pop(id, None)
         if prefill and computed is not None and prefill.first_byte_s:
             for rate in (self._own, self._of_all):
-                rate.add(prefill.ahead + computed, prefill.first_byte_s)
+                rate.measured(prefill.ahead + computed, prefill.first_byte_s)
