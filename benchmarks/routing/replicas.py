@@ -13,6 +13,7 @@ its conversation finds the answer in the cache too.
 from __future__ import annotations
 
 import asyncio
+import struct
 import sys
 from functools import partial
 from typing import Any, cast
@@ -55,6 +56,9 @@ def _document(body: bytes) -> bytes:
 
 
 _MODELS = _document(msgspec.json.encode({"data": [{"id": MODEL, "object": "model"}]}))
+
+
+_NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 
 def _event(**fields: Any) -> bytes:
@@ -151,15 +155,24 @@ class _Connection(asyncio.Protocol):
             self._exchanging = asyncio.create_task(self._exchange(Question.decode(body)))
         elif not body:  # whatever a router wants to know of its workers
             self._transport.write(_MODELS)
+        elif self._target == b"/tokenize":  # vllm-router 0.1.17 does, of each prompt
+            data = _asked.decode(body).messages[0].content.encode()
+            data = data[: len(data) // BYTES_PER_TOKEN * BYTES_PER_TOKEN]
+            tokens = [word for (word,) in struct.iter_unpack("<I", data)]
+            said = {"count": len(tokens), "max_model_len": 131072, "tokens": tokens}
+            self._transport.write(_document(msgspec.json.encode(said)))
+        elif self._target != b"/v1/chat/completions":
+            self._transport.write(_NOT_FOUND)
         else:
             asked = _asked.decode(body)
             prompt = asked.messages[0].content
             blocks = blocks_of(prompt + asked.metadata.answer)
-            tokens = len(prompt) // BYTES_PER_TOKEN
-            self._replica.add(Request(tokens, asked.max_tokens, blocks, owner=self))
+            length = len(prompt) // BYTES_PER_TOKEN
+            self._replica.add(Request(length, asked.max_tokens, blocks, owner=self))
 
     def first_token(self) -> None:
-        self._transport.write(_STREAM + _FIRST)
+        if not self._transport.is_closing():
+            self._transport.write(_STREAM + _FIRST)
 
     def last_token(self, request: Request) -> None:
         usage = {
@@ -168,7 +181,8 @@ class _Connection(asyncio.Protocol):
             "total_tokens": request.prompt_tokens + request.output_tokens,
             "prompt_tokens_details": {"cached_tokens": request.cached_tokens},
         }
-        self._transport.write(_LAST + _event(choices=[], usage=usage) + _DONE)
+        if not self._transport.is_closing():
+            self._transport.write(_LAST + _event(choices=[], usage=usage) + _DONE)
         if self._call:
             took = Usage(request.prompt_tokens, request.cached_tokens, request.output_tokens)
             self._replica.reports.add(Report(Called.read(self._call), took))

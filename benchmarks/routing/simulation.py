@@ -107,6 +107,10 @@ def _play(
     return fleet.run(shape.at(rate, end, seed), shape.warm_s, end, end + patience_s)
 
 
+def _capacity(of: tuple[str, int]) -> float:
+    return capacity(*of)
+
+
 def play_all(path: Path, budget_s: float, *, quick: bool, processes: int) -> bool:
     """Play what a result file does not have yet; whether it has everything now.
 
@@ -126,19 +130,17 @@ def play_all(path: Path, budget_s: float, *, quick: bool, processes: int) -> boo
     def save() -> None:
         path.write_text(json.dumps(data, indent=1) + "\n")
 
+    at = 0
     with ProcessPoolExecutor(processes) as pool:
-        sizes = {f"{c.trace}, {c.replicas}": (c.trace, c.replicas) for c in wanted}
-        missing = {key: size for key, size in sizes.items() if key not in capacities}
-        found = pool.map(capacity, [it[0] for it in missing.values()],
-                         [it[1] for it in missing.values()])  # fmt: skip
-        capacities.update(zip(missing, found, strict=True))
-        save()
-        at = 0
         while at < len(wanted) and time.monotonic() < deadline:
             part = wanted[at : at + 8 * processes]
+            sizes = {f"{c.trace}, {c.replicas}": (c.trace, c.replicas) for c in part}
+            missing = [key for key in sizes if key not in capacities]
+            found = pool.map(_capacity, [sizes[key] for key in missing])
+            capacities.update(zip(missing, found, strict=True))
             rates = [c.load * capacities[f"{c.trace}, {c.replicas}"] for c in part]
             records.extend(pool.map(run, part, rates))
             at += len(part)
-            save()
+            path.write_text(json.dumps(data, indent=1) + "\n")
             print(f"{len(records)} runs, {len(wanted) - at} left", flush=True)
     return at >= len(wanted)
