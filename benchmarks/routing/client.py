@@ -50,7 +50,7 @@ def chat(turn: Turn, model: str) -> dict[str, Any]:
 
 async def play(
     url: str, sessions: Sequence[Session], model: str = MODEL,
-    body: Callable[[Turn, str], dict[str, Any]] = chat,
+    body: Callable[[Turn, str], dict[str, Any]] = chat, path: str = "/v1/chat/completions",
 ) -> list[Answered]:  # fmt: skip
     """Send the trace's requests, each when it is due; what became of them."""
     answered: list[Answered] = []
@@ -68,7 +68,7 @@ async def play(
                 one = Answered(time.monotonic() - began)
                 answered.append(one)
                 try:
-                    await _ask(client, url, data, one)
+                    await _ask(client, url + path, data, one)
                 except (TimeoutError, aiohttp.ClientError, ValueError) as error:
                     one.error = f"{type(error).__name__}: {error}"[:200]
                 one.ended = time.monotonic() - began
@@ -84,7 +84,7 @@ async def play(
 async def _ask(client: aiohttp.ClientSession, url: str, body: bytes, one: Answered) -> None:
     sent = time.monotonic()
     headers = {"content-type": "application/json"}
-    async with client.post(f"{url}/v1/chat/completions", data=body, headers=headers) as answer:
+    async with client.post(url, data=body, headers=headers) as answer:
         if answer.status != 200:
             one.error = f"{answer.status} {(await answer.text())[:200]}"
             return
@@ -99,12 +99,16 @@ async def _ask(client: aiohttp.ClientSession, url: str, body: bytes, one: Answer
             if "error" in event:
                 one.error = str(event["error"])[:200]
                 return
-            choices = event.get("choices")
-            if not one.ttft_s and choices and choices[0]["delta"].get("content"):
+            if not one.ttft_s and any(_has_text(it) for it in event.get("choices", ())):
                 one.ttft_s = time.monotonic() - sent
             one.usage = event.get("usage") or one.usage
         if not done or not one.usage:
             one.error = "the stream was cut off"
+
+
+def _has_text(choice: dict[str, Any]) -> bool:
+    """Whether it brings a token; a completion's first event always does, though it may be empty."""
+    return "text" in choice or bool(choice["delta"].get("content"))
 
 
 def measured(answered: Sequence[Answered], begin: float, end: float) -> dict[str, Any]:
