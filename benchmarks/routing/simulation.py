@@ -21,7 +21,7 @@ MEASURED_S = 120.0
 _PATIENCE_S = 180.0
 """After the last measured arrival; what has not ended by then is counted as such."""
 
-LOADS = (0.8, 1.0, 1.5, 2.0)
+LOADS = (1.0, 1.5, 2.0, 0.8)
 """Requests/s that are offered, over what round robin completes where more are offered."""
 
 FEW_LOADS = (1.0, 1.5)
