@@ -27,6 +27,7 @@ CLASSES: dict[str, type[BaseModel]] = {
     for each in (
         settings.ModelConfig, settings.Resources, settings.Autoscaling, settings.Adapter,
         settings.LiveConfig, settings.GatewayConfig, settings.SwapGroup, settings.QueueConfig,
+        settings.RoutingConfig,
         settings.KeySource,
         settings.UsageDb, keys.Key, keys.KeyLimits,
         profile.ClusterProfile, profile.Head, profile.GatewayPods, profile.Cache, profile.Redis,

@@ -1,7 +1,7 @@
 """What the choice of a replica costs a gateway's event loop: ``python -m benchmarks.routing.cost``.
 
 CPU time of this thread, from a request's body to the replica: its key and the choice. Conversations
-grow by turns, 20 at once, on so many replicas; half of the calls come back to a known prefix.
+of text, 20 at once on each of so many replicas; half of the calls come back to a known prefix.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def measured(replicas: int, size: int) -> tuple[list[float], list[float]]:
     front_ends = [FrontEnd(f"r{n}", "h", 1, Replica(f"r{n}")) for n in range(replicas)]
     for it in front_ends:
         it.replica.report(Load(20, 0, 256, 0.3, prefix_cache_tokens=400_000))
-    policy = CacheAware()
+    policy = CacheAware(remembered=1.0)  # so that the index is soon full
     running: list[tuple[str, FrontEnd]] = []
     bases = [_text(chance, size * 4 // 5) for _ in range(replicas * 4)]
     keys, choices = [], []
@@ -51,7 +51,7 @@ def measured(replicas: int, size: int) -> tuple[list[float], list[float]]:
         text = chance.choice(bases) if known else _text(chance, size * 4 // 5)
         call = _call(str(n), text, _text(chance, size // 5))
         began = time.thread_time()
-        prompt = prefix.of(call)
+        prompt = prefix.of(call, media=False)
         keyed = time.thread_time()
         front_end = policy.choose(call.id, prompt, front_ends)
         chosen = time.thread_time()

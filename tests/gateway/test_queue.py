@@ -341,6 +341,21 @@ def test_nobody_saves_up_turns_while_being_away() -> None:
     assert 4 <= had[:10].count("b") <= 6
 
 
+def test_calls_that_are_held_keep_nobody_waiting_who_comes_later() -> None:
+    """Their caller is charged for them at once, and others are lifted to where calls are served."""
+    order, a, b = Order(), Caller("a"), Caller("b")
+    order.came(a, *["a"] * 50)
+    held = []
+    while share := order.first():
+        held.append(rank(share))
+        order.take(share)
+        order.charge(share)
+    order.served(held[0])
+    order.came(b, "b")
+    share = order.first()
+    assert share and sum(it < rank(share) for it in held) <= 1
+
+
 def test_a_priority_goes_before_any_share() -> None:
     order, low, high = Order(), Caller("low", priority=-1, weight=9.0), Caller("high", priority=1)
     order.came(low, "l")

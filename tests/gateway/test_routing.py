@@ -117,7 +117,7 @@ def counted(gateway: GatewayProcess, name: str, label: str) -> dict[str, float]:
         sample.labels[label]: sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
-        if sample.name == f"serve_app_gateway_routing_{name}"
+        if sample.name == f"serve_app_gateway_{name}"
     }
 
 
@@ -130,7 +130,7 @@ async def test_a_conversation_goes_where_its_beginning_is_cached() -> None:
         busy(gateway, home, 2)
         assert await chat(gateway, LONG, "yes?", "and then?") == home
         assert await chat(gateway, "Another. " + LONG) != home
-        assert counted(gateway, "choices_total", "reason") == {"cold": 2, "warm": 1}
+        assert counted(gateway, "routing_choices_total", "reason") == {"cold": 2, "warm": 1}
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ async def test_what_generates_nothing_goes_where_there_are_the_fewest_requests(p
         home = await chat(gateway, LONG, path=path)
         busy(gateway, home, 1)
         assert await chat(gateway, LONG, path=path) != home
-        assert counted(gateway, "choices_total", "reason") == {"least_loaded": 2}
+        assert counted(gateway, "routing_choices_total", "reason") == {"least_loaded": 2}
 
 
 async def test_a_prompt_that_everybody_sends_is_soon_on_every_replica() -> None:
@@ -162,7 +162,7 @@ async def test_a_prompt_that_everybody_sends_is_soon_on_every_replica() -> None:
         assert max(them.got()) <= 1.5 * 15
         them.go.set()
         assert set(await asyncio.gather(*sent)) == {200}
-        overflows = counted(gateway, "choices_total", "reason")["overflow"]
+        overflows = counted(gateway, "routing_choices_total", "reason")["overflow"]
         assert overflows == sum(got > 0 for got in them.got()) - 1  # the others had it then
 
 
@@ -208,7 +208,7 @@ async def test_after_a_failed_replica_another_one_has_the_conversation() -> None
         assert await chat_anyhow(gateway, LONG) == 200  # the first is avoided for a while
         them.ups[int(home[1])].script = ok
         gateway.board._front_ends["m"][home].replica.avoid_until.clear()
-        assert counted(gateway, "choices_total", "reason") == {"cold": 2, "warm": 2}
+        assert counted(gateway, "routing_choices_total", "reason") == {"cold": 2, "warm": 2}
         assert not any(
             it.backlog.tokens for it in router_of(gateway)._routed["m"].choice._seen.values()
         )
@@ -227,7 +227,7 @@ async def test_gateways_agree_where_a_new_conversation_begins() -> None:
         then = [await chat(two, f"{n} {LONG}") for n in range(12)]
         assert sum(a == b for a, b in zip(first, then, strict=True)) >= 12 - first.count("r0")
         assert len(set(first)) > 1
-        assert counted(one, "choices_total", "reason") == {"hash": 12}
+        assert counted(one, "routing_choices_total", "reason") == {"hash": 12}
 
 
 # --- a replica without room ----------------------------------------------------------------------
@@ -290,7 +290,7 @@ async def test_round_robin_is_there_to_compare_with(of_model: bool) -> None:
     args, routing = ({"routing": ours}, other) if of_model else (None, ours)
     async with fleet(3, args=args, routing=routing) as (_, gateway):
         assert set((await where_three_went(gateway)).values()) == {2}
-        assert counted(gateway, "choices_total", "reason") == {"round_robin": 6}
+        assert counted(gateway, "routing_choices_total", "reason") == {"round_robin": 6}
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ async def test_least_loaded_where_it_is_set_or_where_nothing_is_cached(args: Any
         home = await chat(gateway, LONG)
         busy(gateway, home, 1)
         assert await chat(gateway, LONG) != home
-        assert counted(gateway, "choices_total", "reason") == {"least_loaded": 2}
+        assert counted(gateway, "routing_choices_total", "reason") == {"least_loaded": 2}
 
 
 async def test_a_model_changes_what_it_sets_and_no_more() -> None:
@@ -322,7 +322,7 @@ async def test_a_session_stays_at_one_replica_where_it_is_asked_for(
     async with fleet(4, routing={"session_affinity": True}) as (_, gateway):
         went = {await chat(gateway, f"{n} {LONG}", headers=headers, **body) for n in range(8)}
         assert len(went) == 1
-        assert counted(gateway, "choices_total", "reason") == {"session": 8}
+        assert counted(gateway, "routing_choices_total", "reason") == {"session": 8}
     async with fleet(4) as (_, gateway):
         went = {await chat(gateway, f"{n} {LONG}", headers=headers, **body) for n in range(8)}
         assert len(went) > 1
@@ -331,7 +331,7 @@ async def test_a_session_stays_at_one_replica_where_it_is_asked_for(
 async def test_one_replica_is_no_choice() -> None:
     async with fleet(1) as (_, gateway):
         await chat(gateway, LONG)
-        assert counted(gateway, "choices_total", "reason") == {}
+        assert counted(gateway, "routing_choices_total", "reason") == {}
 
 
 # --- what it is told afterwards ------------------------------------------------------------------
@@ -345,7 +345,7 @@ async def test_it_is_counted_what_was_expected_to_be_cached_and_what_was() -> No
             [header] = exchange.header(CALL_HEADER.decode())
             usage = Usage(2500, cached, 10)
             gateway.ledger.report(took(Called.read(header.encode()).id, usage), home)
-        tokens = counted(gateway, "tokens_total", "kind")
+        tokens = counted(gateway, "routing_tokens_total", "kind")
         assert (tokens["prompt"], tokens["cached"]) == (5000, 2000)
         assert 1800 < tokens["predicted"] < 2500
         routed = router_of(gateway)._routed["m"]

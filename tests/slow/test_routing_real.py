@@ -37,7 +37,7 @@ def counted(page: str, name: str, label: str) -> dict[str, float]:
         sample.labels[label]: sample.value
         for family in text_string_to_metric_families(page)
         for sample in family.samples
-        if sample.name == f"serve_app_gateway_routing_{name}"
+        if sample.name == f"serve_app_gateway_{name}"
     }
 
 
@@ -62,10 +62,12 @@ def test_the_hits_that_are_predicted_are_those_that_vllm_reports(two: Cluster) -
         def page() -> str:
             return client.get("/metrics").text
 
-        assert eventually(lambda: sum(counted(page(), "choices_total", "reason").values()) == sent)
-        assert eventually(lambda: "cached" in counted(page(), "tokens_total", "kind"), 10)
-        reasons = counted(page(), "choices_total", "reason")
-        tokens = counted(page(), "tokens_total", "kind")
+        assert eventually(
+            lambda: sum(counted(page(), "routing_choices_total", "reason").values()) == sent
+        )
+        assert eventually(lambda: "cached" in counted(page(), "routing_tokens_total", "kind"), 10)
+        reasons = counted(page(), "routing_choices_total", "reason")
+        tokens = counted(page(), "routing_tokens_total", "kind")
     print(f"\nMEASURED routing with real engines: {reasons}, tokens {tokens}")
     assert reasons == {"cold": CUSTOMERS, "warm": sent - CUSTOMERS}
     assert abs(tokens["predicted"] / tokens["cached"] - 1) < 0.2
@@ -76,7 +78,7 @@ def test_a_reset_of_the_prefix_cache_is_known(two: Cluster) -> None:
     with httpx.Client(base_url=two.base_url, timeout=120) as client:
 
         def cold() -> float:
-            return counted(client.get("/metrics").text, "choices_total", "reason")["cold"]
+            return counted(client.get("/metrics").text, "routing_choices_total", "reason")["cold"]
 
         def ask() -> None:
             messages = [{"role": "system", "content": manual_of(0)}]

@@ -424,6 +424,18 @@ def test_only_replicas_that_are_there_are_chosen_and_others_are_forgotten() -> N
     assert home not in fleet.policy.index.replicas
 
 
+def test_of_a_call_that_was_sent_twice_nothing_is_left_when_it_has_ended() -> None:
+    fleet = Fleet(2)
+    for live in ([fleet.live[0]], [fleet.live[1]]):
+        fleet.policy.choose("1", text("a", 20), live)
+        assert sum(it.backlog.tokens for it in fleet.policy._seen.values()) == 20 * BLOCK / 4
+        fleet.policy.ended("1")
+    fleet.policy.used("1", Usage(5000, 0, 10))
+    assert not fleet.policy._sent
+    for seen in fleet.policy._seen.values():
+        assert (seen.backlog.tokens, seen.backlog._calls) == (0, {})
+
+
 def test_several_gateways_choose_the_same_replica_for_a_new_prompt_and_none_too_often() -> None:
     one, two = Fleet(8, gateways=2), Fleet(8, gateways=2)
     prompts = [text(str(n), 20) for n in range(64)]

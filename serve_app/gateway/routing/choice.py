@@ -327,6 +327,8 @@ class CacheAware:
 
     def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
         replica = option.replica
+        if before := self._where(id):
+            before.backlog.used(id, None)  # that attempt has failed
         seen = self._seen[replica.id]
         self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached)
         uncached = prompt.size / self._bytes_per_token.value - option.cached
@@ -376,18 +378,14 @@ def _least(options: list[Option]) -> Option:
     return random.choice([it for it in options if it.work == least])
 
 
-def _soonest(options: list[Option]) -> Option:
-    """The one that would answer first."""
-    return min(options, key=lambda it: (it.ttft_s, it.work))
-
-
 def _in_order(key: bytes, options: list[Option]) -> list[Option]:
     """In an order that all gateways have for this key.
 
     Rendezvous hashing (Thaler and Ravishankar, 1998): a replica that comes or goes moves only the
     keys that are or were its own.
     """
-    return sorted(options, key=lambda it: blake2b(it.replica.id.encode(), key=key[:64]).digest())
+    start = blake2b(key, digest_size=16).digest()
+    return sorted(options, key=lambda it: blake2b(it.replica.id.encode(), key=start).digest())
 
 
 def _part(blocks: int, prompt: Prompt) -> float:

@@ -1,8 +1,6 @@
 """Which replicas have which blocks of prompts in their KV caches, as far as this gateway knows.
 
-Each replica's part is as large as its own KV cache, and forgets what was used least recently, as
-the engine does. The engine also keeps what it has generated and what other gateways sent, so it
-may forget sooner than this index: :meth:`Index.resize` makes a part smaller.
+Each replica's part has a size, and forgets what was used least recently, as the engine does.
 """
 
 from __future__ import annotations
@@ -82,20 +80,14 @@ class Index:
             part = self._parts[replica] = _Part(self._free_bit())
         part.capacity = capacity
         # The last block first: of one prompt the beginning is then forgotten last.
-        kept = blocks[:capacity]
-        for block in reversed(kept):
-            if block in part.blocks:
-                part.blocks.move_to_end(block)
+        its, holders, bit = part.blocks, self._holders, part.bit
+        for block in reversed(blocks[:capacity]):
+            if block in its:
+                its.move_to_end(block)
             else:
-                part.blocks[block] = None
-                self._holders[block] = self._holders.get(block, 0) | part.bit
+                its[block] = None
+                holders[block] = holders.get(block, 0) | bit
         self._trim(part)
-
-    def resize(self, replica: str, capacity: int) -> None:
-        """Its KV cache holds fewer or more blocks of prompts than was thought."""
-        if part := self._parts.get(replica):
-            part.capacity = capacity
-            self._trim(part)
 
     def clear(self, replica: str) -> None:
         """Forget what a replica had: it has dropped its cache, or is gone."""
@@ -104,12 +96,13 @@ class Index:
             self._trim(part)
 
     def _trim(self, part: _Part) -> None:
-        while len(part.blocks) > part.capacity:
+        holders, others = self._holders, ~part.bit
+        for _ in range(len(part.blocks) - part.capacity):
             block, _ = part.blocks.popitem(last=False)
-            if left := self._holders[block] & ~part.bit:
-                self._holders[block] = left
+            if left := holders[block] & others:
+                holders[block] = left
             else:
-                del self._holders[block]
+                del holders[block]
 
     def _free_bit(self) -> int:
         taken = 0
