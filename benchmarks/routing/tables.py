@@ -103,6 +103,11 @@ def _ratios(above: list[float], below: list[float]) -> list[float]:
     return [a / max(b, 1e-9) for a, b in zip(above, below, strict=False)]
 
 
+def real_time_of(data: dict[str, Any]) -> str:
+    """The table of the runs over HTTP, where the file has any."""
+    return real_time(data["realtime"]) if "realtime" in data else "Not measured yet."
+
+
 def real_time(found: dict[str, Any]) -> str:
     """The contenders in turn, and ours over each in the same round."""
     records = found["records"]
