@@ -285,9 +285,9 @@ class Fleet:
 
     def report(self, **more: Any) -> None:
         for it in self.live:
-            running = it.replica.inflight
-            load = {"prefix_cache_tokens": 100_000} | more
-            it.replica.report(Load(running, 0, 64, 0.0, **load))
+            known = {"running": it.replica.inflight, "waiting": 0, "capacity": 64}
+            known |= {"kv_cache_usage": 0.0, "prefix_cache_tokens": 100_000}
+            it.replica.report(Load(**(known | more)))
 
     def send(self, prompt: Prompt, live: list[FrontEnd] | None = None) -> str:
         """Choose for a call that then stays; the replica."""
@@ -335,13 +335,33 @@ def test_prompts_of_which_none_is_cached_are_spread_as_evenly_as_by_load() -> No
     assert set(went.values()) == {10}
 
 
-def test_a_prompt_that_all_have_in_common_is_soon_everywhere() -> None:
+@pytest.mark.parametrize("replicas", [2, 4, 8])
+def test_a_prompt_that_all_have_in_common_is_soon_where_it_is_needed(replicas: int) -> None:
     """The failure of sglang#21199: one replica had it, and so got all of the load."""
-    fleet = Fleet(8)
-    went = Counter(fleet.send(text("system", 24, own=4)) for _ in range(160))
-    assert max(went.values()) <= 1.5 * 20
+    fleet = Fleet(replicas)
+    went = Counter(fleet.send(text("system", 24, own=4)) for _ in range(20 * replicas))
+    assert max(went.values()) <= 1.5 * 20 + 1
     # And it is computed no more than once on each of them.
     assert sum(it.cached == 0 for it in fleet.policy._sent.values()) == len(went)
+
+
+@pytest.mark.parametrize(
+    ("load", "moves"), [({}, False), ({"waiting": 1}, True), ({"kv_cache_usage": 0.9}, True)]
+)
+def test_conversations_stay_together_until_their_replica_lacks_room(
+    load: dict[str, Any], moves: bool
+) -> None:
+    """Chance has put many on one replica; to compute one again costs more than a larger batch."""
+    fleet = Fleet(4)
+    crowd = [text(str(n), 20) for n in range(12)]
+    for prompt in crowd:
+        fleet.answer(prompt, live=[fleet.live[0]])
+    for other in fleet.live:
+        for n in range(4):
+            fleet.send(text(f"{other.id}{n}", 20), [other])
+    fleet.report(**load)
+    went = {fleet.send(prompt) for prompt in crowd}
+    assert (went != {"r0"}) == moves
 
 
 def test_a_call_goes_elsewhere_when_its_replica_has_much_more_to_read() -> None:

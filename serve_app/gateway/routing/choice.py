@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,8 +17,8 @@ from typing import Literal, NamedTuple
 
 from serve_app.cluster.exchange import Usage
 from serve_app.config.settings import RoutingConfig
-from serve_app.gateway.replicas import FrontEnd, Replica
-from serve_app.gateway.routing.index import Index
+from serve_app.gateway.replicas import KV_CACHE_FULL, FrontEnd, Replica
+from serve_app.gateway.routing.index import Block, Index
 from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
 from serve_app.gateway.routing.work import Backlog, Mean, Rate
 
@@ -35,10 +35,14 @@ PATIENCE = 4.0
 """How many times the prefill that a cache saves a call may wait for it: it also saves the time of
 others. ``max_wait_for_cache_s`` bounds it."""
 
-BOUND = 1.5
-"""Times the mean number of requests that a replica may have and still get more for its cache. With
-less, random clusters of requests move prompts that must be computed again; with more, one replica
-of two could have all."""
+BOUND = 3.0
+"""Times the mean number of requests that a replica may have and still get more for its cache, while
+it has what it needs: a request more costs a step of many little, and a prompt that is computed
+again much."""
+
+SCARCE_BOUND = 1.5
+"""The same where its KV cache is full or requests wait in it; and for the requests of one beginning
+alone. What everybody sends is computed once on each replica, which is nothing."""
 
 HASH_BOUND = 1.25
 """The same for a prompt that is nowhere, which has nothing to lose: as in Mirrokni et al.,
@@ -94,6 +98,9 @@ class Option(NamedTuple):
     work: float
     """Tokens that it has to read and to generate, by its weight."""
 
+    alike: int
+    """Requests of this gateway there that have as much of this prompt in common."""
+
 
 @dataclass(slots=True)
 class Sent:
@@ -104,6 +111,9 @@ class Sent:
     blocks: int
     cached: float
     """As in :class:`Option`."""
+
+    beginning: Block | None
+    """The last block of the prompt that was known there."""
 
 
 class _Seen:
@@ -116,6 +126,10 @@ class _Seen:
         self.backlog = Backlog(rate)
         self.trust = Mean(1.0, 4000.0)
         """What part of the tokens that were believed to be cached were so."""
+
+        self.alike: Counter[Block] = Counter()
+        """Of the requests that are there: how many had all up to this block in common with what was
+        known there, and no more."""
 
         self.ends: deque[float] = deque(maxlen=_ENDS)
         """When its latest calls ended."""
@@ -166,7 +180,7 @@ class CacheAware:
         """
         now = self._now()
         options = self._options(prompt, dict.fromkeys(it.replica for it in live), now)
-        option, self.reason = self._pick(prompt, options)
+        option, self.reason = self._pick(prompt, options, now)
         self._send(id, prompt, option, now)
         return least_busy([it for it in live if it.replica is option.replica])
 
@@ -187,7 +201,7 @@ class CacheAware:
         now = self._now()
         waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
         replicas = dict.fromkeys(it.replica for it in live) | waits
-        option, reason = self._pick(prompt, self._options(prompt, replicas, now, waits))
+        option, reason = self._pick(prompt, self._options(prompt, replicas, now, waits), now)
         if option.replica in full and reason in ("warm", "session"):
             return option.replica, self.config.max_wait_for_cache_s
         return None
@@ -202,6 +216,12 @@ class CacheAware:
         if seen := self._where(id):
             seen.backlog.read(id)
             seen.ends.append(self._now())
+            sent = self._sent[id]
+            if sent.beginning is not None:
+                seen.alike[sent.beginning] -= 1
+                if not seen.alike[sent.beginning]:
+                    del seen.alike[sent.beginning]
+                sent.beginning = None
 
     def used(self, id: str, usage: Usage | None) -> Sent | None:
         """What the call took in all; None where that is not known. Nothing comes after it.
@@ -234,7 +254,7 @@ class CacheAware:
 
     # --- the choice ----------------------------------------------------------------------------
 
-    def _pick(self, prompt: Prompt, options: list[Option]) -> tuple[Option, Reason]:
+    def _pick(self, prompt: Prompt, options: list[Option], now: float) -> tuple[Option, Reason]:
         if prompt.session is not None:
             return self._by_hash(prompt.session.encode(), options), "session"
         if not prompt.blocks:
@@ -244,7 +264,7 @@ class CacheAware:
             if self.index.knows(prompt.blocks[0]) or not _several_gateways(options):
                 return _least(options), "cold"
             return self._by_hash(prompt.blocks[0], options), "hash"
-        fitting = self._fitting(options)
+        fitting = self._fitting(options, now)
         enough = self._warm * best
         warm = [it for it in fitting if it.cached >= enough]
         cold = [it for it in fitting if it.cached < enough]
@@ -270,11 +290,17 @@ class CacheAware:
         """
         return _in_order(prompt.blocks[warm.blocks - 1], cold)[0]
 
-    def _fitting(self, options: list[Option]) -> list[Option]:
+    def _fitting(self, options: list[Option], now: float) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
         mean = (sum(it.requests for it in options) + 1) / len(options)
-        most = max(self._bound * mean, mean + self._slack)
-        return [it for it in options if it.requests + 1 <= most] or options
+        least = mean + self._slack
+        most, scarce = max(self._bound * mean, least), max(SCARCE_BOUND * mean, least)
+        return [
+            it
+            for it in options
+            if it.requests + 1 <= (scarce if _is_scarce(it.replica, now) else most)
+            and it.alike + 1 <= scarce
+        ] or options
 
     def _by_hash(self, key: bytes, options: list[Option]) -> Option:
         """The first with room, in an order that all gateways have for this key."""
@@ -320,8 +346,9 @@ class CacheAware:
             if waits:
                 ttft_s += waits.get(replica, 0.0)
             work = (ahead + (requests + 1) * completion) / weight
+            alike = seen.alike[prompt.blocks[blocks - 1]] if blocks else 0
             options.append(
-                Option(replica, blocks, cached, requests / weight, ahead, rate, ttft_s, work)
+                Option(replica, blocks, cached, requests / weight, ahead, rate, ttft_s, work, alike)
             )
         return options
 
@@ -330,7 +357,10 @@ class CacheAware:
         if before := self._where(id):
             before.backlog.used(id, None)  # that attempt has failed
         seen = self._seen[replica.id]
-        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached)
+        beginning = prompt.blocks[option.blocks - 1] if option.blocks else None
+        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached, beginning)
+        if beginning is not None:
+            seen.alike[beginning] += 1
         uncached = prompt.size / self._bytes_per_token.value - option.cached
         # What waits in an engine waits for a place or KV blocks: that tells nothing of its rate.
         waits = replica.load is not None and now < replica.load_until and replica.load.waiting > 0
@@ -393,6 +423,14 @@ def _part(blocks: int, prompt: Prompt) -> float:
     if blocks == len(prompt.blocks) == MOST // BLOCK:
         return 1.0
     return min(1.0, blocks * BLOCK / prompt.size)
+
+
+def _is_scarce(replica: Replica, now: float) -> bool:
+    """Whether its engine lacks room for what it has."""
+    load = replica.load
+    if load is None or now >= replica.load_until:
+        return False
+    return load.waiting > 0 or load.kv_cache_usage >= KV_CACHE_FULL
 
 
 def _several_gateways(options: list[Option]) -> bool:
