@@ -14,7 +14,7 @@ make: there is no Python 3.11, 3.12 or 3.13 here. Debian 12 and 13, Ubuntu 24.04
 Ubuntu 22.04: apt-get install python3.11-venv; anywhere: uv python install 3.12, then make PYTHON=path/to/python3.12
 endef
 
-.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes fuzz lint bench bench-gpu bench-clients gateways tables charts bench-relay bench-gateway bench-scale soak lock engine-args settings metrics manifests picture clean-processes clean
+.PHONY: help venv wheel demo test test-unit test-slow test-kube test-image test-python test-recipes fuzz lint bench bench-gpu bench-clients gateways tables charts bench-relay bench-gateway bench-routing bench-scale soak lock engine-args settings metrics manifests picture clean-processes clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -147,6 +147,12 @@ bench-gateway: venv gateways  ## the whole gateway, everything off and on, besid
 
 soak: venv  ## the gateway's memory while a million requests pass, everything on (about 15 minutes; BENCH=…)
 	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.gateway --soak 1000000 $(BENCH)
+
+bench-routing: venv gateways  ## which replica gets a request: policies simulated, and over HTTP beside vllm-router (BENCH=…)
+	@$(UV) pip install -q --python $(BIN)/python -r requirements/bench.txt
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.routing simulate --quick --budget-s 240 $(BENCH)
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.routing realtime --rounds 1 --traces "b2b-saas, a quarter" $(BENCH)
+	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.routing report $(BENCH)
 
 bench-scale: venv  ## a thousand replicas, ten thousand streams: what gives way first, and docs/scale.md (BENCH=…)
 	@PYTHONPATH=.:tests $(BIN)/python -m benchmarks.scale $(BENCH)

@@ -17,12 +17,15 @@ from typing import Any
 
 from benchmarks import charts, report
 from benchmarks.h200 import tuning, tuning_page
+from benchmarks.routing import pictures, tables
 from serve_app.errors import UserError
 
 REPO = Path(__file__).parents[1]
 RESULTS = REPO / "benchmarks/results"
 CHARTS = REPO / "docs/charts"
-PAGES = [REPO / name for name in ("README.md", "docs/benchmarks.md", "docs/tuning.md")]
+PAGES = [
+    REPO / name for name in ("README.md", "docs/benchmarks.md", "docs/routing.md", "docs/tuning.md")
+]
 
 NOT_YET = "Not measured yet."
 DASH = "\N{EN DASH}"
@@ -172,7 +175,20 @@ def _tuned(step: str) -> Callable[[], str]:
     return table
 
 
+def _routing(table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """One of docs/routing.md: ``routing-DATE.json`` is what ``make bench-routing`` has written."""
+
+    def made() -> str:
+        found = newest("routing-2*.json")
+        return table(found) if found else NOT_YET
+
+    return made
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "routing-goals": _routing(lambda found: tables.goals(found["runs"])),
+    "routing-fleets": _routing(lambda found: tables.fleets(found["runs"])),
+    "routing-real-time": _routing(tables.real_time_of),
     "speed": speed,
     "bench": bench,
     "ngram_texts": ngram_texts,
@@ -186,6 +202,8 @@ def draw() -> list[Path]:
     written = []
     if found := newest("bench-2*.json"):
         written += charts.save(_bench_chart(found), CHARTS / "bench")
+    if found := newest("routing-2*.json"):
+        written += pictures.draw(found, CHARTS)
     tuned = newest("tuning-*.json") or {}
     for step in tuning.EXPERIMENTS:
         if "rounds" in tuned.get(step, {}):

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import overload, vllm_bench
-from benchmarks.h200 import customers, failures, front_ends, several, shares, tuning, zipf
+from benchmarks.h200 import customers, failures, front_ends, routing, several, shares, tuning, zipf
 from benchmarks.h200 import swaps as swap_groups
 from benchmarks.h200.server import (
     HAPROXY,
@@ -180,7 +180,9 @@ def _contenders(at: Machine, model: Path, engine: dict[str, Any], names: list[st
                 most: int = 256) -> dict[str, Any]:  # fmt: skip
     gpus = len(gpu_memory_mib())
     places = {name: str(number % gpus) for number, name in enumerate(names)}
-    return front_ends.measure(model, at.folder, at.port, engine, at.deadline, places, most)
+    return front_ends.measure(
+        model, at.folder, at.port, engine, at.deadline, places, most, words=True
+    )
 
 
 def contenders_1b(at: Machine) -> dict[str, Any]:
@@ -498,6 +500,12 @@ def shares_1gpu(at: Machine) -> dict[str, Any]:
     return shares.measure(at.model, small, at.folder, at.port, at.deadline)
 
 
+def routing_4(at: Machine) -> dict[str, Any]:
+    """Four 1B shapes on parts of one GPU: round robin, cache aware, least loaded, by two traces."""
+    model, _ = _one_b(at, 1)
+    return routing.measure(model, at.folder, at.port, at.deadline)
+
+
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
     step.__name__: step
     for step in (
@@ -505,7 +513,7 @@ STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
         compare, customers_1b,
         overload_8b, start, sleep, swaps, swaps_graphs, swaps_large, zipf_swap, zipf_zero,
         zipf_shares, large, tp2, pp2, dp2, pair, refusals, as_written_70b, groups, scaling,
-        compare_70b, shares_1gpu, one_gpu_yaml, swap_yaml,
+        compare_70b, shares_1gpu, one_gpu_yaml, swap_yaml, routing_4,
     )
 }  # fmt: skip
 

@@ -13,7 +13,7 @@ import heapq
 import math
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 BLOCK = 16
@@ -58,19 +58,23 @@ H100_8B = Speed(
     fixed_s=0.0011, weights_s=0.0049, tokens_per_s=42_000, context_s=48.5e-9,
     batch_tokens=8192, most_seqs=1024, kv_tokens=452_288,
 )  # fmt: skip
-"""Llama 3.1 8B, bf16, on one H100 80GB, fitted to bare vLLM 0.29 in ``benchmarks/results/h100.json``
-(a test holds it against that file). There a token takes 6.05 ms with one client: 4.9 ms is the
+"""Llama 3.1 8B, bf16, on one H100 80GB, fitted to bare vLLM 0.29 in ``results/h100.json`` (a test
+holds it against that file). There a token takes 6.05 ms with one client: 4.9 ms is the
 reading of 15 GiB at 3.35 TB/s. With 256 clients, 35 steps of 187 decodes and 26,100 prompt tokens
 make a second: 42,000 tokens/s is what the arithmetic then must do. 48.5 ns are 128 KiB of KV cache
 at 2.7 TB/s. The last three numbers are ``serve-app plan meta-llama/Llama-3.1-8B-Instruct --gpu
 H100``'s."""
 
 
+QUARTER = replace(H100_8B, kv_tokens=H100_8B.kv_tokens // 4)
+"""With a quarter of its cache, for runs in real time."""
+
+
 class Cache:
     """Blocks by their number, in use or free to be evicted: the least recently used one first.
 
-    As vLLM's: a block is found by the hash of all tokens up to its end; a request's blocks are freed
-    from its last one on, so that of one prompt the tail goes first.
+    As vLLM's: a block is found by the hash of all tokens up to its end; a request's blocks are
+    freed from its last one on, so that of one prompt the tail goes first.
     """
 
     def __init__(self, blocks: int) -> None:

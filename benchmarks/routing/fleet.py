@@ -24,10 +24,10 @@ from typing import Any, Protocol
 from benchmarks.routing import traces
 from benchmarks.routing.engine import BLOCK, Engine, Request, Speed
 from benchmarks.routing.traces import Session, Turn
-from serve_app.cluster.exchange import Load
+from serve_app.cluster.exchange import HOLD_S, Load
 from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.routing.held import MOST, Held
-from serve_app.replica.reports import _APART_S, HOLD_S
+from serve_app.replica.reports import _SOONEST_S
 
 _REPORT_S = 0.001
 """From a replica to a gateway."""
@@ -205,22 +205,26 @@ class Fleet:
         """By gateway and replica: whether a report is on its way."""
 
         self._ends = [float("inf")] * replicas
-        self._left = 0
+        self._left = self._gone = 0
         self._silent: dict[Asked, None] = {}
         """Measured requests without a first token."""
+
+        self.last_end = 0.0
+        """When the last request ended so far."""
 
         self.outcome = Outcome()
 
     def run(self, sessions: Sequence[Session], begin: float, end: float, limit: float) -> Outcome:
-        """Play a trace. Arrivals from ``begin`` to ``end`` are measured; ``limit`` breaks it off."""
+        """Play a trace; arrivals from ``begin`` to ``end`` are measured. Ends at ``limit``."""
         self._begin, self._end = begin, end
+        coming = sum(len(session.turns) for session in sessions)
         for gateway in self.gateways:
             for engine in range(len(self.engines)):
                 self._at(self._rng.random() * HOLD_S, self._report, gateway, engine)
         for session in sessions:
             self._at(session.at, self._arrive, session, 0)
         self._at(end, lambda: None)
-        while self._events:
+        while self._events and self._gone < coming:
             self.now, _, what, about = heapq.heappop(self._events)
             if self.now > limit or (self.now > end and not self._left):
                 break
@@ -284,6 +288,8 @@ class Fleet:
 
     def _ended(self, request: Request) -> None:
         asked, outcome = request.owner, self.outcome
+        self.last_end = self.now
+        self._gone += 1
         asked.front_end.ended()
         asked.gateway.policy.ended(asked, request)
         if self._begin <= asked.arrived < self._end:
@@ -306,7 +312,7 @@ class Fleet:
         """A request of the gateway has ended there: it is told, at most every 10 ms."""
         if not self._due[gateway.number][engine]:
             self._due[gateway.number][engine] = True
-            when = max(self.now, self._told[gateway.number][engine] + _APART_S)
+            when = max(self.now, self._told[gateway.number][engine] + _SOONEST_S)
             self._at(when, self._report, gateway, engine)
 
     def _report(self, gateway: Gateway, number: int) -> None:

@@ -23,8 +23,8 @@ class CacheAware:
     counts too: its first character is enough.
 
     Here the tree's texts are blocks of 16 tokens, and what begins after a matched block is a node
-    for each of 27 first characters. Its eviction (33 million characters for each worker, every 120 s)
-    is left out: no run here sends a worker so much.
+    for each of 27 first characters. Its eviction (33 million characters for each worker, every 120
+    s) is left out: no run here sends a worker so much.
     """
 
     def __init__(self) -> None:

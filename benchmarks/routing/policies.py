@@ -1,6 +1,7 @@
 """The policies that the simulator compares: the gateway's own, and others'."""
 
 from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -51,7 +52,7 @@ class CacheAware:
 
     waits = True
 
-    def __init__(self, seed: int, now: Callable[[], float], **constants: float) -> None:
+    def __init__(self, seed: int, now: Callable[[], float], **constants: Any) -> None:
         self._policy = choice.CacheAware(now=now, **constants)
 
     def choose(self, live: list[FrontEnd], asked: Asked) -> FrontEnd:

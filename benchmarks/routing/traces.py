@@ -12,7 +12,8 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 
 BYTES_PER_TOKEN = 4
 """Of English text and Llama's vocabulary, about; ``text`` makes words of this length."""
@@ -117,10 +118,12 @@ class _Streams:
         return self._last
 
 
-GROUPS, SHARED, OWN = 150, 6000, 1200
+GROUPS, SHARED, OWN, OUT = 150, 6000, 1200, 1000
 
 
-def _b2b_saas(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
+def _b2b_saas(
+    rng: random.Random, customers: int = GROUPS, out: int = OUT
+) -> Iterator[tuple[Turn, ...]]:
     """150 customers, each with a prompt of 6,000 tokens of its own before 1,200 of a question.
 
     The shape is inference-perf's ``shared_prefix`` as llm-d's guide "optimized baseline" runs it:
@@ -129,13 +132,13 @@ def _b2b_saas(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
     be found again.
     """
     streams = _Streams()
-    groups = [streams.new() for _ in range(GROUPS)]
+    groups = [streams.new() for _ in range(customers)]
     while True:
         order = [group for group in groups for _ in range(5)]
         rng.shuffle(order)
         for group in order:
             pieces = (group, SHARED), (streams.new(), SHARED + OWN)
-            yield (Turn(pieces, SHARED + OWN, 1000),)
+            yield (Turn(pieces, SHARED + OWN, out),)
 
 
 def _conversation(
@@ -184,10 +187,9 @@ def _code_agent(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
     streams = _Streams()
     tools = streams.new()
     while True:
-        first = iter([6000])
+        said = chain([6000], (_lognormal(rng, 1750, 0.8, 12_000) for _ in range(19)))
         yield _conversation(
-            rng, ((tools, 8000),), streams.new(), 20,
-            lambda first=first: next(first, None) or _lognormal(rng, 1750, 0.8, 12_000),
+            rng, ((tools, 8000),), streams.new(), 20, partial(next, said),
             lambda: _lognormal(rng, 250, 0.6, 2000), 3.0, 100_000,
         )  # fmt: skip
 
@@ -222,7 +224,7 @@ def _different(rng: random.Random) -> Iterator[tuple[Turn, ...]]:
 TRACES = {
     trace.name: trace
     for trace in (
-        Trace("b2b-saas", "150 × 6,000 shared + 1,200 own, 1,000 out", _b2b_saas, 1, True),
+        Trace("b2b-saas", "150 × 6,000 shared + 1,200 own, 1,000 out", _b2b_saas, 1, True, 240),
         Trace("multi-turn", "chats of 6 turns, 220 in and 200 out each", _multi_turn, 5.9, True),
         Trace("code-agent", "20 steps of an agent, 131 in to 1 out", _code_agent, 20, True, 240),
         Trace("26 % shared", "2,548 of 9,800 shared, 430 out", _low_sharing, 1, False),
@@ -230,3 +232,9 @@ TRACES = {
         Trace("all different", "2,000 in, 200 out, nothing shared", _different, 1, False),
     )
 }
+
+QUARTER = Trace(
+    "b2b-saas, a quarter", "38 × 6,000 shared + 1,200 own, 250 out",
+    partial(_b2b_saas, customers=GROUPS // 4 + 1, out=OUT // 4), 1, True,
+)  # fmt: skip
+"""For runs in real time: answers are shorter, and there are fewer customers for smaller caches."""
