@@ -7,6 +7,7 @@ own, where ``make bench-clients`` has installed them.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -154,8 +155,10 @@ def chosen(names: str) -> dict[str, Client]:
 
 def _say(command: list[Any], log: Path) -> None:
     words = [str(word) for word in command]
+    # Its own environment's packages, whatever this one's are.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log.open("ab") as out:
-        ended = subprocess.run(words, stdout=out, stderr=out, timeout=_LONGEST_S)
+        ended = subprocess.run(words, stdout=out, stderr=out, timeout=_LONGEST_S, env=env)
     if ended.returncode:
         lines = log.read_text(errors="replace").splitlines()[-5:]
         raise UserError(f"{Path(words[0]).name} failed; {log} ends with:\n" + "\n".join(lines))

@@ -22,6 +22,12 @@ MODEL = "tiny-llama"
 TOKENS = 64
 PATH = "/v1/chat/completions"
 NONE: Mapping[str, str] = {}
+WORDS = (
+    "river", "house", "light", "water", "stone", "green", "small", "north", "paper", "table",
+    "music", "plant", "story", "night", "money", "point", "board", "train", "field", "heart",
+)  # fmt: skip
+"""Each about one token: a prompt for gateways that take no list of token ids (LiteLLM)."""
+
 _SCRIPT = Path(__file__).with_name("wrk.lua")
 
 # wrk runs until it is told that its script is content.
@@ -71,12 +77,14 @@ class Load:
 def run_wrk(
     port: int, concurrency: int, seconds: float, body: Path, waves: int = 3,
     path: str = PATH, prompt_tokens: int = 0, headers: Mapping[str, str] = NONE,
+    words: bool = False,
 ) -> Load:  # fmt: skip
     """Keep ``concurrency`` requests running for about ``seconds`` seconds.
 
     Args:
         prompt_tokens: random token ids that take the place of ``"@PROMPT@"`` in the body, others
             for each request; 0 sends the body as it is.
+        words: the prompt is so many of :data:`WORDS` instead.
 
     Raises:
         UserError: the load did not finish; what wrk said.
@@ -86,6 +94,7 @@ def run_wrk(
         *(it for name, value in headers.items() for it in ("-H", f"{name}: {value}")),
         "-s", str(_SCRIPT), f"http://127.0.0.1:{port}{path}", "--",
         str(body), str(concurrency), str(seconds), str(waves), str(prompt_tokens),
+        ",".join(WORDS) if words else "",
     ]  # fmt: skip
     wrk = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     patience = threading.Timer(_LONGEST_S - 10, wrk.kill)

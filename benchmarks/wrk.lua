@@ -31,10 +31,16 @@ function init(args)
     -- A prompt of its own for each request, so that no prefix cache helps.
     math.randomseed(os.time() + tonumber(args[2]))
     local before, after = wrk.body:match('^(.*)"@PROMPT@"(.*)$')
+    local words = {}
+    for word in (args[6] or ""):gmatch("%a+") do words[#words + 1] = word end
     request = function()
-      local ids = {}
-      for n = 1, length do ids[n] = math.random(1000, 30000) end
-      return wrk.format(nil, nil, nil, before .. "[" .. table.concat(ids, ",") .. "]" .. after)
+      local parts = {}
+      for n = 1, length do
+        parts[n] = #words > 0 and words[math.random(#words)] or math.random(1000, 30000)
+      end
+      local prompt = "[" .. table.concat(parts, ",") .. "]"
+      if #words > 0 then prompt = '"' .. table.concat(parts, " ") .. '"' end
+      return wrk.format(nil, nil, nil, before .. prompt .. after)
     end
   end
 end

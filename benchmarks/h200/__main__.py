@@ -180,7 +180,9 @@ def _contenders(at: Machine, model: Path, engine: dict[str, Any], names: list[st
                 most: int = 256) -> dict[str, Any]:  # fmt: skip
     gpus = len(gpu_memory_mib())
     places = {name: str(number % gpus) for number, name in enumerate(names)}
-    return front_ends.measure(model, at.folder, at.port, engine, at.deadline, places, most)
+    return front_ends.measure(
+        model, at.folder, at.port, engine, at.deadline, places, most, words=True
+    )
 
 
 def contenders_1b(at: Machine) -> dict[str, Any]:

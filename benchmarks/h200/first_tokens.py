@@ -15,6 +15,7 @@ from typing import Any, TypedDict
 import psutil
 
 from benchmarks.h200.server import MODEL, Server
+from benchmarks.load import WORDS
 from serve_app.cluster.connection import Connection
 from serve_app.cluster.credential import CREDENTIAL_HEADER
 
@@ -40,12 +41,15 @@ with Connection(sys.argv[1], "this benchmark").entered():
 
 _CLIENT = f"""
 import http.client, json, random, sys, time
-targets, count, body = json.load(sys.stdin)
+targets, count, body, words = json.load(sys.stdin)
 took = {{name: {{"ttft_ms": [], "tpot_ms": []}} for name in targets}}
 clients = {{n: http.client.HTTPConnection(t["host"], t["port"]) for n, t in targets.items()}}
 for _ in range(count):
     for name in random.sample(sorted(targets), len(targets)):
-        body["prompt"] = [random.randrange(1000, 30000) for _ in range({PROMPT})]
+        if words:
+            body["prompt"] = " ".join(random.choices(words, k={PROMPT}))
+        else:
+            body["prompt"] = [random.randrange(1000, 30000) for _ in range({PROMPT})]
         sent = json.dumps(body)
         headers = {{"content-type": "application/json", **targets[name]["headers"]}}
         began = time.perf_counter()
@@ -69,8 +73,12 @@ class Target(TypedDict):
     headers: dict[str, str]
 
 
-def measure(servers: dict[str, Server], folder: Path) -> dict[str, Any]:
-    """Min, median and max of each target, and of its difference to the first one's."""
+def measure(servers: dict[str, Server], folder: Path, words: bool = False) -> dict[str, Any]:
+    """Min, median and max of each target, and of its difference to the first one's.
+
+    Args:
+        words: prompts are text, not token ids.
+    """
     targets: dict[str, Target] = {}
     for name, server in servers.items():
         targets[name] = {"host": "127.0.0.1", "port": server.port, "headers": {}}
@@ -84,7 +92,8 @@ def measure(servers: dict[str, Server], folder: Path) -> dict[str, Any]:
         "stream": True,
     }
     run = subprocess.run(
-        [sys.executable, "-c", _CLIENT], input=json.dumps([targets, REQUESTS, body]),
+        [sys.executable, "-c", _CLIENT],
+        input=json.dumps([targets, REQUESTS, body, WORDS if words else ()]),
         capture_output=True, text=True, check=True, cwd=folder,
     )  # fmt: skip
     took: dict[str, dict[str, list[float]]] = json.loads(run.stdout)

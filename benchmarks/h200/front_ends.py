@@ -88,12 +88,14 @@ def measure(
     deadline: float,
     names: dict[str, str],
     most: int = 256,
+    words: bool = False,
 ) -> dict[str, Any]:
     """Start some arms, and measure them in turn until ``deadline``.
 
     Args:
         names: the arms, each with its ``CUDA_VISIBLE_DEVICES``.
         most: requests at once that the KV cache has room for.
+        words: prompts are text, not token ids, which LiteLLM does not take.
 
     Raises:
         SystemExit: the first arm, with which others are compared, does not start.
@@ -125,7 +127,7 @@ def measure(
         starts = {name: server.seconds for name, server in servers.items()}
         print("started", json.dumps(starts), "left out", json.dumps(left_out), flush=True)
         for server in servers.values():
-            _wrk(server.port, folder, most, 2.0)  # kernels, connections
+            _wrk(server.port, folder, most, 2.0, words)  # kernels, connections
         rounds: list[dict[str, Any]] = []
         longest = 0.0
         while len(rounds) < 5 and time.monotonic() + longest < deadline:
@@ -136,9 +138,9 @@ def measure(
             for concurrency, seconds in loads.items():
                 for name in order:
                     found[name][f"c{concurrency}"] = _wrk(
-                        servers[name].port, folder, concurrency, seconds
+                        servers[name].port, folder, concurrency, seconds, words
                     )
-            found["c1"] = first_tokens.measure(servers, folder)
+            found["c1"] = first_tokens.measure(servers, folder, words)
             rounds.append(found)
             print(json.dumps(found), flush=True)
             longest = time.monotonic() - began
@@ -156,11 +158,19 @@ def request_body(prompt: object) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _wrk(port: int, folder: Path, concurrency: int, seconds: float) -> dict[str, float]:
+def _wrk(
+    port: int, folder: Path, concurrency: int, seconds: float, words: bool
+) -> dict[str, float]:
     body = folder / "body.json"
     body.write_text(json.dumps(request_body("@PROMPT@")))
     run = load.run_wrk(
-        port, concurrency, seconds, body, path="/v1/completions", prompt_tokens=PROMPT
+        port,
+        concurrency,
+        seconds,
+        body,
+        path="/v1/completions",
+        prompt_tokens=PROMPT,
+        words=words,
     )
     return {
         "tokens_per_s": round(run.tokens_per_s, 1),

@@ -36,15 +36,16 @@ def main() -> int:
         ]
     if "streams" in wanted:
         more = _streams(trees, options.rounds, options.sizes)
-        ran = {(it["tree"], _size(it)) for it in more}
-        kept = [it for it in data.get("streams", []) if (it["tree"], _size(it)) not in ran]
+        again = {(it["tree"], _size(it)) for it in more}
+        kept = [it for it in data.get("streams", []) if (it["tree"], _size(it)) not in again]
         data["streams"] = kept + more
     if "open" in wanted:
         data["open"] = _run("streams", TREE, ["--rounds", 0, "--streams", options.open])
     if "serve" in wanted:
-        found = _run("serve", TREE, ["--sizes", options.serve] if options.serve else [])
-        sizes = {_size(it) for it in found}
-        data["serve"] = [it for it in data.get("serve", []) if _size(it) not in sizes] + found
+        sizes = ["--sizes", options.serve] if options.serve else []
+        found = _run("serve", TREE, [*sizes, "--budget-s", options.budget_s])
+        ran = {_size(it) for it in found}
+        data["serve"] = [it for it in data.get("serve", []) if _size(it) not in ran] + found
     data["machine"], data["date"] = report.machine(), str(datetime.date.today())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n")
@@ -93,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sizes", default="4:2,100:10,400:50,1000:200", help="of streams")
     parser.add_argument("--open", default="2:2000,2:5000,2:10000", help="gateways:streams")
     parser.add_argument("--serve", help="replicas:models:gateways, …")
+    parser.add_argument("--budget-s", type=float, default=3600.0, help="of serve")
     parser.add_argument("--results", type=Path, default=TREE / "benchmarks" / "results")
     return parser.parse_args()
 

@@ -34,7 +34,7 @@ class Costs:
     haproxy_event_s: float = 25e-6
     """The same in HAProxy, which is on every node (relay-2026-11-27.json)."""
 
-    front_end_s: float = 50e-6
+    front_end_s: float = 75e-6
     """Of a gateway for each front end that idles, each second: a third of a question and its
     answer."""
 
@@ -45,7 +45,7 @@ class Costs:
     replica_mib: float = 0.03
     stream_mib: float = 0.029
 
-    controller_replica_s: float = 50e-6
+    controller_replica_s: float = 58e-6
     """Of one turn of Serve's loop, for each replica."""
 
     report_replica_s: float = 45e-6
@@ -170,7 +170,7 @@ def table(fleets: list[Fleet], slower: float = 1.0) -> str:
             [
                 f"{fleet.streams:,}",
                 f"{fleet.tokens_per_s:g}",
-                f"{fleet.requests:g}",
+                f"{fleet.requests:.0f}" + (", everything on" if fleet.everything_on else ""),
                 f"{fleet.models:,} / {fleet.replicas:,}",
                 f"{it.gateways}",
                 f"{it.late_gateways}",

@@ -97,7 +97,7 @@ def requests(data: dict[str, Any]) -> str:
             errors = sum(it["errors"] for it in of)
             rows.append(
                 [
-                    f"{_shown(size)}{', before' if tree == 'before' else ''}",
+                    f"{_shown(size)}{_before(of[0])}",
                     _spread(of, "idle_cores", 1, "{:.3f}"),
                     _spread(of, "request_cpu_us", 1, "{:.0f}"),
                     _spread(of, "alone_p50_us", 1e-3, "{:.2f}"),
@@ -117,7 +117,7 @@ def streams(data: dict[str, Any]) -> str:
     """Open streams."""
     rows = [
         [
-            f"{it['streams']:,} (still open at the end: {it['streams_at_the_end']:,})",
+            f"{it['streams']:,}{_before(it)} (open at the end: {it['streams_at_the_end']:,})",
             str(it["gateways"]),
             ", ".join(f"{cores:.2f}" for cores in it["cores"]),
             ", ".join(f"{mib:.0f}" for mib in it["memory_mib"]),
@@ -140,7 +140,7 @@ def serve(data: dict[str, Any]) -> str:
         cores = it["idle_cores"]
         rows.append(
             [
-                f"{_shown(_size(it))}, {it['gateways']}",
+                f"{_shown(_size(it))}, {it['gateways']}{_before(it)}",
                 f"{it['started_s']:.0f}",
                 f"{it['loop_ms']['mean']:.0f}, {it['loop_ms']['max']:.0f}",
                 "-".join(f"{ms:.0f}" for ms in it["report_ms"]),
@@ -151,7 +151,7 @@ def serve(data: dict[str, Any]) -> str:
                 f"{cores['gcs'] + cores['raylet']:.3f}",
                 f"{it['memory_mib']['controller']:.0f}",
                 f"{it['replica_known_s']:.1f}",
-                ", ".join(map(str, it["proxies_started"])),
+                ", ".join(str(n) if n is not None else "-" for n in it["proxies_started"]),
             ]
         )
     header = [
@@ -213,6 +213,10 @@ def _sizes(records: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 def _shown(size: tuple[int, int]) -> str:
     return f"{size[1]:,} / {size[0]:,}"
+
+
+def _before(record: dict[str, Any]) -> str:
+    return ", before" if record.get("tree") == "before" else ""
 
 
 def _spread(records: list[dict[str, Any]], key: str, by: float, form: str) -> str:

@@ -150,6 +150,7 @@ def measure(cluster: Cluster, fleet: Fleet, gateways: int) -> dict[str, Any]:
         asked = time.perf_counter()
         size = len(pickle.dumps(cluster.report()))
         times.append((time.perf_counter() - asked) * 1e3)
+    memory = {name: round(_mib(of), 1) for name, of in parts.items()}
     proxies = {it.pid for it in parts["haproxy"]}
     more = Fleet(fleet.models, fleet.replicas + 1)
     began = time.monotonic()
@@ -166,7 +167,7 @@ def measure(cluster: Cluster, fleet: Fleet, gateways: int) -> dict[str, Any]:
         "gateways": gateways,
         "started_s": round(started_s, 1),
         "idle_cores": {name: round(of, 4) for name, of in cores.items()},
-        "memory_mib": {name: round(_mib(of), 1) for name, of in parts.items()},
+        "memory_mib": memory,
         "loop_ms": {k: v * 1e3 for k, v in health["loop_duration_s"].items()},
         "report_bytes": size,
         "report_ms": [min(times), statistics.median(times), max(times)],
@@ -201,15 +202,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--port", type=int, default=18900)
+    parser.add_argument("--budget-s", type=float, default=3600.0, help="no size begins after it")
     options = parser.parse_args()
     first_port = 20000
     sizes = [tuple(map(int, size.split(":"))) for size in options.sizes.split(",")]
     most = max(replicas for replicas, _, _ in sizes) + 1
     command = [sys.executable, "-m", "benchmarks.gateway.upstream", first_port, 2 * most]
+    began = time.monotonic()
     with processes.process(command, {}):
         cluster = Cluster(options.port, first_port)
         try:
             for replicas, models, gateways in sizes:
+                if time.monotonic() - began > options.budget_s:
+                    print(f"no time is left for {replicas}:{models}:{gateways}", file=sys.stderr)
+                    break
                 found = measure(cluster, Fleet(models, replicas), gateways)
                 print(json.dumps(found), flush=True)
         finally:

@@ -41,7 +41,8 @@ KV_CACHE_FULL = 0.8
 """Part of the KV cache in use from which on it bounds what an engine can run."""
 
 STALE_S = 5.0
-"""Seconds after which a report is out of date. Replicas report every second or sooner."""
+"""Seconds after which a report is out of date. Replicas report every second or sooner, and every
+four at the least while they idle."""
 
 
 @dataclass(eq=False)
