@@ -1,8 +1,8 @@
 """The metrics that a real run exports, for the tests of dashboards and alerts.
 
 ``make metrics`` runs a fleet on this CPU, does to it all that makes a metric appear (load that
-preempts, a shared prefix, a killed replica), and writes what Ray's agent then exports to
-tests/kube/data/exported_metrics.txt: one line a metric, its type and its samples' labels.
+preempts, a shared prefix, a killed replica, a fallback), and writes what Ray's agent then exports
+to tests/kube/data/exported_metrics.txt: one line a metric, its type and its samples' labels.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from serve_app.config import keys
 
 RECORDED = REPO / "tests/kube/data/exported_metrics.txt"
 _CONSTANT = "# Labels with one value: "
+
+COLD = "cold"
 
 TEAM, LIMITED = keys.new(), keys.new()
 """API keys and their hashes."""
@@ -88,7 +90,11 @@ def run(folder: Path) -> str:
     # Seven blocks hold one long request and a half: more of them preempt each other.
     chat["args"]["engine"] |= {"max_model_len": 512, "num_gpu_blocks_override": 7}
     chat["args"] |= {"replicas": 2}
-    config = servers.document(processes.free_port(), chat, servers.embed_application(), gateways=2)
+    # Asked once, at the end: another one answers for it.
+    args = servers.demo_args("smollm2-135m") | {"fallback": [CHAT], "fallback_after_s": 0}
+    cold = servers.application(COLD, **args, autoscaling={"min_replicas": 0, "max_replicas": 1})
+    models = chat, servers.embed_application(), cold
+    config = servers.document(processes.free_port(), *models, gateways=2)
     usage = folder / "usage"
     config["applications"][-1]["args"] |= {"keys": {"file": _keys(folder)}, "usage_dir": str(usage)}
     cluster = Cluster.start(config, folder, "haproxy")
@@ -101,6 +107,7 @@ def run(folder: Path) -> str:
             _lose_a_replica(cluster)
             cluster.wait_until_ready()
             _load(cluster)
+            assert _chat(cluster, 0, stream=False, model=COLD) == 200
             time.sleep(15)  # workers report to the agent every 10 s
             return scrape()
     finally:
@@ -130,9 +137,11 @@ def _load(cluster: Cluster) -> None:
     embedded.raise_for_status()
 
 
-def _chat(cluster: Cluster, number: int, *, stream: bool, key: str = TEAM[0]) -> int:
+def _chat(
+    cluster: Cluster, number: int, *, stream: bool, key: str = TEAM[0], model: str = CHAT
+) -> int:
     body: dict[str, Any] = {
-        "model": CHAT,
+        "model": model,
         "messages": [{"role": "user", "content": f"{'A long story, please. ' * 30}{number}"}],
         "max_tokens": 200,
         "ignore_eos": True,

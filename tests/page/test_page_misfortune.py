@@ -223,8 +223,14 @@ async def test_a_gateway_that_begins_anew_is_found_by_the_page_and_its_other_vie
         async with GatewayProcess(model, port=held_port) as gateway:
             page = await opened(gateway)
             await expect(page.get_by_role("article")).to_have_count(1)
-            loaded = "performance.getEntriesByType('resource').map(it => it.name.split('/').pop())"
-            await page.wait_for_function(f"{loaded}.includes('stream.js')")
+            # Not wait_for_function, which asks by eval: the page's policy forbids that.
+            await page.evaluate(
+                """async () => {
+                  const loaded = it => it.name.endsWith("/stream.js");
+                  while (!performance.getEntriesByType("resource").some(loaded))
+                    await new Promise(later => setTimeout(later, 20));
+                }"""
+            )
         await expect(page.get_by_text("The gateway cannot be reached.")).to_be_visible()
         await page.get_by_role("link", name="Try").click()  # its file is there already
         await expect(page.get_by_role("region", name="Tokenize")).to_be_visible()
