@@ -86,13 +86,25 @@ class _Line:
         each = (time.monotonic() - self.ends[0]) / len(self.ends)
         return min(60.0, max(1.0, calls * each))
 
+    def hold(self, place: _Place, replica: Replica, its_rank: Rank, until: float) -> None:
+        """Let a call that has had its turn wait for a replica."""
+        self.held.add(place, replica, its_rank, until)
+        if place.share:
+            place.share.held += 1
+
+    def release(self, place: _Place) -> None:
+        """Hold a call no more."""
+        self.held.remove(place)
+        if place.share:
+            place.share.held -= 1
+
     def leave(self, place: _Place) -> None:
         """Take out a call that has no turn to come."""
         if place not in self.places:
             return
         del self.places[place]
         if place in self.held:
-            self.held.remove(place)
+            self.release(place)
             return
         for line in (self.passing, self.again):
             if place in line:
@@ -230,7 +242,7 @@ class Queue:
     def _refuse_if_full(self, line: _Line, place: _Place) -> None:
         others, name = len(line.places) - 1, line.name
         free = self._config.max_requests - others
-        of_key = len(place.share.waiting) - 1 if place.share and place.call.caller else 0
+        of_key = place.share.waits - 1 if place.share and place.call.caller else 0
         if free > 0 and of_key < _TIMES_FREE * free:
             return
         self._leave(line, place)
@@ -322,7 +334,7 @@ class Queue:
         held = line.held.next(fits)
         if held and (share is None or held[2] < rank(share)):
             place, replica, its_rank = held
-            line.held.remove(place)
+            line.release(place)
             order.served(its_rank)
             its = [it for it in roomy if it.replica is replica]
             self._grant(line, place, its or able(place.share))
@@ -334,7 +346,7 @@ class Queue:
                 self._grant(line, place, among)
             return True
         if ample and (in_vain := line.held.in_vain(time.monotonic())):
-            line.held.remove(in_vain)
+            line.release(in_vain)
             self._grant(line, in_vain, ample)
             return True
         return False
@@ -361,11 +373,16 @@ class Queue:
             for it in full
             if (waiting := line.held.waiting(it)) < MOST
         }
-        wait = self._policy.waits_for(ample or able, place.call, places) if places else None
+        try:
+            wait = self._policy.waits_for(ample or able, place.call, places) if places else None
+        except Exception as error:  # its own, not of the call whose end or report this is
+            line.places.pop(place)
+            place.granted.set_exception(error)
+            return True
         if wait is None:
             return False
         replica, seconds = wait
-        line.held.add(place, replica, its_rank, time.monotonic() + seconds)
+        line.hold(place, replica, its_rank, time.monotonic() + seconds)
         self._charge(line, place)
         return True
 
