@@ -162,7 +162,7 @@ class Queue:
             Unavailable: 429 where too many wait; 503 where its time is up, or no replica can start.
             GatewayError: 404 for a removed model; whatever the policy raises.
         """
-        deadline_s = _deadline_s(call)
+        whole_s = deadline_s(call)
         line = self._lines.setdefault(call.model.name, _Line(call.model.name))
         place = self._join(line, call, again)
         self._give_turns(line)
@@ -179,9 +179,9 @@ class Queue:
             in_vain = not live and time.monotonic() < line.wakes_until
             patience_s = 0.0 if in_vain else min(patience_s, sooner_s)
         left_s = patience_s
-        if deadline_s is not None and deadline_s < patience_s:
-            patience_s, sooner_s = deadline_s, None
-            left_s = deadline_s - (time.perf_counter() - call.arrived)
+        if whole_s is not None and whole_s < patience_s:
+            patience_s, sooner_s = whole_s, None
+            left_s = whole_s - (time.perf_counter() - call.arrived)
         try:
             async with asyncio.timeout(left_s):
                 return await place.granted
@@ -463,7 +463,7 @@ def _may_have_last(
     return lambda it: it.caller.priority > light or order.is_light(it, most)
 
 
-def _deadline_s(call: Call) -> float | None:
+def deadline_s(call: Call) -> float | None:
     """How long the client lets its request wait, from its arrival."""
     value = next((v for k, v in call.request.headers if k == DEADLINE), None)
     if value is None:
