@@ -33,6 +33,10 @@ _TIMES_FREE = 4
 """A key may have so many times as many calls waiting as there are places free: 80 % of them if it
 is the only one, so that the first call of another key still finds a place."""
 
+AT_ONCE = 32
+"""Calls that are looked at before the event loop has its turn. A place that suits none may have all
+that wait looked at, of which each has up to 1 ms of a long prompt."""
+
 _RATE_OF = 64
 """Calls whose ends tell how fast a model answers."""
 
@@ -297,8 +301,8 @@ class Queue:
             while line.passing:
                 self._grant(line, line.passing.popleft(), live)
             replicas = {it.replica for it in live}
-            while self._give_turn(line, live, replicas):
-                pass
+            if all(self._give_turn(line, live, replicas) for _ in range(AT_ONCE)):
+                asyncio.get_running_loop().call_soon(self._changed, line.name)
         self._attend(line)
 
     def _give_turn(self, line: _Line, live: list[FrontEnd], replicas: set[Replica]) -> bool:

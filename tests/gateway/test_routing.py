@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.cluster.exchange import CALL_HEADER, Called, Load, Usage
 from serve_app.config import keys
-from serve_app.gateway.queue import Queue
+from serve_app.gateway.queue import AT_ONCE, Queue
 from serve_app.gateway.routing.router import Router
 
 CHAT = "/v1/chat/completions"
@@ -282,6 +282,25 @@ async def test_it_waits_no_longer_than_the_setting_says() -> None:
         went = {f"r{n}": got - b for n, (got, b) in enumerate(zip(them.got(), before, strict=True))}
         assert went == {home: 0, other: 2}
         assert len(queue_of(gateway)._lines["m"].held) == 0
+
+
+async def test_calls_are_looked_at_in_small_parts_so_that_streams_go_on_between() -> None:
+    async with fleet(2, load={"capacity": 10}) as (_, gateway):
+        home = await chat(gateway, LONG)
+        other = "r1" if home == "r0" else "r0"
+        for it in (home, other):
+            busy(gateway, it, 14)
+        sent = [asyncio.create_task(chat_anyhow(gateway, LONG)) for _ in range(100)]
+        assert await until(lambda: queue_of(gateway).waiting("m").requests == 100)
+        held = queue_of(gateway)._lines["m"].held
+        busy(gateway, other, -1)
+        report(gateway, other, running=13, capacity=10)  # the place suits none of them
+        assert 0 < len(held) <= AT_ONCE
+        assert await until(lambda: len(held) == 100, within_s=2)
+        for it in (home, other):
+            busy(gateway, it, -13)
+            report(gateway, it)
+        assert set(await asyncio.gather(*sent)) == {200}
 
 
 # --- other policies, and settings ----------------------------------------------------------------
