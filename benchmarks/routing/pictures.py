@@ -34,7 +34,11 @@ def draw(data: dict[str, Any], folder: Path) -> list[Path]:
             load_of = "load ÷ round robin's most"
             charts.lines(axes[row][column], lines, load_of, what, log_y=row == 0)
         axes[0][column].set_title(trace)
-    axes[0][0].legend(fontsize=7)
+        axes[1][column].set_ylim(bottom=0)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower center", ncols=len(labels), bbox_to_anchor=(0.5, -0.06)
+    )
     figure.suptitle(f"{MAIN[0]} replicas, {MAIN[1]} gateway, simulated (8B on H100)", fontsize=11)
     figure.tight_layout()
     return charts.save(figure, folder / "routing")

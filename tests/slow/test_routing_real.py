@@ -70,7 +70,8 @@ def test_the_hits_that_are_predicted_are_those_that_vllm_reports(two: Cluster) -
         tokens = counted(page(), "routing_tokens_total", "kind")
     print(f"\nMEASURED routing with real engines: {reasons}, tokens {tokens}")
     assert reasons == {"cold": CUSTOMERS, "warm": sent - CUSTOMERS}
-    assert abs(tokens["predicted"] / tokens["cached"] - 1) < 0.2
+    # These prompts are of two blocks and a half, and what is known of one ends with a block.
+    assert 0.65 < tokens["predicted"] / tokens["cached"] < 1.2
     assert tokens["cached"] > 0.6 * tokens["prompt"]
 
 
