@@ -579,6 +579,20 @@ def test_bytes_per_token_come_from_the_accounting() -> None:
     assert uncached == pytest.approx(20 * BLOCK, rel=0.05)
 
 
+def test_a_prompt_that_is_answered_many_times_does_not_shrink_the_index() -> None:
+    """An engine counts the prompt for each of ``n`` answers."""
+    fleet = Fleet(2)
+    sizes = []
+    for n, copies in ((1, 8), (128, 128), (1, 128)):  # the last: told nowhere that is looked at
+        prompt = prompt_of(said(LONG * 8, n=n))
+        for _ in range(200):
+            fleet.send(prompt)
+            usage = Usage(prompt.size // 4 * copies, 0, 10)
+            fleet.policy.used(str(fleet.calls), usage)
+        sizes.append(fleet.policy._bytes_per_token.value)
+    assert sizes == [pytest.approx(it, rel=0.05) for it in (1.0, 4.0, 1.0)]
+
+
 def test_prompts_whose_text_is_not_known_tell_nothing_of_the_bytes_of_a_token() -> None:
     """Such as embeddings: the text of all of them together is nothing."""
     fleet = Fleet(2)

@@ -239,7 +239,9 @@ class CacheAware:
         if sent is None or known is None:
             return None
         if sent.prompt.size:
-            self._bytes_per_token.add(sent.prompt.size, known.prompt_tokens)
+            # No tokenizer makes more than one of a byte; what counts them more often may not tell.
+            tokens = min(known.prompt_tokens / sent.prompt.answers, sent.prompt.size)
+            self._bytes_per_token.add(sent.prompt.size, tokens)
         self._completion.add(known.completion_tokens, 1)
         if seen and sent.blocks:
             believed = _part(sent.blocks, sent.prompt) * known.prompt_tokens

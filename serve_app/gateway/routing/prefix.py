@@ -47,6 +47,9 @@ class Prompt:
     streams: bool = True
     """Whether the first byte of its answer tells that the prompt has been read."""
 
+    answers: int = 1
+    """As many times an engine counts its tokens."""
+
     session: str | None = None
     """What the client calls its session, where the settings say that it decides."""
 
@@ -67,6 +70,7 @@ class _Body(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw()
     token_ids: msgspec.Raw = msgspec.Raw()
     stream: msgspec.Raw = msgspec.Raw()
+    n: msgspec.Raw = msgspec.Raw()
     prompt_cache_key: msgspec.Raw = msgspec.Raw()
 
 
@@ -114,7 +118,10 @@ def of(call: Call, *, session: bool = False, media: bool = True) -> Prompt:
     blocks, size = hashed(_without_media(parts) if media else parts, seed)
     # The first events of a response come before its prompt has been read.
     streams = bytes(fields.stream) == b"true" and call.request.path != "/v1/responses"
-    return Prompt(tuple(blocks), size, streams, _session(call, fields) if session else None)
+    n = bytes(fields.n)
+    answers = max(1, int(n)) if n.isdigit() and len(n) < 6 else 1
+    named = _session(call, fields) if session else None
+    return Prompt(tuple(blocks), size, streams, answers, named)
 
 
 def hashed(parts: Iterable[bytes], seed: bytes) -> tuple[list[Block], int]:
