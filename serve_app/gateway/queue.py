@@ -327,8 +327,8 @@ class Queue:
             return roomy if may_have_last is None or (share and may_have_last(share)) else spare
 
         def fits(place: _Place, replica: Replica) -> bool:
-            """Whether a held call can go on: to its replica, or anywhere if that is gone."""
-            if replica in replicas:
+            """Whether a held call can go on: to its replica, or anywhere if that is no good."""
+            if replica in replicas and not replica.is_out:
                 return replica in with_spare or (
                     replica in with_room and able(place.share) is roomy
                 )
@@ -340,7 +340,7 @@ class Queue:
             place, replica, its_rank = held
             line.release(place)
             order.served(its_rank)
-            its = [it for it in roomy if it.replica is replica]
+            its = [] if replica.is_out else [it for it in roomy if it.replica is replica]
             self._grant(line, place, its or able(place.share))
             return True
         if share is not None:

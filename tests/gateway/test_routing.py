@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -301,6 +302,37 @@ async def test_calls_are_looked_at_in_small_parts_so_that_streams_go_on_between(
             busy(gateway, it, -13)
             report(gateway, it)
         assert set(await asyncio.gather(*sent)) == {200}
+
+
+async def test_calls_do_not_wait_for_a_replica_that_has_faults() -> None:
+    """Its errors come at once, and so do its places: all that waited for it would get one."""
+    async with fleet(2, load={"capacity": 10}) as (them, gateway):
+        home = await chat(gateway, LONG)
+        other = "r1" if home == "r0" else "r0"
+        busy(gateway, home, 14)
+        busy(gateway, other, 12)
+        sent = [asyncio.create_task(chat_anyhow(gateway, LONG)) for _ in range(5)]
+        assert await until(lambda: len(queue_of(gateway)._lines["m"].held) == 5)
+        standing = gateway.board._front_ends["m"][home].replica.standing
+        standing.out, standing.since = 1, time.monotonic() + 30
+        before = them.got()
+        busy(gateway, home, -14)
+        busy(gateway, other, -12)
+        report(gateway, home, capacity=10)
+        assert set(await asyncio.gather(*sent)) == {200}
+        went = [after - b for after, b in zip(them.got(), before, strict=True)]
+        assert went[int(home[1])] == 0
+
+
+async def test_none_waits_for_its_cache_where_the_setting_is_0() -> None:
+    async with fleet(2, load={"capacity": 10}, routing={"max_wait_for_cache_s": 0}) as (_, gateway):
+        home = await chat(gateway, LONG)
+        other = "r1" if home == "r0" else "r0"
+        busy(gateway, home, 14)
+        busy(gateway, other, 12)
+        assert await chat(gateway, LONG) == other
+        for it, requests in ((home, -14), (other, -12)):
+            busy(gateway, it, requests)
 
 
 # --- other policies, and settings ----------------------------------------------------------------

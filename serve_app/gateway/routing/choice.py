@@ -200,7 +200,7 @@ class CacheAware:
             full: by replica without room: how many calls must end there before this one has a
                 place; 0 where no replica has ample room, so that all wait.
         """
-        if not prompt.blocks and prompt.session is None:
+        if not self.config.max_wait_for_cache_s or not (prompt.blocks or prompt.session):
             return None
         now = self._now()
         waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
