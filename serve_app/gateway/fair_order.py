@@ -54,8 +54,16 @@ class Share(Generic[Item]):
     inflight: int = 0
     """Its calls that have had their turn and not ended."""
 
+    held: int = 0
+    """Its calls that have had their turn and wait for a certain replica."""
+
     waiting: deque[tuple[int, Item]] = field(default_factory=deque)
     """Its calls, with their place in the order of arrival."""
+
+    @property
+    def waits(self) -> int:
+        """Calls of it that no replica has."""
+        return self.held + len(self.waiting)
 
 
 class FairOrder(Generic[Item]):
@@ -81,7 +89,7 @@ class FairOrder(Generic[Item]):
         if now - self._cleaned > AWAY_S / 10:
             self._cleaned = now
             for it in list(self._shares.values()):
-                if not it.inflight and not it.waiting and now - it.seen > AWAY_S:
+                if not it.inflight and not it.waits and now - it.seen > AWAY_S:
                     del self._shares[it.caller.name]
                     self._weights -= it.caller.weight
         share = self._shares.get(caller.name)
@@ -140,7 +148,7 @@ class FairOrder(Generic[Item]):
     def is_light(self, share: Share[Item], most: float) -> bool:
         """Whether all that the caller asks for now is within its part, by weight, of the ``most``
         calls that may run."""
-        asks = share.inflight + len(share.waiting)
+        asks = share.inflight + share.waits
         return asks * self._weights <= most * share.caller.weight
 
     def highest_light(self, most: float) -> float:

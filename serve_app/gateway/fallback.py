@@ -14,7 +14,7 @@ from dataclasses import replace
 from serve_app.gateway import body, routes
 from serve_app.gateway.directory import Directory, Model
 from serve_app.gateway.exchange import called
-from serve_app.gateway.queue import DEADLINE
+from serve_app.gateway.queue import DEADLINE, deadline_s
 from serve_app.gateway.stages import Call
 from serve_app.gateway.upstream import Headers
 
@@ -47,7 +47,7 @@ class Fallbacks:
             key = call.caller.name if call.caller else ""
             request = replace(
                 call.request,
-                headers=_after(now - call.arrived, call.request.headers),
+                headers=_after(now - call.arrived, call),
                 body=body.renamed(call.request.body, id),
                 ours=[called(number, key, model.name, call.model_id, call.request.path)],
                 to_fallback=True,
@@ -78,10 +78,9 @@ class Fallbacks:
                 yield id, model
 
 
-def _after(waited_s: float, headers: Headers) -> Headers:
-    """A request's headers, with what is left of the time that its client lets it wait."""
-
-    def left(milliseconds: bytes) -> bytes:
-        return b"%d" % max(1, int(milliseconds) - round(waited_s * 1000))
-
-    return [(k, left(v) if k == DEADLINE else v) for k, v in headers]
+def _after(waited_s: float, call: Call) -> Headers:
+    """A call's headers, with what is left of the time that its client lets it wait."""
+    if (whole_s := deadline_s(call)) is None:
+        return call.request.headers
+    left = b"%d" % max(1, round((whole_s - waited_s) * 1000))
+    return [*((k, v) for k, v in call.request.headers if k != DEADLINE), (DEADLINE, left)]

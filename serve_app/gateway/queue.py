@@ -33,6 +33,10 @@ _TIMES_FREE = 4
 """A key may have so many times as many calls waiting as there are places free: 80 % of them if it
 is the only one, so that the first call of another key still finds a place."""
 
+AT_ONCE = 32
+"""Calls that are looked at before the event loop has its turn. A place that suits none may have all
+that wait looked at, of which each has up to 1 ms of a long prompt."""
+
 _RATE_OF = 64
 """Calls whose ends tell how fast a model answers."""
 
@@ -86,13 +90,25 @@ class _Line:
         each = (time.monotonic() - self.ends[0]) / len(self.ends)
         return min(60.0, max(1.0, calls * each))
 
+    def hold(self, place: _Place, replica: Replica, its_rank: Rank, until: float) -> None:
+        """Let a call that has had its turn wait for a replica."""
+        self.held.add(place, replica, its_rank, until)
+        if place.share:
+            place.share.held += 1
+
+    def release(self, place: _Place) -> None:
+        """Hold a call no more."""
+        self.held.remove(place)
+        if place.share:
+            place.share.held -= 1
+
     def leave(self, place: _Place) -> None:
         """Take out a call that has no turn to come."""
         if place not in self.places:
             return
         del self.places[place]
         if place in self.held:
-            self.held.remove(place)
+            self.release(place)
             return
         for line in (self.passing, self.again):
             if place in line:
@@ -150,7 +166,7 @@ class Queue:
             Unavailable: 429 where too many wait; 503 where its time is up, or no replica can start.
             GatewayError: 404 for a removed model; whatever the policy raises.
         """
-        deadline_s = _deadline_s(call)
+        whole_s = deadline_s(call)
         line = self._lines.setdefault(call.model.name, _Line(call.model.name))
         place = self._join(line, call, again)
         self._give_turns(line)
@@ -167,9 +183,9 @@ class Queue:
             in_vain = not live and time.monotonic() < line.wakes_until
             patience_s = 0.0 if in_vain else min(patience_s, sooner_s)
         left_s = patience_s
-        if deadline_s is not None and deadline_s < patience_s:
-            patience_s, sooner_s = deadline_s, None
-            left_s = deadline_s - (time.perf_counter() - call.arrived)
+        if whole_s is not None and whole_s < patience_s:
+            patience_s, sooner_s = whole_s, None
+            left_s = whole_s - (time.perf_counter() - call.arrived)
         try:
             async with asyncio.timeout(left_s):
                 return await place.granted
@@ -230,7 +246,7 @@ class Queue:
     def _refuse_if_full(self, line: _Line, place: _Place) -> None:
         others, name = len(line.places) - 1, line.name
         free = self._config.max_requests - others
-        of_key = len(place.share.waiting) - 1 if place.share and place.call.caller else 0
+        of_key = place.share.waits - 1 if place.share and place.call.caller else 0
         if free > 0 and of_key < _TIMES_FREE * free:
             return
         self._leave(line, place)
@@ -285,8 +301,8 @@ class Queue:
             while line.passing:
                 self._grant(line, line.passing.popleft(), live)
             replicas = {it.replica for it in live}
-            while self._give_turn(line, live, replicas):
-                pass
+            if all(self._give_turn(line, live, replicas) for _ in range(AT_ONCE)):
+                asyncio.get_running_loop().call_soon(self._changed, line.name)
         self._attend(line)
 
     def _give_turn(self, line: _Line, live: list[FrontEnd], replicas: set[Replica]) -> bool:
@@ -311,8 +327,8 @@ class Queue:
             return roomy if may_have_last is None or (share and may_have_last(share)) else spare
 
         def fits(place: _Place, replica: Replica) -> bool:
-            """Whether a held call can go on: to its replica, or anywhere if that is gone."""
-            if replica in replicas:
+            """Whether a held call can go on: to its replica, or anywhere if that is no good."""
+            if replica in replicas and not replica.is_out:
                 return replica in with_spare or (
                     replica in with_room and able(place.share) is roomy
                 )
@@ -322,9 +338,9 @@ class Queue:
         held = line.held.next(fits)
         if held and (share is None or held[2] < rank(share)):
             place, replica, its_rank = held
-            line.held.remove(place)
+            line.release(place)
             order.served(its_rank)
-            its = [it for it in roomy if it.replica is replica]
+            its = [] if replica.is_out else [it for it in roomy if it.replica is replica]
             self._grant(line, place, its or able(place.share))
             return True
         if share is not None:
@@ -334,7 +350,7 @@ class Queue:
                 self._grant(line, place, among)
             return True
         if ample and (in_vain := line.held.in_vain(time.monotonic())):
-            line.held.remove(in_vain)
+            line.release(in_vain)
             self._grant(line, in_vain, ample)
             return True
         return False
@@ -361,11 +377,16 @@ class Queue:
             for it in full
             if (waiting := line.held.waiting(it)) < MOST
         }
-        wait = self._policy.waits_for(ample or able, place.call, places) if places else None
+        try:
+            wait = self._policy.waits_for(ample or able, place.call, places) if places else None
+        except Exception as error:  # its own, not of the call whose end or report this is
+            line.places.pop(place)
+            place.granted.set_exception(error)
+            return True
         if wait is None:
             return False
         replica, seconds = wait
-        line.held.add(place, replica, its_rank, time.monotonic() + seconds)
+        line.hold(place, replica, its_rank, time.monotonic() + seconds)
         self._charge(line, place)
         return True
 
@@ -446,7 +467,7 @@ def _may_have_last(
     return lambda it: it.caller.priority > light or order.is_light(it, most)
 
 
-def _deadline_s(call: Call) -> float | None:
+def deadline_s(call: Call) -> float | None:
     """How long the client lets its request wait, from its arrival."""
     value = next((v for k, v in call.request.headers if k == DEADLINE), None)
     if value is None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from serve_app.cluster import front_end_ids
 from serve_app.cluster.exchange import Load
-from serve_app.gateway.standing import Standing
+from serve_app.gateway.standing import OUT, Standing
 
 Address = tuple[str, int]
 """Host and port."""
@@ -125,6 +125,11 @@ class Replica:
         """How much it can be asked to do beside its siblings, above 0 and at most 1; ``now`` is by
         ``time.monotonic``."""
         return self.standing.weight(now)
+
+    @property
+    def is_out(self) -> bool:
+        """Whether others get its requests for now, because it has answered with errors."""
+        return self.weight(self.now()) <= OUT
 
     def report(self, load: Load) -> None:
         """Take its report. What this gateway sends and what ends is counted from here on."""

@@ -371,6 +371,17 @@ async def test_the_model_may_be_named_in_the_query_or_in_utf_16() -> None:
         assert json.loads(here.small.bodies[1]) == ASK | {"n": "ü", "model": "small"}
 
 
+@pytest.mark.parametrize("more", ["soon", "9" * 5000])
+async def test_the_first_time_that_a_client_allows_is_the_one_that_counts(more: str) -> None:
+    async with fleet("small") as here:
+        headers = [(DEADLINE.decode(), "60000"), (DEADLINE.decode(), more)]
+        assert by(await here.ask(headers=headers)) == (200, "small")
+        [left] = here.small.exchanges[0].header(DEADLINE.decode())
+        assert 50_000 < int(left) <= 60_000
+    async with fleet("small") as here:
+        assert by(await here.ask(headers={DEADLINE.decode(): "9" * 5000})) == (200, "small")
+
+
 async def test_a_form_and_an_empty_body_wait_for_their_model() -> None:
     async with fleet("small", cold_start_timeout_s=0.05) as here:
         answer = await here.gateway.client.post(CHAT, files={"a": b"b"}, data={"model": "big"})

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, took, until
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.cluster.exchange import CALL_HEADER, Called, Load, Usage
-from serve_app.gateway.queue import Queue
+from serve_app.config import keys
+from serve_app.gateway.queue import AT_ONCE, Queue
 from serve_app.gateway.routing.router import Router
 
 CHAT = "/v1/chat/completions"
 LONG = "word " * 2000
 """Ten blocks."""
+
+KEYS = {name: f"sk-{name:-<43}" for name in ("a", "b")}
 
 
 class Replicas:
@@ -166,10 +172,12 @@ async def test_a_prompt_that_everybody_sends_is_soon_on_every_replica() -> None:
         assert overflows == sum(got > 0 for got in them.got()) - 1  # the others had it then
 
 
-async def chat_anyhow(gateway: GatewayProcess, *texts: str, **more: Any) -> int:
+async def chat_anyhow(
+    gateway: GatewayProcess, *texts: str, headers: Any = None, **more: Any
+) -> int:
     messages = [{"role": "user", "content": text} for text in texts]
     body = {"model": "m", "messages": messages, **more}
-    return (await gateway.client.post(CHAT, json=body)).status_code
+    return (await gateway.client.post(CHAT, json=body, headers=headers or {})).status_code
 
 
 async def test_what_a_replica_had_is_forgotten_with_it() -> None:
@@ -277,6 +285,56 @@ async def test_it_waits_no_longer_than_the_setting_says() -> None:
         assert len(queue_of(gateway)._lines["m"].held) == 0
 
 
+async def test_calls_are_looked_at_in_small_parts_so_that_streams_go_on_between() -> None:
+    async with fleet(2, load={"capacity": 10}) as (_, gateway):
+        home = await chat(gateway, LONG)
+        other = "r1" if home == "r0" else "r0"
+        for it in (home, other):
+            busy(gateway, it, 14)
+        sent = [asyncio.create_task(chat_anyhow(gateway, LONG)) for _ in range(100)]
+        assert await until(lambda: queue_of(gateway).waiting("m").requests == 100)
+        held = queue_of(gateway)._lines["m"].held
+        busy(gateway, other, -1)
+        report(gateway, other, running=13, capacity=10)  # the place suits none of them
+        assert 0 < len(held) <= AT_ONCE
+        assert await until(lambda: len(held) == 100, within_s=2)
+        for it in (home, other):
+            busy(gateway, it, -13)
+            report(gateway, it)
+        assert set(await asyncio.gather(*sent)) == {200}
+
+
+async def test_calls_do_not_wait_for_a_replica_that_has_faults() -> None:
+    """Its errors come at once, and so do its places: all that waited for it would get one."""
+    async with fleet(2, load={"capacity": 10}) as (them, gateway):
+        home = await chat(gateway, LONG)
+        other = "r1" if home == "r0" else "r0"
+        busy(gateway, home, 14)
+        busy(gateway, other, 12)
+        sent = [asyncio.create_task(chat_anyhow(gateway, LONG)) for _ in range(5)]
+        assert await until(lambda: len(queue_of(gateway)._lines["m"].held) == 5)
+        standing = gateway.board._front_ends["m"][home].replica.standing
+        standing.out, standing.since = 1, time.monotonic() + 30
+        before = them.got()
+        busy(gateway, home, -14)
+        busy(gateway, other, -12)
+        report(gateway, home, capacity=10)
+        assert set(await asyncio.gather(*sent)) == {200}
+        went = [after - b for after, b in zip(them.got(), before, strict=True)]
+        assert went[int(home[1])] == 0
+
+
+async def test_none_waits_for_its_cache_where_the_setting_is_0() -> None:
+    async with fleet(2, load={"capacity": 10}, routing={"max_wait_for_cache_s": 0}) as (_, gateway):
+        home = await chat(gateway, LONG)
+        other = "r1" if home == "r0" else "r0"
+        busy(gateway, home, 14)
+        busy(gateway, other, 12)
+        assert await chat(gateway, LONG) == other
+        for it, requests in ((home, -14), (other, -12)):
+            busy(gateway, it, requests)
+
+
 # --- other policies, and settings ----------------------------------------------------------------
 
 
@@ -361,3 +419,63 @@ async def test_a_call_that_its_client_leaves_is_not_waited_for_any_more() -> Non
         assert sum(it.tokens for it in backlogs) > 2000
         left.cancel()
         assert await until(lambda: sum(it.tokens for it in backlogs) == 0)
+
+
+async def test_a_key_cannot_fill_the_queue_with_calls_that_wait_for_a_cache(tmp_path: Path) -> None:
+    keys_file = tmp_path / "keys.yaml"
+    entries = [{"name": n, "hash": keys.digest(k.encode())} for n, k in KEYS.items()]
+    keys_file.write_text(yaml.safe_dump(entries))
+    config = {"keys": {"file": str(keys_file)}, "queue": {"max_requests": 10}}
+    auth = {n: {"authorization": f"Bearer {key}"} for n, key in KEYS.items()}
+    async with fleet(2, load={"capacity": 10}, **config) as (_, gateway):
+        home = await chat(gateway, LONG, headers=auth["a"])
+        other = "r1" if home == "r0" else "r0"
+        busy(gateway, home, 14)
+        busy(gateway, other, 12)  # it has places, and not many
+        sent = []
+        for n in range(12):
+            sent.append(asyncio.create_task(chat_anyhow(gateway, LONG, headers=auth["a"])))
+            if n < 8:
+                assert await until(lambda n=n: queue_of(gateway).waiting("m").requests == n + 1)
+            else:
+                assert await until(sent[-1].done, within_s=2)
+        busy(gateway, other, 2)
+        sent.append(asyncio.create_task(chat_anyhow(gateway, "b", headers=auth["b"])))
+        assert await until(lambda: queue_of(gateway).waiting("m").requests == 9)
+        share = queue_of(gateway)._lines["m"].order._shares["a"]
+        assert share.held == 8
+        for it in (home, other):
+            busy(gateway, it, -12)
+            report(gateway, it, running=2, capacity=10)
+        assert [await it for it in sent] == [200] * 8 + [429] * 4 + [200]
+        assert share.held == 0
+
+
+async def test_a_policy_that_fails_fails_its_own_call_alone() -> None:
+    async with fleet(2, load={"capacity": 10}) as (_, gateway):
+        home = await chat(gateway, LONG)
+        other = "r1" if home == "r0" else "r0"
+        for it in (home, other):
+            busy(gateway, it, 14)
+        sent = asyncio.create_task(chat_anyhow(gateway, LONG))
+        assert await until(lambda: queue_of(gateway).waiting("m").requests == 1)
+
+        def fails(*asked: Any) -> Any:
+            raise RuntimeError("a bug")
+
+        router_of(gateway).waits_for = fails  # type: ignore[method-assign]
+        busy(gateway, other, -2)
+        report(gateway, other, running=12, capacity=10)  # which is not its fault
+        assert await sent == 500
+        assert queue_of(gateway).waiting("m").requests == 0
+
+
+async def test_of_a_model_that_is_gone_nothing_is_kept() -> None:
+    async with fleet(2) as (them, gateway):
+        await chat(gateway, LONG)
+        router = router_of(gateway)
+        gateway.board.forget("m")
+        gateway.board.publish("n", {f"n{n}": (up.host, up.port) for n, up in enumerate(them.ups)})
+        gateway.directory.hear({"n": reported()})  # type: ignore[attr-defined]
+        await gateway.client.post(CHAT, json={"model": "n", "messages": []})
+        assert set(router._routed) == {"n"}

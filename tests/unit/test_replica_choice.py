@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -123,6 +124,27 @@ def test_a_picture_is_a_block_of_its_hash(style: str) -> None:
     assert common(asking(one), asking(other)) == 0
 
 
+class _Counted(bytes):
+    """Counts how many of its bytes are looked at."""
+
+    looked = 0
+
+    def find(self, what: Any, start: Any = 0, end: Any = None) -> int:
+        at = super().find(what, start)
+        type(self).looked += (at if at >= 0 else len(self)) - start
+        return at
+
+
+def test_a_prompt_of_many_pictures_is_looked_at_once_and_no_further_than_others() -> None:
+    """64 MiB of marks would stand still for hours else."""
+    _Counted.looked = 0
+    small = b'{"url":";base64,"},' * 5000
+    parts = list(prefix._without_media([_Counted(small + b'{"data":"x"}')]))
+    assert _Counted.looked < 3 * len(small)
+    assert len(parts) <= 2 * prefix.MOST // prefix.BLOCK + 1
+    assert b"".join(parts[::2]) == small + b'{"data":"x"}'
+
+
 def test_no_more_than_the_beginning_of_a_prompt_is_looked_at() -> None:
     endless = prompt_of(said("x" * (2 * MOST)))
     assert len(endless.blocks) == MOST // BLOCK
@@ -148,6 +170,10 @@ def test_the_first_byte_tells_of_the_prefill_only_where_it_comes_after_it() -> N
 def test_a_client_can_name_its_session(body: Any, headers: Any, session: str | None) -> None:
     assert prompt_of(said("hi", **body), headers=headers, session=True).session == session
     assert prompt_of(said("hi", **body), headers=headers).session is None
+
+
+def test_a_session_that_is_no_text_is_none() -> None:
+    assert prompt_of(b'{"prompt_cache_key": "\xff"}', session=True).session is None
 
 
 # --- the index -----------------------------------------------------------------------------------
@@ -487,6 +513,35 @@ def test_a_replica_with_half_the_weight_gets_half_as_much() -> None:
     assert 15 <= went["r0"] <= 22
 
 
+def out(replica: Replica, now: float) -> None:
+    """It has answered with errors."""
+    replica.standing.out, replica.standing.since = 1, now + 30.0
+
+
+def test_one_with_faults_widens_no_other_ones_bound() -> None:
+    fleet = Fleet(4)
+    fleet.live[3].replica.inflight = 5
+    out(fleet.live[3].replica, fleet.now())
+    went = Counter(fleet.send(text("a", 20, own=1)) for _ in range(60))
+    assert max(went.values()) <= 1.5 * 21
+
+
+@pytest.mark.parametrize("kind", ["warm", "session", "hash"])
+def test_one_with_faults_gets_nothing_while_others_have_room(kind: str) -> None:
+    """Its errors come at once, so it always has the fewest requests."""
+    fleet = Fleet(4, gateways=2)
+    prompts = [text(str(n), 20) for n in range(20)]
+    if kind == "session":
+        prompts = [replace(it, session=str(n)) for n, it in enumerate(prompts)]
+    if kind == "warm":
+        for it in prompts:
+            fleet.answer(it)
+    out(fleet.live[3].replica, fleet.now())
+    for it in prompts:
+        assert fleet.answer(it) != "r3"
+    assert fleet.send(prompts[0], [fleet.live[3]]) == "r3"  # while there is no other
+
+
 def test_a_prompt_of_less_than_a_block_goes_to_the_replica_with_the_least_to_do() -> None:
     fleet = Fleet(4)
     went = Counter(fleet.send(Prompt((), 200)) for _ in range(40))
@@ -522,6 +577,31 @@ def test_bytes_per_token_come_from_the_accounting() -> None:
     fleet.send(text("b", 20))
     uncached = max(it.backlog.tokens for it in fleet.policy._seen.values())
     assert uncached == pytest.approx(20 * BLOCK, rel=0.05)
+
+
+def test_a_prompt_that_is_answered_many_times_does_not_shrink_the_index() -> None:
+    """An engine counts the prompt for each of ``n`` answers."""
+    fleet = Fleet(2)
+    sizes = []
+    for n, copies in ((1, 8), (128, 128), (1, 128)):  # the last: told nowhere that is looked at
+        prompt = prompt_of(said(LONG * 8, n=n))
+        for _ in range(200):
+            fleet.send(prompt)
+            usage = Usage(prompt.size // 4 * copies, 0, 10)
+            fleet.policy.used(str(fleet.calls), usage)
+        sizes.append(fleet.policy._bytes_per_token.value)
+    assert sizes == [pytest.approx(it, rel=0.05) for it in (1.0, 4.0, 1.0)]
+
+
+def test_prompts_whose_text_is_not_known_tell_nothing_of_the_bytes_of_a_token() -> None:
+    """Such as embeddings: the text of all of them together is nothing."""
+    fleet = Fleet(2)
+    for _ in range(100):
+        fleet.send(Prompt((), 0))
+        fleet.policy.used(str(fleet.calls), Usage(1000, 0, 10))
+    fleet.send(text("b", 20))
+    uncached = max(it.backlog.tokens for it in fleet.policy._seen.values())
+    assert uncached == 20 * BLOCK / 4
 
 
 # --- settings ------------------------------------------------------------------------------------

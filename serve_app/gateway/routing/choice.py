@@ -21,6 +21,7 @@ from serve_app.gateway.replicas import KV_CACHE_FULL, FrontEnd, Replica
 from serve_app.gateway.routing.index import Block, Index
 from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
 from serve_app.gateway.routing.work import Backlog, Mean, Rate
+from serve_app.gateway.standing import OUT
 
 Reason = Literal["warm", "overflow", "cold", "hash", "session", "short"]
 """Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
@@ -82,6 +83,9 @@ class Option(NamedTuple):
 
     cached: float
     """Tokens of that, by what such beliefs were worth at this replica."""
+
+    weight: float
+    """Of the replica, above 0 and at most 1."""
 
     requests: float
     """What it has, of all gateways, by its weight."""
@@ -196,7 +200,7 @@ class CacheAware:
             full: by replica without room: how many calls must end there before this one has a
                 place; 0 where no replica has ample room, so that all wait.
         """
-        if not prompt.blocks and prompt.session is None:
+        if not self.config.max_wait_for_cache_s or not (prompt.blocks or prompt.session):
             return None
         now = self._now()
         waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
@@ -219,7 +223,7 @@ class CacheAware:
             sent = self._sent[id]
             if sent.beginning is not None:
                 seen.alike[sent.beginning] -= 1
-                if not seen.alike[sent.beginning]:
+                if seen.alike[sent.beginning] <= 0:  # below: it was away, and is known anew
                     del seen.alike[sent.beginning]
                 sent.beginning = None
 
@@ -234,7 +238,10 @@ class CacheAware:
             seen.backlog.used(id, known.prompt_tokens - known.cached_tokens if known else None)
         if sent is None or known is None:
             return None
-        self._bytes_per_token.add(sent.prompt.size, known.prompt_tokens)
+        if sent.prompt.size:
+            # No tokenizer makes more than one of a byte; what counts them more often may not tell.
+            tokens = min(known.prompt_tokens / sent.prompt.answers, sent.prompt.size)
+            self._bytes_per_token.add(sent.prompt.size, tokens)
         self._completion.add(known.completion_tokens, 1)
         if seen and sent.blocks:
             believed = _part(sent.blocks, sent.prompt) * known.prompt_tokens
@@ -255,6 +262,8 @@ class CacheAware:
     # --- the choice ----------------------------------------------------------------------------
 
     def _pick(self, prompt: Prompt, options: list[Option], now: float) -> tuple[Option, Reason]:
+        # One with faults has the fewest requests, since its errors come at once.
+        options = [it for it in options if it.weight > OUT] or options
         if prompt.session is not None:
             return self._by_hash(prompt.session.encode(), options), "session"
         if not prompt.blocks:
@@ -292,7 +301,7 @@ class CacheAware:
 
     def _fitting(self, options: list[Option], now: float) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
-        mean = (sum(it.requests for it in options) + 1) / len(options)
+        mean = _mean(options)
         least = mean + self._slack
         most, scarce = max(self._bound * mean, least), max(SCARCE_BOUND * mean, least)
         return [
@@ -305,8 +314,7 @@ class CacheAware:
     def _by_hash(self, key: bytes, options: list[Option]) -> Option:
         """The first with room, in an order that all gateways have for this key."""
         ordered = _in_order(key, options)
-        mean = (sum(it.requests for it in options) + 1) / len(options)
-        most = math.ceil(HASH_BOUND * mean)
+        most = math.ceil(HASH_BOUND * _mean(options))
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
 
     def _options(
@@ -348,7 +356,18 @@ class CacheAware:
             work = (ahead + (requests + 1) * completion) / weight
             alike = seen.alike[prompt.blocks[blocks - 1]] if blocks else 0
             options.append(
-                Option(replica, blocks, cached, requests / weight, ahead, rate, ttft_s, work, alike)
+                Option(
+                    replica,
+                    blocks,
+                    cached,
+                    weight,
+                    requests / weight,
+                    ahead,
+                    rate,
+                    ttft_s,
+                    work,
+                    alike,
+                )
             )
         return options
 
@@ -406,6 +425,11 @@ def _least(options: list[Option]) -> Option:
     """The one with the least to do. Ties are broken at random, so that gateways differ."""
     least = min(it.work for it in options)
     return random.choice([it for it in options if it.work == least])
+
+
+def _mean(options: list[Option]) -> float:
+    """Requests of each, with one more, if all had as many by their weights."""
+    return (sum(it.requests * it.weight for it in options) + 1) / sum(it.weight for it in options)
 
 
 def _in_order(key: bytes, options: list[Option]) -> list[Option]:

@@ -47,6 +47,9 @@ class Prompt:
     streams: bool = True
     """Whether the first byte of its answer tells that the prompt has been read."""
 
+    answers: int = 1
+    """As many times an engine counts its tokens."""
+
     session: str | None = None
     """What the client calls its session, where the settings say that it decides."""
 
@@ -67,6 +70,7 @@ class _Body(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw()
     token_ids: msgspec.Raw = msgspec.Raw()
     stream: msgspec.Raw = msgspec.Raw()
+    n: msgspec.Raw = msgspec.Raw()
     prompt_cache_key: msgspec.Raw = msgspec.Raw()
 
 
@@ -114,7 +118,10 @@ def of(call: Call, *, session: bool = False, media: bool = True) -> Prompt:
     blocks, size = hashed(_without_media(parts) if media else parts, seed)
     # The first events of a response come before its prompt has been read.
     streams = bytes(fields.stream) == b"true" and call.request.path != "/v1/responses"
-    return Prompt(tuple(blocks), size, streams, _session(call, fields) if session else None)
+    n = bytes(fields.n)
+    answers = max(1, int(n)) if n.isdigit() and len(n) < 6 else 1
+    named = _session(call, fields) if session else None
+    return Prompt(tuple(blocks), size, streams, answers, named)
 
 
 def hashed(parts: Iterable[bytes], seed: bytes) -> tuple[list[Block], int]:
@@ -137,20 +144,29 @@ def hashed(parts: Iterable[bytes], seed: bytes) -> tuple[list[Block], int]:
 
 
 def _without_media(parts: Iterable[bytes]) -> Iterator[bytes]:
-    """The same with a block of hash in the place of each image or sound."""
+    """The same with a block of hash in the place of each image or sound.
+
+    Each mark is looked for once, from where it was last: a client decides how many there are. And
+    each image is a block, so what comes after the most that are looked at is not taken apart.
+    """
     for part in parts:
         end = 0
-        marks = [mark for mark in _BASE64 if mark in part]
-        while found := min(
-            ((at, mark) for mark in marks if (at := part.find(mark, end)) >= 0), default=None
-        ):
-            begin = found[0] + len(found[1])
+        found = {mark: at for mark in _BASE64 if (at := part.find(mark)) >= 0}
+        for _ in range(MOST // BLOCK):
+            if not found:
+                break
+            at, mark = min((at, mark) for mark, at in found.items())
+            begin = at + len(mark)
             close = part.find(b'"', begin)
             if close < 0:
                 break
             yield part[end:begin]
             yield _of_media(part[begin:close])
             end = close
+            for mark in [mark for mark, at in found.items() if at < end]:
+                found[mark] = part.find(mark, end)
+                if found[mark] < 0:
+                    del found[mark]
         yield part[end:] if end else part
 
 
@@ -168,6 +184,6 @@ def _session(call: Call, fields: _Body) -> str | None:
     if raw := bytes(fields.prompt_cache_key):
         try:
             return str(_text(raw) or "") or None
-        except msgspec.ValidationError:
+        except ValueError:
             return None  # vLLM refuses it
     return None

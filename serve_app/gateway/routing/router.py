@@ -101,8 +101,6 @@ class Router(Policy):
         routed.prompts.pop(entry.id, None)
         if (sent := routed.choice.used(entry.id, entry.usage)) and (usage := entry.usage):
             self.predicted(entry.model, sent.cached, usage.cached_tokens, usage.prompt_tokens)
-        if not self._board.replicas_of(entry.model):
-            del self._routed[entry.model]  # nothing of what is known is left there
 
     def _by_cache(self, call: Call, config: RoutingConfig) -> _Routed | None:
         """The model's cache-aware choice, if it is for this call."""
@@ -113,6 +111,8 @@ class Router(Policy):
             return None
         routed = self._routed.get(model.name)
         if routed is None:
+            for name in [it for it in self._routed if not self._board.replicas_of(it)]:
+                del self._routed[name]  # nothing of what is known is left there
             routed = self._routed[model.name] = _Routed(CacheAware(config))
         routed.choice.config = config
         return routed
