@@ -91,8 +91,9 @@ def run(folder: Path) -> str:
     chat["args"]["engine"] |= {"max_model_len": 512, "num_gpu_blocks_override": 7}
     chat["args"] |= {"replicas": 2}
     # Asked once, at the end: another one answers for it.
-    args = servers.demo_args("smollm2-135m") | {"fallback": [CHAT], "fallback_after_s": 0}
-    cold = servers.application(COLD, **args, autoscaling={"min_replicas": 0, "max_replicas": 1})
+    args = servers.demo_args("smollm2-135m") | {"served_as": [], "fallback": [CHAT]}
+    scaling = {"min_replicas": 0, "max_replicas": 1}
+    cold = servers.application(COLD, **args, fallback_after_s=0, autoscaling=scaling)
     models = chat, servers.embed_application(), cold
     config = servers.document(processes.free_port(), *models, gateways=2)
     usage = folder / "usage"
