@@ -175,7 +175,8 @@ class RoutingConfig(Settings):
     to compare with."""
 
     max_wait_for_cache_s: float = Field(default=2.0, ge=0)
-    """Seconds of TTFT, at most, that a request gives for a replica that has its prompt cached."""
+    """Seconds of TTFT, at most, that a request gives for a replica that has its prompt cached.
+    While no other has ample room it waits for that one as long as the ``queue`` lets it."""
 
     session_affinity: bool = False
     """Whether requests with the same ``X-Session-Id`` header, or the same ``prompt_cache_key`` in
