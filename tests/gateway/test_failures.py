@@ -377,7 +377,7 @@ async def test_the_openai_sdk_raises_when_a_response_is_cut() -> None:
         exchange.die()
 
     async with (
-        asyncio.timeout(30),
+        asyncio.timeout(120),
         Upstream(script) as upstream,
         GatewayProcess(upstream) as gateway,
         openai.AsyncOpenAI(base_url=f"{gateway.base_url}/v1", api_key="-", max_retries=0) as client,
