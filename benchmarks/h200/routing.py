@@ -16,7 +16,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.h200.server import MODEL, RAY, Server, application, gpu_memory_mib, serve_run
+from benchmarks.h200 import failures
+from benchmarks.h200.server import (
+    MODEL,
+    RAY,
+    Server,
+    application,
+    gpu_memory_mib,
+    serve_run,
+    until,
+)
 from benchmarks.routing import client, traces
 from benchmarks.routing.traces import Session, Turn
 
@@ -72,7 +81,8 @@ def _started(model: Path, folder: Path, port: int, policy: str) -> Server:
         folder, port, application(MODEL, model, engine, **args), routing={"policy": policy}
     )
     server = Server(command, port, folder / f"routing-{policy}.log", **RAY).wait()
-    time.sleep(20)  # the others start beside the first
+    until(lambda: failures.replicas(server) == REPLICAS, 120)
+    time.sleep(10)  # as long as a new replica gets less than the others
     return server
 
 
