@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,3 +82,16 @@ def cpu_s(pid: int) -> float:
 def memory_mib(pid: int) -> float:
     """Memory of such a tree; of pages that several processes share, a part each (PSS)."""
     return float(sum(one.memory_full_info().pss for one in tree(pid))) / 2**20
+
+
+def until(what: Callable[[], Any], within_s: float) -> None:
+    """Wait for it.
+
+    Raises:
+        TimeoutError: it did not come.
+    """
+    deadline = time.monotonic() + within_s
+    while not what():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.2)

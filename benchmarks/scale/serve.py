@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -136,7 +135,7 @@ class Cluster:
 def measure(cluster: Cluster, fleet: Fleet, gateways: int) -> dict[str, Any]:
     """One size."""
     started_s = cluster.deploy(fleet, gateways)
-    until(lambda: cluster.known() >= fleet.replicas, 60)
+    processes.until(lambda: cluster.known() >= fleet.replicas, 60)
     time.sleep(_SETTLE_S)
     parts = cluster.parts()
     before = {name: _cpu_s(of) for name, of in parts.items()}
@@ -155,7 +154,7 @@ def measure(cluster: Cluster, fleet: Fleet, gateways: int) -> dict[str, Any]:
     more = Fleet(fleet.models, fleet.replicas + 1)
     began = time.monotonic()
     cluster.deploy(more, gateways)
-    until(lambda: cluster.known() > fleet.replicas, 60)
+    processes.until(lambda: cluster.known() > fleet.replicas, 60)
     known_s = time.monotonic() - began
     for_a_replica = {it.pid for it in cluster.parts()["haproxy"]} - proxies
     cluster.deploy(more, gateways + 1)
@@ -174,19 +173,6 @@ def measure(cluster: Cluster, fleet: Fleet, gateways: int) -> dict[str, Any]:
         "replica_known_s": round(known_s, 2),
         "proxies_started": [len(for_a_replica), len(for_a_gateway)],
     }
-
-
-def until(what: Callable[[], bool], within_s: float) -> None:
-    """Wait for it.
-
-    Raises:
-        TimeoutError: it did not come.
-    """
-    deadline = time.monotonic() + within_s
-    while not what():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.2)
 
 
 def _cpu_s(of: list[psutil.Process]) -> float:

@@ -72,8 +72,8 @@ class Bench:
                 given = [self._port + n, self.first, config, fleet.replicas, fleet.models]
                 pid = running.enter_context(self._module("server", given))
                 arms.append(Arm(f"gateway {n}", self._port + n, pid))
-            for arm in arms:
-                until(lambda arm=arm: _known(arm.port) == fleet.replicas, 30)
+            everywhere = [fleet.replicas] * number
+            processes.until(lambda: [_known(it.port) for it in arms] == everywhere, 30 * number)
             yield arms
 
     def ask(self, arm: Arm, connections: int, requests: int, rate: float = 0.0) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Bench:
                 body = {**_HELD, "model": f"model-{1 + n // _EACH % (fleet.models - 1)}"}
                 clients.enter_context(load(self._client, arm, part, part, body, 1002))
             with contextlib.suppress(TimeoutError):
-                until(lambda: self._streams() == streams, 60)
+                processes.until(lambda: self._streams() == streams, 60)
             yield self._streams()
 
     def _streams(self) -> int:
@@ -189,19 +189,6 @@ def _timed(port: int, path: str) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as said:
         size = len(said.read())
     return {"ms": (time.perf_counter() - asked) * 1e3, "bytes": size}
-
-
-def until(what: Any, within_s: float) -> None:
-    """Wait for it.
-
-    Raises:
-        TimeoutError: it did not come.
-    """
-    deadline = time.monotonic() + within_s
-    while not what():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.3)
 
 
 def main() -> None:
