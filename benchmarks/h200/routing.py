@@ -74,7 +74,8 @@ def measure(
             left_out |= dict.fromkeys(at_once, "the step's time was over")
             continue
         with contextlib.ExitStack() as stack:
-            ports = _started(model, folder, port, dict(zip(at_once, gpus, strict=False)), stack)
+            places = dict(zip(at_once, gpus, strict=False))
+            ports = _started(model, folder, port, places, stack, deadline)
             clients = stack.enter_context(ProcessPoolExecutor(len(ports), get_context("spawn")))
             for name in TRACES:
                 if name not in capacities:
@@ -104,8 +105,9 @@ def _gpus() -> list[str]:
 
 
 def _started(
-    model: Path, folder: Path, port: int, places: dict[str, str], stack: contextlib.ExitStack
-) -> dict[str, int]:
+    model: Path, folder: Path, port: int, places: dict[str, str], stack: contextlib.ExitStack,
+    deadline: float,
+) -> dict[str, int]:  # fmt: skip
     """The contenders, each on its GPU, as soon as all replicas of all answer: their ports."""
     engine = {"max_model_len": 16384, "kv_cache_memory_bytes": round(_KV_GIB * 2**30)}
     servers: dict[str, list[Server]] = {}
@@ -134,7 +136,9 @@ def _started(
         for server in servers[name]:
             stack.callback(server.stop)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(Server.wait, itertools.chain.from_iterable(servers.values())))
+        limit_s = deadline - time.monotonic()
+        every = itertools.chain.from_iterable(servers.values())
+        list(pool.map(lambda server: server.wait(limit_s), every))
     for name, its in servers.items():
         if name == ROUTER:
             at = its[0].port - 2
