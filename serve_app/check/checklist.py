@@ -15,6 +15,7 @@ from serve_app.config import caches, engine_args, yaml_files
 from serve_app.config.document import (
     MODEL_IMPORT_PATH,
     Fleet,
+    answering,
     parse_document,
     refuse_foreign,
     refuse_shapeless,
@@ -241,8 +242,9 @@ def _fallbacks(fleet: Fleet) -> Iterator[Finding]:
         for name, config in fleet.models.items()
         if runner.pools(config.model, config.engine, _environment(config))
     }
-    owners = {id: name for name, it in fleet.models.items() for id in ids_of(name, it)}
-    for name, config in fleet.models.items():
+    models = answering(fleet)
+    owners = {id: name for name, it in models.items() for id in ids_of(name, it)}
+    for name, config in models.items():
         if config.fallback and name in pooling:
             yield Finding("fallback", "fail", name, NO_FALLBACK)
         elif useless := [id for id in config.fallback if owners.get(id) in pooling]:
