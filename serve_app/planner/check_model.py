@@ -14,7 +14,7 @@ from serve_app.config.document import Fleet
 from serve_app.config.engine_args import count
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_machine, choose, front_ends, hardware, swap, verdict
+from serve_app.planner import check_machine, choose, ec2, front_ends, hardware, swap, verdict
 from serve_app.planner.check_machine import Limits
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.hardware import GIB, GPU
@@ -143,7 +143,7 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
         if asked:
             gpu, _ = hardware.find(asked)
         else:
-            best = choose.default_choice(choose.per_gpu_type(model, arguments), None, config)
+            best = choose.least(choose.per_gpu_type(model, arguments))
             gpu = best.gpu if best else hardware.gpus()["H200"]
         plan = choose.plan_on(model, arguments, gpu)
     except UserError as error:
@@ -281,7 +281,7 @@ def _memory_finding(
         return Finding(
             "memory", "ok", name, f"about {stage.requested / GIB:.1f} GiB of host memory"
         )
-    machines, refused = choose.machines(plan, config)
+    machines, refused = ec2.machines(plan, config)
     takes = (
         f"{stage.without_kv / GIB:.1f} GiB and {max(0, stage.kv_cache) / GIB:.1f} GiB of KV cache "
         f"per {plan.gpu.name}"
