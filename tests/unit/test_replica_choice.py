@@ -567,6 +567,22 @@ def test_a_call_waits_for_a_place_where_it_is_cached_if_places_come_soon_or_are_
     assert fleet.policy.waits_for(Prompt((), 100), rest, {full.replica: 0}) is None
 
 
+def test_a_call_waits_for_no_place_while_one_that_has_its_prompt_as_well_has_room() -> None:
+    fleet = Fleet(3)
+    for it in fleet.live:
+        fleet.answer(text("a", 40), live=[it])
+    full, *rest = fleet.live
+    for it in rest:
+        fleet.send(text("b", 40), [it])  # they have more to do, and room for more
+    assert fleet.policy.waits_for(text("a", 40), rest, {full.replica: 0}) is None
+    everywhere = {it.replica: 0 for it in fleet.live[:2]}
+    assert fleet.policy.waits_for(text("a", 40), fleet.live[2:], everywhere) is None
+    fleet.policy.index.clear("r1")
+    fleet.policy.index.clear("r2")
+    wait = fleet.policy.waits_for(text("a", 40), rest, {full.replica: 0})
+    assert wait == (full.replica, 2.0)
+
+
 def test_bytes_per_token_come_from_the_accounting() -> None:
     """A prompt of so many bytes is 1 token each in one language and 1/4 in another."""
     fleet = Fleet(2)

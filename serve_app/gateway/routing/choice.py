@@ -105,6 +105,9 @@ class Option(NamedTuple):
     alike: int
     """Requests of this gateway there that have as much of this prompt in common."""
 
+    full: bool
+    """Whether it has no place for the call now."""
+
 
 @dataclass(slots=True)
 class Sent:
@@ -279,7 +282,8 @@ class CacheAware:
         cold = [it for it in fitting if it.cached < enough]
         if not warm:
             return self._next_home(prompt, cold, max(options, key=lambda it: it.cached)), "overflow"
-        first = _least(warm)
+        # A place at one that has it is had now: what all have in common is waited for nowhere.
+        first = _least([it for it in warm if not it.full] or warm)
         sooner = [it for it in cold if self._is_worth(it, first)]
         if sooner:
             return self._next_home(prompt, sooner, first), "overflow"
@@ -327,7 +331,7 @@ class CacheAware:
         """What is to be expected of each replica. It runs for each of them at each call.
 
         Args:
-            waits: by replica, seconds until it has a place.
+            waits: by replica without room, seconds until it has a place.
         """
         tokens = prompt.size / self._bytes_per_token.value
         completion = self._completion.value
@@ -367,6 +371,7 @@ class CacheAware:
                     ttft_s,
                     work,
                     alike,
+                    replica in waits,
                 )
             )
         return options
