@@ -371,6 +371,23 @@ def test_a_prompt_that_all_have_in_common_is_soon_where_it_is_needed(replicas: i
     assert sum(it.cached == 0 for it in fleet.policy._sent.values()) == len(went)
 
 
+def test_a_replica_that_comes_gets_its_part_of_what_everybody_sends() -> None:
+    fleet = Fleet(8)
+    before, new = fleet.live[:-1], fleet.live[-1]
+    for it in before:
+        fleet.answer(text("all", 10), live=[it])
+    for _ in range(70):
+        fleet.send(text("all", 10), before)
+    assert fleet.send(text("all", 10)) == new.id
+    fleet.policy.first_byte(str(fleet.calls))  # it has read that
+    went = Counter(fleet.send(text("all", 10)) for _ in range(20))
+    assert went[new.id] >= 8
+    conversation = text("one", 40)
+    home = fleet.answer(conversation, live=before)
+    idle = FrontEnd("r9", "h", 1, Replica("r9", now=fleet.now))
+    assert fleet.send(conversation, [*fleet.live, idle]) == home
+
+
 @pytest.mark.parametrize(
     ("load", "moves"), [({}, False), ({"waiting": 1}, True), ({"kv_cache_usage": 0.9}, True)]
 )
