@@ -118,7 +118,28 @@ def model_config(case: Case) -> dict[str, Any]:
     if case.layers is not None:
         config["num_hidden_layers"] = case.layers
         config.pop("num_nextn_predict_layers", None)
-    return config
+    return without_weights(config)
+
+
+GPTQ_MODULES = [
+    [f"self_attn.{name}_proj" for name in "qkvo"],
+    [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
+]
+
+
+def without_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what vLLM looks for in the weights.
+
+    Which modules of a GPTQ model are quantized (``AutoGPTQConfig.maybe_update_config``): without
+    weights it takes none for quantized.
+    """
+    quantization = config.get("quantization_config", {})
+    if quantization.get("quant_method") != "gptq":
+        return config
+    named = {"modules_in_block_to_quantize": GPTQ_MODULES} | {
+        key: value for key, value in quantization.items() if value is not None
+    }
+    return config | {"quantization_config": named}
 
 
 # --- on the GPU --------------------------------------------------------------------------------

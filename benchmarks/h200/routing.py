@@ -1,122 +1,224 @@
-"""Four replicas of a 1B shape on parts of one GPU, by each policy: traces in real time.
+"""Four real engines by each policy: on parts of one GPU, or on a CPU. Traces in real time.
 
-The gateway's policy is one of its args, so each has a server of its own, one after the other; the
-rounds of one policy follow each other, with empty caches at the begin of each. Round robin is the
-first: how much it completes where more is offered decides what all are offered.
+The gateway's policy is one of its args, so each has a server of its own; vllm-router stands in
+front of four ``vllm serve``. Each has a GPU for itself: on a machine with several GPUs as many play
+the same round at the same time, on one they follow each other. No round has a prompt of another
+one. What round robin completes at most decides what all are offered.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
+import os
 import random
 import time
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from benchmarks import others
 from benchmarks.h200 import failures
 from benchmarks.h200.server import (
+    HAPROXY,
     MODEL,
-    RAY,
     Server,
     application,
+    bare,
     gpu_memory_mib,
     serve_run,
     until,
 )
-from benchmarks.routing import client, traces
-from benchmarks.routing.traces import Session, Turn
+from benchmarks.routing import client, realtime, traces
+from benchmarks.routing.traces import Session, Trace, Turn
+from serve_app.local.instance import Instance
 
-POLICIES = ("round_robin", "cache_aware", "least_loaded")
+ROUTER = "vllm-router cache_aware"
+CONTENDERS = ("round_robin", "cache_aware", ROUTER, "least_loaded")
 REPLICAS = 4
+SEEDS = (1, 2, 3)
 
-_TRACES = (traces.QUARTER, traces.TRACES["reasoning"])
-_KV_GIB = 3.5
-"""For a replica: 114,000 tokens of a 1B shape, a quarter of an 8B's on the whole GPU."""
-
-_WARM_S, _MEASURED_S = 10.0, 25.0
-_LOADS = (1.0, 1.5)
 _MOST_TOKENS = 600
 """Of an answer: a reasoning model's 2,500 would take longer than there is time."""
 
+_PORTS = 20
+"""For each contender: its own, vllm-router's for metrics, and those of the servers behind it."""
+
+_SHARE = 0.23
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What four engines are, and what is asked of them."""
+
+    traces: tuple[Trace, ...]
+    engine: Mapping[str, Any]
+    model: Mapping[str, Any]
+    """A model's further ``args``."""
+
+    bare: Mapping[str, Any]
+    """What ``vllm serve`` has beside ``engine``."""
+
+    clients: int
+    """That each ask as soon as they are answered, to see how much can be done."""
+
+    loads: tuple[float, ...] = (1.0, 1.5)
+    warm_s: float = 8.0
+    measured_s: float = 20.0
+
+
+GPU = Setup(
+    (traces.QUARTER, traces.TRACES["reasoning"]),
+    # 114,000 tokens of a 1B shape each, a quarter of an 8B's on the whole GPU.
+    {"max_model_len": 16384, "kv_cache_memory_bytes": round(3.5 * 2**30)},
+    {"resources": {"gpu_share": _SHARE}},
+    {"gpu_memory_utilization": _SHARE},
+    clients=256,
+)
+CPU = Setup(
+    (traces.SMALL,),
+    # 9,000 tokens of SmolLM2-135M each: less than all customers' prompts.
+    {"max_model_len": 2048, "kv_cache_memory_bytes": 200 << 20, "enforce_eager": True},
+    {"resources": {"device": "cpu", "num_cpus": 0}},
+    {},
+    clients=16,
+    loads=(1.0,),
+    warm_s=15.0,
+)
+
+_TURNS = 3
+
 
 def measure(
-    model: Path, folder: Path, port: int, deadline: float, names: Sequence[str] = POLICIES
-) -> dict[str, Any]:
-    """The step; ``deadline`` is by ``time.monotonic``. What does not fit before it is left out."""
-    found: dict[str, Any] = {"policies": {}}
-    capacities: dict[str, float] = {}
-    for name in names:
-        if found["policies"] and time.monotonic() + 200 > deadline:
-            break
-        server = _started(model, folder, port, name)
-        try:
-            for trace in _TRACES:
+    setup: Setup, model: Path, folder: Path, port: int, deadline: float,
+    names: Sequence[str] = CONTENDERS, capacities: Mapping[str, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Contenders, on as many GPUs at once as there are.
+
+    Args:
+        deadline: by ``time.monotonic``. What does not fit before it is left out.
+        capacities: requests/s of round robin by trace, where an earlier call has measured it.
+    """
+    left_out = {ROUTER: why} if (why := others.absent("vllm-router", "vllm-router")) else {}
+    names = [name for name in names if name not in left_out]
+    gpus = _gpus() if setup is GPU else [""]
+    capacities = dict(capacities or {})
+    records: list[dict[str, Any]] = []
+    for first in range(0, len(names), len(gpus)):
+        at_once = names[first : first + len(gpus)]
+        if records and time.monotonic() + 200 > deadline:
+            left_out |= dict.fromkeys(at_once, "the step's time was over")
+            continue
+        with contextlib.ExitStack() as stack:
+            places = dict(zip(at_once, gpus, strict=False))
+            ports = _started(setup, model, folder, port, places, stack, deadline)
+            clients = stack.enter_context(ProcessPoolExecutor(len(ports), get_context("spawn")))
+            for trace in setup.traces:
                 if trace.name not in capacities:
-                    capacities[trace.name] = _capacity(server.port, trace)
-            found["policies"][name] = records = []
-            rounds = [(seed, trace, load) for seed in (1, 2, 3) for trace in _TRACES
-                      for load in _LOADS]  # fmt: skip
-            for seed, trace, load in rounds:
-                if time.monotonic() + 3 * (_WARM_S + _MEASURED_S) > deadline:
+                    most = clients.submit(_most, ports[names[0]], trace, setup.clients)
+                    capacities[trace.name] = most.result()
+            print("requests/s of round robin", json.dumps(capacities), flush=True)
+            for seed, trace, load in itertools.product(SEEDS, setup.traces, setup.loads):
+                if time.monotonic() + 2 * (setup.warm_s + setup.measured_s) > deadline:
                     break
                 rate = load * capacities[trace.name]
-                measured = _play(server.port, trace.at(rate, _WARM_S + _MEASURED_S, seed))
-                records.append({"trace": trace.name, "load": load, "round": seed, **measured})
-                print(name, json.dumps(records[-1]), flush=True)
-        finally:
-            server.stop()
-    return found | {"requests_per_s of round robin": capacities, "replicas": REPLICAS}
+                asked = {it: clients.submit(_round, setup, at, trace, rate, seed)
+                         for it, at in ports.items()}  # fmt: skip
+                for contender, answered in asked.items():
+                    records.append({"trace": trace.name, "load": load, "round": seed,
+                                    "contender": contender, **answered.result()})  # fmt: skip
+                    print(json.dumps(records[-1]), flush=True)
+    return {"replicas": REPLICAS, "gpus_at_once": len(gpus), "left_out": left_out,
+            "requests_per_s of round robin": capacities, "records": records,
+            "vllm-router": others.version("vllm-router")}  # fmt: skip
 
 
-def _started(model: Path, folder: Path, port: int, policy: str) -> Server:
-    engine = {"max_model_len": 16384, "kv_cache_memory_bytes": round(_KV_GIB * 2**30),
-              "enable_prefix_caching": True, "enable_prompt_tokens_details": True}  # fmt: skip
-    args: dict[str, Any] = {"replicas": REPLICAS, "frontends": 1}
-    if _gpus():
-        args["resources"] = {"gpu_share": 0.23}
-    command = serve_run(
-        folder, port, application(MODEL, model, engine, **args), routing={"policy": policy}
-    )
-    server = Server(command, port, folder / f"routing-{policy}.log", **RAY).wait()
-    until(lambda: failures.replicas(server) == REPLICAS, 120)
+def _gpus() -> list[str]:
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",") if seen else [str(it) for it in range(len(gpu_memory_mib()))]
+
+
+def _started(
+    setup: Setup, model: Path, folder: Path, port: int, places: dict[str, str],
+    stack: contextlib.ExitStack, deadline: float,
+) -> dict[str, int]:  # fmt: skip
+    """The contenders, each on its GPU, as soon as all replicas of all answer: their ports."""
+    servers: dict[str, list[Server]] = {}
+    for number, (name, gpu) in enumerate(places.items()):
+        at, env = port + number * _PORTS, {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        log = folder / f"routing-{name.split()[0]}-{at}"
+        if name == ROUTER:
+            ports, commands = range(at + 2, at + 2 + REPLICAS), []
+            for own in ports:
+                flags = {**setup.engine, **setup.bare, "load_format": "dummy"}
+                eager = flags.pop("enforce_eager", False)
+                command = bare(model, own, **flags) + ["--enforce-eager"] * eager
+                commands.append([*command, "--enable-prompt-tokens-details"])
+            servers[name] = [Server(command, own, log.with_suffix(f".{own}.log"), **env)
+                             for own, command in zip(ports, commands, strict=True)]  # fmt: skip
+        else:
+            instance = Instance(at)
+            stack.callback(instance.close, keep=False)
+            engine = {**setup.engine, "enable_prompt_tokens_details": True}
+            args = {"replicas": REPLICAS, "frontends": 1, **setup.model}
+            block = application(MODEL, model, engine, **args)
+            command = serve_run(folder, at, block, gateways=2, routing={"policy": name})
+            servers[name] = [Server(command, at, log.with_suffix(".log"),
+                                    **(instance.environment() | HAPROXY | env))]  # fmt: skip
+        for server in servers[name]:
+            stack.callback(server.stop)
+    with ThreadPoolExecutor() as pool:
+        limit_s = deadline - time.monotonic()
+        every = itertools.chain.from_iterable(servers.values())
+        list(pool.map(lambda server: server.wait(limit_s), every))
+    for name, its in servers.items():
+        if name == ROUTER:
+            at = its[0].port - 2
+            words = realtime.vllm_router("cache_aware", at, [it.port for it in its])
+            router = Server([str(it) for it in words], at, folder / "routing-vllm-router.log")
+            stack.callback(router.stop)
+            servers[name] = [router.wait(60)]
+        else:
+            until(lambda server=its[0]: failures.replicas(server) == REPLICAS, 120)  # type: ignore[misc]
     time.sleep(10)  # as long as a new replica gets less than the others
-    return server
+    return {name: its[0].port for name, its in servers.items()}
 
 
-def _gpus() -> bool:
-    try:
-        return bool(gpu_memory_mib())
-    except OSError:
-        return False  # a dry run
+def _most(port: int, trace: Trace, clients: int) -> float:
+    """Requests/s that are completed for clients who each send the next one at once."""
+    turns = itertools.chain.from_iterable(trace.sessions(random.Random(0)))
+    sessions = [Session(0.0, tuple(itertools.islice(turns, _TURNS))) for _ in range(clients)]
+    answered = _play(port, sessions, "most")
+    took = max(one.ended for one in answered)
+    said = client.measured(answered, took / 4, took * 3 / 4)
+    return max(0.5, float(said["requests_per_s"]))
 
 
-def _capacity(port: int, trace: traces.Trace) -> float:
-    """Requests/s that are completed where half as many again, or more, are offered."""
-    rate = 4.0
-    while True:
-        said = _play(port, trace.at(rate, 20.0, 0), warm_s=8.0, measured_s=12.0)
-        if said["requests_per_s"] < rate / 1.5 or rate > 200:
-            return max(0.5, float(said["requests_per_s"]))
-        rate *= 2
+def _round(setup: Setup, port: int, trace: Trace, rate: float, seed: int) -> dict[str, Any]:
+    end = setup.warm_s + setup.measured_s
+    answered = _play(port, trace.at(rate, end, seed), f"{seed} {rate}")
+    return client.measured(answered, setup.warm_s, end)
 
 
-def _play(
-    port: int, sessions: Sequence[Session], warm_s: float = _WARM_S,
-    measured_s: float = _MEASURED_S,
-) -> dict[str, Any]:  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    answered = asyncio.run(client.play(url, sessions, MODEL, completion, "/v1/completions"))
-    return client.measured(answered, warm_s, warm_s + measured_s)
+def _play(port: int, sessions: Sequence[Session], salt: str) -> list[client.Answered]:
+    url, body = f"http://127.0.0.1:{port}", partial(completion, salt)
+    return asyncio.run(client.play(url, sessions, MODEL, body, "/v1/completions"))
 
 
-def completion(turn: Turn, model: str) -> dict[str, Any]:
-    """A prompt of token ids: as many as the trace says, whatever the tokenizer."""
+def completion(salt: str, turn: Turn, model: str) -> dict[str, Any]:
+    """A prompt of token ids: as many as the trace says, whatever the tokenizer.
+
+    With another ``salt`` a stream is another one.
+    """
     ids: list[int] = []
     for stream, end in turn.pieces:
-        ids.extend(_ids(stream, end)[len(ids) :])
+        ids.extend(_ids(salt, stream, end)[len(ids) :])
     return {
         "model": model, "prompt": ids, "max_tokens": min(turn.output_tokens, _MOST_TOKENS),
         "ignore_eos": True, "temperature": 0, "stream": True,
@@ -124,6 +226,6 @@ def completion(turn: Turn, model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@cache
-def _ids(stream: int, tokens: int) -> list[int]:
-    return random.Random(stream).choices(range(1000, 30_000), k=tokens)
+@lru_cache(256)
+def _ids(salt: str, stream: int, tokens: int) -> list[int]:
+    return random.Random(f"{salt} {stream}").choices(range(1000, 30_000), k=tokens)

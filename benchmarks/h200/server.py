@@ -21,6 +21,7 @@ import psutil
 import yaml
 
 from benchmarks.load import NONE
+from benchmarks.planner_accuracy import without_weights
 from serve_app.cluster import haproxy
 
 MODEL = "m"
@@ -216,5 +217,6 @@ def shaped(model: Path, config: Path, folder: Path, **changes: Any) -> Path:
     """A model's folder with another model's ``config.json`` and this one's tokenizer."""
     shape = folder / f"{config.parent.name}-{len(list(folder.iterdir()))}"
     shutil.copytree(model, shape, copy_function=shutil.copyfile)
-    (shape / "config.json").write_text(json.dumps(json.loads(config.read_text()) | changes))
+    changed = without_weights(json.loads(config.read_text()) | changes)
+    (shape / "config.json").write_text(json.dumps(changed))
     return shape
