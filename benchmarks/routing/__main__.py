@@ -86,7 +86,8 @@ def _realtime(path: Path, options: argparse.Namespace) -> None:
         )  # fmt: skip
     data = json.loads(path.read_text())
     before = data.get("realtime", {}).get("records", [])
-    data["realtime"] = found | {"records": before + found["records"]}
+    today = {"date": str(datetime.date.today())}
+    data["realtime"] = found | today | {"records": before + found["records"]}
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
