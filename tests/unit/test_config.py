@@ -402,7 +402,7 @@ def test_front_ends_are_a_number_or_auto(args: dict[str, Any], read: Any) -> Non
 def test_a_wrong_number_of_gateways_is_one_sentence(value: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         parse(GatewayConfig, {"replicas": value}, "args")
-    told = f"args: replicas is {shown(value)}; give a whole number, at least 1, or auto"
+    told = f"args: replicas is {shown(value)}; give a whole number from 1 to 1000, or auto"
     assert str(raised.value) == told
 
 
