@@ -767,6 +767,8 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
         }
         if settings is ModelConfig and (hint := _belongs(loc[-1], unknown, _parent(loc))):
             return f"'{key}' is not a setting; {hint}"
+        if len(loc) == 1 and (whose := _of_the_other(settings, str(loc[-1]))):
+            return f"'{key}' is not a setting here; it belongs to {whose}"
         known = _keys_at(settings, loc[:-1])
         return (
             f"'{key}' is not a setting{did_you_mean(str(loc[-1]), known)}"
@@ -806,6 +808,15 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
             )
         return f"{key} is {shown}, but an id has no spaces"
     return f"{key} is {shown}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
+
+
+def _of_the_other(settings: type[BaseModel], key: str) -> str | None:
+    """Which other application's args have a setting of this name."""
+    if settings is ModelConfig and key in GatewayConfig.model_fields:
+        return "the args of the gateway"
+    if settings is GatewayConfig and key in ModelConfig.model_fields:
+        return "the args of a model"
+    return None
 
 
 def _shown(value: Any) -> str:

@@ -974,3 +974,24 @@ def test_the_same_settings_written_differently_build_the_same_deployment() -> No
     )
     assert first.init_args == second.init_args
     assert first.ray_actor_options == second.ray_actor_options
+
+
+@pytest.mark.parametrize(
+    ("settings", "args", "told"),
+    [
+        (ModelConfig, {"model": "m", "swap_groups": {}}, "it belongs to the args of the gateway"),
+        (GatewayConfig, {"fallback": ["m"]}, "it belongs to the args of a model"),
+    ],
+)
+def test_a_setting_of_the_other_application_is_told_where_it_belongs(
+    settings: type[GatewayConfig | ModelConfig], args: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse(settings, args, "args")
+
+
+def test_a_resource_beside_args_is_told_where_it_belongs() -> None:
+    model = {"name": "m", "route_prefix": None, "import_path": "serve_app.model:app"}
+    wrong = {**model, "gpu_share": 0.3, "args": {"model": "m"}}
+    with pytest.raises(ConfigError, match=r"; put it under args[.]resources"):
+        parse_document({"applications": [wrong]}, Path("f.yaml"))
