@@ -104,17 +104,27 @@ def embed_port(cluster: Cluster) -> ModelPort:
 
 
 @pytest.fixture(scope="session")
-def bare_chat(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareVllm]:
-    bare = BareVllm.start(servers.chat_application(), tmp_path_factory.mktemp("bare-chat"))
-    yield bare
-    bare.stop()
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[BareVllm, BareVllm]]:
+    """Both models without us. They start at once: each keeps one core busy for half a minute."""
+    applications = servers.chat_application(), servers.embed_application()
+    chat, embed = (BareVllm.start(it, tmp_path_factory.mktemp("bare")) for it in applications)
+    try:
+        chat.wait_until_ready()
+        embed.wait_until_ready()
+        yield chat, embed
+    finally:
+        chat.stop()
+        embed.stop()
 
 
 @pytest.fixture(scope="session")
-def bare_embed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareVllm]:
-    bare = BareVllm.start(servers.embed_application(), tmp_path_factory.mktemp("bare-embed"))
-    yield bare
-    bare.stop()
+def bare_chat(bare: tuple[BareVllm, BareVllm]) -> BareVllm:
+    return bare[0]
+
+
+@pytest.fixture(scope="session")
+def bare_embed(bare: tuple[BareVllm, BareVllm]) -> BareVllm:
+    return bare[1]
 
 
 @pytest.fixture

@@ -189,6 +189,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "routing-goals": _routing(lambda found: tables.goals(found["runs"])),
     "routing-fleets": _routing(lambda found: tables.fleets(found["runs"])),
     "routing-real-time": _routing(tables.real_time_of),
+    "routing-engines": _routing(tables.engines_of),
     "speed": speed,
     "bench": bench,
     "ngram_texts": ngram_texts,

@@ -13,13 +13,12 @@ from __future__ import annotations
 import asyncio
 import sys
 from functools import cache, partial
-from typing import cast
 
 import msgspec
 import uvloop
-from httptools import HttpRequestParser
 
-from serve_app.cluster.exchange import CALL_HEADER, PATH, Called, Load, Question, Report, Usage
+from benchmarks.replica_http import HEAD, STREAM, Connection, chunk, document
+from serve_app.cluster.exchange import Load, Usage
 from serve_app.replica.reports import Reports
 
 STEPS_S = {"paced": 0.02, "slow": 5.0}
@@ -45,26 +44,14 @@ class _Asked(msgspec.Struct):
 
 _asked = msgspec.json.Decoder(_Asked)
 
-_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
-_STREAM = _HEAD % b"text/event-stream; charset=utf-8" + b"transfer-encoding: chunked\r\n\r\n"
-
-
-def _document(body: bytes) -> bytes:
-    return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%b" % (len(body), body)
-
-
-_SPANS_TAKEN = _HEAD % b"application/x-protobuf" + b"content-length: 0\r\n\r\n"
+_SPANS_TAKEN = HEAD % b"application/x-protobuf" + b"content-length: 0\r\n\r\n"
 _LENGTHS = "".join(
     f'vllm:request_{what}_bucket{{engine="0",le="{2**n}",model_name="m"}} {n}\n'
     for what in ("prompt_tokens", "generation_tokens", "max_tokens", "prefill_tokens")
     for n in range(50)
 )
-_METRICS = _document(_LENGTHS.encode())
+_METRICS = document(_LENGTHS.encode())
 """About as many lines as vLLM's own page has."""
-
-
-def _chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 @cache
@@ -78,10 +65,10 @@ def _event(model: str, content: str | None, finish: str | None = None) -> bytes:
         "model": model,
         "choices": [choice],
     }
-    return _chunk(b"data: " + msgspec.json.encode(said) + b"\n\n")
+    return chunk(b"data: " + msgspec.json.encode(said) + b"\n\n")
 
 
-_DONE = _chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+_DONE = chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 def _token(model: str, number: int, of: int) -> bytes:
@@ -93,7 +80,7 @@ def _token(model: str, number: int, of: int) -> bytes:
 @cache
 def _whole_stream(model: str, tokens: int) -> bytes:
     events = [_token(model, number, tokens) for number in range(1, tokens + 1)]
-    return b"".join((_STREAM, _event(model, None), *events))
+    return b"".join((STREAM, _event(model, None), *events))
 
 
 @cache
@@ -111,7 +98,7 @@ def _whole_document(model: str, tokens: int, prompt: int) -> bytes:
             "completion_tokens": tokens,
         },
     }
-    return _document(msgspec.json.encode(said))
+    return document(msgspec.json.encode(said))
 
 
 _open: dict[str, set[_Connection]] = {model: set() for model in STEPS_S}
@@ -144,76 +131,55 @@ async def _step(model: str) -> None:
             stream.token()
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(Connection):
     def __init__(self, port: _Port) -> None:
-        self._port, self._reports = port, port.reports
-        self._parser = HttpRequestParser(self)
+        super().__init__(port.reports)
+        self._port = port
         self._streamed: _Asked | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._streamed:
             self._ended()
 
-    def on_message_begin(self) -> None:
-        self._target, self._body, self._call = b"", b"", b""
-
-    def on_url(self, url: bytes) -> None:
-        self._target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == CALL_HEADER:
-            self._call = value
-
-    def on_body(self, data: bytes) -> None:
-        self._body += data
-
-    def on_message_complete(self) -> None:
-        path = self._target.decode()
-        if path == PATH:
-            self._exchanging = asyncio.create_task(self._exchange(Question.decode(self._body)))
-        elif path == "/v1/traces":
-            self._transport.write(_SPANS_TAKEN)
+    def asked(self, path: str, body: bytes) -> None:
+        if path == "/v1/traces":
+            self.transport.write(_SPANS_TAKEN)
         elif path == "/metrics":
-            self._transport.write(_METRICS)
+            self.transport.write(_METRICS)
         elif path == "/streams":
-            self._transport.write(_document(b"%d" % _streams()))
-        elif not self._body:  # whatever a router wants to know of its workers
+            self.transport.write(document(b"%d" % _streams()))
+        elif not body:  # whatever a router wants to know of its workers
             models = [{"id": model, "object": "model"} for model in MODELS]
-            self._transport.write(_document(msgspec.json.encode({"data": models})))
+            self.transport.write(document(msgspec.json.encode({"data": models})))
         else:
-            self._answer(_asked.decode(self._body))
+            self._prompt_tokens = len(body) // 4
+            self._answer(_asked.decode(body))
 
     def token(self) -> None:
         """Send the stream its next token."""
         assert self._streamed
         self._sent += 1
         tokens = self._streamed.max_tokens
-        self._transport.write(_token(self._streamed.plays, self._sent, tokens))
+        self.transport.write(_token(self._streamed.plays, self._sent, tokens))
         if self._sent == tokens:
             self._ended()
 
     def _answer(self, asked: _Asked) -> None:
         model, tokens = asked.plays, asked.max_tokens
         if not asked.stream:
-            self._transport.write(_whole_document(model, tokens, self._prompt_tokens))
+            self.transport.write(_whole_document(model, tokens, self._prompt_tokens))
         elif model not in STEPS_S:
-            self._transport.write(_whole_stream(model, tokens))
+            self.transport.write(_whole_stream(model, tokens))
         else:
             self._streamed, self._sent = asked, 0
             _open[model].add(self)
             self._port.streams += 1
-            self._transport.write(_STREAM + _event(model, None))
+            self.transport.write(STREAM + _event(model, None))
             self.token()
             if model == "slow":
                 self._later()
             return
-        self._report(tokens)
+        self.report(Usage(self._prompt_tokens, 0, tokens))
 
     def _later(self) -> None:
         """Send further tokens, each in its time."""
@@ -230,20 +196,7 @@ class _Connection(asyncio.Protocol):
         _open[self._streamed.plays].discard(self)
         self._streamed = None
         self._port.streams -= 1
-        self._report(self._sent)
-
-    @property
-    def _prompt_tokens(self) -> int:
-        return len(self._body) // 4
-
-    def _report(self, tokens: int) -> None:
-        if self._call:
-            usage = Usage(self._prompt_tokens, 0, tokens)
-            self._reports.add(Report(Called.read(self._call), usage))
-
-    async def _exchange(self, question: Question) -> None:
-        answer = await self._reports.answer(question)
-        self._transport.write(_document(answer.encode()))
+        self.report(Usage(self._prompt_tokens, 0, self._sent))
 
 
 async def main(port: int, ports: int = len(MODELS)) -> None:

@@ -110,7 +110,8 @@ def _in_turn(at: Machine, model: Path, engine: dict[str, Any]) -> dict[str, Any]
         for port, (name, (command, env)) in enumerate(commands.items(), at.port):
             servers[name] = Server(command, port, at.folder / f"compare-{name}.log", **env)
             stack.callback(servers[name].stop)
-        list(pool.map(Server.wait, servers.values()))
+        until_s = at.deadline - time.monotonic()
+        list(pool.map(lambda server: server.wait(until_s), servers.values()))
         for server in servers.values():
             bench(at, server.port, 64, 64, seed=0)  # warm
         rounds: list[dict[str, Any]] = []
@@ -292,13 +293,14 @@ def groups(at: Machine) -> dict[str, Any]:
     """A 70B as TP × PP, two replicas of a group, data-parallel experts: on all GPUs."""
     large, experts = (shaped(at.model, it, at.folder) for it in (LARGE, MOE))
     gpus = len(gpu_memory_mib())
-    return several.groups(large, at.model, experts, at.folder, at.port, gpus)
+    return several.groups(large, at.model, experts, at.folder, at.port, gpus, at.deadline)
 
 
 def scaling(at: Machine) -> dict[str, Any]:
     """1 → 2 replicas of a group and back, tensor-parallel experts: on all GPUs."""
     experts = shaped(at.model, MOE, at.folder)
-    return several.scaling(at.model, experts, at.folder, at.port, len(gpu_memory_mib()))
+    gpus = len(gpu_memory_mib())
+    return several.scaling(at.model, experts, at.folder, at.port, gpus, at.deadline)
 
 
 def start(at: Machine) -> dict[str, Any]:
@@ -503,7 +505,7 @@ def shares_1gpu(at: Machine) -> dict[str, Any]:
 def routing_4(at: Machine) -> dict[str, Any]:
     """Four 1B shapes on parts of one GPU: round robin, cache aware, least loaded, by two traces."""
     model, _ = _one_b(at, 1)
-    return routing.measure(model, at.folder, at.port, at.deadline)
+    return routing.measure(routing.GPU, model, at.folder, at.port, at.deadline)
 
 
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {

@@ -115,7 +115,8 @@ def measure(
                 log = folder / f"front-ends-{name}.log"
                 servers[name] = Server(command, port + number, log, **env)
                 stack.callback(servers[name].stop)
-        started = {name: pool.submit(server.wait) for name, server in servers.items()}
+        limit_s = deadline - time.monotonic()
+        started = {name: pool.submit(server.wait, limit_s) for name, server in servers.items()}
         for name, ended in started.items():
             try:
                 ended.result()

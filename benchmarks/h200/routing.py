@@ -1,4 +1,4 @@
-"""Four replicas of a 1B shape on parts of one GPU, by each policy: traces in real time.
+"""Four real engines by each policy: on parts of one GPU, or on a CPU. Traces in real time.
 
 The gateway's policy is one of its args, so each has a server of its own; vllm-router stands in
 front of four ``vllm serve``. Each has a GPU for itself: on a machine with several GPUs as many play
@@ -15,8 +15,9 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,59 +36,102 @@ from benchmarks.h200.server import (
     until,
 )
 from benchmarks.routing import client, realtime, traces
-from benchmarks.routing.traces import Session, Turn
+from benchmarks.routing.traces import Session, Trace, Turn
 from serve_app.local.instance import Instance
 
 ROUTER = "vllm-router cache_aware"
 CONTENDERS = ("round_robin", "cache_aware", ROUTER, "least_loaded")
 REPLICAS = 4
 SEEDS = (1, 2, 3)
-LOADS = (1.0, 1.5)
-
-TRACES = {it.name: it for it in (traces.QUARTER, traces.TRACES["reasoning"])}
-
-_KV_GIB = 3.5
-"""For a replica: 114,000 tokens of a 1B shape, a quarter of an 8B's on the whole GPU."""
-
-_SHARE = 0.23
-_WARM_S, _MEASURED_S = 8.0, 20.0
-_CLIENTS, _TURNS = 256, 3
-_PORTS = 20
-"""For each contender: its own, vllm-router's for metrics, and those of the servers behind it."""
 
 _MOST_TOKENS = 600
 """Of an answer: a reasoning model's 2,500 would take longer than there is time."""
 
+_PORTS = 20
+"""For each contender: its own, vllm-router's for metrics, and those of the servers behind it."""
+
+_SHARE = 0.23
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What four engines are, and what is asked of them."""
+
+    traces: tuple[Trace, ...]
+    engine: Mapping[str, Any]
+    model: Mapping[str, Any]
+    """A model's further ``args``."""
+
+    bare: Mapping[str, Any]
+    """What ``vllm serve`` has beside ``engine``."""
+
+    clients: int
+    """That each ask as soon as they are answered, to see how much can be done."""
+
+    loads: tuple[float, ...] = (1.0, 1.5)
+    warm_s: float = 8.0
+    measured_s: float = 20.0
+
+
+GPU = Setup(
+    (traces.QUARTER, traces.TRACES["reasoning"]),
+    # 114,000 tokens of a 1B shape each, a quarter of an 8B's on the whole GPU.
+    {"max_model_len": 16384, "kv_cache_memory_bytes": round(3.5 * 2**30)},
+    {"resources": {"gpu_share": _SHARE}},
+    {"gpu_memory_utilization": _SHARE},
+    clients=256,
+)
+CPU = Setup(
+    (traces.SMALL,),
+    # 9,000 tokens of SmolLM2-135M each: less than all customers' prompts.
+    {"max_model_len": 2048, "kv_cache_memory_bytes": 200 << 20, "enforce_eager": True},
+    {"resources": {"device": "cpu", "num_cpus": 0}},
+    {},
+    clients=16,
+    loads=(1.0,),
+    warm_s=15.0,
+)
+
+_TURNS = 3
+
 
 def measure(
-    model: Path, folder: Path, port: int, deadline: float, names: Sequence[str] = CONTENDERS
-) -> dict[str, Any]:
-    """The step; ``deadline`` is by ``time.monotonic``. What does not fit before it is left out."""
+    setup: Setup, model: Path, folder: Path, port: int, deadline: float,
+    names: Sequence[str] = CONTENDERS, capacities: Mapping[str, float] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Contenders, on as many GPUs at once as there are.
+
+    Args:
+        deadline: by ``time.monotonic``. What does not fit before it is left out.
+        capacities: requests/s of round robin by trace, where an earlier call has measured it.
+    """
     left_out = {ROUTER: why} if (why := others.absent("vllm-router", "vllm-router")) else {}
     names = [name for name in names if name not in left_out]
-    gpus = _gpus()
-    capacities: dict[str, float] = {}
+    gpus = _gpus() if setup is GPU else [""]
+    capacities = dict(capacities or {})
     records: list[dict[str, Any]] = []
     for first in range(0, len(names), len(gpus)):
         at_once = names[first : first + len(gpus)]
-        if capacities and time.monotonic() + 200 > deadline:
+        if records and time.monotonic() + 200 > deadline:
             left_out |= dict.fromkeys(at_once, "the step's time was over")
             continue
         with contextlib.ExitStack() as stack:
-            ports = _started(model, folder, port, dict(zip(at_once, gpus, strict=False)), stack)
+            places = dict(zip(at_once, gpus, strict=False))
+            ports = _started(setup, model, folder, port, places, stack, deadline)
             clients = stack.enter_context(ProcessPoolExecutor(len(ports), get_context("spawn")))
-            for name in TRACES:
-                if name not in capacities:
-                    capacities[name] = clients.submit(_most, ports[names[0]], name).result()
+            for trace in setup.traces:
+                if trace.name not in capacities:
+                    most = clients.submit(_most, ports[names[0]], trace, setup.clients)
+                    capacities[trace.name] = most.result()
             print("requests/s of round robin", json.dumps(capacities), flush=True)
-            for seed, trace, load in itertools.product(SEEDS, TRACES, LOADS):
-                if time.monotonic() + 2 * (_WARM_S + _MEASURED_S) > deadline:
+            for seed, trace, load in itertools.product(SEEDS, setup.traces, setup.loads):
+                if time.monotonic() + 2 * (setup.warm_s + setup.measured_s) > deadline:
                     break
-                rate = load * capacities[trace]
-                asked = {it: clients.submit(_round, at, trace, rate, seed)
+                rate = load * capacities[trace.name]
+                asked = {it: clients.submit(_round, setup, at, trace, rate, seed)
                          for it, at in ports.items()}  # fmt: skip
                 for contender, answered in asked.items():
-                    records.append({"trace": trace, "load": load, "round": seed,
+                    records.append({"trace": trace.name, "load": load, "round": seed,
                                     "contender": contender, **answered.result()})  # fmt: skip
                     print(json.dumps(records[-1]), flush=True)
     return {"replicas": REPLICAS, "gpus_at_once": len(gpus), "left_out": left_out,
@@ -96,18 +140,15 @@ def measure(
 
 
 def _gpus() -> list[str]:
-    try:
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return seen.split(",") if seen else [str(it) for it in range(len(gpu_memory_mib()))]
-    except OSError:
-        return [""]  # a dry run
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",") if seen else [str(it) for it in range(len(gpu_memory_mib()))]
 
 
 def _started(
-    model: Path, folder: Path, port: int, places: dict[str, str], stack: contextlib.ExitStack
-) -> dict[str, int]:
+    setup: Setup, model: Path, folder: Path, port: int, places: dict[str, str],
+    stack: contextlib.ExitStack, deadline: float,
+) -> dict[str, int]:  # fmt: skip
     """The contenders, each on its GPU, as soon as all replicas of all answer: their ports."""
-    engine = {"max_model_len": 16384, "kv_cache_memory_bytes": round(_KV_GIB * 2**30)}
     servers: dict[str, list[Server]] = {}
     for number, (name, gpu) in enumerate(places.items()):
         at, env = port + number * _PORTS, {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
@@ -115,26 +156,27 @@ def _started(
         if name == ROUTER:
             ports, commands = range(at + 2, at + 2 + REPLICAS), []
             for own in ports:
-                sized = {"gpu_memory_utilization": _SHARE, "load_format": "dummy", **engine}
-                command = bare(model, own, **sized)
+                flags = {**setup.engine, **setup.bare, "load_format": "dummy"}
+                eager = flags.pop("enforce_eager", False)
+                command = bare(model, own, **flags) + ["--enforce-eager"] * eager
                 commands.append([*command, "--enable-prompt-tokens-details"])
             servers[name] = [Server(command, own, log.with_suffix(f".{own}.log"), **env)
                              for own, command in zip(ports, commands, strict=True)]  # fmt: skip
         else:
             instance = Instance(at)
             stack.callback(instance.close, keep=False)
-            args: dict[str, Any] = {"replicas": REPLICAS, "frontends": 1}
-            if gpu:
-                args["resources"] = {"gpu_share": _SHARE}
-            block = application(MODEL, model, {**engine, "enable_prompt_tokens_details": True},
-                                **args)  # fmt: skip
+            engine = {**setup.engine, "enable_prompt_tokens_details": True}
+            args = {"replicas": REPLICAS, "frontends": 1, **setup.model}
+            block = application(MODEL, model, engine, **args)
             command = serve_run(folder, at, block, gateways=2, routing={"policy": name})
             servers[name] = [Server(command, at, log.with_suffix(".log"),
                                     **(instance.environment() | HAPROXY | env))]  # fmt: skip
         for server in servers[name]:
             stack.callback(server.stop)
     with ThreadPoolExecutor() as pool:
-        list(pool.map(Server.wait, itertools.chain.from_iterable(servers.values())))
+        limit_s = deadline - time.monotonic()
+        every = itertools.chain.from_iterable(servers.values())
+        list(pool.map(lambda server: server.wait(limit_s), every))
     for name, its in servers.items():
         if name == ROUTER:
             at = its[0].port - 2
@@ -148,20 +190,20 @@ def _started(
     return {name: its[0].port for name, its in servers.items()}
 
 
-def _most(port: int, trace: str) -> float:
+def _most(port: int, trace: Trace, clients: int) -> float:
     """Requests/s that are completed for clients who each send the next one at once."""
-    turns = itertools.chain.from_iterable(TRACES[trace].sessions(random.Random(0)))
-    sessions = [Session(0.0, tuple(itertools.islice(turns, _TURNS))) for _ in range(_CLIENTS)]
+    turns = itertools.chain.from_iterable(trace.sessions(random.Random(0)))
+    sessions = [Session(0.0, tuple(itertools.islice(turns, _TURNS))) for _ in range(clients)]
     answered = _play(port, sessions, "most")
     took = max(one.ended for one in answered)
     said = client.measured(answered, took / 4, took * 3 / 4)
     return max(0.5, float(said["requests_per_s"]))
 
 
-def _round(port: int, trace: str, rate: float, seed: int) -> dict[str, Any]:
-    end = _WARM_S + _MEASURED_S
-    answered = _play(port, TRACES[trace].at(rate, end, seed), f"{seed} {rate}")
-    return client.measured(answered, _WARM_S, end)
+def _round(setup: Setup, port: int, trace: Trace, rate: float, seed: int) -> dict[str, Any]:
+    end = setup.warm_s + setup.measured_s
+    answered = _play(port, trace.at(rate, end, seed), f"{seed} {rate}")
+    return client.measured(answered, setup.warm_s, end)
 
 
 def _play(port: int, sessions: Sequence[Session], salt: str) -> list[client.Answered]:

@@ -223,9 +223,12 @@ def nccl(log: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def together(
-    folder: Path, port: int, models: dict[str, dict[str, Any]]
+    folder: Path, port: int, models: dict[str, dict[str, Any]], deadline: float
 ) -> Iterator[dict[str, Server]]:
-    """A server for each model's block, all started at the same time on the same GPUs."""
+    """A server for each model's block, all started at the same time on the same GPUs.
+
+    One that does not answer before the ``deadline`` of ``time.monotonic`` is left out.
+    """
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as pool:
         servers: dict[str, Server] = {}
         for number, (name, block) in enumerate(models.items(), port):
@@ -235,7 +238,8 @@ def together(
             command = serve_run(folder, number, block)
             servers[name] = Server(command, number, folder / f"{name}.log", **env)
             stack.callback(servers[name].stop)
-        for name, ended in [(n, pool.submit(s.wait)) for n, s in servers.items()]:
+        limit_s = deadline - time.monotonic()
+        for name, ended in [(n, pool.submit(s.wait, limit_s)) for n, s in servers.items()]:
             try:
                 ended.result()
             except SystemExit as failure:  # the others go on
@@ -291,7 +295,7 @@ SPREAD = {"enable_expert_parallel": True}
 
 
 def groups(
-    large: Path, small: Path, experts: Path, folder: Path, port: int, gpus: int
+    large: Path, small: Path, experts: Path, folder: Path, port: int, gpus: int, deadline: float
 ) -> dict[str, Any]:
     """Pipeline stages, two replicas of which one is killed under load, data-parallel experts.
 
@@ -309,7 +313,7 @@ def groups(
         f"dp{gpus}-ep": _block(experts, 0.3, 3, SPREAD | {"data_parallel_size": gpus}),
     }
     found: dict[str, Any] = {}
-    with together(folder, port, models) as servers:
+    with together(folder, port, models, deadline) as servers:
         for name, server in servers.items():
             found[name] = described(server)
             if name.startswith("two"):
@@ -320,7 +324,9 @@ def groups(
     return found
 
 
-def scaling(small: Path, experts: Path, folder: Path, port: int, gpus: int) -> dict[str, Any]:
+def scaling(
+    small: Path, experts: Path, folder: Path, port: int, gpus: int, deadline: float
+) -> dict[str, Any]:
     """From one replica of a group to two under load and back; and tensor-parallel experts."""
     half = gpus // 2
     follows = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 2, "downscale_delay_s": 10}
@@ -330,7 +336,7 @@ def scaling(small: Path, experts: Path, folder: Path, port: int, gpus: int) -> d
         f"one-to-two-tp{half}": _block(small, 0.2, 4, engine, autoscaling=follows),
     }
     found: dict[str, Any] = {}
-    with together(folder, port, models) as servers:
+    with together(folder, port, models, deadline) as servers:
         for name, server in servers.items():
             found[name] = described(server)
             if name.startswith("one"):

@@ -16,15 +16,15 @@ import asyncio
 import struct
 import sys
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import uvloop
-from httptools import HttpRequestParser
 
+from benchmarks.replica_http import STREAM, Connection, chunk, document
 from benchmarks.routing.engine import BLOCK, QUARTER, Engine, Request
 from benchmarks.routing.traces import BYTES_PER_TOKEN
-from serve_app.cluster.exchange import CALL_HEADER, PATH, Called, Load, Question, Report, Usage
+from serve_app.cluster.exchange import Load, Usage
 from serve_app.replica.reports import Reports
 
 MODEL = "model-0"
@@ -47,15 +47,7 @@ class _Asked(msgspec.Struct):
 
 _asked = msgspec.json.Decoder(_Asked)
 
-_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
-_STREAM = _HEAD % b"text/event-stream; charset=utf-8" + b"transfer-encoding: chunked\r\n\r\n"
-
-
-def _document(body: bytes) -> bytes:
-    return _HEAD % b"application/json" + b"content-length: %d\r\n\r\n%b" % (len(body), body)
-
-
-_MODELS = _document(msgspec.json.encode({"data": [{"id": MODEL, "object": "model"}]}))
+_MODELS = document(msgspec.json.encode({"data": [{"id": MODEL, "object": "model"}]}))
 
 
 _NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
@@ -63,8 +55,7 @@ _NOT_FOUND = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
 
 def _event(**fields: Any) -> bytes:
     said = {"id": "chatcmpl-0", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
-    data = b"data: " + msgspec.json.encode({**said, **fields}) + b"\n\n"
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    return chunk(b"data: " + msgspec.json.encode({**said, **fields}) + b"\n\n")
 
 
 def _choice(content: str, finish: str | None = None) -> bytes:
@@ -74,7 +65,7 @@ def _choice(content: str, finish: str | None = None) -> bytes:
 
 _FIRST = _choice("a")
 _LAST = _choice(" b", "length")
-_DONE = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+_DONE = chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 def blocks_of(text: str) -> list[int]:
@@ -122,47 +113,22 @@ class Replica:
         )  # fmt: skip
 
 
-class _Connection(asyncio.Protocol):
-    """A client's. Answers one request after the other."""
-
+class _Connection(Connection):
     def __init__(self, replica: Replica) -> None:
+        super().__init__(replica.reports)
         self._replica = replica
-        self._parser = HttpRequestParser(self)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self._parser.feed_data(data)
-
-    def on_message_begin(self) -> None:
-        self._target, self._call = b"", b""
-        self._body: list[bytes] = []
-
-    def on_url(self, url: bytes) -> None:
-        self._target += url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if name.lower() == CALL_HEADER:
-            self._call = value
-
-    def on_body(self, data: bytes) -> None:
-        self._body.append(data)
-
-    def on_message_complete(self) -> None:
-        body = b"".join(self._body)
-        if self._target.decode() == PATH:
-            self._exchanging = asyncio.create_task(self._exchange(Question.decode(body)))
-        elif not body:  # whatever a router wants to know of its workers
-            self._transport.write(_MODELS)
-        elif self._target == b"/tokenize":  # vllm-router 0.1.17 does, of each prompt
+    def asked(self, path: str, body: bytes) -> None:
+        if not body:  # whatever a router wants to know of its workers
+            self.transport.write(_MODELS)
+        elif path == "/tokenize":  # vllm-router 0.1.17 does, of each prompt
             data = _asked.decode(body).messages[0].content.encode()
             data = data[: len(data) // BYTES_PER_TOKEN * BYTES_PER_TOKEN]
             tokens = [word for (word,) in struct.iter_unpack("<I", data)]
             said = {"count": len(tokens), "max_model_len": 131072, "tokens": tokens}
-            self._transport.write(_document(msgspec.json.encode(said)))
-        elif self._target != b"/v1/chat/completions":
-            self._transport.write(_NOT_FOUND)
+            self.transport.write(document(msgspec.json.encode(said)))
+        elif path != "/v1/chat/completions":
+            self.transport.write(_NOT_FOUND)
         else:
             asked = _asked.decode(body)
             prompt = asked.messages[0].content
@@ -171,8 +137,8 @@ class _Connection(asyncio.Protocol):
             self._replica.add(Request(length, asked.max_tokens, blocks, owner=self))
 
     def first_token(self) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(_STREAM + _FIRST)
+        if not self.transport.is_closing():
+            self.transport.write(STREAM + _FIRST)
 
     def last_token(self, request: Request) -> None:
         usage = {
@@ -181,14 +147,9 @@ class _Connection(asyncio.Protocol):
             "total_tokens": request.prompt_tokens + request.output_tokens,
             "prompt_tokens_details": {"cached_tokens": request.cached_tokens},
         }
-        if not self._transport.is_closing():
-            self._transport.write(_LAST + _event(choices=[], usage=usage) + _DONE)
-        if self._call:
-            took = Usage(request.prompt_tokens, request.cached_tokens, request.output_tokens)
-            self._replica.reports.add(Report(Called.read(self._call), took))
-
-    async def _exchange(self, question: Question) -> None:
-        self._transport.write(_document((await self._replica.reports.answer(question)).encode()))
+        if not self.transport.is_closing():
+            self.transport.write(_LAST + _event(choices=[], usage=usage) + _DONE)
+        self.report(Usage(request.prompt_tokens, request.cached_tokens, request.output_tokens))
 
 
 async def main(port: int, count: int) -> None:

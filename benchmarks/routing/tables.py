@@ -30,6 +30,8 @@ def markdown(data: dict[str, Any], name: str) -> str:
     ]
     if found := data.get("realtime"):
         parts += ["## In real time, over HTTP", real_time(found)]
+    if "engines" in data:
+        parts += ["## Real engines on a CPU", engines_of(data)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,8 +44,9 @@ def of(runs: Iterable[Run], **wanted: Any) -> list[Run]:
 def goals(runs: list[Run]) -> str:
     """Ours over round robin, over the best other and over vllm-router's, of the same seed."""
     main = of(runs, replicas=MAIN[0], gateways=MAIN[1])
-    header = ["trace", "TTFT p90 at ×1, s", "÷ round robin", "peak tokens/s", "÷ round robin",
-              "÷ best other", "÷ vllm-router", "hit rate at ×1", "round robin's"]  # fmt: skip
+    header = ["trace", "TTFT p90 at ×1, s", "÷ round robin", "÷ best other", "peak tokens/s",
+              "÷ round robin", "÷ best other", "÷ vllm-router", "hit rate at ×1",
+              "round robin's"]  # fmt: skip
     rows = []
     for trace in TRACES:
         at = {p: of(main, trace=trace, policy=p, load=1.0) for p in POLICIES}
@@ -51,11 +54,14 @@ def goals(runs: list[Run]) -> str:
             continue
         ttft = {p: [run["ttft_s"]["p90"] for run in at[p]] for p in POLICIES}
         peaks = {p: _peaks(of(main, trace=trace, policy=p)) for p in POLICIES}
-        best = [max(peaks[p][n] for p in POLICIES if p != OURS) for n in range(len(peaks[OURS]))]
+        others = [p for p in POLICIES if p != OURS]
+        soonest = [min(values) for values in zip(*(ttft[p] for p in others), strict=False)]
+        best = [max(values) for values in zip(*(peaks[p] for p in others), strict=False)]
         rows.append([
             trace,
             report.spread(ttft[OURS], "{:.2f}"),
             report.spread(_ratios(ttft[OURS], ttft[ROUND_ROBIN]), "{:.2f}"),
+            report.spread(_ratios(ttft[OURS], soonest), "{:.2f}"),
             report.spread(peaks[OURS], "{:.0f}"),
             report.spread(_ratios(peaks[OURS], peaks[ROUND_ROBIN]), "{:.2f}"),
             report.spread(_ratios(peaks[OURS], best), "{:.2f}"),
@@ -110,7 +116,27 @@ def real_time_of(data: dict[str, Any]) -> str:
 
 def real_time(found: dict[str, Any]) -> str:
     """The contenders in turn, and ours over each in the same round."""
-    records = found["records"]
+    about = (
+        f"{found['date']}, {found['replicas']} replicas that act as an H100's engine, "
+        f"vllm-router {found['vllm-router']}; requests/s offered: {found['rates']}."
+    )
+    return f"{about}\n\n{_contenders(found['records'])}"
+
+
+def engines_of(data: dict[str, Any]) -> str:
+    """The table of the runs with real engines, where the file has any: of :mod:`h200.routing`."""
+    if "engines" not in data:
+        return "Not measured yet."
+    found = data["engines"]
+    rates = found["requests_per_s of round robin"]
+    offered = ", ".join(f"{rate:.1f} ({trace})" for trace, rate in rates.items())
+    about = f"{found['replicas']} engines, {found['model']}, {found['date']}, vllm-router " \
+            f"{found['vllm-router']}; requests/s at ×1: {offered}."  # fmt: skip
+    records = [it | {"trace": f"{it['trace']} ×{it['load']:g}"} for it in found["records"]]
+    return f"{about}\n\n{_contenders(records)}"
+
+
+def _contenders(records: list[Run]) -> str:
     header = ["trace", "contender", "TTFT p50, s", "TTFT p90, s", "requests/s", "hit rate",
               "errors", "ours ÷ it: TTFT p90", "requests/s"]  # fmt: skip
     rows = []
@@ -129,6 +155,4 @@ def real_time(found: dict[str, Any]) -> str:
                 report.spread(over.get((name, "TTFT p90"), []), "{:.2f}"),
                 report.spread(over.get((name, "requests/s"), []), "{:.2f}"),
             ])  # fmt: skip
-    about = f"{found['replicas']} replicas that act as an H100's engine, vllm-router " \
-            f"{found['vllm-router']}; requests/s offered: {found['rates']}."  # fmt: skip
-    return f"{about}\n\n{report.table(header, rows)}"
+    return report.table(header, rows)

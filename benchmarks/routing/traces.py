@@ -122,8 +122,9 @@ GROUPS, SHARED, OWN, OUT = 150, 6000, 1200, 1000
 
 
 def _b2b_saas(
-    rng: random.Random, customers: int = GROUPS, out: int = OUT
-) -> Iterator[tuple[Turn, ...]]:
+    rng: random.Random, customers: int = GROUPS, out: int = OUT, shared: int = SHARED,
+    own: int = OWN,
+) -> Iterator[tuple[Turn, ...]]:  # fmt: skip
     """150 customers, each with a prompt of 6,000 tokens of its own before 1,200 of a question.
 
     The shape is inference-perf's ``shared_prefix`` as llm-d's guide "optimized baseline" runs it:
@@ -137,8 +138,8 @@ def _b2b_saas(
         order = [group for group in groups for _ in range(5)]
         rng.shuffle(order)
         for group in order:
-            pieces = (group, SHARED), (streams.new(), SHARED + OWN)
-            yield (Turn(pieces, SHARED + OWN, out),)
+            pieces = (group, shared), (streams.new(), shared + own)
+            yield (Turn(pieces, shared + own, out),)
 
 
 def _conversation(
@@ -238,3 +239,9 @@ QUARTER = Trace(
     partial(_b2b_saas, customers=GROUPS // 4 + 1, out=OUT // 4), 1, True,
 )  # fmt: skip
 """For runs in real time: answers are shorter, and there are fewer customers for smaller caches."""
+
+SMALL = Trace(
+    "b2b-saas, small", "24 × 600 shared + 60 own, 16 out",
+    partial(_b2b_saas, customers=24, out=16, shared=600, own=60), 1, True,
+)  # fmt: skip
+"""For engines on a CPU."""

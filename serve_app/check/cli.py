@@ -31,7 +31,7 @@ def check(
 ) -> None:
     """The production checklist: each line ok, warn or fail, with what to change.
 
-    Exit status: 0, 1 where a check fails, 2 where it cannot run.
+    Exit status: 0, 1 where a check fails, 2 where a config is wrong or it cannot run.
     """
     from serve_app.check import checklist, inventory
     from serve_app.check.on_cluster import on_cluster
@@ -51,7 +51,7 @@ def check(
             else:
                 findings += on_cluster(fleet, asked, documents)
         by_config[str(path)] = findings
-    failed = any(f.status == "fail" for findings in by_config.values() for f in findings)
+    failed = {f.check for found in by_config.values() for f in found if f.status == "fail"}
     if json_:
         body = {
             "ok": not failed,
@@ -61,7 +61,11 @@ def check(
     else:
         for name, findings in by_config.items():
             _show(name, findings, console)
-    context.exit(1 if failed else 0)
+    context.exit(2 if failed & _WRONG else 1 if failed else 0)
+
+
+_WRONG = {"config", "engine arguments"}
+"""Checks of what every other command refuses with status 2 too."""
 
 
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}

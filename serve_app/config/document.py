@@ -147,7 +147,7 @@ def parse_document(document: Any, path: Path) -> Fleet:
     _check_http_options(path, document.get("http_options"))
     applications = document["applications"]
     models: dict[str, ModelConfig] = {}
-    answering: dict[str, ModelConfig] = {}
+    live: dict[str, ModelConfig] = {}
     gateway: GatewayConfig | None = None
     seen: set[str] = set()
     for position, application in enumerate(applications, 1):
@@ -158,9 +158,9 @@ def parse_document(document: Any, path: Path) -> Fleet:
         if application["import_path"] == MODEL_IMPORT_PATH:
             models[name] = parse(ModelConfig, application.get("args"), where)
             _check_model_application(where, application)
-            answering[name] = _with_live_adapters(where, models[name], application)
-            own = ids_of(name, answering[name])
-            if itself := next((id for id in models[name].fallback if id in own), None):
+            live[name] = _with_live(where, models[name], application)
+            own = ids_of(name, live[name])
+            if itself := next((id for id in live[name].fallback if id in own), None):
                 raise ConfigError(f"{where}: fallback has '{itself}', the model itself; remove it")
         elif application["import_path"] == GATEWAY_IMPORT_PATH:
             if gateway is not None:
@@ -168,7 +168,7 @@ def parse_document(document: Any, path: Path) -> Fleet:
             gateway = parse(GatewayConfig, application.get("args"), where)
             if application.get("route_prefix", "/") != "/":
                 raise ConfigError(f"{where}: the gateway needs 'route_prefix: /'")
-    refuse_shared_ids(answering, where=str(path))
+    refuse_shared_ids(live, where=str(path))
     return Fleet(path, document, models, gateway)
 
 
@@ -283,24 +283,33 @@ def _check_deployments(where: str, deployments: Any, known: str) -> None:
 def deployed(name: str, application: dict[str, Any]) -> ModelConfig:
     """The settings of a deployed model's application, which may not have been checked before.
 
-    The adapters come from its ``user_config``, if it has one.
+    What its ``user_config`` sets takes the place of its args.
 
     Raises:
         ConfigError: the settings cannot work; the sentence starts with the application.
     """
     where = f"application {name!r}"
     model = parse(ModelConfig, application.get("args"), where)
-    return _with_live_adapters(where, model, application)
+    return _with_live(where, model, application)
 
 
-def _with_live_adapters(where: str, model: ModelConfig, application: dict[str, Any]) -> ModelConfig:
-    """The model with the adapters of its ``user_config``, if it has any, instead of its own."""
+def answering(fleet: Fleet) -> dict[str, ModelConfig]:
+    """The models as they answer: with what their ``user_config`` sets."""
+    return {
+        name: deployed(name, application)
+        for application in fleet.document["applications"]
+        if (name := application["name"]) in fleet.models
+    }
+
+
+def _with_live(where: str, model: ModelConfig, application: dict[str, Any]) -> ModelConfig:
     for deployment in application.get("deployments") or []:
         if "user_config" in deployment:
             live = parse(LiveConfig, deployment["user_config"], f"{where}: user_config")
             if live.adapters and not (model.adapters or model.engine.get("enable_lora")):
                 raise ConfigError(f"{where}: adapters in user_config need engine.enable_lora: true")
-            return model.model_copy(update={"adapters": live.adapters})
+            both = model.model_dump(exclude_unset=True) | live.model_dump(exclude_unset=True)
+            return parse(ModelConfig, both, f"{where}: user_config")
     return model
 
 

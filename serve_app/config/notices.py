@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from serve_app.config import keys
-from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, Fleet, deployed
-from serve_app.config.settings import ModelConfig, ids_of
+from serve_app.config.document import GATEWAY_IMPORT_PATH, MODEL_IMPORT_PATH, Fleet, answering
+from serve_app.config.settings import ids_of
 from serve_app.errors import ConfigError, did_you_mean
 
 HTTP_OPTIONS: dict[str, Any] = {
@@ -158,8 +158,9 @@ def _of_traces(fleet: Fleet) -> Iterator[str]:
 
 def _of_fallbacks(fleet: Fleet) -> Iterator[str]:
     """Fallbacks that are not there; another config of the same cluster may have them."""
-    known = [id for name, model in _answering(fleet).items() for id in ids_of(name, model)]
-    for name, model in fleet.models.items():
+    models = answering(fleet)
+    known = [id for name, model in models.items() for id in ids_of(name, model)]
+    for name, model in models.items():
         for id in model.fallback:
             if id not in known:
                 yield (
@@ -179,7 +180,7 @@ def _of_keys(fleet: Fleet) -> Iterator[str]:
     except ConfigError:  # whoever needs them here says so
         return
     models: list[set[str]] = []
-    for name, model in _answering(fleet).items():
+    for name, model in answering(fleet).items():
         models += [{name, *model.served_as}, *({a.name} for a in model.adapters)]
     names: dict[str, list[str]] = {}
     for key in found:
@@ -191,15 +192,6 @@ def _of_keys(fleet: Fleet) -> Iterator[str]:
         yield f"{where}: key {of[0]}{others}: {problem}"
     if len(names) > _MOST_OF_KEYS:
         yield f"{where}: {len(names) - _MOST_OF_KEYS} more of its models are not in this config"
-
-
-def _answering(fleet: Fleet) -> dict[str, ModelConfig]:
-    """The models with the adapters of their ``user_config``."""
-    return {
-        name: deployed(name, application)
-        for application in fleet.document["applications"]
-        if (name := application["name"]) in fleet.models
-    }
 
 
 def _number(value: Any) -> float | None:

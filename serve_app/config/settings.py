@@ -200,10 +200,20 @@ class Adapter(Settings):
 
 
 class LiveConfig(Settings):
-    """The ``user_config`` of a model's deployment: what can change without a restart."""
+    """The ``user_config`` of a model's deployment: what can change without a restart. Each takes
+    the place of the same setting in ``args``."""
 
     adapters: list[Adapter] = []
     """LoRA adapters that replicas load and unload while they serve."""
+
+    routing: RoutingConfig | None = None
+    """Which replica gets a request."""
+
+    fallback: list[ModelId] = []
+    """Ids of models of which one answers where this one has no replica for a request."""
+
+    fallback_after_s: float = Field(default=10.0, ge=0)
+    """Seconds that a request waits for a replica before ``fallback`` gets it."""
 
 
 class ModelConfig(_Args):

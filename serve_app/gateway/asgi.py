@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import fastapi
@@ -207,14 +208,17 @@ class Gateway:
         """Relay to the model that the call names or, where it has no replica, to a fallback."""
         try:
             await self._through_stages(call, answer)
-        except Unavailable:
+        except Unavailable as error:
             for other in self._fallbacks.calls(call):
+                answer.by_fallback = partial(self._metrics.fell_back, call, error.status, other)
                 try:
                     await self._through_stages(other, answer)
                     return
                 except GatewayError:
                     if answer.started_at is not None:
                         raise
+                finally:
+                    answer.by_fallback = None
             answer.headers = call.answer_headers
             raise
 

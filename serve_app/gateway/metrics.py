@@ -86,9 +86,9 @@ class Metrics:
         self._fallbacks = Counter(
             registry,
             "serve_app_gateway_fallbacks_total",
-            "Requests that a fallback answered, by the model that they named and the one that "
-            "answered. For the first they count as refused, for the second as any other.",
-            ("model", "to"),
+            "Requests that a fallback answered, by the model that they named, the HTTP status "
+            "with which that one refused them (and counts them), and the one that answered.",
+            ("model", "code", "to"),
         )
         self._limits_hit = Counter(
             registry,
@@ -170,8 +170,6 @@ class Metrics:
             self._overhead.observe(outcome.sent - call.arrived - outcome.queued_s, model)
         for reason in outcome.retries:
             self._retries.inc(model, reason)
-        if call.instead_of and outcome.first_byte is not None:
-            self._fallbacks.inc(call.instead_of.model.name, model)
 
     def entered(self, entry: Entry) -> None:
         usage = entry.usage
@@ -188,6 +186,10 @@ class Metrics:
     def refused(self, status: int, caller: Caller | None) -> None:
         """Count a request that was refused before it was known which model it is for."""
         self._requests.inc("", caller.name if caller else "", str(status))
+
+    def fell_back(self, named: Call, status: int, other: Call) -> None:
+        """Count a request that one model refused, with ``status``, and another answers."""
+        self._fallbacks.inc(named.model.name, str(status), other.model.name)
 
     def limit_hit(self, call: Call, limit: str) -> None:
         """Count a request that a limit of its key refuses."""

@@ -109,6 +109,9 @@ class Answer:
         self.first_byte: Callable[[], None] = lambda: None
         """Called at that moment."""
 
+        self.by_fallback: Callable[[], None] | None = None
+        """The same, while a fallback has the request."""
+
         self._opened = False
         self._alarm: asyncio.TimerHandle | None = None
         self._speaking: asyncio.Task[None] | None = None
@@ -142,6 +145,8 @@ class Answer:
         if self.started_at is None:
             self.started_at = time.perf_counter()
             self.first_byte()
+            if self.by_fallback:
+                self.by_fallback()
         return self._opened
 
     async def send(self, message: MutableMapping[str, Any]) -> None:

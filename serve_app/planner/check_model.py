@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from serve_app.cluster import autoscaling, placement
 from serve_app.config import caches
-from serve_app.config.document import Fleet
+from serve_app.config.document import Fleet, answering
 from serve_app.config.engine_args import count
 from serve_app.config.settings import NO_FALLBACK, ModelConfig, ids_of
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_machine, choose, front_ends, hardware, swap, verdict
+from serve_app.planner import check_machine, choose, ec2, front_ends, hardware, swap, verdict
 from serve_app.planner.check_machine import Limits
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.hardware import GIB, GPU
@@ -149,7 +149,7 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
         if asked:
             gpu, _ = hardware.find(asked)
         else:
-            best = choose.default_choice(choose.per_gpu_type(model, arguments), None, config)
+            best = choose.least(choose.per_gpu_type(model, arguments))
             gpu = best.gpu if best else hardware.gpus()["H200"]
         plan = choose.plan_on(model, arguments, gpu)
     except UserError as error:
@@ -182,8 +182,9 @@ def fallbacks(fleet: Fleet) -> Iterator[Finding]:
         for name, config in fleet.models.items()
         if runner.pools(config.model, config.engine, environment(config))
     }
-    owners = {id: name for name, it in fleet.models.items() for id in ids_of(name, it)}
-    for name, config in fleet.models.items():
+    models = answering(fleet)
+    owners = {id: name for name, it in models.items() for id in ids_of(name, it)}
+    for name, config in models.items():
         if config.fallback and name in pooling:
             yield Finding("fallback", "fail", name, NO_FALLBACK)
         elif useless := [id for id in config.fallback if owners.get(id) in pooling]:
@@ -310,7 +311,7 @@ def _memory_finding(
         return Finding(
             "memory", "ok", name, f"about {stage.requested / GIB:.1f} GiB of host memory"
         )
-    machines, refused = choose.machines(plan, config)
+    machines, refused = ec2.machines(plan, config)
     takes = (
         f"{stage.without_kv / GIB:.1f} GiB and {max(0, stage.kv_cache) / GIB:.1f} GiB of KV cache "
         f"per {plan.gpu.name}"

@@ -7,18 +7,14 @@ pipeline stages across machines, as vLLM advises (TP = GPUs per node, PP = nodes
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from serve_app.cluster.placement import SWAP_GROUP_UTILIZATION
-from serve_app.config import yaml_files
 from serve_app.config.settings import ModelConfig
-from serve_app.errors import UserError
 from serve_app.planner import hardware
-from serve_app.planner.hardware import GPU, MIB, Instance
+from serve_app.planner.hardware import GPU
 from serve_app.planner.model import quantization
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY, Quantization
@@ -41,23 +37,6 @@ class Choice:
     @property
     def total_memory_bytes(self) -> int:
         return self.plan.parallel.gpus * self.gpu.memory_bytes if self.plan else 0
-
-
-@dataclass(frozen=True)
-class Machines:
-    """EC2 machines for one replica. ``price`` is USD per hour for all of them, if known."""
-
-    instance: Instance
-    count: int
-    stranded_gpus: int
-    """GPUs of these machines that the replica leaves idle."""
-    price: float | None
-
-
-@dataclass(frozen=True)
-class RefusedInstance:
-    name: str
-    reason: str
 
 
 def arguments_of(config: ModelConfig) -> dict[str, Any]:
@@ -195,6 +174,11 @@ def _choice(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
         return Choice(gpu, None, str(error))
 
 
+def least(choices: list[Choice]) -> Choice | None:
+    """Of those of :func:`per_gpu_type`, the one with the least GPU memory; None where none fits."""
+    return choices[0] if choices and choices[0].plan else None
+
+
 @dataclass(frozen=True)
 class Lighter:
     """A precision that would make the model fit on fewer GPUs."""
@@ -231,102 +215,3 @@ def lighter(model: Model, arguments: dict[str, Any], gpu: GPU, gpus: int) -> lis
 
 def _repacked(model: Model, scheme: Quantization) -> tuple[Any, ...]:
     return memory.tensors_in_use(model, replace(scheme, online=True))
-
-
-# --- machines ----------------------------------------------------------------------------------
-
-
-def machines(
-    found: Plan, config: ModelConfig | None, prices: dict[str, float] | None = None
-) -> tuple[list[Machines], list[RefusedInstance]]:
-    """The EC2 machines that a replica runs on, best first, and why others do not.
-
-    Best is cheapest where prices are given, else fewest idle GPUs, then fewest machines.
-    """
-    parallel = found.parallel
-    cpu_m = 1000 * (own_cpus(config) if config else 1)
-    reserved_mib = 1024 * ((config.resources.memory_gib if config else None) or 0)
-    good: list[Machines] = []
-    refused: list[RefusedInstance] = []
-    for instance in hardware.instances().values():
-        if instance.gpu is not found.gpu:
-            continue
-        if instance.gpus < parallel.tensor:
-            refused.append(
-                RefusedInstance(
-                    instance.name,
-                    f"{instance.gpus} GPU{'s' * (instance.gpus > 1)}: a tensor-parallel group of "
-                    f"{parallel.tensor} would span machines",
-                )
-            )
-            continue
-        # A machine holds whole tensor-parallel groups.
-        groups_per_node = instance.gpus // parallel.tensor
-        groups = parallel.pipeline * parallel.data
-        nodes = math.ceil(groups / groups_per_node)
-        if nodes > 1 and not instance.efa and parallel.pipeline > 1:
-            refused.append(
-                RefusedInstance(instance.name, "spans machines, but the type has no EFA")
-            )
-            continue
-        pinned_mib = found.host_bytes / MIB * min(1, groups_per_node / groups)
-        host_mib = max(reserved_mib, pinned_mib)
-        if cpu_m > instance.allocatable_cpu_m or host_mib > instance.allocatable_memory_mib:
-            refused.append(
-                RefusedInstance(
-                    instance.name,
-                    f"the replica asks for {cpu_m / 1000:g} CPUs and {host_mib / 1024:g} GiB, of "
-                    f"which {instance.allocatable_cpu_m / 1000:g} and "
-                    f"{instance.allocatable_memory_mib / 1024:.0f} are allocatable",
-                )
-            )
-            continue
-        price = prices.get(instance.name) if prices else None
-        stranded = nodes * instance.gpus - parallel.gpus
-        good.append(Machines(instance, nodes, stranded, price * nodes if price else None))
-    good.sort(
-        key=lambda m: (
-            m.price if m.price is not None else math.inf,
-            m.stranded_gpus,
-            m.count,
-            m.instance.allocatable_memory_mib,
-        )
-    )
-    return good, refused
-
-
-def own_cpus(config: ModelConfig) -> float:
-    """The cores that a replica asks for; ``frontends: auto`` asks for none."""
-    asked = config.resources.num_cpus
-    return asked if config.frontends == "auto" else max(asked, config.frontends)
-
-
-def read_prices(path: Path) -> dict[str, float]:
-    """USD per hour by instance type, from a YAML or JSON mapping.
-
-    Raises:
-        UserError: unreadable, or a price that is not a positive number.
-    """
-    value = yaml_files.read(path)
-    if not isinstance(value, dict) or not value:
-        raise UserError(f"{path}: must be a mapping of instance type to USD per hour")
-    for name, price in value.items():
-        if isinstance(price, bool) or not isinstance(price, (int, float)) or price <= 0:
-            raise UserError(f"{path}: the price of '{name}' is {price!r}, not a positive number")
-    return {str(name): float(price) for name, price in value.items()}
-
-
-def default_choice(
-    choices: list[Choice], prices: dict[str, float] | None, config: ModelConfig | None
-) -> Choice | None:
-    """The GPU type to show first: cheapest with prices, else least total GPU memory."""
-    fitting = [choice for choice in choices if choice.plan is not None]
-    if not prices:
-        return fitting[0] if fitting else None
-
-    def cheapest(choice: Choice) -> float:
-        assert choice.plan is not None
-        good, _ = machines(choice.plan, config, prices)
-        return min((m.price for m in good if m.price is not None), default=math.inf)
-
-    return min(fitting, key=cheapest, default=None)

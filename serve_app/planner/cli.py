@@ -18,6 +18,7 @@ from serve_app.errors import ConfigError, UserError
 from serve_app.planner import (
     check_model,
     choose,
+    ec2,
     front_ends,
     hardware,
     report,
@@ -80,7 +81,7 @@ def plan(
         return
     if target is None:
         raise click.UsageError("name a config file or a model")
-    priced = choose.read_prices(prices) if prices else None
+    priced = ec2.read_prices(prices) if prices else None
     targets = _targets(target, only, engine_arguments(overrides))
     of_groups = swap.gpu_names(load(Path(target))) if is_config(target) else {}
     shared_gpu = together.one_gpu((model, config) for _, model, config, _ in targets)
@@ -187,7 +188,7 @@ def _report(
     hint = _hint(model, arguments, gpu)
     choices = choose.per_gpu_type(model, arguments)
     if gpu is None:
-        best = choose.default_choice(choices, prices, config)
+        best = ec2.cheapest(choices, config, prices) if prices else choose.least(choices)
         gpu = best.gpu if best else hardware.gpus()["H200"]
     smallest = next(choice for choice in choices if choice.gpu is gpu)
     chosen = None if as_configured else smallest.plan
@@ -236,4 +237,4 @@ def _hint(model: Model, arguments: dict[str, Any], gpu: GPU | None) -> str | Non
 
 
 def _best(model: Model, arguments: dict[str, Any]) -> choose.Choice | None:
-    return choose.default_choice(choose.per_gpu_type(model, arguments), None, None)
+    return choose.least(choose.per_gpu_type(model, arguments))

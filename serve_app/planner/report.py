@@ -14,8 +14,9 @@ from rich.text import Text
 
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose
-from serve_app.planner.choose import Choice, Lighter, Machines, RefusedInstance
+from serve_app.planner import ec2
+from serve_app.planner.choose import Choice, Lighter
+from serve_app.planner.ec2 import Machines, RefusedInstance
 from serve_app.planner.front_ends import FrontEnds
 from serve_app.planner.hardware import GIB
 from serve_app.planner.model.tensors import PRECISION_BITS, parameter_bytes
@@ -166,7 +167,7 @@ def _machines_json(machines: Machines) -> dict[str, Any]:
 def _choice_json(choice: Choice, config: ModelConfig) -> dict[str, Any]:
     if choice.plan is None:
         return {"gpu": choice.gpu.name, "fits": False, "reason": choice.refused}
-    machines, _ = choose.machines(choice.plan, config)
+    machines, _ = ec2.machines(choice.plan, config)
     return {
         "gpu": choice.gpu.name,
         "fits": True,
@@ -404,7 +405,7 @@ def _choice_table(choices: list[Choice], config: ModelConfig) -> Table | None:
     for choice in choices:
         if choice.plan is None:
             continue
-        machines, _ = choose.machines(choice.plan, config)
+        machines, _ = ec2.machines(choice.plan, config)
         best = machines[0] if machines else None
         machine = f"{best.count} × {best.instance.name}" if best else "none on EC2"
         if best and best.stranded_gpus:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from serve_app.config.settings import ModelConfig
-from serve_app.planner import choose, hardware, swap, together
-from serve_app.planner.hardware import MIB, Instance
+from serve_app.planner import hardware, pods, together
 from serve_app.planner.report import Report
 
 
@@ -22,58 +21,53 @@ def machines(reports: Iterable[Report]) -> tuple[dict[str, int], dict[str, int]]
     fewest: dict[str, float] = {}
     most: dict[str, float] = {}
     groups: dict[str, list[Report]] = {}
+    kinds: dict[str, list[Report]] = {}
     for report in placed:
         if group := report.config.resources.swap_group:
             groups.setdefault(group, []).append(report)
-        if group or report.config.resources.part_of_gpu:
+            continue
+        if report.config.resources.part_of_gpu:
+            kinds.setdefault(report.plan.gpu.name, []).append(report)
             continue
         best = report.machines[0]
         share = report.plan.parallel.gpus / best.instance.gpus if best.count == 1 else best.count
         for total, count in zip((fewest, most), report.config.replica_range, strict=True):
             total[best.instance.name] = total.get(best.instance.name, 0) + count * share
-    for which, total in enumerate((fewest, most)):
-        # A swap group has its one GPU also while all its models are scaled to zero.
-        for sharing in (*groups.values(), *_sharing(placed, which)):
-            instance = _holding(sharing)
-            total[instance.name] = total.get(instance.name, 0) + 1 / instance.gpus
+    for members in groups.values():
+        # It has its one GPU also while all its models are scaled to zero.
+        pod = pods.of_group({report.name: report.config for report in members})
+        _add(members, [[[pod]]] * 2, fewest, most)
+    for alike in kinds.values():
+        _add(alike, [_pods(alike, which) for which in (0, 1)], fewest, most)
     return _whole(fewest), _whole(most)
 
 
-def _sharing(reports: list[Report], which: int) -> Iterator[list[Report]]:
-    """Those on each GPU that parts share, at the fewest (0) or most (1) replicas."""
-    kinds: dict[str, list[Report]] = {}
-    for report in reports:
-        if report.config.resources.part_of_gpu:
-            kinds.setdefault(report.plan.gpu.name, []).append(report)
-    for alike in kinds.values():
-        named = {report.name: report for report in alike}
-        parts = [
-            part
-            for report in alike
-            if (part := together.part_of(report.name, report.config, report.plan.gpu))
-            for _ in range(report.config.replica_range[which])
-        ]
-        for gpu in together.packed(parts):
-            yield [named[part.name] for part in gpu.parts]
+def _pods(sharing: list[Report], which: int) -> list[list[ModelConfig]]:
+    """The replicas on each GPU that parts share, at the fewest (0) or most (1) replicas."""
+    configs = {report.name: report.config for report in sharing}
+    parts = [
+        part
+        for report in sharing
+        if (part := together.part_of(report.name, report.config, report.plan.gpu))
+        for _ in range(report.config.replica_range[which])
+    ]
+    return [[configs[part.name] for part in gpu.parts] for gpu in together.packed(parts)]
 
 
-def _holding(sharing: list[Report]) -> Instance:
-    """The first machine with the cores and the host memory of all that share a GPU; where none
-    has, the first."""
-    cpu_m = sum(1000 * choose.own_cpus(report.config) for report in sharing)
-    mib = sum(_host_mib(report.config) for report in sharing)
-    machines = [machines.instance for machines in sharing[0].machines]
-    roomy = (
-        one
-        for one in machines
-        if one.allocatable_cpu_m >= cpu_m and one.allocatable_memory_mib >= mib
-    )
-    return next(roomy, machines[0])
+def _add(
+    reports: list[Report], at: list[list[list[ModelConfig]]], *totals: dict[str, float]
+) -> None:
+    """Add to each of the totals the machines for its pods, which have a GPU each.
 
-
-def _host_mib(config: ModelConfig) -> float:
-    asleep = swap.host_bytes(config) if config.resources.swap_group else 0
-    return max(1024 * (config.resources.memory_gib or 0), asleep / MIB)
+    They are one group, so of the first type that holds each of them at their most; where none
+    does, of the first.
+    """
+    offered = [machines.instance for machines in reports[0].machines]
+    holding = (it for it in offered if all(pods.fits(it, 1, pod) for pod in at[-1]))
+    instance = next(holding, offered[0])
+    for total, alike in zip(totals, at, strict=True):
+        if alike:
+            total[instance.name] = total.get(instance.name, 0) + len(alike) / instance.gpus
 
 
 def _whole(total: dict[str, float]) -> dict[str, int]:

@@ -10,8 +10,8 @@ import os
 from dataclasses import dataclass, replace
 
 from serve_app.config.settings import ModelConfig
-from serve_app.planner import choose, hardware
-from serve_app.planner.choose import Machines, RefusedInstance
+from serve_app.planner import ec2, hardware
+from serve_app.planner.ec2 import Machines, RefusedInstance
 from serve_app.planner.hardware import GIB, Instance
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.vllm.memory import Plan
@@ -40,7 +40,7 @@ def of(
     ``instance`` is the only EC2 type that counts, if it is given.
     """
     on_gpus = plan.gpu.name != "CPU"
-    machines, refused = choose.machines(plan, config, prices) if on_gpus else ([], [])
+    machines, refused = ec2.machines(plan, config, prices) if on_gpus else ([], [])
     if instance is not None:
         refused = [one for one in refused if one.name == instance.name]
         machines = [one for one in machines if one.instance.name == instance.name]

@@ -120,7 +120,8 @@ class ModelServer:
         """
         try:
             live = parse(LiveConfig, user_config, "user_config")
-            await self._adapters.apply(live.adapters)
+            set_here = "adapters" in live.model_fields_set
+            await self._adapters.apply(live.adapters if set_here else self._config.adapters)
         except UserError as error:
             if not self._started:
                 raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -96,9 +95,9 @@ class Other:
             return False
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=60)
+        """At once: Ray takes its time for an orderly end."""
         processes.kill_session(self.process.pid)
+        self.process.wait()
 
 
 @contextmanager

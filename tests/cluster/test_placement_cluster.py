@@ -387,8 +387,8 @@ def parts_on_gpus(shares: Sequence[float], kind: str, names: dict[str, str]) -> 
             handle = serve.run(part, name=f"part-{number}", route_prefix=None)
             found.append(handle.remote().result())
     finally:
-        for number in range(len(shares)):
-            serve.delete(f"part-{number}")
+        with ThreadPoolExecutor() as pool:  # Serve gives each some seconds to drain
+            list(pool.map(serve.delete, [f"part-{number}" for number in range(len(shares))]))
     until(lambda: free_gpus() == TOTAL, "GPUs given back")
     return found
 

@@ -46,28 +46,30 @@ def test_models_of_a_swap_group_share_one_gpu_and_nobody_else_gets_it(cluster: N
     """Two groups of three at once, beside whoever asks for parts of a GPU or for whole ones."""
     ids = {group: reserve(group, {"GPU": 1.0}) for group in ("big", "small")}
     assert ids["big"] == reserve("big", {"GPU": 1.0}) == swap_actor.id_of("big") != ids["small"]
-    handles = {}
-    for n in range(3):
-        for group, id in ids.items():
-            actor = {"num_cpus": 0.1, "num_gpus": 0, "resources": part(id, gpu=True)}
-            app = Member.options(ray_actor_options=actor).bind()  # type: ignore[attr-defined]
-            handles[group, n] = serve.run(app, name=f"{group}{n}", route_prefix=None)
-    others = {"num_cpus": 0.1, "num_gpus": 0.5}
-    shares = [
-        serve.run(
-            Member.options(ray_actor_options=others).bind(),  # type: ignore[attr-defined]
-            name=f"share{n}",
-            route_prefix=None,
-        )
-        for n in range(4)
-    ]
-    at = {who: handle.remote().result() for who, handle in handles.items()}
+
+    def run(actors: dict[str, dict[str, Any]]) -> list[tuple[str, list[Any], str | None]]:
+        """What a replica of each says that asks Ray for this."""
+        targets = [
+            serve.RunTarget(
+                Member.options(ray_actor_options={"num_cpus": 0.1} | asked).bind(),  # type: ignore[attr-defined]
+                name=name,
+                route_prefix=None,
+            )
+            for name, asked in actors.items()
+        ]
+        return [handle.remote().result() for handle in serve.run_many(targets)]
+
+    members = {(group, n): {"num_gpus": 0, "resources": part(id, gpu=True)}
+               for n in range(3) for group, id in ids.items()}  # fmt: skip
+    found = run({f"{group}{n}": asked for (group, n), asked in members.items()})
+    at = dict(zip(members, found, strict=True))
+    shares = run({f"share{n}": {"num_gpus": 0.5} for n in range(4)})
     places = {group: {(node, *gpus) for (of, _), (node, gpus, _) in at.items() if of == group}
               for group in ids}  # fmt: skip
     assert [len(it) for it in places.values()] == [1, 1]
     assert places["big"] != places["small"]
     assert all(visible == str(gpus[0]) for _, gpus, visible in at.values())
-    elsewhere = {(node, *gpus) for node, gpus, _ in (it.remote().result() for it in shares)}
+    elsewhere = {(node, *gpus) for node, gpus, _ in shares}
     assert not elsewhere & (places["big"] | places["small"]) and len(elsewhere) == 2
 
 

@@ -125,6 +125,22 @@ def test_a_wrong_user_config_is_said_while_the_replicas_keep_their_adapters() ->
     assert model.message.startswith(expected)
 
 
+def test_what_user_config_sets_takes_the_place_of_the_args() -> None:
+    lora = {"name": "lora", "path": "p"}
+    affinity = {"session_affinity": True}
+    application = reported({"fallback": ["a"], "adapters": [lora], "routing": affinity})
+    live = {"fallback": ["b"], "fallback_after_s": 1, "routing": {"policy": "least_loaded"}}
+    application["deployed_app_config"]["deployments"] = [
+        {"name": "ModelServer", "user_config": live}
+    ]
+    [model] = read(m=application).values()
+    assert model.config is not None
+    assert (model.config.fallback, model.config.fallback_after_s) == (["b"], 1)
+    assert model.config.routing is not None
+    assert model.config.routing.policy == "least_loaded"
+    assert model.adapters == ("lora",)
+
+
 def test_settings_are_read_again_only_where_they_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The report comes every second, and reading 200 models' settings takes 10 ms."""
     read_again: list[str] = []

@@ -103,6 +103,15 @@ class Fleet:
             called = Called.read(exchange.header(CALL_HEADER.decode())[0].encode())
             self.gateway.ledger.report(took(called.id, usage), name)
 
+    def answered_for(self) -> dict[tuple[str, ...], float]:
+        """The counter's values by the model that was named, its status, and who answered."""
+        return {
+            tuple(sample.labels[it] for it in ("model", "code", "to")): sample.value
+            for metric in self.gateway.metrics.registry.collect()
+            for sample in metric.samples
+            if sample.name == "serve_app_gateway_fallbacks_total"
+        }
+
     @property
     def waiting(self) -> int:
         return self.gateway.board.waiting("big").requests
@@ -266,6 +275,7 @@ async def test_where_none_can_the_first_error_is_told() -> None:
     async with fleet("small", "tiny", after_s=0.1) as here:
         here.small.script = here.tiny.script = refuses
         answer = await here.ask()
+        assert here.answered_for() == {}
         assert by(answer) == (503, None)
         error = answer.json()["error"]
         assert error["message"].startswith("The model 'big' did not start within 0.1 seconds")
@@ -282,6 +292,7 @@ async def test_what_one_refuses_the_next_one_gets() -> None:
     async with fleet("small", "tiny") as here:
         here.small.script = refuses
         assert by(await here.ask()) == (200, "tiny")
+        assert here.answered_for() == {("big", "503", "tiny"): 1}
 
 
 async def test_the_errors_of_a_fallback_that_are_no_refusal_are_its_answer() -> None:
@@ -500,7 +511,7 @@ async def test_it_is_counted() -> None:
                 f"serve_app_gateway_{name}", labels
             )
 
-        assert value("fallbacks_total", model="big", to="small") == 2
+        assert value("fallbacks_total", model="big", code="503", to="small") == 2
         assert value("requests_total", model="big", key="", code="503") == 2
         assert value("requests_total", model="small", key="", code="200") == 2
         assert value("inflight_requests", model="big") == 0

@@ -309,12 +309,14 @@ def model_port(name: str) -> ModelPort:
 class BareVllm:
     """`vllm serve` of the same model with the same engine arguments and environment."""
 
-    def __init__(self, base_url: str, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, base_url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         self.base_url = base_url
         self.process = process
+        self.log = log
 
     @classmethod
     def start(cls, application: dict[str, Any], folder: Path) -> BareVllm:
+        """`vllm serve`; :meth:`wait_until_ready` comes next."""
         config = ModelConfig.model_validate(application["args"])
         ids = [application["name"], *config.served_as]
         port = processes.free_port()
@@ -325,21 +327,17 @@ class BareVllm:
         ]
         log = folder / "vllm.log"
         process = processes.start(command, log, **environment(config))
-        base_url = f"http://127.0.0.1:{port}"
+        return cls(f"http://127.0.0.1:{port}", process, log)
 
+    def wait_until_ready(self) -> None:
         def up() -> bool:
-            assert process.poll() is None, log.read_text()[-4000:]
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
             try:
-                return httpx.get(f"{base_url}/health").status_code == 200
+                return httpx.get(f"{self.base_url}/health").status_code == 200
             except httpx.HTTPError:
                 return False
 
-        try:
-            assert processes.eventually(up, 300, 0.5), log.read_text()[-4000:]
-        except BaseException:
-            processes.kill_session(process.pid)
-            raise
-        return cls(base_url, process)
+        assert processes.eventually(up, 300, 0.5), self.log.read_text()[-4000:]
 
     def stop(self) -> None:
         processes.kill_session(self.process.pid)

@@ -125,7 +125,20 @@ def test_applications_must_be_a_list_with_something_in_it(applications: Any) -> 
         (
             chat() | live({"adapter": []}),
             "application 'm': user_config: 'adapter' is not a setting; did you mean 'adapters'? "
-            "(known: adapters)",
+            "(known: adapters, routing, fallback, fallback_after_s)",
+        ),
+        (
+            chat() | live({"fallback": ["m"]}),
+            "application 'm': fallback has 'm', the model itself; remove it",
+        ),
+        (
+            chat(fallback=["other"]) | live({"fallback": ["x", "x"]}),
+            "application 'm': user_config: fallback lists 'x' twice; remove one",
+        ),
+        (
+            chat() | live({"routing": {"policy": "best"}}),
+            "application 'm': user_config: routing.policy is 'best', but should be 'cache_aware', "
+            "'least_loaded' or 'round_robin'",
         ),
         (
             chat() | live({"adapters": [{"name": "poet", "path": "/p"}]}),

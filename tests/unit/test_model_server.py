@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.config.settings import Adapter
+from serve_app.config.settings import Adapter, ModelConfig, parse
 from serve_app.errors import ConfigError, UserError
 from serve_app.replica.server import ModelServer
 
@@ -40,7 +40,25 @@ def replica() -> Any:
     kind = type("Replica", (deployment.func_or_class,), {"__del__": lambda self: None})
     server: Any = kind.__new__(kind)
     server._engine = server._adapters = server._front_ends = FakeEngine()
+    args = {"model": "org/base", "adapters": [{"name": "own", "path": "o"}]}
+    server._config = parse(ModelConfig, args, "args")
     return server
+
+
+@pytest.mark.parametrize(
+    ("user_config", "names"),
+    [
+        ({"fallback": ["small"]}, ["own"]),  # for the gateway: nothing for a replica to do
+        ({"adapters": [{"name": "poet", "path": "p"}]}, ["poet"]),
+        ({"adapters": []}, []),
+    ],
+    ids=str,
+)
+async def test_adapters_of_the_args_stay_where_user_config_names_none(
+    replica: Any, user_config: dict[str, Any], names: list[str]
+) -> None:
+    await replica.reconfigure(user_config)
+    assert [[it.name for it in applied] for applied in replica._engine.applied] == [names]
 
 
 async def test_a_wrong_user_config_refuses_the_start(replica: Any) -> None:

@@ -371,6 +371,23 @@ def test_a_prompt_that_all_have_in_common_is_soon_where_it_is_needed(replicas: i
     assert sum(it.cached == 0 for it in fleet.policy._sent.values()) == len(went)
 
 
+def test_a_replica_that_comes_gets_its_part_of_what_everybody_sends() -> None:
+    fleet = Fleet(8)
+    before, new = fleet.live[:-1], fleet.live[-1]
+    for it in before:
+        fleet.answer(text("all", 10), live=[it])
+    for _ in range(70):
+        fleet.send(text("all", 10), before)
+    assert fleet.send(text("all", 10)) == new.id
+    fleet.policy.first_byte(str(fleet.calls))  # it has read that
+    went = Counter(fleet.send(text("all", 10)) for _ in range(20))
+    assert went[new.id] >= 8
+    conversation = text("one", 40)
+    home = fleet.answer(conversation, live=before)
+    idle = FrontEnd("r9", "h", 1, Replica("r9", now=fleet.now))
+    assert fleet.send(conversation, [*fleet.live, idle]) == home
+
+
 @pytest.mark.parametrize(
     ("load", "moves"), [({}, False), ({"waiting": 1}, True), ({"kv_cache_usage": 0.9}, True)]
 )
@@ -565,6 +582,22 @@ def test_a_call_waits_for_a_place_where_it_is_cached_if_places_come_soon_or_are_
     assert fleet.policy.waits_for(asks, rest, {full.replica: 100}) is None
     assert fleet.policy.waits_for(text("new", 40), rest, {full.replica: 0}) is None
     assert fleet.policy.waits_for(Prompt((), 100), rest, {full.replica: 0}) is None
+
+
+def test_a_call_waits_for_no_place_while_one_that_has_its_prompt_as_well_has_room() -> None:
+    fleet = Fleet(3)
+    for it in fleet.live:
+        fleet.answer(text("a", 40), live=[it])
+    full, *rest = fleet.live
+    for it in rest:
+        fleet.send(text("b", 40), [it])  # they have more to do, and room for more
+    assert fleet.policy.waits_for(text("a", 40), rest, {full.replica: 0}) is None
+    everywhere = {it.replica: 0 for it in fleet.live[:2]}
+    assert fleet.policy.waits_for(text("a", 40), fleet.live[2:], everywhere) is None
+    fleet.policy.index.clear("r1")
+    fleet.policy.index.clear("r2")
+    wait = fleet.policy.waits_for(text("a", 40), rest, {full.replica: 0})
+    assert wait == (full.replica, 2.0)
 
 
 def test_bytes_per_token_come_from_the_accounting() -> None:

@@ -43,7 +43,8 @@ again much."""
 
 SCARCE_BOUND = 1.5
 """The same where its KV cache is full or requests wait in it; and for the requests of one beginning
-alone. What everybody sends is computed once on each replica, which is nothing."""
+alone, beside the mean and beside all that another replica has. What everybody sends is computed
+once on each replica, which is nothing."""
 
 HASH_BOUND = 1.25
 """The same for a prompt that is nowhere, which has nothing to lose: as in Mirrokni et al.,
@@ -104,6 +105,9 @@ class Option(NamedTuple):
 
     alike: int
     """Requests of this gateway there that have as much of this prompt in common."""
+
+    full: bool
+    """Whether it has no place for the call now."""
 
 
 @dataclass(slots=True)
@@ -279,10 +283,11 @@ class CacheAware:
         cold = [it for it in fitting if it.cached < enough]
         if not warm:
             return self._next_home(prompt, cold, max(options, key=lambda it: it.cached)), "overflow"
-        first = _least(warm)
-        sooner = [it for it in cold if self._is_worth(it, first)]
-        if sooner:
-            return self._next_home(prompt, sooner, first), "overflow"
+        # A place at one that has it is had now: what all have in common is waited for nowhere.
+        first = _least([it for it in warm if not it.full] or warm)
+        better = [it for it in cold if self._is_worth(it, first) or self._is_idle(it, first)]
+        if better:
+            return self._next_home(prompt, better, first), "overflow"
         return first, "warm"
 
     def _is_worth(self, cold: Option, warm: Option) -> bool:
@@ -291,6 +296,14 @@ class CacheAware:
         saved_s = (warm.cached - cold.cached) / warm.rate
         patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
         return warm.ttft_s - cold.ttft_s > patience_s and warm.ttft_s > self._sooner * cold.ttft_s
+
+    def _is_idle(self, cold: Option, warm: Option) -> bool:
+        """Whether it has few requests of all kinds beside those of one beginning alone at another.
+
+        Without this a replica that comes gets nothing of what everybody sends until the others lack
+        room: they have little more than the mean.
+        """
+        return warm.alike > SCARCE_BOUND * cold.requests + self._slack
 
     def _next_home(self, prompt: Prompt, cold: list[Option], warm: Option) -> Option:
         """Where calls go that share a beginning and overflow: all to the same one.
@@ -327,7 +340,7 @@ class CacheAware:
         """What is to be expected of each replica. It runs for each of them at each call.
 
         Args:
-            waits: by replica, seconds until it has a place.
+            waits: by replica without room, seconds until it has a place.
         """
         tokens = prompt.size / self._bytes_per_token.value
         completion = self._completion.value
@@ -367,6 +380,7 @@ class CacheAware:
                     ttft_s,
                     work,
                     alike,
+                    replica in waits,
                 )
             )
         return options

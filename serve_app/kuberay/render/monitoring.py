@@ -143,10 +143,22 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
         f'{{{own},le="{TTFT_TARGET_S}"}}[%s]))'
         f" / sum by (model_name) (rate(vllm:time_to_first_token_seconds_count{{{own}}}[%s]))"
     )
-    failed = (
-        f'sum by (model) (rate(serve_app_gateway_requests_total{{{own},code=~"5.."}}[%s]))'
-        f" / sum by (model) (rate(serve_app_gateway_requests_total{{{own}}}[%s]))"
-    )
+
+    def failed(window: str) -> str:
+        """What clients got as errors: not what another model answered in place of this one."""
+
+        def per_model(metric: str, selector: str) -> str:
+            return (
+                f"sum by (model) (rate(serve_app_gateway_{metric}_total{{{selector}}}[{window}]))"
+            )
+
+        ours = f'{own},code=~"5.."'
+        refused = per_model("requests", ours)
+        return (
+            f"clamp_min({refused} - ({per_model('fallbacks', ours)} or 0 * {refused}), 0)"
+            f" / {per_model('requests', own)}"
+        )
+
     slow_budget, error_budget = 1 - TTFT_OBJECTIVE, 1 - ERROR_OBJECTIVE
     recorded = [
         {
@@ -158,7 +170,7 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
     ] + [
         {
             "record": f"serve_app:errors:ratio_rate{window}",
-            "expr": failed % (window, window),
+            "expr": failed(window),
             "labels": {"fleet": name},
         }
         for window in ("5m", "30m", "1h", "6h")
@@ -229,6 +241,18 @@ def rule_groups(name: str, cold: list[str]) -> list[dict[str, Any]]:
             "{{ $labels.model_name }}: first tokens have been slow for 6 hours.",
             "The same as for ServeAppFirstTokenBurnsFast, without the hurry: compare the number "
             "of replicas with max_replicas on the model dashboard.",
+        ),
+        _alert(
+            "ServeAppFallbackAnswers",
+            f"sum by (model) (rate(serve_app_gateway_fallbacks_total{{{own}}}[10m])) / "
+            f"sum by (model) (rate(serve_app_gateway_requests_total{{{own}}}[10m])) > 0.05",
+            "15m",
+            "ticket",
+            "{{ $labels.model }}: a fallback answers {{ $value | humanizePercentage }} of its "
+            "requests.",
+            f"serve-app status {name}. Without a replica: serve-app logs {name} "
+            "{{ $labels.model }} says why none starts. With replicas: they have no room, raise "
+            "max_replicas; in a swap group set fallback_after_s above its max_wait_s.",
         ),
         _alert(
             "ServeAppQueueGrows",

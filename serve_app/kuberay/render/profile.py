@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from serve_app.config import yaml_files
 from serve_app.config.settings import parse
 from serve_app.errors import ConfigError
+from serve_app.planner.pods import KEPT_CPU_M, KEPT_MEMORY_MIB
 
 RAY_VERSION = "2.60.0"
 """The version of Ray in the image, by which KubeRay picks probes and features."""
@@ -247,11 +248,11 @@ class ClusterProfile(_Profile):
     monitoring_namespace: _Name = "monitoring"
     """Where Prometheus runs, which must reach every pod."""
 
-    reserved_cpu_m: int = Field(default=1000, ge=0)
+    reserved_cpu_m: int = Field(default=KEPT_CPU_M, ge=0)
     """CPU that a node's DaemonSets take, in thousandths of a core (CNI, kube-proxy, device
     plugin, DCGM exporter, log shipper)."""
 
-    reserved_memory_mib: int = Field(default=2048, ge=0)
+    reserved_memory_mib: int = Field(default=KEPT_MEMORY_MIB, ge=0)
     """Memory that a node's DaemonSets take, in MiB."""
 
     @property

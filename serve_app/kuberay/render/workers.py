@@ -15,11 +15,8 @@ from serve_app.config.document import Fleet
 from serve_app.config.settings import GatewayConfig, ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.profile import ClusterProfile
-from serve_app.planner import front_ends, hardware, shares, swap, together
-from serve_app.planner.hardware import GIB, Instance, with_accelerator
-from serve_app.planner.vllm import offload
-from serve_app.planner.vllm.defaults import parallelism
-from serve_app.planner.vllm.memory import FRONT_END_BYTES
+from serve_app.planner import hardware, pods, shares, swap, together
+from serve_app.planner.hardware import Instance, with_accelerator
 
 OBJECT_STORE_GIB = 1
 """Ray's object store in each pod. Ray's default is 30 % of memory; tokens never go there."""
@@ -31,12 +28,6 @@ wait for the deadline."""
 
 _SHM_PER_GPU_GIB = 4
 """/dev/shm for one tensor-parallel rank: NCCL's and vLLM's queues, with room to spare."""
-
-_MEMORY_PER_GPU_GIB = 12
-"""Least host memory of one rank: CUDA context, Python, and pinned buffers while loading."""
-
-_MEMORY_BASE_GIB = 8
-"""Host memory of the raylet, Serve's proxy, the API server and the engine's first front end."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +121,7 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
     largest = max(i.gpus for i in instances)
     # GPUs of one pod, the most first: the whole replica, a data-parallel rank, a stage.
     splits = ((stage * pp * dp, 1), (stage * pp, dp), (stage, pp * dp))
-    gpus, pods = next((split for split in splits if split[0] <= largest), (0, 0))
+    gpus, of_replica = next((split for split in splits if split[0] <= largest), (0, 0))
     if not gpus:
         raise ConfigError(
             f"{where}: a replica takes {stage * pp * dp} GPUs ({stage} that must share a machine, "
@@ -140,53 +131,19 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
         )
     fitting = tuple(i for i in instances if _fits(i, gpus, model, profile))
     if not fitting:
-        cores = _cpus(model, gpus)
+        cores = pods.cpus(model, gpus)
         raise ConfigError(
             f"{where}: no {accelerator} machine holds a pod with {gpus} GPUs, {cores} cores and "
-            f"{_memory_gib(model, gpus, cores)} GiB; lower {_knobs(model)}"
+            f"{pods.memory_gib(model, gpus, cores)} GiB; lower {_knobs(model)}"
         )
-    return WorkerShape(accelerator, gpus, pods, tuple(i.name for i in fitting))
+    return WorkerShape(accelerator, gpus, of_replica, tuple(i.name for i in fitting))
 
 
 def _fits(instance: Instance, gpus: int, model: ModelConfig, profile: ClusterProfile) -> bool:
     # A size that does not divide the machine's GPUs would leave some that nothing can use.
     if instance.gpus % gpus:
         return False
-    cpu, memory = _share(instance, gpus, profile)
-    return cpu >= _cpus(model, gpus) and memory >= _memory_gib(model, gpus, cpu)
-
-
-def _share(instance: Instance, gpus: int, profile: ClusterProfile) -> tuple[int, int]:
-    """The whole cores and GiB that go with ``gpus`` of a machine's GPUs."""
-    cpu = (instance.allocatable_cpu_m - profile.reserved_cpu_m) * gpus / instance.gpus / 1000
-    mib = (instance.allocatable_memory_mib - profile.reserved_memory_mib) * gpus / instance.gpus
-    # The log shipper in the same pod needs a part of it.
-    return math.floor(cpu - 0.1), math.floor(mib / 1024 - 0.25)
-
-
-def _cpus(model: ModelConfig, gpus: int) -> int:
-    """A pod's cores: one for each GPU's busy worker, the replica's own, one for Ray."""
-    return gpus + _own_cpus(model) + (1 if gpus > 1 else 0)
-
-
-def _own_cpus(model: ModelConfig) -> int:
-    """A replica's own cores; ``frontends: auto`` takes what a pod has."""
-    asked = 1 if model.frontends == "auto" else model.frontends
-    return max(asked, math.ceil(model.resources.num_cpus))
-
-
-def _memory_gib(model: ModelConfig, gpus: int, cores: int) -> int:
-    size = parallelism(model.engine)
-    engines = max(1, gpus // (size.tensor * size.pipeline))
-    pinned = math.ceil(offload.asked(model.engine, gpus, engines) / GIB)
-    asked = max(math.ceil(model.resources.memory_gib or 0), _MEMORY_PER_GPU_GIB * gpus + pinned)
-    return asked + _MEMORY_BASE_GIB + _front_ends_gib(model, cores, gpus)
-
-
-def _front_ends_gib(model: ModelConfig, cores: int, gpus: int) -> int:
-    """Memory of the front ends beyond the first, as many as such a pod may have."""
-    most = front_ends.most_on(model, front_ends.Node(cores, gpus))
-    return math.ceil((most - 1) * FRONT_END_BYTES / GIB)
+    return pods.fits(instance, gpus, [model], profile.reserved_cpu_m, profile.reserved_memory_mib)
 
 
 def _knobs(model: ModelConfig) -> str:
@@ -221,31 +178,11 @@ def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
 
 
 def _by_pod(fleet: Fleet) -> dict[str, ModelConfig]:
-    """The models; of those of a swap group, which have one pod, the first with all that they need.
-
-    Each sleeps in host memory of the size of its weights.
-    """
+    """The models; of those of a swap group, which have one pod, the first with all they need."""
     found = {n: m for n, m in fleet.models.items() if not m.resources.swap_group}
     for members in swap.groups(fleet.models).values():
-        first = next(iter(members))
-        together = {
-            "num_cpus": sum(_own_cpus(member) for member in members.values()),
-            "memory_gib": sum(_asleep_gib(member) for member in members.values()),
-            "swap_group": members[first].resources.swap_group,
-        }
-        resources = members[first].resources.model_copy(update=together)
-        found[first] = members[first].model_copy(
-            update={"resources": resources, "replicas": 1, "autoscaling": None}
-        )
+        found[next(iter(members))] = pods.of_group(members)
     return {name: found[name] for name in fleet.models if name in found}
-
-
-def _asleep_gib(model: ModelConfig) -> float:
-    """Host memory of a model in a swap group: that of any replica, and its weights."""
-    if model.resources.device == "cpu":
-        return model.resources.memory_gib or 8
-    asked = model.resources.memory_gib or 0
-    return max(asked, _MEMORY_PER_GPU_GIB + swap.host_bytes(model) / GIB)
 
 
 def _gpu_group(
@@ -275,7 +212,12 @@ def _gpu_group(
         # The machines of a replica that spans several must be alike.
         types = types[:1]
     shape = replace(shape, instance_types=types)
-    cpu, memory = _share(hardware.instances()[types[0]], shape.gpus_per_pod, profile)
+    cpu, memory = pods.share(
+        hardware.instances()[types[0]],
+        shape.gpus_per_pod,
+        profile.reserved_cpu_m,
+        profile.reserved_memory_mib,
+    )
     name = f"{shape.accelerator.lower()}-x{shape.gpus_per_pod}"
     group = WorkerGroup(
         name=f"{name}-{shape.pods_per_replica}nodes" if shape.pods_per_replica > 1 else name,
@@ -329,16 +271,12 @@ def at_most(shared: list[together.Shared]) -> int:
 def _holds(instance: Instance, pod: together.Shared, fleet: Fleet, profile: ClusterProfile) -> bool:
     """Whether a pod on the machine has cores and memory for all replicas that share its GPU."""
     models = [fleet.models[part.name] for part in pod.parts]
-    cpu, memory = _share(instance, 1, profile)
-    beyond_base = sum(_memory_gib(model, 1, cpu) - _MEMORY_BASE_GIB for model in models)
-    return cpu >= sum(_cpus(model, 1) for model in models) and (
-        memory >= beyond_base + _MEMORY_BASE_GIB
-    )
+    return pods.fits(instance, 1, models, profile.reserved_cpu_m, profile.reserved_memory_mib)
 
 
 def _gateway_group(where: str, gateway: GatewayConfig, profile: ClusterProfile) -> WorkerGroup:
     try:
-        pods = gateway.pods
+        count = gateway.pods
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     cores = math.ceil(gateway.num_cpus) or 1
@@ -347,8 +285,8 @@ def _gateway_group(where: str, gateway: GatewayConfig, profile: ClusterProfile) 
         role="gateway",
         cpu=cores,
         memory_gib=profile.gateway.memory_gib,
-        min_pods=pods,
-        max_pods=pods + SPARE,
+        min_pods=count,
+        max_pods=count + SPARE,
         shm_gib=OBJECT_STORE_GIB + 1,
     )
 
@@ -357,16 +295,16 @@ def _cpu_group(models: dict[str, ModelConfig]) -> WorkerGroup:
     """One group of CPU pods, each large enough for the most demanding model."""
     least = sum(model.replica_range[0] for model in models.values())
     most = sum(model.replica_range[1] for model in models.values())
-    cores = max(_own_cpus(model) for model in models.values())
+    cores = max(pods.own_cpus(model) for model in models.values())
     memory = max(
-        math.ceil(model.resources.memory_gib or 8) + _front_ends_gib(model, cores, 0)
+        math.ceil(model.resources.memory_gib or 8) + pods.front_ends_gib(model, cores, 0)
         for model in models.values()
     )
     return WorkerGroup(
         name="cpu",
         role="cpu",
         cpu=max(4, cores + 1),
-        memory_gib=memory + _MEMORY_BASE_GIB,
+        memory_gib=memory + pods.BASE_GIB,
         min_pods=least,
         max_pods=most + SPARE,
         shm_gib=OBJECT_STORE_GIB + 1,

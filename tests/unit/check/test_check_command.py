@@ -54,6 +54,22 @@ def test_check_exits_with_1_for_a_failure_and_raises_where_it_cannot_run(tmp_pat
     assert isinstance(invoke("nofile.yaml").exception, UserError)
 
 
+@pytest.mark.parametrize(
+    "change", [("resources:", "resorces:"), ("  max_model_len", "  max_modl_len")]
+)
+def test_a_config_that_no_command_takes_is_status_2(
+    change: tuple[str, str], tmp_path: Path
+) -> None:
+    """As `plan` and `render` have it, after the whole list of this config and the others."""
+    config = tmp_path / "wrong.yaml"
+    text = ONE_MODEL.read_text()
+    assert change[0] in text
+    config.write_text(text.replace(*change))
+    result = invoke(str(config), str(ONE_MODEL))
+    assert result.exit_code == 2
+    assert "did you mean" in result.output and f"{ONE_MODEL}\n" in result.output
+
+
 def test_a_warning_about_the_config_does_not_keep_the_cluster_from_being_asked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from harness.models import kept, model
 
 from serve_app.config.settings import ModelConfig, Resources
 from serve_app.errors import UserError
-from serve_app.planner import choose, hardware
+from serve_app.planner import choose, ec2, hardware
 from serve_app.planner.vllm import parallelism
 from serve_app.planner.vllm.sharding import Parallelism
 
@@ -73,44 +73,47 @@ def plan_70b(tp: int = 4, pp: int = 1, gpu: str = "H100") -> Any:
     return choose.plan_on(kept(LLAMA_70B), SHORT, hardware.gpus()[gpu], Parallelism(tp, pp))
 
 
+ANY = ModelConfig(model="x")
+
+
 def plan_8b() -> Any:
     of = kept("meta-llama/Llama-3.1-8B-Instruct")
     return choose.plan_on(of, SHORT, hardware.gpus()["L40S"])
 
 
 def test_machines_count_idle_gpus_and_say_why_not() -> None:
-    good, refused = choose.machines(plan_70b(), None)
+    good, refused = ec2.machines(plan_70b(), ANY)
     assert [(m.instance.name, m.count, m.stranded_gpus) for m in good] == [("p5.48xlarge", 1, 4)]
     assert [r.name for r in refused] == ["p5.4xlarge"]
     assert "span machines" in refused[0].reason
-    good, _ = choose.machines(plan_70b(4, 2, "L40S"), None)
+    good, _ = ec2.machines(plan_70b(4, 2, "L40S"), ANY)
     assert (good[0].instance.name, good[0].count) == ("g6e.48xlarge", 1)
     assert any(m.instance.name == "g6e.12xlarge" and m.count == 2 for m in good)
 
 
 def test_machines_must_hold_the_replica_beside_its_gpus() -> None:
     wide = ModelConfig(model="x", resources=Resources(num_cpus=64))
-    good, refused = choose.machines(plan_70b(4, 1, "L40S"), wide)
+    good, refused = ec2.machines(plan_70b(4, 1, "L40S"), wide)
     assert "g6e.12xlarge" not in {m.instance.name for m in good}
-    assert any("64 CPUs" in r.reason for r in refused)
+    assert any("takes 69 cores" in r.reason for r in refused)
     many = ModelConfig(model="x", frontends=6)
-    good, refused = choose.machines(plan_8b(), many)
+    good, refused = ec2.machines(plan_8b(), many)
     assert "g6e.xlarge" not in {m.instance.name for m in good}
-    assert any(r.name == "g6e.xlarge" and "asks for 6 CPUs" in r.reason for r in refused)
-    good, _ = choose.machines(plan_8b(), ModelConfig(model="x"))  # `auto` takes what there is
+    assert any(r.name == "g6e.xlarge" and "takes 7 cores" in r.reason for r in refused)
+    good, _ = ec2.machines(plan_8b(), ANY)  # `auto` takes what there is
     assert good[0].instance.name == "g6e.xlarge"
 
 
 def test_prices_come_only_from_the_user(tmp_path: Path) -> None:
     file = tmp_path / "prices.yaml"
     file.write_text("g6e.12xlarge: 10.5\ng6e.24xlarge: 8\n")
-    prices = choose.read_prices(file)
-    good, _ = choose.machines(plan_70b(4, 1, "L40S"), None, prices)
+    prices = ec2.read_prices(file)
+    good, _ = ec2.machines(plan_70b(4, 1, "L40S"), ANY, prices)
     assert [(m.instance.name, m.price) for m in good[:2]] == [
         ("g6e.24xlarge", 8), ("g6e.12xlarge", 10.5),
     ]  # fmt: skip
     assert good[2].price is None
-    assert all(m.price is None for m in choose.machines(plan_70b(4, 1, "L40S"), None)[0])
+    assert all(m.price is None for m in ec2.machines(plan_70b(4, 1, "L40S"), ANY)[0])
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "p5.48xlarge: cheap", "p5.48xlarge: -3", "{", ""])
@@ -118,7 +121,7 @@ def test_bad_prices(tmp_path: Path, text: str) -> None:
     file = tmp_path / "prices.yaml"
     file.write_text(text)
     with pytest.raises(UserError):
-        choose.read_prices(file)
+        ec2.read_prices(file)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import pytest
 from harness.models import LLAMA, kept, model, plan
 
 from serve_app.config.settings import ModelConfig
-from serve_app.kuberay.render import workers
-from serve_app.planner import choose, report
+from serve_app.planner import ec2, pods, report
 from serve_app.planner.hardware import GIB
 from serve_app.planner.vllm.memory import Plan
 
@@ -66,18 +65,22 @@ def test_the_kv_cache_that_is_kept_in_host_memory_is_of_the_engine_not_of_a_gpu(
 
 
 def test_a_machine_must_have_the_host_memory() -> None:
-    few, _ = choose.machines(of_8b(kv_offloading_size=8), None)
-    many, refused = choose.machines(of_8b(kv_offloading_size=200), None)
+    def machines(gib: int) -> Any:
+        engine = {"kv_offloading_size": gib}
+        return ec2.machines(of_8b(**engine), ModelConfig(model="org/model", engine=engine))
+
+    few, _ = machines(4)
+    many, refused = machines(200)
     assert "g6e.xlarge" in {m.instance.name for m in few}
     assert "g6e.xlarge" not in {m.instance.name for m in many}
     [why] = [one.reason for one in refused if one.name == "g6e.xlarge"]
-    assert "200 GiB" in why
+    assert "takes 2 cores and 220 GiB" in why
 
 
 def test_a_pod_has_the_host_memory() -> None:
     plain = ModelConfig(model="org/model")
     pinning = ModelConfig(model="org/model", engine={"cpu_offload_gb": 10, "kv_offloading_size": 5})
-    assert workers._memory_gib(pinning, 2, 8) - workers._memory_gib(plain, 2, 8) == 2 * 10 + 2 * 5
+    assert pods.memory_gib(pinning, 2, 8) - pods.memory_gib(plain, 2, 8) == 2 * 10 + 2 * 5
 
 
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}}
