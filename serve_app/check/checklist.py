@@ -11,18 +11,17 @@ from pathlib import Path
 import yaml
 
 from serve_app import __version__
-from serve_app.config import caches, engine_args, yaml_files
+from serve_app.config import engine_args, yaml_files
 from serve_app.config.document import (
     MODEL_IMPORT_PATH,
     Fleet,
-    answering,
     parse_document,
     refuse_foreign,
     refuse_shapeless,
 )
 from serve_app.config.notices import notices
 from serve_app.config.secrets import in_plain_text, instead, looks_like_one
-from serve_app.config.settings import NO_FALLBACK, ModelConfig, engine_problems, ids_of
+from serve_app.config.settings import ModelConfig, engine_problems
 from serve_app.errors import ConfigError
 from serve_app.kuberay.render.workers import packed
 from serve_app.kuberay.validate.judge import judge
@@ -119,7 +118,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
     if fleet.gateway is None:
         fix = "add an application with import_path serve_app.gateway:app and route_prefix /"
         findings.append(Finding("gateway", "fail", str(path), "no client can reach a model", fix))
-    findings += _fallbacks(fleet)
+    findings += check_model.fallbacks(fleet)
     findings += _shared_gpus(fleet)
     findings += _gateway(fleet, for_here=for_here and documents is None)
     findings += [Finding("serve settings", "warn", str(path), said) for said in notices(fleet)]
@@ -221,7 +220,7 @@ def _gateway(fleet: Fleet, *, for_here: bool) -> Iterator[Finding]:
 
 def _chat_template(name: str, config: ModelConfig) -> Iterator[Finding]:
     check, given = "chat template", config.engine.get("chat_template")
-    environment = _environment(config)
+    environment = check_model.environment(config)
     if why := templates.missing(given):
         # In the image of a RayService may be what this machine has not.
         status: Status = "warn" if str(given).startswith("/") else "fail"
@@ -233,27 +232,6 @@ def _chat_template(name: str, config: ModelConfig) -> Iterator[Finding]:
         said = "the tokenizer has none, so the model refuses /v1/chat/completions"
         fix = "set engine.chat_template to a file, if it is to chat; completions need none"
         yield Finding(check, "warn", name, said, fix)
-
-
-def _fallbacks(fleet: Fleet) -> Iterator[Finding]:
-    """Fallbacks of models that give vectors or scores, and such models as fallbacks."""
-    pooling = {
-        name
-        for name, config in fleet.models.items()
-        if runner.pools(config.model, config.engine, _environment(config))
-    }
-    models = answering(fleet)
-    owners = {id: name for name, it in models.items() for id in ids_of(name, it)}
-    for name, config in models.items():
-        if config.fallback and name in pooling:
-            yield Finding("fallback", "fail", name, NO_FALLBACK)
-        elif useless := [id for id in config.fallback if owners.get(id) in pooling]:
-            said = f"fallback has '{useless[0]}', which generates no text"
-            yield Finding("fallback", "fail", name, said, "remove it")
-
-
-def _environment(config: ModelConfig) -> dict[str, str]:
-    return os.environ | caches.downloads(config.cache_dir) | config.env
 
 
 def _renamed_metrics(about: str, text: str) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ next ``POST`` says that it has been taken.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
 
@@ -23,6 +24,11 @@ HOLD_S = 1.0
 IDLE_HOLD_S = 3.0
 """The same while its engine idles, and the gateway knows that: most of a large fleet does, and each
 answer costs every gateway."""
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+"""What a replica counts. One that goes wrong is not heard, instead of stopping its siblings too:
+the gateway computes the room of all replicas of a model at once."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +58,13 @@ class Called:
 class Usage:
     """What engines did for one request, as its front end counted it."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: _Count = 0
     """Tokens of all its prompts that engines computed or found in the KV cache."""
 
-    cached_tokens: int = 0
+    cached_tokens: _Count = 0
     """Those found in the KV cache."""
 
-    completion_tokens: int = 0
+    completion_tokens: _Count = 0
     """Generated tokens, of an aborted request too."""
 
 
@@ -77,19 +83,19 @@ class Report:
 class Load:
     """An engine's load, as in its replica's autoscaling statistics."""
 
-    running: int
+    running: _Count
     """Requests that the engine runs."""
 
-    waiting: int
+    waiting: _Count
     """Requests that wait in it, or in a front end for it."""
 
-    capacity: int
+    capacity: _Count
     """``max_num_seqs``."""
 
     kv_cache_usage: float
     """From 0 to 1."""
 
-    gateways: int = 1
+    gateways: _Count = 1
     """Gateways that send to it."""
 
     asleep: bool = False
@@ -101,11 +107,11 @@ class Load:
     over_plan: int = 0
     """Bytes of its GPU that it holds beyond its part (``resources.gpu_share``)."""
 
-    prefix_cache_tokens: int | None = None
+    prefix_cache_tokens: _Count | None = None
     """Tokens that its KV cache keeps of past prompts at most: 0 with prefix caching off, None where
     a replica of an earlier version does not tell."""
 
-    cache_drops: int = 0
+    cache_drops: _Count = 0
     """How often it has forgotten them all: it slept, was told to, or an adapter changed."""
 
 

@@ -21,7 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from serve_app.config.settings import SIZES, ModelConfig
+from serve_app.config.engine_args import SIZES
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
 
 STAGES_ENV = "SERVE_APP_STAGE_BUNDLES"

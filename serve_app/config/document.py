@@ -14,7 +14,14 @@ from typing import Any
 
 from serve_app.addresses import ANY_IPV6
 from serve_app.config import foreign, placeholders, yaml_files
-from serve_app.config.settings import GatewayConfig, LiveConfig, ModelConfig, ids_of, parse
+from serve_app.config.settings import (
+    GatewayConfig,
+    LiveConfig,
+    ModelConfig,
+    Resources,
+    ids_of,
+    parse,
+)
 from serve_app.errors import ConfigError, did_you_mean
 
 MODEL_IMPORT_PATH = "serve_app.model:app"
@@ -223,8 +230,12 @@ def _check_application(path: Path, position: int, application: Any) -> tuple[str
     where = f"{path}: application {name!r}"
     for key in application:
         if key not in _APPLICATION_KEYS:
-            setting = key in ModelConfig.model_fields
-            hint = "; put it under args" if setting else did_you_mean(str(key), _APPLICATION_KEYS)
+            if key in ModelConfig.model_fields or key in GatewayConfig.model_fields:
+                hint = "; put it under args"
+            elif key in Resources.model_fields:
+                hint = "; put it under args.resources"
+            else:
+                hint = did_you_mean(str(key), _APPLICATION_KEYS)
             raise ConfigError(f"{where}: '{key}' is not a key of a Serve application{hint}")
     if not isinstance(application.get("import_path"), str):
         raise ConfigError(

@@ -221,6 +221,20 @@ def _check_one(name: str, value: Any, plugins: bool) -> None:
             _check_value(f"{name}.{key}", value[key], part)
 
 
+_MOST = 1 << 60
+"""Above every number of bytes, tokens or seconds."""
+
+SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+    "decode_context_parallel_size",
+)
+"""The sizes of a replica on more than one GPU."""
+
+MOST_GPUS = 4096
+
 _PARTS = {
     "speculative_config": {"method": "spec_method", "num_speculative_tokens": "spec_tokens"},
     "structured_outputs_config": {"reasoning_parser": "reasoning_parser"},
@@ -245,8 +259,14 @@ def _check_value(name: str, value: Any, arg: EngineArg) -> None:
             f"{' or '.join(_KINDS[kind] for kind in arg.accepts)}"
         )
     number = _whole(value) if "count" in arg.accepts else value
-    if isinstance(number, (int, float)) and (bounds := _missed(number, arg)):
+    if not isinstance(number, (int, float)):
+        return
+    if abs(number) > _MOST and name != "seed":
+        raise ConfigError(f"engine.{name} is {_shown(value)}, beyond any machine")
+    if bounds := _missed(number, arg):
         raise ConfigError(f"engine.{name} is {_shown(value)}, but must be {bounds}")
+    if name in SIZES and number > MOST_GPUS:
+        raise ConfigError(f"engine.{name} is {_shown(value)}; no cluster has that many GPUs")
 
 
 def _known(value: Any, name: str, arg: EngineArg) -> str:
@@ -328,8 +348,8 @@ def count(value: Any, name: str, *, least: int = 1) -> int | None:
         raise ConfigError(f"engine.{name} must be a whole number (8192, 8k or 8K)")
     if found < least or found == 0:
         raise ConfigError(f"engine.{name} is {found}, but must be at least {max(1, least)}")
-    if found > 1 << 60:
-        raise ConfigError(f"engine.{name} is {found}, beyond any machine")
+    if found > _MOST:
+        raise ConfigError(f"engine.{name} is {_shown(found)}, beyond any machine")
     return found
 
 

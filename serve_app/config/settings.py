@@ -34,6 +34,12 @@ ModelId = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00
 MAX_FRONTENDS = 16
 """The most ``frontends`` of one replica."""
 
+MAX_REPLICAS = 10_000
+"""The most replicas of one model, far above what one Ray cluster was ever seen to run."""
+
+MAX_GATEWAYS = 1_000
+"""The most gateway processes."""
+
 
 class Settings(BaseModel):
     """What a person may write: it refuses what it does not know."""
@@ -133,10 +139,10 @@ class Resources(Settings):
 class Autoscaling(Settings):
     """Replicas follow the load that the engine reports."""
 
-    min_replicas: int = Field(default=1, ge=0)
+    min_replicas: int = Field(default=1, ge=0, le=MAX_REPLICAS)
     """0 lets the model go cold; the next request wakes it."""
 
-    max_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=1, ge=1, le=MAX_REPLICAS)
     """The most that the load may ask for."""
 
     initial_replicas: int | None = Field(default=None, ge=0)
@@ -222,7 +228,7 @@ class ModelConfig(_Args):
     engine: dict[str, Any] = {}
     """vLLM's engine arguments by vLLM's own names."""
 
-    replicas: int | None = Field(default=None, ge=1)
+    replicas: int | None = Field(default=None, ge=1, le=MAX_REPLICAS)
     """A fixed number of replicas (1 where neither this nor ``autoscaling`` is set)."""
 
     autoscaling: Autoscaling | None = None
@@ -336,7 +342,7 @@ class ModelConfig(_Args):
     @model_validator(mode="after")
     def _part_of_one_gpu(self) -> ModelConfig:
         part = self.resources.part_of_gpu
-        for name in SIZES if part else ():
+        for name in engine_args.SIZES if part else ():
             if (size := self.engine.get(name)) not in (None, 1):
                 raise ConfigError(
                     f"resources.{part} is a part of one GPU, but engine.{name} is {size}; remove "
@@ -378,15 +384,6 @@ NO_FALLBACK = (
     "fallback is for models that generate text: the vectors and scores of another model mean "
     "something else; remove it"
 )
-
-SIZES = (
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "data_parallel_size",
-    "prefill_context_parallel_size",
-    "decode_context_parallel_size",
-)
-"""The sizes of a replica on more than one GPU."""
 
 
 def _number_or_auto(
@@ -583,7 +580,7 @@ class SwapGroup(Settings):
 class GatewayConfig(_Args):
     """The ``args`` of the gateway's application."""
 
-    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = 1
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1, le=MAX_GATEWAYS)] = 1
     """Gateway processes; one relays 20,000 to 30,000 streamed tokens per second. ``auto``: one for
     every 100 requests at once, as they come and go, but no more than one for every 5 of the
     cluster's cores, and 8 in all. On Kubernetes a number."""
@@ -671,7 +668,8 @@ class GatewayConfig(_Args):
     @field_validator("replicas", mode="wrap")
     @classmethod
     def _replicas(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        return _number_or_auto("replicas", "a whole number, at least 1", value, check)
+        numbers = f"a whole number from 1 to {MAX_GATEWAYS}"
+        return _number_or_auto("replicas", numbers, value, check)
 
     @property
     def pods(self) -> int:
@@ -779,6 +777,8 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
         }
         if settings is ModelConfig and (hint := _belongs(loc[-1], unknown, _parent(loc))):
             return f"'{key}' is not a setting; {hint}"
+        if len(loc) == 1 and (whose := _of_the_other(settings, str(loc[-1]))):
+            return f"'{key}' is not a setting here; it belongs to {whose}"
         known = _keys_at(settings, loc[:-1])
         return (
             f"'{key}' is not a setting{did_you_mean(str(loc[-1]), known)}"
@@ -818,6 +818,15 @@ def _first_problem(settings: type[BaseModel], error: ValidationError) -> str:
             )
         return f"{key} is {shown}, but an id has no spaces"
     return f"{key} is {shown}, but {_lower_first(problem['msg'].removeprefix('Input '))}"
+
+
+def _of_the_other(settings: type[BaseModel], key: str) -> str | None:
+    """Which other application's args have a setting of this name."""
+    if settings is ModelConfig and key in GatewayConfig.model_fields:
+        return "the args of the gateway"
+    if settings is GatewayConfig and key in ModelConfig.model_fields:
+        return "the args of a model"
+    return None
 
 
 def _shown(value: Any) -> str:

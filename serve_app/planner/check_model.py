@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from serve_app.cluster import autoscaling, placement
-from serve_app.config.document import Fleet
+from serve_app.config import caches
+from serve_app.config.document import Fleet, answering
 from serve_app.config.engine_args import count
-from serve_app.config.settings import ModelConfig
+from serve_app.config.settings import NO_FALLBACK, ModelConfig, ids_of
 from serve_app.errors import ConfigError, UserError
 from serve_app.planner import check_machine, choose, ec2, front_ends, hardware, swap, verdict
 from serve_app.planner.check_machine import Limits
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.loading import cpu_plan, load_known, load_model
+from serve_app.planner.model import runner
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.model.quantization import FP8_HARDWARE_CAPABILITY
 from serve_app.planner.vllm import defaults, parallelism
@@ -39,8 +42,9 @@ def refuse(fleet: Fleet, here: Limits | None = None) -> None:
     for name, config in fleet.models.items():
         if why := undeployable(config):
             raise ConfigError(f"{fleet.path}: application '{name}': {why}")
-    for name, why in _reasons(fleet, here):
-        raise ConfigError(f"{fleet.path}: application '{name}': {why} {_SKIP}")
+    for about, why in _reasons(fleet, here):
+        whose = f"application '{about}': " if about != str(fleet.path) else ""
+        raise ConfigError(f"{fleet.path}: {whose}{why} {_SKIP}")
 
 
 def _reasons(fleet: Fleet, here: Limits | None) -> Iterator[tuple[str, str]]:
@@ -50,6 +54,8 @@ def _reasons(fleet: Fleet, here: Limits | None) -> Iterator[tuple[str, str]]:
     for name, config, model in models:
         if why := malformed(config, model):
             yield name, why
+    for finding in fallbacks(fleet):
+        yield finding.about, finding.text
     for finding in check_machine.lacks(fleet, here) if here else ():
         yield finding.about, finding.text
     gpu = max(here.gpus, key=lambda one: one.memory_bytes) if here and here.gpus else None
@@ -169,6 +175,28 @@ def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
     yield from _context(name, config, plan)
 
 
+def fallbacks(fleet: Fleet) -> Iterator[Finding]:
+    """Fallbacks of models that give vectors or scores, and such models as fallbacks."""
+    pooling = {
+        name
+        for name, config in fleet.models.items()
+        if runner.pools(config.model, config.engine, environment(config))
+    }
+    models = answering(fleet)
+    owners = {id: name for name, it in models.items() for id in ids_of(name, it)}
+    for name, config in models.items():
+        if config.fallback and name in pooling:
+            yield Finding("fallback", "fail", name, NO_FALLBACK)
+        elif useless := [id for id in config.fallback if owners.get(id) in pooling]:
+            said = f"fallback has '{useless[0]}', which generates no text; remove it"
+            yield Finding("fallback", "fail", name, said)
+
+
+def environment(config: ModelConfig) -> dict[str, str]:
+    """The environment of a model's replica, as far as it is known here."""
+    return os.environ | caches.downloads(config.cache_dir) | config.env
+
+
 def malformed(config: ModelConfig, model: Model) -> str | None:
     """What no machine can do with the model: sizes that do not divide it, too long a context."""
     for why, remedy in parallelism.remedies(model.shape, defaults.parallelism(config.engine)):
@@ -201,6 +229,8 @@ def impossible(config: ModelConfig, model: Model, gpu: GPU | None = None) -> str
         might = choose.plan_on(model, arguments, larger).fits
         if not model.shape.known:  # then only the weights are not guessed
             might = max(stage.weights for stage in plan.stages) < gpu.memory_bytes
+    except defaults.TooFewTokens as error:
+        return str(error)
     except UserError:
         return None  # a GPU that the planner's tables lack may still be enough
     refused = choose.refusal(plan.engine.quantization, plan.engine, gpu)

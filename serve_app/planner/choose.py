@@ -162,8 +162,16 @@ def layouts(
 
 def per_gpu_type(model: Model, arguments: dict[str, Any]) -> list[Choice]:
     """A choice for every GPU type: those that fit by total GPU memory (a proxy for price) first."""
-    choices = [smallest(model, arguments, gpu) for gpu in hardware.gpus().values()]
+    choices = [_choice(model, arguments, gpu) for gpu in hardware.gpus().values()]
     return sorted(choices, key=lambda choice: (choice.plan is None, choice.total_memory_bytes))
+
+
+def _choice(model: Model, arguments: dict[str, Any], gpu: GPU) -> Choice:
+    """One type's default of ``max_num_batched_tokens`` may be too small, another's not."""
+    try:
+        return smallest(model, arguments, gpu)
+    except defaults.TooFewTokens as error:
+        return Choice(gpu, None, str(error))
 
 
 def least(choices: list[Choice]) -> Choice | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.text import Text
 
 from serve_app.config.document import load
 from serve_app.config.settings import ModelConfig
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, UserError
 from serve_app.planner import (
     check_model,
     choose,
@@ -83,26 +85,25 @@ def plan(
     targets = _targets(target, only, engine_arguments(overrides))
     of_groups = swap.gpu_names(load(Path(target))) if is_config(target) else {}
     shared_gpu = together.one_gpu((model, config) for _, model, config, _ in targets)
-    reports = [
-        _report(
-            *found,
-            gpu_name=gpu_name or of_groups.get(found[0]) or together.name_of(shared_gpu, found[2]),
-            typical_length=typical_length,
-            prices=priced,
-        )
-        for found in targets
-    ]
+    reports = []
+    for found in targets:
+        name, _, config, _ = found
+        gpu = gpu_name or of_groups.get(name) or together.name_of(shared_gpu, config)
+        with _told_of(target, name):
+            reports.append(
+                _report(*found, gpu_name=gpu, typical_length=typical_length, prices=priced)
+            )
     groups = swap.of_config(Path(target), gpu_name) if is_config(target) and not only else []
     fits = all(one.plan.fits for one in reports) and all(it.status != "fail" for it in groups)
     shared = together.of_fleet(reports)
     if json_:
-        found = [report.as_json(one) for one in reports]
-        both = {"fits": fits, "machines": totals.as_json(reports), "models": found}
+        models = [report.as_json(one) for one in reports]
+        both = {"fits": fits, "machines": totals.as_json(reports), "models": models}
         if shared:
             both["shared_gpus"] = together.as_json(shared)
         if groups:
             both["swap_groups"] = [it.text for it in groups]
-        click.echo(json.dumps(found[0] if len(found) == 1 else both, indent=2))
+        click.echo(json.dumps(models[0] if len(models) == 1 else both, indent=2))
     else:
         for index, one in enumerate(reports):
             if index:
@@ -110,13 +111,25 @@ def plan(
             report.show(one, console)
         together.show(shared, console)
         swap.show(groups, console)
-        if len(reports) > 1 and (total := totals.said(reports)):
+        # Which machines a group takes that does not fit has no answer.
+        groups_fit = all(it.status != "fail" for it in groups)
+        if len(reports) > 1 and groups_fit and (total := totals.said(reports)):
             console.rule()
             console.print(Text(total, "bold"))
     if plot:
         report.save(reports, plot)
     if not fits:
         raise SystemExit(1)
+
+
+@contextlib.contextmanager
+def _told_of(target: str, name: str) -> Iterator[None]:
+    """Errors say to which application of a config they belong."""
+    try:
+        yield
+    except UserError as error:
+        where = f"{target}: application '{name}': " if is_config(target) else ""
+        raise ConfigError(f"{where}{error}") from None
 
 
 def _list(console: Console) -> None:
@@ -136,6 +149,8 @@ def _targets(
         return [(target, load_model(config), config, sized)]
     path = Path(target)
     fleet = load(path)
+    for finding in check_model.fallbacks(fleet):
+        raise ConfigError(f"{path}: application '{finding.about}': {finding.text}")
     names = [only] if only else list(fleet.models)
     if not names:
         raise ConfigError(f"{path}: has no model to plan")

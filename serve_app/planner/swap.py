@@ -83,6 +83,12 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
             said = f"swap_groups.{group}.awake is {awake}, and the group has {len(configs)} models"
             yield Finding(CHECK, "fail", str(fleet.path), said, f"set {len(configs)} at most")
             continue
+        if awake == len(configs):
+            said = f"'{group}' has {awake} of {len(configs)} awake, so none ever sleeps"
+            fix = (
+                "give them parts of a GPU (resources.gpu_share), or put more models into the group"
+            )
+            yield Finding(CHECK, "warn", ", ".join(configs), said, fix)
         gpu = gpu or smallest(group, configs, awake)
         if gpu is not None:
             yield from _on_gpu(group, configs, awake, gpu)
@@ -153,14 +159,16 @@ def _on_gpu(
     host = sum(host_bytes(config) for config in configs.values())
     if needed <= gpu.memory_bytes:
         said = (
-            f"'{group}': {awake} of {len(configs)} awake on one {gpu.name}, "
-            f"{left / GIB:.1f} GiB for those that sleep and {host / GIB:.1f} GiB of host memory "
-            "for their weights"
+            f"'{group}': {awake} of {len(configs)} awake on one {gpu.name} take "
+            f"{(needed - left) / GIB:.1f} GiB at most, those that sleep {left / GIB:.1f}, together "
+            f"{needed / GIB:.1f} of {gpu.memory_gib:.1f}; the weights of all take {host / GIB:.1f} "
+            "GiB of host memory"
         )
         yield Finding(CHECK, "ok", ", ".join(configs), said)
         return
     share = (gpu.memory_bytes - left) / len(largest) - CONTEXT_BYTES
     most = math.floor(100 * share / gpu.memory_bytes) / 100
+    would_do = most > 0 and all(_fits_in(config, gpu, most) for config in configs.values())
     yield Finding(
         CHECK,
         "fail",
@@ -168,9 +176,16 @@ def _on_gpu(
         f"'{group}': {awake} of {len(configs)} awake need {needed / GIB:.1f} GiB of a {gpu.name}, "
         f"which has {gpu.memory_gib:.1f} ({left / GIB:.1f} GiB stay with those that sleep)",
         f"set engine.gpu_memory_utilization to {most:g} at most in each"
-        if most > 0
+        if would_do
         else "lower awake, or take models out of the group",
     )
+
+
+def _fits_in(config: ModelConfig, gpu: GPU, utilization: float) -> bool:
+    """Whether a member could do with so much of its GPU; true where its metadata is not at hand."""
+    engine = {**config.engine, "gpu_memory_utilization": utilization}
+    plan = _plan(config.model_copy(update={"engine": engine}), gpu)
+    return plan is None or plan.fits
 
 
 def awake_bytes(planned: GPUMemory) -> int:

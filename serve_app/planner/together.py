@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,12 +67,17 @@ def packed(parts: Iterable[Part], kind: str = "") -> list[Shared]:
     (tests/cluster/test_placement_cluster.py).
     """
     gpus: list[Shared] = []
+    by_room: list[tuple[float, int]] = []
+    """What each GPU has free, and its place in ``gpus``; the fullest first."""
     for part in sorted(parts, key=lambda part: -part.fraction):
-        room = [gpu for gpu in gpus if gpu.free >= part.fraction]
-        if not room:
+        at = bisect.bisect_left(by_room, (part.fraction, 0))
+        if at < len(by_room):
+            _, place = by_room.pop(at)
+        else:
+            place = len(gpus)
             gpus.append(Shared(kind))
-            room = gpus[-1:]
-        min(room, key=lambda gpu: gpu.free).parts.append(part)
+        gpus[place].parts.append(part)
+        bisect.insort(by_room, (gpus[place].free, place))
     return gpus
 
 

@@ -415,7 +415,7 @@ def test_front_ends_are_a_number_or_auto(args: dict[str, Any], read: Any) -> Non
 def test_a_wrong_number_of_gateways_is_one_sentence(value: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         parse(GatewayConfig, {"replicas": value}, "args")
-    told = f"args: replicas is {shown(value)}; give a whole number, at least 1, or auto"
+    told = f"args: replicas is {shown(value)}; give a whole number from 1 to 1000, or auto"
     assert str(raised.value) == told
 
 
@@ -987,3 +987,24 @@ def test_the_same_settings_written_differently_build_the_same_deployment() -> No
     )
     assert first.init_args == second.init_args
     assert first.ray_actor_options == second.ray_actor_options
+
+
+@pytest.mark.parametrize(
+    ("settings", "args", "told"),
+    [
+        (ModelConfig, {"model": "m", "swap_groups": {}}, "it belongs to the args of the gateway"),
+        (GatewayConfig, {"fallback": ["m"]}, "it belongs to the args of a model"),
+    ],
+)
+def test_a_setting_of_the_other_application_is_told_where_it_belongs(
+    settings: type[GatewayConfig | ModelConfig], args: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse(settings, args, "args")
+
+
+def test_a_resource_beside_args_is_told_where_it_belongs() -> None:
+    model = {"name": "m", "route_prefix": None, "import_path": "serve_app.model:app"}
+    wrong = {**model, "gpu_share": 0.3, "args": {"model": "m"}}
+    with pytest.raises(ConfigError, match=r"; put it under args[.]resources"):
+        parse_document({"applications": [wrong]}, Path("f.yaml"))

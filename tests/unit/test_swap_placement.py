@@ -172,7 +172,9 @@ def found(fleet: Fleet) -> list[tuple[str, str]]:
 def test_a_group_that_fits_is_told_with_what_stays_on_the_gpu_and_in_host_memory() -> None:
     [(status, said)] = found(fleet({}, {}))
     assert status == "ok"
-    assert said.startswith("'big': 1 of 2 awake on one H100, ")
+    assert said.startswith("'big': 1 of 2 awake on one H100 take ")
+    awake, left, both = map(float, re.findall(r"(?:take|sleep|together) ([0-9.]+)", said)[:3])
+    assert awake + left == pytest.approx(both, abs=0.11) and both < 79.2
     assert "56.4 GiB of host memory" in said  # 1.2 × 15.0 and 32.0: of 8B bf16 and 32B fp8
 
 
@@ -185,11 +187,27 @@ def test_a_model_that_leaves_no_room_for_those_that_sleep_is_refused_with_what_w
     assert status == "ok"
 
 
+def test_a_part_that_does_not_hold_a_member_is_not_advised() -> None:
+    """A third of an H100 for each of three would be too little for the 32B."""
+    [_, (status, said)] = found(fleet({}, {}, {}, terms={"big": {"awake": 3}}))
+    assert status == "fail"
+    assert said.endswith("; lower awake, or take models out of the group")
+
+
+@pytest.mark.parametrize(("awake", "members"), [(1, 1), (2, 2)])
+def test_a_group_in_which_none_ever_sleeps_is_told(awake: int, members: int) -> None:
+    small = {"gpu_memory_utilization": 0.49}
+    group = fleet(*[{}] * members, terms={"big": {"awake": awake}}, engine=small)
+    assert ("warn", f"'big' has {awake} of {members} awake, so none ever sleeps") in [
+        (status, said.split(";")[0]) for status, said in found(group)
+    ]
+
+
 def test_two_that_are_awake_must_fit_together() -> None:
     two = {"big": {"awake": 2}}
     [(status, said)] = found(fleet({}, {}, {}, terms=two))
     assert status == "fail" and "2 of 3 awake need" in said
-    [(status, _)] = found(fleet({}, {}, terms=two, engine={"gpu_memory_utilization": 0.49}))
+    [_, (status, _)] = found(fleet({}, {}, terms=two, engine={"gpu_memory_utilization": 0.49}))
     assert status == "ok"
 
 
@@ -265,3 +283,4 @@ def test_plan_tells_of_the_groups_and_counts_one_machine_for_each(tmp_path: Path
     )
     done = CliRunner().invoke(cli, ["plan", str(full)])
     assert done.exit_code == 1 and "swap group does not fit: " in done.output
+    assert "all models together" not in done.output  # there is no machine for what does not fit

@@ -270,3 +270,13 @@ async def test_an_orphan_is_entered_as_its_front_end_knows_it(
     assert (entry.end, entry.key, entry.model_id, entry.usage) == (
         "orphaned", "team-a", "alias", TOOK,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("number", ["-7", "1" + "0" * 400, "1e999", "NaN"])
+@pytest.mark.parametrize("name", ["running", "capacity", "gateways", "prefix_cache_tokens"])
+def test_a_load_that_cannot_be_is_refused(name: str, number: str) -> None:
+    """A capacity of 400 digits made each request to the model fail, its healthy replicas too."""
+    said = Answer("it", 1, load=Load(5, 5, 5, 0.5, gateways=5, prefix_cache_tokens=5)).encode()
+    assert Answer.decode(said).load
+    with pytest.raises(ValueError):
+        Answer.decode(said.replace(f'"{name}":5'.encode(), f'"{name}":{number}'.encode()))

@@ -110,7 +110,11 @@ def _service(service: Document, manifests: Manifests) -> Iterator[Finding]:
         return
     yield from serving.config(service, fleet)
     yield from serving.environment(fleet)
-    impossible = [*serving.models(fleet), *serving.swap_groups(fleet)]
+    impossible = [
+        *serving.models(fleet),
+        *serving.fallbacks(fleet),
+        *serving.swap_groups(fleet),
+    ]
     yield from impossible
     if any(finding.status == "fail" for finding in impossible):
         return  # such a model's number of GPUs tells nothing

@@ -137,6 +137,13 @@ def swap_groups(fleet: Fleet) -> Found:
             yield fail(CONFIG, finding.message, finding.fix)
 
 
+@check("model")
+def fallbacks(fleet: Fleet) -> Found:
+    """Does each fallback generate text?"""
+    for finding in check_model.fallbacks(fleet):
+        yield fail(CONFIG, f"application '{finding.about}': {finding.text}")
+
+
 @check("autoscaling")
 def capacity(service: Document, fleet: Fleet, manifests: Manifests) -> Found:
     """Have the worker groups and the NodePools room for the replicas that Serve may ask for?"""

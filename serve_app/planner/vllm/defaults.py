@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.config.engine_args import count, too_few_tokens
+from serve_app.config.engine_args import MOST_GPUS, count, too_few_tokens
 from serve_app.errors import ConfigError
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.model import quantization
@@ -146,12 +146,16 @@ def resolve(
     )
 
 
+class TooFewTokens(ConfigError):
+    """A ``max_num_seqs`` above the ``max_num_batched_tokens`` that the GPU gets by default."""
+
+
 def parallelism(arguments: dict[str, Any]) -> Parallelism:
     """The parallel sizes that a config sets; 1 where it sets none."""
 
     def size(name: str) -> int:
         value = count(arguments.get(name), name) or 1
-        if value > 4096:
+        if value > MOST_GPUS:
             raise ConfigError(f"engine.{name} is {value}; no cluster has that many GPUs")
         return value
 
@@ -202,7 +206,7 @@ def _batch_limits(
     if asked_seqs is None:
         seqs = min(seqs, tokens)
     if seqs > tokens:
-        raise ConfigError(too_few_tokens(tokens, seqs))
+        raise TooFewTokens(too_few_tokens(tokens, seqs))
     return tokens, seqs
 
 

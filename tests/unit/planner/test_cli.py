@@ -185,3 +185,13 @@ def test_a_plan_on_a_cpu_has_no_words_of_gpus(tmp_path: Path) -> None:
     for word in ("GPU", "CUDA", " 0 GiB"):
         assert word not in shown
     assert re.search(r"11\.\d with 2,048 tokens each\n", re.sub(r" +\n", "\n", shown))
+
+
+def test_what_one_type_of_gpu_cannot_run_does_not_end_the_plan_for_another(tmp_path: Path) -> None:
+    """vLLM's default of ``max_num_batched_tokens`` is 8192 on an H100 and 2048 on a T4."""
+    config = tmp_path / "many.yaml"
+    text = Path(ONE_MODEL).read_text().replace("max_num_seqs: 256", "max_num_seqs: 4096")
+    config.write_text(text)
+    done = run(plan, str(config))
+    assert done.exit_code == 0 and "on 4 × H100 (TP 4 × PP 1): fits" in done.output
+    assert "not T4: engine.max_num_batched_tokens is 2048, below max_num_seqs (4096)" in done.output

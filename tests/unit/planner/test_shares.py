@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -260,3 +261,10 @@ def test_what_shares_a_gpu_is_readable_on_a_narrow_screen() -> None:
     done = CliRunner(env={"COLUMNS": "80"}).invoke(plan, [str(REPO / "configs/fleet.yaml")])
     table = done.output.partition("What shares a GPU (L4)")[2].partition("──")[0]
     assert table.count("gpu_share 0.5") == 2 and "KV tokens" in table and "…" not in table
+
+
+def test_many_replicas_are_packed_like_few() -> None:
+    """10,000, the most of a model."""
+    three, one = Part("m", 0.3, ""), Part("n", 0.1, "")
+    packed = together.packed([three] * 10_000 + [one] * 3_000)
+    assert Counter(len(gpu.parts) for gpu in packed) == {4: 3_000, 3: 333, 1: 1}
