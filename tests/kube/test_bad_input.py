@@ -59,7 +59,11 @@ def test_a_wrong_profile(tmp_path: Path, profile: str, says: str) -> None:
         ("accelerator_type: H100", "accelerator_type: H1000", "did you mean 'H100'?"),
         ("tensor_parallel_size: 4", "tensor_parallel_size: 0", "must be at least 1"),
         ("tensor_parallel_size: 4", "tensor_parallel_size: four", "must be a whole number"),
-        ("tensor_parallel_size: 4", "tensor_parallel_size: 3", "no H100 machine holds a pod"),
+        (
+            "tensor_parallel_size: 4",
+            "tensor_parallel_size: 3",
+            "leaves some of a machine with H100",
+        ),
         ("num_cpus: 8", "num_cpus: 1000", "lower resources.num_cpus"),
         (
             "resources:",

@@ -459,7 +459,7 @@ def test_a_whole_gpu_is_beside_shared_ones() -> None:
             {"tensor_parallel_size": 3},
             {"accelerator_type": "L40S"},
             {},
-            "no L40S machine holds a pod with 3 GPUs",
+            "choose engine.tensor_parallel_size so that it divides them",
         ),
         (
             {},

@@ -129,7 +129,19 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
             f"engine.tensor_parallel_size to {largest} at most and engine.pipeline_parallel_size "
             "to the number of machines"
         )
-    fitting = tuple(i for i in instances if _fits(i, gpus, model, profile))
+    # A size that does not divide the machine's GPUs would leave some that nothing can use.
+    whole = [i for i in instances if i.gpus % gpus == 0]
+    if not whole:
+        sizes = " or ".join(map(str, sorted({i.gpus for i in instances})))
+        raise ConfigError(
+            f"{where}: a pod with {gpus} GPUs leaves some of a machine with {accelerator} that "
+            f"nothing can use: it has {sizes}; choose engine.tensor_parallel_size so that it "
+            "divides them"
+        )
+    fitting = tuple(
+        i for i in whole
+        if pods.fits(i, gpus, [model], profile.reserved_cpu_m, profile.reserved_memory_mib)
+    )  # fmt: skip
     if not fitting:
         cores = pods.cpus(model, gpus)
         raise ConfigError(
@@ -137,13 +149,6 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
             f"{pods.memory_gib(model, gpus, cores)} GiB; lower {_knobs(model)}"
         )
     return WorkerShape(accelerator, gpus, of_replica, tuple(i.name for i in fitting))
-
-
-def _fits(instance: Instance, gpus: int, model: ModelConfig, profile: ClusterProfile) -> bool:
-    # A size that does not divide the machine's GPUs would leave some that nothing can use.
-    if instance.gpus % gpus:
-        return False
-    return pods.fits(instance, gpus, [model], profile.reserved_cpu_m, profile.reserved_memory_mib)
 
 
 def _knobs(model: ModelConfig) -> str:
