@@ -503,7 +503,7 @@ def shares_1gpu(at: Machine) -> dict[str, Any]:
 
 
 def routing_4(at: Machine) -> dict[str, Any]:
-    """Four 1B shapes on parts of one GPU: round robin, cache aware, least loaded, by two traces."""
+    """Four 1B shapes on parts of a GPU, by each policy and behind vllm-router: two traces."""
     model, _ = _one_b(at, 1)
     return routing.measure(routing.GPU, model, at.folder, at.port, at.deadline)
 

@@ -37,6 +37,7 @@ from benchmarks.h200.server import (
 )
 from benchmarks.routing import client, realtime, traces
 from benchmarks.routing.traces import Session, Trace, Turn
+from serve_app import lifeline
 from serve_app.local.instance import Instance
 
 ROUTER = "vllm-router cache_aware"
@@ -105,6 +106,7 @@ def measure(
         deadline: by ``time.monotonic``. What does not fit before it is left out.
         capacities: requests/s of round robin by trace, where an earlier call has measured it.
     """
+    lifeline.tie_children()  # the clients
     left_out = {ROUTER: why} if (why := others.absent("vllm-router", "vllm-router")) else {}
     names = [name for name in names if name not in left_out]
     gpus = _gpus() if setup is GPU else [""]

@@ -22,6 +22,7 @@ import yaml
 
 from benchmarks.load import NONE
 from benchmarks.planner_accuracy import without_weights
+from serve_app import lifeline
 from serve_app.cluster import haproxy
 
 MODEL = "m"
@@ -110,8 +111,9 @@ class Server:
         self._began = time.monotonic()
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                command, stdout=out, stderr=out, start_new_session=True, env=os.environ | env
-            )
+                command, stdout=out, stderr=out, start_new_session=True, env=os.environ | env,
+                preexec_fn=lifeline.interrupt_with_parent,
+            )  # fmt: skip
 
     def wait(self, limit_s: float = 600) -> Server:
         """Until it answers.
