@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import shutil
 import signal
@@ -39,6 +40,7 @@ from benchmarks.h200.server import (
     ready,
     serve_run,
     shaped,
+    visible_gpus,
 )
 
 SHAPES = Path(__file__).parents[2] / "serve_app/data/models"
@@ -179,8 +181,7 @@ def front_ends_8b(at: Machine) -> dict[str, Any]:
 
 def _contenders(at: Machine, model: Path, engine: dict[str, Any], names: list[str],
                 most: int = 256) -> dict[str, Any]:  # fmt: skip
-    gpus = len(gpu_memory_mib())
-    places = {name: str(number % gpus) for number, name in enumerate(names)}
+    places = dict(zip(names, itertools.cycle(visible_gpus()), strict=False))
     return front_ends.measure(
         model, at.folder, at.port, engine, at.deadline, places, most, words=True
     )

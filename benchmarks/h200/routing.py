@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -31,9 +30,9 @@ from benchmarks.h200.server import (
     Server,
     application,
     bare,
-    gpu_memory_mib,
     serve_run,
     until,
+    visible_gpus,
 )
 from benchmarks.routing import client, realtime, traces
 from benchmarks.routing.traces import Session, Trace, Turn
@@ -52,6 +51,9 @@ _PORTS = 20
 """For each contender: its own, vllm-router's for metrics, and those of the servers behind it."""
 
 _SHARE = 0.23
+
+_START_S = 330.0
+"""Where no kernel is compiled yet."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ GPU = Setup(
     {"resources": {"gpu_share": _SHARE}},
     {"gpu_memory_utilization": _SHARE},
     clients=256,
+    warm_s=6.0,
+    measured_s=15.0,
 )
 CPU = Setup(
     (traces.SMALL,),
@@ -109,7 +113,7 @@ def measure(
     lifeline.tie_children()  # the clients
     left_out = {ROUTER: why} if (why := others.absent("vllm-router", "vllm-router")) else {}
     names = [name for name in names if name not in left_out]
-    gpus = _gpus() if setup is GPU else [""]
+    gpus = visible_gpus() if setup is GPU else [""]
     capacities = dict(capacities or {})
     records: list[dict[str, Any]] = []
     for first in range(0, len(names), len(gpus)):
@@ -119,11 +123,15 @@ def measure(
             continue
         with contextlib.ExitStack() as stack:
             places = dict(zip(at_once, gpus, strict=False))
-            ports = _started(setup, model, folder, port, places, stack, deadline)
+            ports, failed = _started(setup, model, folder, port, places, stack, deadline)
+            left_out |= failed
+            if not ports:
+                continue
             clients = stack.enter_context(ProcessPoolExecutor(len(ports), get_context("spawn")))
             for trace in setup.traces:
                 if trace.name not in capacities:
-                    most = clients.submit(_most, ports[names[0]], trace, setup.clients)
+                    first_port = next(iter(ports.values()))
+                    most = clients.submit(_most, first_port, trace, setup.clients)
                     capacities[trace.name] = most.result()
             print("requests/s of round robin", json.dumps(capacities), flush=True)
             for seed, trace, load in itertools.product(SEEDS, setup.traces, setup.loads):
@@ -141,16 +149,15 @@ def measure(
             "vllm-router": others.version("vllm-router")}  # fmt: skip
 
 
-def _gpus() -> list[str]:
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return seen.split(",") if seen else [str(it) for it in range(len(gpu_memory_mib()))]
-
-
 def _started(
     setup: Setup, model: Path, folder: Path, port: int, places: dict[str, str],
     stack: contextlib.ExitStack, deadline: float,
-) -> dict[str, int]:  # fmt: skip
-    """The contenders, each on its GPU, as soon as all replicas of all answer: their ports."""
+) -> tuple[dict[str, int], dict[str, str]]:  # fmt: skip
+    """The contenders, each on its GPU, as soon as all replicas of all answer.
+
+    Returns:
+        Their ports, and why some did not start.
+    """
     servers: dict[str, list[Server]] = {}
     for number, (name, gpu) in enumerate(places.items()):
         at, env = port + number * _PORTS, {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
@@ -175,10 +182,19 @@ def _started(
                                     **(instance.environment() | HAPROXY | env))]  # fmt: skip
         for server in servers[name]:
             stack.callback(server.stop)
-    with ThreadPoolExecutor() as pool:
-        limit_s = deadline - time.monotonic()
-        every = itertools.chain.from_iterable(servers.values())
-        list(pool.map(lambda server: server.wait(limit_s), every))
+    limit_s = min(_START_S, deadline - time.monotonic())
+    with ThreadPoolExecutor(len(places) * REPLICAS) as pool:
+        waits = {name: [pool.submit(it.wait, limit_s) for it in its]
+                 for name, its in servers.items()}  # fmt: skip
+        failed = {}
+        for name, ones in waits.items():
+            try:
+                for one in ones:
+                    one.result()
+            except SystemExit as why:
+                failed[name] = f"it did not start: {str(why)[-1500:]}"
+                for server in servers.pop(name):
+                    server.stop()
     for name, its in servers.items():
         if name == ROUTER:
             at = its[0].port - 2
@@ -189,7 +205,7 @@ def _started(
         else:
             until(lambda server=its[0]: failures.replicas(server) == REPLICAS, 120)  # type: ignore[misc]
     time.sleep(10)  # as long as a new replica gets less than the others
-    return {name: its[0].port for name, its in servers.items()}
+    return {name: its[0].port for name, its in servers.items()}, failed
 
 
 def _most(port: int, trace: Trace, clients: int) -> float:

@@ -87,6 +87,12 @@ def gpu_memory_mib(kind: str = "used") -> list[int]:
     return [int(line) for line in shown.split()]
 
 
+def visible_gpus() -> list[str]:
+    """GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return mine.split(",") if mine else [str(it) for it in range(len(gpu_memory_mib()))]
+
+
 def until(what: Callable[[], bool], limit_s: float) -> float | None:
     """Seconds until ``what`` holds; None when it does not within the limit."""
     began = time.monotonic()
