@@ -195,14 +195,19 @@ def _started(
                 failed[name] = f"it did not start: {str(why)[-1500:]}"
                 for server in servers.pop(name):
                     server.stop()
+    if its := servers.get(ROUTER):
+        at = its[0].port - 2
+        words = realtime.vllm_router("cache_aware", at, [it.port for it in its])
+        router = Server([str(it) for it in words], at, folder / "routing-vllm-router.log")
+        stack.callback(router.stop)
+        servers[ROUTER] = [router]
+        try:
+            router.wait(60)
+        except SystemExit as why:
+            failed[ROUTER] = f"it did not start: {str(why)[-1500:]}"
+            del servers[ROUTER]
     for name, its in servers.items():
-        if name == ROUTER:
-            at = its[0].port - 2
-            words = realtime.vllm_router("cache_aware", at, [it.port for it in its])
-            router = Server([str(it) for it in words], at, folder / "routing-vllm-router.log")
-            stack.callback(router.stop)
-            servers[name] = [router.wait(60)]
-        else:
+        if name != ROUTER:
             until(lambda server=its[0]: failures.replicas(server) == REPLICAS, 120)  # type: ignore[misc]
     time.sleep(10)  # as long as a new replica gets less than the others
     return {name: its[0].port for name, its in servers.items()}, failed
