@@ -38,7 +38,12 @@ _ANSI = re.compile(r"\x1b\[[\d;]*m")
 
 
 def ask(port: int, model: str, tokens: int, limit_s: float = 120) -> tuple[float, float, str]:
-    """Stream a completion: seconds to its first token and to its end, and its text."""
+    """Stream a completion: seconds to its first token and to its end, and its text.
+
+    Raises:
+        TimeoutError: no end after ``limit_s``, also where the comments that a waiting stream gets
+            keep its connection alive.
+    """
     body = {"model": model, "prompt": "x " * 200, "max_tokens": tokens, "ignore_eos": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions",
@@ -48,6 +53,8 @@ def ask(port: int, model: str, tokens: int, limit_s: float = 120) -> tuple[float
     began, first, text = time.monotonic(), 0.0, ""
     with urllib.request.urlopen(request, timeout=limit_s) as answer:
         for line in answer:
+            if time.monotonic() - began > limit_s:
+                raise TimeoutError(f"{model}: {limit_s:.0f} s")
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])

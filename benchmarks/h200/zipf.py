@@ -60,8 +60,7 @@ def measure(
     server = Server(command, port, folder / f"zipf-{way}.log", **RAY)
     try:
         until(lambda: up(port, COUNT), max(1.0, deadline - time.monotonic()))
-        # One answer, for which a client waits: a model that is scaled to zero is let go of where
-        # its only request gives up before it has started.
+        # As long as it takes: a first start compiles, and is longer than clients are patient.
         ask(port, MODEL, 1, max(10.0, deadline - time.monotonic()))
         started = round(time.monotonic() - began, 1)
         asked = [it for it in trace() if time.monotonic() + it[0] + _TO_ANSWER_S < deadline]
