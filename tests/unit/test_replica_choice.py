@@ -511,6 +511,46 @@ def test_several_gateways_choose_the_same_replica_for_a_new_prompt_and_none_too_
     assert max(spread.values()) <= 1.25 * 161 / 8 + 1
 
 
+def reasons(fleet: Fleet, name: str, prompts: int, found: int = 0) -> list[str]:
+    """Why each of so many new prompts went where it did.
+
+    Args:
+        found: tokens that the engine finds of those that went by their hash.
+    """
+    reasons = []
+    for n in range(prompts):
+        prompt = text(f"{name} {n}", 20)
+        fleet.send(prompt)
+        reasons.append(fleet.policy.reason)
+        fleet.end(prompt, found if reasons[-1] == "hash" else 0)
+    return reasons
+
+
+@pytest.mark.parametrize("cached", [0, BLOCK // 4 - 1])  # such as a chat template's own text
+def test_where_nothing_is_in_common_new_prompts_go_where_least_is_to_do(cached: int) -> None:
+    one, two = Fleet(8, gateways=2), Fleet(8, gateways=2)
+    for it in (one, two):
+        reasons(it, "different", 400, cached)
+    ours, theirs = (reasons(it, "new", 320) for it in (one, two))
+    assert set(ours) == {"cold", "hash"}
+    assert 5 <= ours.count("hash") <= 40  # the sample, which is the same in all gateways
+    assert ours == theirs
+    spread = Counter(one.send(text(f"at once {n}", 20)) for n in range(160))
+    assert max(spread.values()) - min(spread.values()) <= 8  # by load but for the sample
+
+
+def test_the_first_prompt_of_each_beginning_finds_nothing_and_the_hash_is_followed_on() -> None:
+    fleet = Fleet(8, gateways=8)
+    assert set(reasons(fleet, "first", 150)) == {"hash"}
+
+
+def test_the_hash_is_followed_again_when_the_sample_is_found() -> None:
+    fleet = Fleet(8, gateways=8)
+    assert "cold" in reasons(fleet, "different", 400)
+    reasons(fleet, "sent by others too", 600, found=4000)
+    assert set(reasons(fleet, "more of those", 20)) == {"hash"}
+
+
 def test_a_session_stays_at_its_replica_whatever_it_sends() -> None:
     fleet = Fleet(8, session_affinity=True)
     went = {fleet.answer(Prompt(blocks(str(n), 20), 20 * BLOCK, session="s1")) for n in range(20)}

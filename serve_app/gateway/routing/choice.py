@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ HASH_BOUND = 1.25
 """The same for a prompt that is nowhere, which has nothing to lose: as in Mirrokni et al.,
 "Consistent Hashing with Bounded Loads", 2016."""
 
+FOUND = 0.2
+"""Part of the prompts sent by their hash that another gateway must have sent there before, for the
+hash to be followed: below it, what is found is worth less than the uneven load costs."""
+
+SAMPLE = 16
+"""One in so many prompts goes by its hash in any case, the same ones in all gateways: so it is seen
+when there is something to find again."""
+
 SOONER = 2.0
 """How many times sooner another replica must answer at least: where all have much to do, some have
 a little less, and a prompt that moves there for that pushes out another's."""
@@ -67,6 +76,10 @@ UNKNOWN_TOKENS = 2**16
 _BYTES_PER_TOKEN = 4.0
 _COMPLETION_TOKENS = 256.0
 """Before the accounting has told."""
+
+_OPTIMISM = 400.0
+"""Prompts that count as found before any was sent by its hash: the first of each beginning find
+nothing. Where none is ever found, the hash is given up after 170."""
 
 _LEAST_TRUST = 0.1
 """So that what is not believed at all can be tried again."""
@@ -123,6 +136,9 @@ class Sent:
     beginning: Block | None
     """The last block of the prompt that was known there."""
 
+    hashed: bool
+    """Whether it went where its hash says, unknown to this gateway."""
+
 
 class _Seen:
     """What is known of one replica."""
@@ -161,16 +177,20 @@ class CacheAware:
         slack: float = SLACK,
         sooner: float = SOONER,
         remembered: float = REMEMBERED,
+        found: float = FOUND,
     ) -> None:
         self.config = config or RoutingConfig()
         self._now = now
         self._warm, self._patience = warm, patience
         self._bound, self._slack, self._sooner = bound, slack, sooner
-        self._remembered = remembered
+        self._remembered, self._enough = remembered, found
         self.index = Index()
         self._rate = Rate()
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
         self._completion = Mean(_COMPLETION_TOKENS, 4.0)
+        self._found = Mean(1.0, _OPTIMISM)
+        """Part of the prompts sent by their hash that another gateway had sent there."""
+
         self._seen: dict[str, _Seen] = {}
         self._sent: dict[str, Sent] = {}
         """By call that is not accounted for yet: where it was sent last."""
@@ -250,6 +270,10 @@ class CacheAware:
         if seen and sent.blocks:
             believed = _part(sent.blocks, sent.prompt) * known.prompt_tokens
             seen.trust.add(min(known.cached_tokens, believed), believed)
+        if sent.hashed:
+            # Less than its first block is what all prompts have in common: a chat template's text.
+            cached = known.cached_tokens / known.prompt_tokens * sent.prompt.size
+            self._found.add(cached >= BLOCK, 1)
         return sent
 
     def keep(self, replicas: set[str]) -> None:
@@ -274,9 +298,9 @@ class CacheAware:
             return _least(options), "short"
         best = max(it.cached for it in options)
         if not best:
-            if self.index.knows(prompt.blocks[0]) or not _several_gateways(options):
-                return _least(options), "cold"
-            return self._by_hash(prompt.blocks[0], options), "hash"
+            if self._goes_by_hash(prompt.blocks[0], options):
+                return self._by_hash(prompt.blocks[0], options), "hash"
+            return _least(options), "cold"
         fitting = self._fitting(options, now)
         enough = self._warm * best
         warm = [it for it in fitting if it.cached >= enough]
@@ -289,6 +313,12 @@ class CacheAware:
         if better:
             return self._next_home(prompt, better, first), "overflow"
         return first, "warm"
+
+    def _goes_by_hash(self, first: Block, options: list[Option]) -> bool:
+        """Whether another gateway may have sent what begins so where its hash says."""
+        if self.index.knows(first) or not _several_gateways(options):
+            return False
+        return self._found.value >= self._enough or zlib.crc32(first) % SAMPLE == 0
 
     def _is_worth(self, cold: Option, warm: Option) -> bool:
         """Whether a call would be answered so much sooner there that its prompt may be computed
@@ -391,7 +421,8 @@ class CacheAware:
             before.backlog.used(id, None)  # that attempt has failed
         seen = self._seen[replica.id]
         beginning = prompt.blocks[option.blocks - 1] if option.blocks else None
-        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached, beginning)
+        hashed = self.reason == "hash"
+        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached, beginning, hashed)
         if beginning is not None:
             seen.alike[beginning] += 1
         uncached = prompt.size / self._bytes_per_token.value - option.cached
