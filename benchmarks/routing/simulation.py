@@ -31,7 +31,10 @@ SEEDS = (1, 2, 3)
 MAIN = 8, 1
 """Replicas and gateways of the fleet that is looked at closely."""
 
-OTHERS = ((2, 2), (8, 8), (8, 2), (2, 1), (64, 8), (64, 1), (64, 2))
+SEVERAL = ((2, 2), (8, 8), (8, 2))
+"""Fleets of several gateways, looked at with one seed; at the first of the loads with all."""
+
+OTHERS = (*SEVERAL, (2, 1), (64, 8), (64, 1), (64, 2))
 """Looked at with one seed."""
 
 
@@ -52,6 +55,7 @@ def cases(*, quick: bool) -> Iterator[Case]:
     seeds, others = (SEEDS[:1], OTHERS[:1]) if quick else (SEEDS, OTHERS)
     fleets = [(MAIN, FEW_LOADS, seed) for seed in seeds]
     fleets += [(fleet, FEW_LOADS, 1) for fleet in others]
+    fleets += [(fleet, FEW_LOADS[:1], seed) for seed in seeds[1:] for fleet in SEVERAL]
     fleets += [(MAIN, MORE_LOADS, 1)]
     for (replicas, gateways), loads, seed in fleets:
         for load in loads:
