@@ -187,6 +187,7 @@ def _routing(table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "routing-goals": _routing(lambda found: tables.goals(found["runs"])),
+    "routing-several": _routing(tables.several),
     "routing-fleets": _routing(lambda found: tables.fleets(found["runs"])),
     "routing-real-time": _routing(tables.real_time_of),
     "routing-engines": _routing(tables.engines_of),

@@ -53,7 +53,8 @@ class Case:
 def cases(*, quick: bool) -> Iterator[Case]:
     """All of them, what matters most first; or those of the main fleet, and of one other, once."""
     seeds, others = (SEEDS[:1], OTHERS[:1]) if quick else (SEEDS, OTHERS)
-    fleets = [(MAIN, FEW_LOADS, seed) for seed in seeds]
+    fleets: list[tuple[tuple[int, int], tuple[float, ...], int]] = []
+    fleets += [(MAIN, FEW_LOADS, seed) for seed in seeds]
     fleets += [(fleet, FEW_LOADS, 1) for fleet in others]
     fleets += [(fleet, FEW_LOADS[:1], seed) for seed in seeds[1:] for fleet in SEVERAL]
     fleets += [(MAIN, MORE_LOADS, 1)]

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.routing import realtime
 from benchmarks.routing.policies import OURS, POLICIES, ROUND_ROBIN, THEIRS
-from benchmarks.routing.simulation import FEW_LOADS, MAIN
+from benchmarks.routing.simulation import FEW_LOADS, MAIN, SEVERAL
 from benchmarks.routing.traces import TRACES
 
 Run = dict[str, Any]
@@ -25,6 +25,8 @@ def markdown(data: dict[str, Any], name: str) -> str:
         f"{MAIN[0]} replicas, {MAIN[1]} gateway; lowest-median-highest of the seeds. ×1 is what "
         "round robin completes where more is offered; the peak is that up to ×1.5.",
         goals(runs),
+        "## Simulated: several gateways",
+        several(data),
         "## Simulated: all fleets",
         fleets(runs),
     ]
@@ -69,6 +71,37 @@ def goals(runs: list[Run]) -> str:
             report.spread([run["hit"] for run in at[OURS]], "{:.2f}"),
             report.spread([run["hit"] for run in at[ROUND_ROBIN]], "{:.2f}"),
         ])  # fmt: skip
+    return report.table(header, rows)
+
+
+def several(data: dict[str, Any]) -> str:
+    """Ours over each other policy, of the same seed, where there are several gateways."""
+    before: list[Run] = data.get("always_hashed", [])
+    others = {p: data["runs"] for p in POLICIES if p != OURS}
+    header = ["trace", "replicas", "gateways", "TTFT p90 at ×1, s",
+              *(f"÷ {name}" for name in others), "÷ always hashing",
+              "tokens/s ÷ best other", "hit rate"]  # fmt: skip
+    rows = []
+    for trace in TRACES:
+        for replicas, gateways in sorted(SEVERAL):
+            case = {"trace": trace, "replicas": replicas, "gateways": gateways, "load": 1.0}
+            ours = of(data["runs"], policy=OURS, **case)
+            if not ours:
+                continue
+            theirs = {p: of(runs, policy=p, **case) for p, runs in others.items()}
+            best = [max(r["tokens_per_s"] for r in of_seed)
+                    for of_seed in zip(*theirs.values(), strict=False)]  # fmt: skip
+            ttft = [run["ttft_s"]["p90"] for run in ours]
+            ratios = [
+                _ratios(ttft, [run["ttft_s"]["p90"] for run in runs])
+                for runs in (*theirs.values(), of(before, **case))
+            ]
+            rows.append([
+                trace, str(replicas), str(gateways), report.spread(ttft, "{:.2f}"),
+                *(report.spread(it, "{:.2f}") if it else "-" for it in ratios),
+                report.spread(_ratios([run["tokens_per_s"] for run in ours], best), "{:.2f}"),
+                report.spread([run["hit"] for run in ours], "{:.2f}"),
+            ])  # fmt: skip
     return report.table(header, rows)
 
 
