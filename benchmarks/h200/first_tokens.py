@@ -33,7 +33,6 @@ PROMPT = 512
 _CREDENTIAL = """
 import sys
 from serve_app.cluster.connection import Connection
-from serve_app.cluster.connection import Connection
 from serve_app.cluster.credential import internal_credential
 with Connection(sys.argv[1], "this benchmark").entered():
     print(internal_credential().decode())

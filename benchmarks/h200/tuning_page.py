@@ -106,27 +106,26 @@ def chart(step: str, found: Result) -> Any:
     plt = charts.plots()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
     rounds, base = found["rounds"], BASES[step]
-    others = [name for name in rounds[0] if name != base]
     charts.bars(left, {
-        _lines(load): {name: spread(ratios(rounds, name, base, load)) for name in others}
+        _lines(load): {name: spread(ratios(rounds, name, base, load)) for name in rounds[0]}
         for load in found["loads"]
     }, f"output tokens/s ÷ {base}")  # fmt: skip
     left.axhline(1, color="#333333", linewidth=0.8)
-    left.legend()
+    handles, labels = left.get_legend_handles_labels()
     key = SECOND[step]
     if key == "accepted":
-        _against_acceptance(right, found, others, base)
+        _against_acceptance(right, found, [name for name in rounds[0] if name != base], base)
     else:
         charts.bars(right, {
             _lines(load): {name: spread([r[name][load][key] for r in rounds]) for name in rounds[0]}
             for load in found["loads"]
         }, TITLES[key])  # fmt: skip
-        right.legend()
     for axes in (left, right):
         axes.tick_params(labelsize=7.5)
     gpus = found.get("gpus") or ["no GPU"]
     figure.suptitle(f"{gpus[0].split(',')[0]}, 8B shape, dummy weights, {found['date']}", size=8)
-    figure.tight_layout()
+    figure.legend(handles, labels, loc="lower center", ncol=len(labels))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
 
 

@@ -137,7 +137,8 @@ def model(name: str, config: ModelConfig) -> Iterator[Finding]:
 
 
 def checked(name: str, config: ModelConfig, model: Model) -> Iterator[Finding]:
-    """Memory, quantization, context and parallelism of one model."""
+    """Routing, memory, quantization, context and parallelism of one model."""
+    yield from _routing(name, config)
     if config.resources.device == "cpu":
         plan = cpu_plan(model, config)
         yield _memory_finding(name, config, plan, None)
@@ -190,6 +191,20 @@ def fallbacks(fleet: Fleet) -> Iterator[Finding]:
         elif useless := [id for id in config.fallback if owners.get(id) in pooling]:
             said = f"fallback has '{useless[0]}', which generates no text; remove it"
             yield Finding("fallback", "fail", name, said)
+
+
+def _routing(name: str, config: ModelConfig) -> Iterator[Finding]:
+    """A policy that looks for what is cached, where nothing is."""
+    if not config.routing or config.routing.policy != "cache_aware":
+        return
+    if runner.pools(config.model, config.engine, environment(config)):
+        why = "the model generates no text"
+    elif config.engine.get("enable_prefix_caching") is False:
+        why = "enable_prefix_caching is false"
+    else:
+        return
+    said = f"routing.policy cache_aware finds nothing cached, since {why}"
+    yield Finding("routing", "warn", name, said, "remove routing: least_loaded decides then")
 
 
 def environment(config: ModelConfig) -> dict[str, str]:

@@ -105,17 +105,19 @@ def plan(
             both["swap_groups"] = [it.text for it in groups]
         click.echo(json.dumps(models[0] if len(models) == 1 else both, indent=2))
     else:
+        said = totals.verdict(reports, all(it.status != "fail" for it in groups))
+        if len(reports) > 1:
+            console.print(Text(said, "bold green" if fits else "bold red"))
+            console.rule()
         for index, one in enumerate(reports):
             if index:
                 console.rule()
             report.show(one, console)
         together.show(shared, console)
         swap.show(groups, console)
-        # Which machines a group takes that does not fit has no answer.
-        groups_fit = all(it.status != "fail" for it in groups)
-        if len(reports) > 1 and groups_fit and (total := totals.said(reports)):
+        if len(reports) > 1:  # again: the first line has scrolled away
             console.rule()
-            console.print(Text(total, "bold"))
+            console.print(Text(said, "bold green" if fits else "bold red"))
     if plot:
         report.save(reports, plot)
     if not fits:

@@ -76,16 +76,26 @@ def _whole(total: dict[str, float]) -> dict[str, int]:
     return {name: count for name in named if (count := math.ceil(round(total[name], 6)))}
 
 
-def said(reports: list[Report]) -> str | None:
-    """The total in a sentence; None without GPUs."""
+def verdict(reports: list[Report], groups_fit: bool) -> str:
+    """Whether all fit, and the machines for all together, in a sentence.
+
+    ``groups_fit``: whether each swap group does; which machines one takes that does not fit has no
+    answer.
+    """
+    not_fitting = [one.name for one in reports if not one.plan.fits]
+    if not_fitting:
+        fit = f"{len(not_fitting)} of {len(reports)} models do not fit: {', '.join(not_fitting)}"
+    elif not groups_fit:
+        return "each model fits, but a swap group does not: see below"
+    else:
+        fit = f"all {len(reports)} models fit"
     fewest, most = machines(reports)
     if not most:
-        return None
-    text = f"all models together: {_listed(fewest) or 'no machine while all are scaled to zero'}"
+        return fit
+    text = f"together: {_listed(fewest) or 'no machine while all are scaled to zero'}"
     if most != fewest:
         text += f"; at most {_listed(most)}"
-    left_out = [one.name for one in reports if not one.plan.fits]
-    return text + (f" (without {', '.join(left_out)})" if left_out else "")
+    return f"{fit}; {text}" + (f" (without {', '.join(not_fitting)})" if not_fitting else "")
 
 
 def _listed(total: dict[str, int]) -> str:

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 from harness import processes
 from harness.local_run import Run
 from harness.processes import REPO, eventually, free_port
-from harness.servers import BIN, EMBED
+from harness.servers import BIN
 
 from serve_app.config.document import load
 
@@ -30,18 +31,6 @@ class Theirs:
         return "theirs"
 
 app = Theirs.bind()
-"""
-
-TOKEN = """
-import os
-from ray import serve
-
-@serve.deployment(ray_actor_options={"num_cpus": 0})
-class Token:
-    def __call__(self, request):
-        return os.environ.get("HF_TOKEN", "none")
-
-app = Token.bind()
 """
 
 
@@ -122,12 +111,15 @@ def other() -> Iterator[Other]:
 
 
 def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_path: Path) -> None:
-    """From a folder with a space, behind a proxy, without a home, a terminal or UTF-8."""
+    """A model that is only named, from a folder with a space, behind a proxy, without a home, a
+    terminal or UTF-8.
+    """
     folder = tmp_path / "my models"
     folder.mkdir()
     proxy = "http://127.0.0.1:9"  # nobody listens
     run = Run(
         folder,
+        name="all-minilm-l6-v2",
         **other.env,
         HTTP_PROXY=proxy,
         http_proxy=proxy,
@@ -138,21 +130,19 @@ def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_p
         LC_ALL="C",
         HF_TOKEN="of-the-shell",
     )
-    (other.folder / "token_of_replica.py").write_text(TOKEN)
-    content = yaml.safe_load(run.config.read_text())
-    content["applications"].append(
-        {"name": "token", "import_path": "token_of_replica:app", "route_prefix": "/token"}
-    )
-    run.config.write_text(yaml.safe_dump(content))
+    model, kept = REPO / "models/all-minilm-l6-v2", folder / "fleet.yaml"
+    run.command[2:] = [str(model), "--port", str(run.port), "--save", str(kept)]
     run.start()
     try:
         said = run.wait_until_ready()
-        # What `serve-app check` advises for a token: it is where a model is loaded.
-        there = httpx.get(f"http://127.0.0.1:{run.port}/token", trust_env=False, timeout=30)
-        assert there.text == "of-the-shell"
-        assert f"{EMBED} is ready" in said
+        assert f"{run.name} is ready" in said
         assert "export no_proxy=corp.example,127.0.0.1," in said
-        assert run.models() == [EMBED]
+        assert kept.read_text() in said
+        # What `serve-app check` advises for a token: it is where a model is loaded.
+        [replica] = [it for it in psutil.Process(run.process.pid).children(recursive=True)
+                     if f"ServeReplica:{run.name}" in " ".join(it.cmdline())]  # fmt: skip
+        assert replica.environ()["HF_TOKEN"] == "of-the-shell"
+        assert run.models() == [run.name]
         assert run.embeds() == 384
         assert other.answers()
         assert run.end() == {}
@@ -162,6 +152,9 @@ def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_p
     log = Path(re.findall(r"full log: (\S+)", said)[0])
     assert log.is_relative_to(other.folder / f"sa-{os.getuid()}")
     assert sorted(file.name for file in log.parent.iterdir()) == ["lock", "serve.log"]
+    fleet = load(kept)
+    assert list(fleet.models) == [run.name]
+    assert fleet.port == run.port
 
 
 def test_a_cluster_that_serves_something_is_refused_by_its_names(
@@ -182,21 +175,3 @@ def test_a_cluster_that_serves_something_is_refused_by_its_names(
         "a Ray of this run's own\n"
     )
     assert other.answers()
-
-
-def test_a_model_that_is_only_named_is_run_and_its_config_kept(tmp_path: Path) -> None:
-    model = REPO / "models/all-minilm-l6-v2"
-    run = Run(tmp_path, name="all-minilm-l6-v2")
-    kept = tmp_path / "fleet.yaml"
-    run.command[2:] = [str(model), "--port", str(run.port), "--save", str(kept)]
-    run.start()
-    try:
-        said = run.wait_until_ready()
-        assert kept.read_text() in said
-        assert run.embeds() == 384
-        assert run.end() == {}
-    finally:
-        run.kill()
-    fleet = load(kept)
-    assert list(fleet.models) == ["all-minilm-l6-v2"]
-    assert fleet.port == run.port

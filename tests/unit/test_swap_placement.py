@@ -276,11 +276,12 @@ def test_plan_tells_of_the_groups_and_counts_one_machine_for_each(tmp_path: Path
     assert done.exit_code == 0
     [line] = [it for it in done.output.splitlines() if it.startswith("swap group")]
     assert "'big': 1 of 3 awake on one H100" in line
-    assert "all models together: 1 × p5.4xlarge" in done.output
+    assert done.output.startswith("all 3 models fit; together: 1 × p5.4xlarge\n")
     full = tmp_path / "full.yaml"
     full.write_text(
         config.read_text().replace("max_model_len: 8192", "gpu_memory_utilization: 0.98")
     )
     done = CliRunner().invoke(cli, ["plan", str(full)])
     assert done.exit_code == 1 and "swap group does not fit: " in done.output
-    assert "all models together" not in done.output  # there is no machine for what does not fit
+    assert done.output.startswith("each model fits, but a swap group does not: see below\n")
+    assert "together:" not in done.output  # there is no machine for what does not fit

@@ -15,11 +15,13 @@ from serve_app.config.document import (
     load,
     parse_document,
 )
+from serve_app.config.settings import ModelConfig
 from serve_app.errors import ConfigError
 from serve_app.planner import hardware
 from serve_app.planner.check_machine import Limits, lacks
-from serve_app.planner.check_model import refuse
+from serve_app.planner.check_model import checked, refuse
 from serve_app.planner.hardware import GIB
+from serve_app.planner.loading import load_model
 from serve_app.planner.model import metadata
 
 
@@ -250,3 +252,29 @@ def test_a_model_that_asks_for_no_type_is_measured_by_the_gpu_that_is_here(tmp_p
     refuse(fleet, machine("H200"))
     with pytest.raises(ConfigError, match=r"take .* per GPU, but .* of L4's 22.0 are vLLM's"):
         refuse(fleet, machine("L4"))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"model": "BAAI/bge-m3"}, "the model generates no text"),
+        (
+            {"model": "meta-llama/Llama-3.1-8B-Instruct",
+             "engine": {"enable_prefix_caching": False, "max_model_len": 8192}},
+            "enable_prefix_caching is false",
+        ),
+        ({"model": "meta-llama/Llama-3.1-8B-Instruct", "engine": {"max_model_len": 8192}}, None),
+    ],
+)  # fmt: skip
+def test_a_policy_that_finds_nothing_cached_is_told(
+    args: dict[str, Any], words: str | None
+) -> None:
+    asked = {
+        **args,
+        "routing": {"policy": "cache_aware"},
+        "resources": {"accelerator_type": "L40S"},
+    }
+    config = ModelConfig.model_validate(asked)
+    found = [it for it in checked("m", config, load_model(config)) if it.check == "routing"]
+    assert [it.status for it in found] == (["warn"] if words else [])
+    assert all(words in it.message for it in found if words)

@@ -87,10 +87,11 @@ def test_every_table_names_machines_that_have_the_cores(tmp_path: Path) -> None:
     assert "g6e.2xlarge" in {one["instance_type"] for one in found["refused_instances"]}
 
 
-def test_a_fleet_gets_its_total_of_machines() -> None:
+def test_a_fleet_begins_and_ends_with_its_verdict_and_its_machines() -> None:
     configs = Path(__file__).parents[3] / "configs"
     found = run(str(configs / "fleet.yaml"))
-    assert "all models together: " in found.stdout.splitlines()[-1] + found.stdout.splitlines()[-2]
+    assert found.stdout.startswith("all 4 models fit; together: ")
+    assert "all 4 models fit; together: " in "\n".join(found.stdout.splitlines()[-3:])
     total = json.loads(run(str(configs / "fleet.yaml"), "--json").stdout)["machines"]
     assert total["fewest"].keys() <= total["most"].keys()
     assert all(total["most"][name] >= count for name, count in total["fewest"].items())
@@ -186,3 +187,13 @@ def test_an_encoder_shows_no_kv_cache() -> None:
     said = run("BAAI/bge-m3", "--gpu", "L4").stdout
     assert "KV cache 0" not in said.replace("  ", " ") and "none (an encoder)" in said
     assert gpus()["L4"].name in said.splitlines()[0]
+
+
+def test_a_fleet_says_first_which_of_its_models_do_not_fit(tmp_path: Path) -> None:
+    config = (Path(__file__).parents[3] / "configs/fleet.yaml").read_text()
+    small = tmp_path / "small.yaml"
+    small.write_text(config.replace("tensor_parallel_size: 4", "tensor_parallel_size: 1"))
+    found = run(str(small))
+    first = found.stdout.splitlines()[0]
+    assert found.exit_code == 1
+    assert first.startswith("1 of 4 models do not fit: llama-3.3-70b; together: "), first
