@@ -206,5 +206,6 @@ def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     found["c1"] = {
         hop: {of: spread([one["c1"][hop][of][1] for one in rounds]) for of in figures}
         for hop, figures in rounds[0]["c1"].items()
+        if all("failed" not in one["c1"][hop] for one in rounds)
     }
     return found
