@@ -25,6 +25,7 @@ from benchmarks.gateway.upstream import MODELS
 from benchmarks.relay.gateway import LikeServe
 from benchmarks.scale.fleet import Fleet
 from serve_app.cluster import limits_actor
+from serve_app.config.notices import HTTP_OPTIONS
 from serve_app.gateway import GatewayServer
 from serve_app.gateway.exposition import Alone
 from serve_app.gateway.replicas import Board
@@ -73,6 +74,7 @@ async def main(
         config = uvicorn.Config(
             LikeServe(gateway.__serve_build_asgi_app__()), host="127.0.0.1", port=port,
             lifespan="off", log_level="critical", access_log=False,
+            timeout_keep_alive=HTTP_OPTIONS["keep_alive_timeout_s"],
         )  # fmt: skip
         await uvicorn.Server(config).serve()
 
