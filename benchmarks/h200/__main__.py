@@ -253,7 +253,7 @@ def front_ends_tp(at: Machine) -> dict[str, Any]:
         "max_model_len": 8192, "gpu_memory_utilization": 0.2, "tensor_parallel_size": gpus,
         "kv_cache_memory_bytes": 12 << 30,
     }  # fmt: skip
-    names = dict.fromkeys(("bare-1", "bare-4", "ours-4"), ",".join(map(str, range(gpus))))
+    names = dict.fromkeys(("bare-1", "bare-4", "ours-4"), ",".join(visible_gpus()))
     return front_ends.measure(at.model, at.folder, at.port, engine, at.deadline, names)
 
 

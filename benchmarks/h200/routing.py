@@ -40,7 +40,8 @@ from serve_app import lifeline
 from serve_app.local.instance import Instance
 
 ROUTER = "vllm-router cache_aware"
-CONTENDERS = ("round_robin", "cache_aware", ROUTER, "least_loaded")
+ROUND_ROBIN = "round_robin"
+CONTENDERS = (ROUND_ROBIN, "cache_aware", ROUTER, "least_loaded")
 REPLICAS = 4
 SEEDS = (1, 2, 3)
 
@@ -125,13 +126,16 @@ def measure(
             places = dict(zip(at_once, gpus, strict=False))
             ports, failed = _started(setup, model, folder, port, places, stack, deadline)
             left_out |= failed
+            if ROUND_ROBIN not in ports and {it.name for it in setup.traces} - capacities.keys():
+                why = "round robin did not start, and what it completes decides the load"
+                left_out |= dict.fromkeys(ports, why)
+                continue
             if not ports:
                 continue
             clients = stack.enter_context(ProcessPoolExecutor(len(ports), get_context("spawn")))
             for trace in setup.traces:
                 if trace.name not in capacities:
-                    first_port = next(iter(ports.values()))
-                    most = clients.submit(_most, first_port, trace, setup.clients)
+                    most = clients.submit(_most, ports[ROUND_ROBIN], trace, setup.clients)
                     capacities[trace.name] = most.result()
             print("requests/s of round robin", json.dumps(capacities), flush=True)
             for seed, trace, load in itertools.product(SEEDS, setup.traces, setup.loads):
@@ -183,34 +187,36 @@ def _started(
         for server in servers[name]:
             stack.callback(server.stop)
     limit_s = min(_START_S, deadline - time.monotonic())
-    with ThreadPoolExecutor(len(places) * REPLICAS) as pool:
-        waits = {name: [pool.submit(it.wait, limit_s) for it in its]
-                 for name, its in servers.items()}  # fmt: skip
-        failed = {}
-        for name, ones in waits.items():
-            try:
-                for one in ones:
-                    one.result()
-            except SystemExit as why:
-                failed[name] = f"it did not start: {str(why)[-1500:]}"
-                for server in servers.pop(name):
-                    server.stop()
-    if its := servers.get(ROUTER):
+    with ThreadPoolExecutor(len(places)) as pool:
+        said = pool.map(lambda its: _why_not(its, limit_s), servers.values())
+        failed = {name: why for name, why in zip(servers, said, strict=True) if why}
+    if ROUTER in servers and ROUTER not in failed:
+        its = servers[ROUTER]
         at = its[0].port - 2
         words = realtime.vllm_router("cache_aware", at, [it.port for it in its])
         router = Server([str(it) for it in words], at, folder / "routing-vllm-router.log")
         stack.callback(router.stop)
         servers[ROUTER] = [router]
-        try:
-            router.wait(60)
-        except SystemExit as why:
-            failed[ROUTER] = f"it did not start: {str(why)[-1500:]}"
-            del servers[ROUTER]
+        if why := _why_not([router], 60):
+            failed[ROUTER] = why
+    for name in failed:
+        for server in servers.pop(name):
+            server.stop()
     for name, its in servers.items():
         if name != ROUTER:
             until(lambda server=its[0]: failures.replicas(server) == REPLICAS, 120)  # type: ignore[misc]
     time.sleep(10)  # as long as a new replica gets less than the others
     return {name: its[0].port for name, its in servers.items()}, failed
+
+
+def _why_not(servers: Sequence[Server], limit_s: float) -> str:
+    """Why not all of them answer; empty where they do."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        try:
+            list(pool.map(lambda it: it.wait(limit_s), servers))
+        except SystemExit as why:
+            return f"it did not start: {str(why)[-1500:]}"
+    return ""
 
 
 def _most(port: int, trace: Trace, clients: int) -> float:

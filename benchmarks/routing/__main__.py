@@ -98,7 +98,7 @@ def _engines(path: Path, options: argparse.Namespace) -> None:
     _note(path)
     names = options.only.split(",") if options.only else engines.CONTENDERS
     before = json.loads(path.read_text()).get("engines", {})
-    if "round_robin" not in names and not before:
+    if engines.ROUND_ROBIN not in names and not before:
         raise UserError(
             f"--only leaves out round_robin, and {path} does not have it: what it completes "
             "decides what all are offered; add it"

@@ -105,9 +105,9 @@ def plan(
             both["swap_groups"] = [it.text for it in groups]
         click.echo(json.dumps(models[0] if len(models) == 1 else both, indent=2))
     else:
-        said = totals.verdict(reports, all(it.status != "fail" for it in groups))
+        whole = Text(totals.verdict(reports, groups), "bold green" if fits else "bold red")
         if len(reports) > 1:
-            console.print(Text(said, "bold green" if fits else "bold red"))
+            console.print(whole)
             console.rule()
         for index, one in enumerate(reports):
             if index:
@@ -117,7 +117,7 @@ def plan(
         swap.show(groups, console)
         if len(reports) > 1:  # again: the first line has scrolled away
             console.rule()
-            console.print(Text(said, "bold green" if fits else "bold red"))
+            console.print(whole)
     if plot:
         report.save(reports, plot)
     if not fits:

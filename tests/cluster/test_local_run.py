@@ -142,7 +142,7 @@ def test_others_keep_their_models_and_ours_start_beside_them(other: Other, tmp_p
         [replica] = [it for it in psutil.Process(run.process.pid).children(recursive=True)
                      if f"ServeReplica:{run.name}" in " ".join(it.cmdline())]  # fmt: skip
         assert replica.environ()["HF_TOKEN"] == "of-the-shell"
-        assert run.models()[0] == run.name
+        assert run.models() == [run.name, "sentence-transformers/all-MiniLM-L6-v2"]
         assert run.embeds() == 384
         assert other.answers()
         assert run.end() == {}
