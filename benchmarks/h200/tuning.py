@@ -136,7 +136,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     # A proposed token is right once in 1, 2, 8 times; in varied text none is proposed.
     "tune_ngram": Experiment(
-        {"off": Variant(30), "ngram": Variant(30, {"speculative_config": NGRAM})},
+        {
+            "off": Variant(24),
+            "ngram": Variant(24, {"speculative_config": NGRAM}),
+            # vLLM has no asynchronous scheduling with "ngram", and has it with this one.
+            "ngram-gpu": Variant(24, {"speculative_config": NGRAM | {"method": "ngram_gpu"}}),
+        },
         {
             f"{text}-c{clients}": _said(clients, prompts, **how)
             for clients, prompts in ((1, 4), (32, 64))
