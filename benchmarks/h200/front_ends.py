@@ -127,8 +127,8 @@ def measure(
                 servers.pop(name)
         starts = {name: server.seconds for name, server in servers.items()}
         print("started", json.dumps(starts), "left out", json.dumps(left_out), flush=True)
-        for server in servers.values():
-            _wrk(server.port, folder, most, 2.0, words)  # kernels, connections
+        for server in servers.values():  # kernels, connections
+            _wrk(server.port, folder, most, 2.0, words, waves=1)
         rounds: list[dict[str, Any]] = []
         longest = 0.0
         while len(rounds) < 5 and (not rounds or time.monotonic() + longest < deadline):
@@ -138,12 +138,12 @@ def measure(
             found: dict[str, Any] = {name: {} for name in servers}
             for concurrency, seconds in loads.items():
                 for name in order:
-                    found[name][f"c{concurrency}"] = _wrk(
-                        servers[name].port, folder, concurrency, seconds, words
-                    )
+                    one = _wrk(servers[name].port, folder, concurrency, seconds, words)
+                    found[name][f"c{concurrency}"] = one
+                    print(len(rounds) + 1, name, concurrency, json.dumps(one), flush=True)
             found["c1"] = first_tokens.measure(servers, folder, words)
             rounds.append(found)
-            print(json.dumps(found), flush=True)
+            print(len(rounds), "c1", json.dumps(found["c1"]), flush=True)
             longest = time.monotonic() - began
         return {
             "date": str(datetime.date.today()), "machine": report.machine(), "engine": engine,
@@ -160,7 +160,7 @@ def request_body(prompt: object) -> dict[str, Any]:
 
 
 def _wrk(
-    port: int, folder: Path, concurrency: int, seconds: float, words: bool
+    port: int, folder: Path, concurrency: int, seconds: float, words: bool, waves: int = 2
 ) -> dict[str, float]:
     body = folder / "body.json"
     body.write_text(json.dumps(request_body("@PROMPT@")))
@@ -169,6 +169,7 @@ def _wrk(
         concurrency,
         seconds,
         body,
+        waves,
         path="/v1/completions",
         prompt_tokens=PROMPT,
         words=words,
