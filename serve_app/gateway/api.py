@@ -23,7 +23,7 @@ from serve_app.gateway.callers import NOBODY, Caller
 from serve_app.gateway.directory import Directory
 from serve_app.gateway.errors import GatewayError
 from serve_app.gateway.exposition import CONTENT_TYPE, Exposition
-from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions, over_plan
+from serve_app.gateway.fleet import Fleet, Fleets, Starting, Versions, asleep, over_plan
 from serve_app.gateway.keyring import Keyring
 from serve_app.gateway.replicas import Board, Waiting
 from serve_app.gateway.routes import RELAYED, Route
@@ -84,6 +84,9 @@ class ModelStatus(BaseModel):
 
     longest_wait_s: float
     """For how long the first of them has waited."""
+
+    asleep: bool
+    """Whether all its engines sleep."""
 
 
 class Readiness(BaseModel):
@@ -343,6 +346,7 @@ def _readiness(
                 starting=[Starting(**start) for start in directory.starting(m)],
                 queued=(waits := waiting(m.name)).requests,
                 longest_wait_s=round(waits.longest_s, 1),
+                asleep=asleep(board.replicas_of(m.name)),
             )
             for m in found
         },

@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -237,17 +237,17 @@ class Fleets:
         usable = [id for id in model.ids if caller is None or caller.may_use(id, model)]
         starting = [Starting(**it) for it in self._directory.starting(model)]
         running = [_running(it, front_ends) for it, front_ends in replicas.items()]
-        asleep = bool(running) and all(it.asleep for it in running)
+        sleeps = asleep(replicas)
         waits = self._waiting(model.name)
         about = self._board.about.get(model.name, {})
         return FleetModel(
             status=model.status,
             message=model.message or over_plan(model.name, self._board),
-            mend=_mend(model, starting, asleep and not all(it.sleeps_for_now for it in replicas)),
+            mend=_mend(model, starting, sleeps and not all(it.sleeps_for_now for it in replicas)),
             ids=[id for id in usable if id not in model.adapters],
             adapters=[id for id in usable if id in model.adapters],
             fallback=self._fallback(model, caller),
-            asleep=asleep,
+            asleep=sleeps,
             takes=about.get("takes", []),
             memory=_memory(model.name, about.get("memory"), gpus, seen),
             max_model_len=model.max_model_len or self._board.max_model_len.get(model.name),
@@ -289,6 +289,12 @@ def _memory(
             key = other if other in seen else "others"
             others[key] = round(others.get(key, 0.0) + size, 2)
     return Memory(**told, others=others)
+
+
+def asleep(replicas: Collection[Replica]) -> bool:
+    """Whether all engines of a model sleep, and there are some."""
+    loads = [it.fresh_load for it in replicas]
+    return bool(loads) and all(load and load.asleep for load in loads)
 
 
 def over_plan(name: str, board: Board) -> str:

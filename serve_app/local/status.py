@@ -102,7 +102,9 @@ def _status(model: Mapping[str, Any], *, waits: bool) -> tuple[str, str]:
     if waits:
         word = "updating" if model["replicas"] else "starting"
         return word, starting or model["message"]
-    return ("ready" if model["replicas"] else "asleep"), starting
+    if not model["replicas"]:
+        return "scaled to zero", starting
+    return ("asleep" if model.get("asleep") else "ready"), starting
 
 
 def gpu_lines() -> Iterator[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from serve_app.config.document import GATEWAY_IMPORT_PATH, Fleet
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose, swap, together
+from serve_app.planner import asleep, choose, swap, together
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import GIB, GPU
 from serve_app.planner.loading import cpu_bytes, cpu_plan, load_known
@@ -213,15 +213,15 @@ def _smaller_part(
 def _swapped(counted: dict[str, ModelConfig], limits: Limits) -> Iterator[Finding]:
     """Whether there is host memory for all models of swap groups: while two change places, both
     have their weights in it."""
-    asleep = {
-        name: swap.host_bytes(config)
+    sleeping = {
+        name: asleep.host_bytes(config)
         for members in swap.groups(counted).values()
         for name, config in members.items()
         if config.resources.device == "gpu"
     }
-    if sum(asleep.values()) > limits.room_bytes:
-        largest = max(asleep, key=lambda name: asleep[name])
-        said = f"the models of swap groups sleep in {sum(asleep.values()) / GIB:.1f} GiB of host "
+    if sum(sleeping.values()) > limits.room_bytes:
+        largest = max(sleeping, key=lambda name: sleeping[name])
+        said = f"the models of swap groups sleep in {sum(sleeping.values()) / GIB:.1f} GiB of host "
         said += f"memory, and {limits.room}"
         yield Finding(_CHECK, "fail", largest, said, "take models out of the groups")
 

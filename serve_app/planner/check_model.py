@@ -59,7 +59,7 @@ def _reasons(fleet: Fleet, here: Limits | None) -> Iterator[tuple[str, str]]:
     for finding in check_machine.lacks(fleet, here) if here else ():
         yield finding.about, finding.text
     gpu = max(here.gpus, key=lambda one: one.memory_bytes) if here and here.gpus else None
-    for finding in swap.problems(fleet, gpu):
+    for finding in swap.problems(fleet, gpu, anywhere=here is None):
         if finding.status == "fail":
             yield finding.about, finding.text
     for name, config, model in models:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from serve_app.config.settings import ModelConfig
-from serve_app.planner import front_ends, swap
+from serve_app.planner import asleep, front_ends
 from serve_app.planner.hardware import GIB, Instance
 from serve_app.planner.vllm import offload
 from serve_app.planner.vllm.defaults import parallelism
@@ -99,4 +99,4 @@ def _asleep_gib(model: ModelConfig) -> float:
     if model.resources.device == "cpu":
         return model.resources.memory_gib or 8
     asked = model.resources.memory_gib or 0
-    return max(asked, _PER_GPU_GIB + swap.host_bytes(model) / GIB)
+    return max(asked, _PER_GPU_GIB + asleep.host_bytes(model) / GIB)

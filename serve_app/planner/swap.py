@@ -1,8 +1,4 @@
-"""Whether the models of each swap group fit their GPU, and the host memory in which they sleep.
-
-A member that sleeps leaves a part of its memory on the GPU (CUDA's context, its graphs, what is not
-torch's), and has its weights in pinned host memory.
-"""
+"""Whether the models of each swap group fit their GPU, and the host memory in which they sleep."""
 
 from __future__ import annotations
 
@@ -15,18 +11,14 @@ from rich.markup import escape
 
 from serve_app.config.document import Fleet, load
 from serve_app.config.settings import ModelConfig, SwapGroup
-from serve_app.errors import ConfigError, UserError, did_you_mean
-from serve_app.planner import choose, hardware
+from serve_app.errors import UserError, did_you_mean
+from serve_app.planner import hardware, pods
+from serve_app.planner.asleep import awake_bytes, host_bytes, left_bytes, plan_of
 from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import CONTEXT_BYTES, GIB, GPU
 from serve_app.planner.loading import load_known
-from serve_app.planner.vllm.memory import GPUMemory, Plan
 
 CHECK = "swap groups"
-
-PINNED = 1.2
-"""Host memory of a sleeping model over the size of its weights: torch rounds each pinned block up
-to a power of two. On an H100 16.7 GiB for 14.0 of an 8B (benchmarks/results/swaps-h100.json)."""
 
 
 def groups(models: Mapping[str, ModelConfig]) -> dict[str, dict[str, ModelConfig]]:
@@ -44,21 +36,19 @@ def terms(fleet: Fleet, group: str) -> SwapGroup:
     return given.get(group, SwapGroup())
 
 
-def host_bytes(config: ModelConfig) -> int:
-    """Host memory for a member's weights while it sleeps; 0 where its metadata is not at hand."""
-    gpu, _ = hardware.find(config.resources.accelerator_type or "H100")
-    planned = _plan(config, gpu)
-    return int(planned.tightest.weights * PINNED) if planned else 0
-
-
-def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
+def problems(
+    fleet: Fleet, here: GPU | None = None, *, instead: GPU | None = None, anywhere: bool = True
+) -> Iterator[Finding]:
     """What is wrong with the groups of a config.
 
     Args:
         here: the GPU that members without ``accelerator_type`` get, if it is known.
+        instead: plan on this GPU, whatever the config says.
+        anywhere: it may be any machine that EC2 has, and must be one of them.
     """
+    given = fleet.gateway.swap_groups if fleet.gateway else {}
     members = groups(fleet.models)
-    for name in fleet.gateway.swap_groups if fleet.gateway else ():
+    for name in given:
         if name not in members:
             hint = did_you_mean(name, members) or "; put it into a model's resources.swap_group"
             said = f"swap_groups has terms of '{name}', of which no model is{hint}"
@@ -72,12 +62,13 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
             said = f"'{group}' is on the CPU, where a model that sleeps keeps its memory"
             yield Finding(CHECK, "warn", ", ".join(configs), said, "it is good for tests alone")
             continue
-        gpu = here
-        if accelerator := first.resources.accelerator_type:
+        gpu = instead or here
+        if not instead and (accelerator := first.resources.accelerator_type):
             try:
                 gpu, _ = hardware.find(accelerator)
             except UserError:
                 continue  # for which there is another finding
+        yield from _too_little_reserved(configs)
         awake = terms(fleet, group).awake
         if awake > len(configs):
             said = f"swap_groups.{group}.awake is {awake}, and the group has {len(configs)} models"
@@ -85,6 +76,8 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
             continue
         if awake == len(configs):
             said = f"'{group}' has {awake} of {len(configs)} awake, so none ever sleeps"
+            if group not in given:
+                said += did_you_mean(group, given)
             fix = (
                 "give them parts of a GPU (resources.gpu_share), or put more models into the group"
             )
@@ -92,6 +85,8 @@ def problems(fleet: Fleet, here: GPU | None = None) -> Iterator[Finding]:
         gpu = gpu or smallest(group, configs, awake)
         if gpu is not None:
             yield from _on_gpu(group, configs, awake, gpu)
+            if anywhere:
+                yield from _on_machine(group, configs, gpu)
 
 
 def smallest(group: str, configs: Mapping[str, ModelConfig], awake: int = 1) -> GPU | None:
@@ -119,14 +114,14 @@ def gpu_names(fleet: Fleet) -> dict[str, str]:
 
 def of_config(path: Path, gpu_name: str | None) -> list[Finding]:
     """Whether the groups of a config fit; ``gpu_name`` as ``serve-app plan --gpu`` has it."""
-    return list(problems(load(path), hardware.find(gpu_name)[0] if gpu_name else None))
+    return list(problems(load(path), instead=hardware.find(gpu_name)[0] if gpu_name else None))
 
 
 def show(groups: Iterable[Finding], console: Console) -> None:
     """Print of each group whether it fits."""
     for finding in groups:
         verdict = "[bold]does not fit[/]: " if finding.status == "fail" else ""
-        console.print(f"\n[bold]swap group[/] {verdict}{escape(finding.text)}")
+        console.print(f"\n[bold]swap group[/] {verdict}{escape(finding.text)}", soft_wrap=True)
 
 
 def _unlike(group: str, configs: Mapping[str, ModelConfig]) -> Finding | None:
@@ -144,7 +139,7 @@ def _on_gpu(
     group: str, configs: Mapping[str, ModelConfig], awake: int, gpu: GPU
 ) -> Iterator[Finding]:
     """Whether those that are awake fit beside what the others leave on the GPU."""
-    plans = {name: it for name, config in configs.items() if (it := _plan(config, gpu))}
+    plans = {name: it for name, config in configs.items() if (it := plan_of(config, gpu))}
     if not plans or not all(plan.fits for plan in plans.values()):
         return  # one that does not fit by itself is told as that
     planned = {name: plan.tightest for name, plan in plans.items()}
@@ -166,46 +161,67 @@ def _on_gpu(
         )
         yield Finding(CHECK, "ok", ", ".join(configs), said)
         return
-    share = (gpu.memory_bytes - left) / len(largest) - CONTEXT_BYTES
-    most = math.floor(100 * share / gpu.memory_bytes) / 100
-    would_do = most > 0 and all(_fits_in(config, gpu, most) for config in configs.values())
     yield Finding(
         CHECK,
         "fail",
         largest[0],
         f"'{group}': {awake} of {len(configs)} awake need {needed / GIB:.1f} GiB of a {gpu.name}, "
         f"which has {gpu.memory_gib:.1f} ({left / GIB:.1f} GiB stay with those that sleep)",
-        f"set engine.gpu_memory_utilization to {most:g} at most in each"
-        if would_do
-        else "lower awake, or take models out of the group",
+        _smaller(configs, gpu, awake, gpu.memory_bytes - left),
     )
 
 
-def _fits_in(config: ModelConfig, gpu: GPU, utilization: float) -> bool:
+def _smaller(configs: Mapping[str, ModelConfig], gpu: GPU, awake: int, room: int) -> str:
+    """What to change so that any ``awake`` of them fit in ``room`` bytes."""
+    share = room / awake - CONTEXT_BYTES
+    most = math.floor(100 * share / gpu.memory_bytes)
+    if most > 0 and all(_fits_in(config, gpu, most) for config in configs.values()):
+        return f"set engine.gpu_memory_utilization to {most / 100:g} at most in each"
+    out = "take models out of the group"
+    if awake == 1:
+        return out
+    least = {
+        name: next((it for it in range(1, 100) if _fits_in(config, gpu, it)), 100)
+        for name, config in configs.items()
+    }
+    largest = sorted(least.values())[-awake:]
+    if sum(largest) * gpu.memory_bytes / 100 + awake * CONTEXT_BYTES <= room:
+        each = ", ".join(f"{name} {it / 100:g}" for name, it in least.items())
+        return f"set engine.gpu_memory_utilization to less in each ({each} at least)"
+    return f"lower awake, or {out}"
+
+
+def _fits_in(config: ModelConfig, gpu: GPU, percent: int) -> bool:
     """Whether a member could do with so much of its GPU; true where its metadata is not at hand."""
-    engine = {**config.engine, "gpu_memory_utilization": utilization}
-    plan = _plan(config.model_copy(update={"engine": engine}), gpu)
+    engine = {**config.engine, "gpu_memory_utilization": percent / 100}
+    plan = plan_of(config.model_copy(update={"engine": engine}), gpu)
     return plan is None or plan.fits
 
 
-def awake_bytes(planned: GPUMemory) -> int:
-    """What a member has of the GPU while it is awake."""
-    return CONTEXT_BYTES + planned.taken
+def _on_machine(group: str, configs: Mapping[str, ModelConfig], gpu: GPU) -> Iterator[Finding]:
+    """Whether a machine with such a GPU has the host memory and cores for the group's pod."""
+    offered = [it for it in hardware.instances().values() if it.gpu is gpu]
+    pod = pods.of_group(configs)
+    if not offered or any(pods.fits(it, 1, [pod]) for it in offered):
+        return
+    cores, memory = max((pods.share(it, 1) for it in offered), key=lambda share: share[1])
+    needed = pods.cpus(pod, 1), pods.memory_gib(pod, 1, pods.cpus(pod, 1))
+    said = (
+        f"'{group}' needs a pod with {needed[0]} cores and {needed[1]} GiB of host memory, where "
+        f"its {len(configs)} models sleep, and no EC2 machine gives more than {cores} and {memory} "
+        f"to one {gpu.name}"
+    )
+    yield Finding(CHECK, "fail", next(iter(configs)), said, "take models out of the group")
 
 
-def left_bytes(planned: GPUMemory) -> int:
-    """What a member leaves on the GPU while it sleeps.
-
-    An 8B without CUDA graphs left 0.82 GiB on an H100, and this is 0.80. With graphs it was not
-    measured; they are counted in full.
-    """
-    return CONTEXT_BYTES + planned.non_torch + planned.cudagraph
-
-
-def _plan(config: ModelConfig, gpu: GPU) -> Plan | None:
-    if (model := load_known(config)) is None:
-        return None
-    try:
-        return choose.plan_on(model, choose.arguments_of(config), gpu)
-    except ConfigError:
-        return None  # told as the model's own
+def _too_little_reserved(configs: Mapping[str, ModelConfig]) -> Iterator[Finding]:
+    """Members whose ``memory_gib`` does not hold their weights."""
+    for name, config in configs.items():
+        asked, needed = config.resources.memory_gib, host_bytes(config) / GIB
+        if asked and asked < needed:
+            said = (
+                f"resources.memory_gib is {asked:g}, and the weights of '{name}' take "
+                f"{needed:.1f} GiB of host memory while it sleeps"
+            )
+            fix = f"set it to {math.ceil(needed)} at least, or leave it out"
+            yield Finding(CHECK, "fail", name, said, fix)

@@ -87,7 +87,7 @@ def of_fleet(reports: Iterable[Report]) -> list[Shared]:
     for report in reports:
         config, gpu = report.config, report.plan.gpu
         if part := part_of(report.name, config, gpu, report.plan):
-            kind = config.resources.accelerator_type or gpu.ray_name or gpu.name
+            kind = gpu.ray_name or gpu.name
             found.setdefault(kind, []).extend([part] * (config.replica_range[0] or 1))
     return [gpu for kind, parts in found.items() for gpu in packed(parts, kind)]
 

@@ -214,6 +214,7 @@ async def test_a_broken_model_is_not_listed_and_says_why_to_who_asks_for_it() ->
             "starting": [],
             "queued": 0,
             "longest_wait_s": 0.0,
+            "asleep": False,
         }
 
 

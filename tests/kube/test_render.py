@@ -465,7 +465,7 @@ def test_a_whole_gpu_is_beside_shared_ones() -> None:
             {},
             {"accelerator_type": "L4", "memory_gib": 2000},
             {},
-            "no L4 machine holds a pod with 1 GPUs, 2 cores and 2008 GiB; lower resources.num_cpus",
+            "no L4 machine holds a pod with 1 GPU, 2 cores and 2008 GiB; lower resources.num_cpus",
         ),
         (
             {},

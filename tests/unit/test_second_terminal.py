@@ -257,6 +257,13 @@ READY = {
     "models": {
         "smollm": {"status": "RUNNING", "replicas": 2, "message": "", "starting": []},
         "cold": {"status": "RUNNING", "replicas": 0, "message": "", "starting": []},
+        "swapped": {
+            "status": "RUNNING",
+            "replicas": 1,
+            "message": "",
+            "starting": [],
+            "asleep": True,
+        },
         "llama": {
             "status": "DEPLOYING",
             "replicas": 0,
@@ -299,7 +306,8 @@ def test_status_says_of_each_model_what_it_does(
         f"http://127.0.0.1:{port}/v1 (serve-app run, pid {os.getpid()})",
         "model status replicas",
         "smollm ready 2",
-        "cold asleep 0",
+        "cold scaled to zero 0",
+        "swapped asleep 1",
         "llama starting 0 loading weights, 42 s",
         "broken failed 0 no such model",
         "GPU 0 NVIDIA H100 80GB HBM3: 71.5 of 79.6 GiB in use, 97 % busy",

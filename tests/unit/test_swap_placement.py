@@ -187,11 +187,62 @@ def test_a_model_that_leaves_no_room_for_those_that_sleep_is_refused_with_what_w
     assert status == "ok"
 
 
-def test_a_part_that_does_not_hold_a_member_is_not_advised() -> None:
+def test_where_equal_parts_do_not_hold_a_member_parts_of_its_own_are_advised() -> None:
     """A third of an H100 for each of three would be too little for the 32B."""
-    [_, (status, said)] = found(fleet({}, {}, {}, terms={"big": {"awake": 3}}))
+    three = {"big": {"awake": 3}}
+    [_, (status, said)] = found(fleet({}, {}, {}, terms=three))
+    assert status == "fail" and "gpu_memory_utilization to less in each (m0 0." in said
+    least = {name: float(it) for name, it in re.findall(r"(m[012]) (0\.[0-9]+)", said)}
+    models = fleet({}, {}, {}, terms=three)
+    for name, config in models.models.items():
+        config.engine["gpu_memory_utilization"] = least[name]
+    assert [status for status, _ in found(models)] == ["warn", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("terms", "fix"),
+    [
+        ({"big": {"awake": 5}}, "lower awake, or take models out of the group"),
+        ({"big": {}}, "; take models out of the group"),
+    ],
+)
+def test_where_no_parts_would_do_models_are_to_be_taken_out(
+    terms: dict[str, Any], fix: str
+) -> None:
+    small = {"accelerator_type": "L4"}
+    many = fleet(*[small] * 30, terms=terms, order=(0, 0), engine={"max_model_len": 2048})
+    assert any(said.endswith(fix) for status, said in found(many) if status == "fail")
+
+
+def test_a_group_whose_models_no_machine_can_hold_asleep_is_refused(tmp_path: Path) -> None:
+    many = fleet(*[{}] * 12, order=(1, 1), engine={"gpu_memory_utilization": 0.6})
+    [on_gpu, (status, said)] = found(many)
+    assert on_gpu[0] == "ok" and status == "fail"
+    assert "GiB of host memory, where its 12 models sleep, and no EC2 machine gives more" in said
+    # This machine may be larger than those of EC2.
+    assert [it.status for it in swap.problems(many, gpus()["H100"], anywhere=False)] == ["ok"]
+    with pytest.raises(ConfigError, match=r"with 1 GPU, .*; take models out of swap group 'big'"):
+        groups_of(many, ClusterProfile())
+
+
+def test_a_group_is_planned_on_the_gpu_that_is_asked_for() -> None:
+    config = Path(__file__).parents[2] / "configs/swap.yaml"
+    done = CliRunner().invoke(cli, ["plan", str(config), "--gpu", "L4"])
+    assert done.exit_code == 1
+    done = CliRunner().invoke(cli, ["plan", str(config), "--gpu", "H200"])
+    assert "'big': 1 of 3 awake on one H200" in done.output
+
+
+def test_reserved_memory_must_hold_the_weights_that_sleep() -> None:
+    [(status, said), _] = found(fleet({"memory_gib": 4}, {}))
     assert status == "fail"
-    assert said.endswith("; lower awake, or take models out of the group")
+    assert "memory_gib is 4, and the weights of 'm0' take 18.0 GiB of host memory" in said
+
+
+def test_a_group_of_one_without_terms_may_be_a_typo() -> None:
+    typo = fleet({"swap_group": "bg"}, {}, {})
+    [said] = [said for status, said in found(typo) if status == "warn"]
+    assert said.startswith("'bg' has 1 of 1 awake, so none ever sleeps; did you mean 'big'?")
 
 
 @pytest.mark.parametrize(("awake", "members"), [(1, 1), (2, 2)])

@@ -145,16 +145,18 @@ def shape_of(where: str, model: ModelConfig, profile: ClusterProfile) -> WorkerS
     if not fitting:
         cores = pods.cpus(model, gpus)
         raise ConfigError(
-            f"{where}: no {accelerator} machine holds a pod with {gpus} GPUs, {cores} cores and "
-            f"{pods.memory_gib(model, gpus, cores)} GiB; lower {_knobs(model)}"
+            f"{where}: no {accelerator} machine holds a pod with {gpus} GPU{'s' * (gpus > 1)}, "
+            f"{cores} cores and {pods.memory_gib(model, gpus, cores)} GiB; {_knobs(model)}"
         )
     return WorkerShape(accelerator, gpus, of_replica, tuple(i.name for i in fitting))
 
 
 def _knobs(model: ModelConfig) -> str:
-    """The settings that make a pod larger than its GPUs make it."""
+    """What to do about a pod that is larger than its GPUs make it."""
+    if group := model.resources.swap_group:
+        return f"take models out of swap group '{group}'"
     knobs = "resources.num_cpus or resources.memory_gib"
-    return knobs if model.frontends == "auto" else f"frontends, {knobs}"
+    return f"lower {knobs}" if model.frontends == "auto" else f"lower frontends, {knobs}"
 
 
 def groups_of(fleet: Fleet, profile: ClusterProfile) -> list[WorkerGroup]:
