@@ -11,6 +11,7 @@ role and ``[DONE]``. What a gateway sends elsewhere (spans) is taken too.
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 from functools import cache, partial
 
@@ -177,14 +178,14 @@ class _Connection(Connection):
             self.transport.write(STREAM + _event(model, None))
             self.token()
             if model == "slow":
-                self._later()
+                self._later(random.random())  # all of a client began in the same moment
             return
         self.report(Usage(self._prompt_tokens, 0, tokens))
 
-    def _later(self) -> None:
-        """Send further tokens, each in its time."""
+    def _later(self, part: float = 1.0) -> None:
+        """Send the next token in its time, or after a part of that."""
         if self._streamed:
-            asyncio.get_running_loop().call_later(STEPS_S["slow"], self._next)
+            asyncio.get_running_loop().call_later(part * STEPS_S["slow"], self._next)
 
     def _next(self) -> None:
         if self._streamed:

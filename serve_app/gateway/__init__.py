@@ -88,6 +88,7 @@ class GatewayServer:
         from serve_app.cluster.gateways import Gateways
         from serve_app.cluster.limits_actor import Coordinator
         from serve_app.cluster.replicas import Watcher
+        from serve_app.gateway import garbage
         from serve_app.gateway.access_log import AccessLog
         from serve_app.gateway.asgi import build
         from serve_app.gateway.directory import Directory
@@ -141,6 +142,7 @@ class GatewayServer:
         )
         await self._directory.refresh()
         running = [self._directory.run(), exchange.run(), metrics.run()]
+        running.append(garbage.run(lambda: metrics.running))
         if keyring:
             leases = Leases(limits.counts, Coordinator, lambda: keyring.limited)
             running += [keyring.run(), leases.run()]

@@ -149,6 +149,11 @@ class Metrics:
             ("model",),
         )
 
+    @property
+    def running(self) -> int:
+        """Requests that are open, of all models."""
+        return sum(self._running.values())
+
     # --- told by others ------------------------------------------------------------------------
 
     async def admit(self, call: Call) -> Call:
