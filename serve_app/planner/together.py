@@ -113,21 +113,32 @@ def name_of(gpu: GPU | None, config: ModelConfig) -> str | None:
 
 
 def show(gpus: list[Shared], console: Console) -> None:
-    """Print each shared GPU as a table, in GiB."""
+    """Print each shared GPU as a table, in GiB; of several alike, what they are asked for."""
+    alike: dict[str, list[Shared]] = {}
     for gpu in gpus:
-        whose = f"a GPU ({gpu.kind})" if gpu.kind else "a GPU"
-        console.print(f"\n[bold]What shares {whose}[/], in GiB")
-        table = Table(box=None, pad_edge=False)
-        table.add_column("model", header_style="dim", overflow="fold")
-        for column in ("part", "GiB", "weights", "working", "context", "KV cache", "KV tokens"):
-            # Numbers and settings stay whole on a narrow screen; names are folded.
-            least = max([len(column), *(len(it.setting) for it in gpu.parts if column == "part")])
-            table.add_column(column, header_style="dim", no_wrap=True, min_width=least)
-        for part in gpu.parts:
-            table.add_row(part.name, part.setting, *_cells(part))
-        if gpu.free > 0:
-            table.add_row("[dim]free[/]", f"{gpu.free:g}")
-        console.print(table)
+        alike.setdefault(gpu.kind, []).append(gpu)
+    for kind, of in alike.items():
+        for number, gpu in enumerate(of, 1):
+            which = f"GPU {number} of {len(of)}" if len(of) > 1 else "a GPU"
+            asked = f"; {sum(1 - it.free for it in of):g} are asked for" if len(of) > 1 else ""
+            console.print(
+                f"\n[bold]What shares {which}{f' ({kind})' if kind else ''}[/], in GiB{asked}"
+            )
+            console.print(_table(gpu))
+
+
+def _table(gpu: Shared) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", header_style="dim", overflow="fold")
+    for column in ("part", "GiB", "weights", "working", "context", "KV cache", "KV tokens"):
+        # Numbers and settings stay whole on a narrow screen; names are folded.
+        least = max([len(column), *(len(it.setting) for it in gpu.parts if column == "part")])
+        table.add_column(column, header_style="dim", no_wrap=True, min_width=least)
+    for part in gpu.parts:
+        table.add_row(part.name, part.setting, *_cells(part))
+    if gpu.free > 0:
+        table.add_row("[dim]free[/]", f"{gpu.free:g}")
+    return table
 
 
 def as_json(gpus: list[Shared]) -> list[dict[str, Any]]:

@@ -211,6 +211,15 @@ def test_a_plan_adds_up_what_shares_a_gpu() -> None:
     )
 
 
+def test_parts_that_take_several_gpus_are_told_with_what_they_ask_for(tmp_path: Path) -> None:
+    over = tmp_path / "over.yaml"
+    over.write_text(ONE_GPU.read_text().replace("gpu_share: 0.8", "gpu_share: 0.95"))
+    done = CliRunner().invoke(plan, [str(over)])
+    assert done.exit_code == 0
+    assert "What shares GPU 1 of 2 (L40S), in GiB; 1.1" in done.output
+    assert "What shares GPU 2 of 2 (L40S), in GiB; 1.1" in done.output
+
+
 def test_parts_without_a_type_are_planned_on_one_gpu() -> None:
     models = [(load_model(one), one) for one in (config(gpu_share=0.5), config(gpu_share=0.9))]
     assert together.one_gpu(models) is hardware.gpus()["A100-40G"]
