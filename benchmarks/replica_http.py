@@ -71,4 +71,6 @@ class Connection(asyncio.Protocol):
             self.asked(path, body)
 
     async def _exchange(self, question: Question) -> None:
-        self.transport.write(document((await self._reports.answer(question)).encode()))
+        answer = await self._reports.answer(question)
+        if not self.transport.is_closing():  # the gateway may have gone while it was held
+            self.transport.write(document(answer.encode()))
