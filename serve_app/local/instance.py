@@ -73,7 +73,10 @@ class Instance:
             **environment.front(),
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+            # vLLM leaves a socket of each of its processes, and here they go with the folder.
+            "VLLM_RPC_BASE_PATH": str(self.folder / "sockets"),
         }
+        (self.folder / "sockets").mkdir(exist_ok=True)
         apart = {
             "RAY_TMPDIR": str(self.folder),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self.folder / "haproxy.cfg"),

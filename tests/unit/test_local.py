@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -205,6 +206,18 @@ def test_two_instances_share_no_folder_and_no_port(short: Path) -> None:
     first.close(keep=False)
     Instance(8000).close(keep=False)
     second.close(keep=False)
+
+
+def test_the_sockets_that_vllm_leaves_go_with_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Instance(free_port())
+    sockets = Path(made.environment()["VLLM_RPC_BASE_PATH"])
+    assert sockets.is_relative_to(made.folder)
+    assert len(str(sockets / str(uuid.uuid4()))) <= 107
+    (sockets / "left").touch()
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/elsewhere")
+    assert made.environment()["VLLM_RPC_BASE_PATH"] == "/elsewhere"
+    made.close(keep=False)
+    assert not sockets.exists()
 
 
 def test_every_path_of_ray_s_that_is_no_option_is_moved() -> None:
