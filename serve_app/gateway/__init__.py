@@ -141,8 +141,12 @@ class GatewayServer:
             traces=self._traces,
         )
         await self._directory.refresh()
-        running = [self._directory.run(), exchange.run(), metrics.run()]
-        running.append(garbage.run(lambda: metrics.running))
+        running = [
+            self._directory.run(),
+            exchange.run(),
+            metrics.run(),
+            garbage.run(lambda: metrics.running),
+        ]
         if keyring:
             leases = Leases(limits.counts, Coordinator, lambda: keyring.limited)
             running += [keyring.run(), leases.run()]

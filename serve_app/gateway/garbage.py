@@ -24,7 +24,7 @@ _SELDOM = 1_000_000
 """Collections of the middle generation before Python begins one of all by itself."""
 
 
-async def run(running: Callable[[], int], now: Callable[[], float] = time.monotonic) -> None:
+async def run(running: Callable[[], int]) -> None:
     """Look after it for ever; ``running`` tells how many requests are open.
 
     What is there at the start stays, and is not looked at again.
@@ -33,12 +33,12 @@ async def run(running: Callable[[], int], now: Callable[[], float] = time.monoto
     gc.set_threshold(young, middle, _SELDOM)
     gc.collect()
     gc.freeze()
-    last = now()
+    last = time.monotonic()
     while True:
         await asyncio.sleep(_LOOK_S)
-        if is_due(gc.get_count()[2], running(), now() - last):
+        if is_due(gc.get_count()[2], running(), time.monotonic() - last):
             gc.collect()
-            last = now()
+            last = time.monotonic()
 
 
 def is_due(grown: int, running: int, since_s: float) -> bool:

@@ -102,7 +102,7 @@ class Instance:
         return [str(python), "-m", "ray.serve.scripts"]
 
     def _short_temporary_folder(self) -> dict[str, str]:
-        """TMPDIR: vLLM and multiprocessing make sockets in it, with names of up to 40 letters."""
+        """TMPDIR: multiprocessing makes sockets in it, with names of up to 40 letters."""
         usual = _temporary_folder()
         if usual and len(usual) <= 107 - 40:
             return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -32,8 +33,11 @@ def groups(models: Mapping[str, ModelConfig]) -> dict[str, dict[str, ModelConfig
 
 def terms(fleet: Fleet, group: str) -> SwapGroup:
     """A group's terms."""
-    given = fleet.gateway.swap_groups if fleet.gateway else {}
-    return given.get(group, SwapGroup())
+    return _given(fleet).get(group, SwapGroup())
+
+
+def _given(fleet: Fleet) -> Mapping[str, SwapGroup]:
+    return fleet.gateway.swap_groups if fleet.gateway else {}
 
 
 def problems(
@@ -46,9 +50,8 @@ def problems(
         instead: plan on this GPU, whatever the config says.
         anywhere: it may be any machine that EC2 has, and must be one of them.
     """
-    given = fleet.gateway.swap_groups if fleet.gateway else {}
     members = groups(fleet.models)
-    for name in given:
+    for name in _given(fleet):
         if name not in members:
             hint = did_you_mean(name, members) or "; put it into a model's resources.swap_group"
             said = f"swap_groups has terms of '{name}', of which no model is{hint}"
@@ -76,8 +79,8 @@ def problems(
             continue
         if awake == len(configs):
             said = f"'{group}' has {awake} of {len(configs)} awake, so none ever sleeps"
-            if group not in given:
-                said += did_you_mean(group, given)
+            if group not in _given(fleet):
+                said += did_you_mean(group, _given(fleet))
             fix = (
                 "give them parts of a GPU (resources.gpu_share), or put more models into the group"
             )
@@ -90,14 +93,15 @@ def problems(
 
 
 def smallest(group: str, configs: Mapping[str, ModelConfig], awake: int = 1) -> GPU | None:
-    """The smallest type of GPU that holds a group of which no type is said; None without metadata
-    of all its models, or where none does."""
+    """The smallest type of GPU that holds a group of which no type is said; where none does, the
+    one with the most memory. None without metadata of all its models."""
     if any(load_known(config) is None for config in configs.values()):
         return None
     for gpu in hardware.gpus().values():
-        if any(it.status == "ok" for it in _on_gpu(group, configs, awake, gpu)):
+        found = [*_on_gpu(group, configs, awake, gpu), *_on_machine(group, configs, gpu)]
+        if found and all(it.status == "ok" for it in found):
             return gpu
-    return None
+    return max(hardware.gpus().values(), key=lambda it: it.memory_bytes)
 
 
 def gpu_names(fleet: Fleet) -> dict[str, str]:
@@ -180,15 +184,17 @@ def _smaller(configs: Mapping[str, ModelConfig], gpu: GPU, awake: int, room: int
     out = "take models out of the group"
     if awake == 1:
         return out
-    least = {
-        name: next((it for it in range(1, 100) if _fits_in(config, gpu, it)), 100)
-        for name, config in configs.items()
-    }
+    least = {name: _least(config, gpu) for name, config in configs.items()}
     largest = sorted(least.values())[-awake:]
     if sum(largest) * gpu.memory_bytes / 100 + awake * CONTEXT_BYTES <= room:
         each = ", ".join(f"{name} {it / 100:g}" for name, it in least.items())
         return f"set engine.gpu_memory_utilization to less in each ({each} at least)"
     return f"lower awake, or {out}"
+
+
+def _least(config: ModelConfig, gpu: GPU) -> int:
+    """The smallest percentage of its GPU with which a member could do; 100 where none is."""
+    return 1 + bisect_left(range(1, 100), True, key=lambda it: _fits_in(config, gpu, it))
 
 
 def _fits_in(config: ModelConfig, gpu: GPU, percent: int) -> bool:
@@ -205,11 +211,11 @@ def _on_machine(group: str, configs: Mapping[str, ModelConfig], gpu: GPU) -> Ite
     if not offered or any(pods.fits(it, 1, [pod]) for it in offered):
         return
     cores, memory = max((pods.share(it, 1) for it in offered), key=lambda share: share[1])
-    needed = pods.cpus(pod, 1), pods.memory_gib(pod, 1, pods.cpus(pod, 1))
+    needed = pods.cpus(pod, 1)
     said = (
-        f"'{group}' needs a pod with {needed[0]} cores and {needed[1]} GiB of host memory, where "
-        f"its {len(configs)} models sleep, and no EC2 machine gives more than {cores} and {memory} "
-        f"to one {gpu.name}"
+        f"'{group}' needs a pod with {needed} cores and {pods.memory_gib(pod, 1, needed)} GiB of "
+        f"host memory, where its {len(configs)} models sleep, and no EC2 machine gives more than "
+        f"{cores} and {memory} to one {gpu.name}"
     )
     yield Finding(CHECK, "fail", next(iter(configs)), said, "take models out of the group")
 
@@ -217,8 +223,8 @@ def _on_machine(group: str, configs: Mapping[str, ModelConfig], gpu: GPU) -> Ite
 def _too_little_reserved(configs: Mapping[str, ModelConfig]) -> Iterator[Finding]:
     """Members whose ``memory_gib`` does not hold their weights."""
     for name, config in configs.items():
-        asked, needed = config.resources.memory_gib, host_bytes(config) / GIB
-        if asked and asked < needed:
+        asked = config.resources.memory_gib
+        if asked and asked < (needed := host_bytes(config) / GIB):
             said = (
                 f"resources.memory_gib is {asked:g}, and the weights of '{name}' take "
                 f"{needed:.1f} GiB of host memory while it sleeps"

@@ -214,7 +214,7 @@ def test_where_no_parts_would_do_models_are_to_be_taken_out(
     assert any(said.endswith(fix) for status, said in found(many) if status == "fail")
 
 
-def test_a_group_whose_models_no_machine_can_hold_asleep_is_refused(tmp_path: Path) -> None:
+def test_a_group_whose_models_no_machine_can_hold_asleep_is_refused() -> None:
     many = fleet(*[{}] * 12, order=(1, 1), engine={"gpu_memory_utilization": 0.6})
     [on_gpu, (status, said)] = found(many)
     assert on_gpu[0] == "ok" and status == "fail"
@@ -223,6 +223,17 @@ def test_a_group_whose_models_no_machine_can_hold_asleep_is_refused(tmp_path: Pa
     assert [it.status for it in swap.problems(many, gpus()["H100"], anywhere=False)] == ["ok"]
     with pytest.raises(ConfigError, match=r"with 1 GPU, .*; take models out of swap group 'big'"):
         groups_of(many, ClusterProfile())
+
+
+def test_a_group_without_a_type_is_on_the_smallest_whose_machines_hold_it_asleep() -> None:
+    def untyped(count: int) -> Fleet:
+        any_gpu = {"accelerator_type": None}
+        return fleet(*[any_gpu] * count, order=(1, 1), engine={"gpu_memory_utilization": 0.6})
+
+    two, five = (swap.smallest("big", untyped(count).models) for count in (2, 5))
+    assert two and five and two.memory_bytes < five.memory_bytes
+    assert [it.status for it in swap.problems(untyped(5))] == ["ok"]
+    assert [it.status for it in swap.problems(untyped(12))] == ["ok", "fail"]
 
 
 def test_a_group_is_planned_on_the_gpu_that_is_asked_for() -> None:
