@@ -51,15 +51,12 @@ MOE = SHAPES / "Qwen--Qwen3-30B-A3B/config.json"
 
 @dataclass(frozen=True)
 class Machine:
-    """What a step works with: the 8B shape, a folder, the end of the time, the first port, and what
-    the result file has had before.
-    """
+    """What a step works with: the 8B shape, a folder, the end of the time, and the first port."""
 
     model: Path
     folder: Path
     deadline: float
     port: int
-    earlier: dict[str, Any]
 
     @property
     def cache(self) -> str:
@@ -507,17 +504,9 @@ def shares_1gpu(at: Machine) -> dict[str, Any]:
 
 
 def routing_4(at: Machine) -> dict[str, Any]:
-    """Four 1B shapes on parts of a GPU, by each policy and behind vllm-router: two traces.
-
-    Without contenders that the result file has: on few GPUs all of them take more than one call.
-    """
+    """Four 1B shapes on parts of a GPU, by each policy and behind vllm-router: two traces."""
     model, _ = _one_b(at, 1)
-    earlier = at.earlier.get("routing_4", {})
-    done = {it["contender"] for it in earlier.get("records", [])}
-    names = [name for name in routing.CONTENDERS if name not in done]
-    found = routing.measure(routing.GPU, model, at.folder, at.port, at.deadline, names,
-                            earlier.get("requests_per_s of round robin"))  # fmt: skip
-    return found | {"records": earlier.get("records", []) + found["records"]}
+    return routing.measure(routing.GPU, model, at.folder, at.port, at.deadline)
 
 
 STEPS: dict[str, Callable[[Machine], dict[str, Any]]] = {
@@ -562,7 +551,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     if options.results.is_file():
         report = json.loads(options.results.read_text())
-    at = Machine(options.model, folder, time.monotonic() + options.budget_s, options.port, report)
+    at = Machine(options.model, folder, time.monotonic() + options.budget_s, options.port)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("out of time"))
     try:

@@ -1,9 +1,10 @@
 """Four real engines by each policy: on parts of one GPU, or on a CPU. Traces in real time.
 
 The gateway's policy is one of its args, so each has a server of its own; vllm-router stands in
-front of four ``vllm serve``. Each has a GPU for itself: on a machine with several GPUs as many play
-the same round at the same time, on one they follow each other. No round has a prompt of another
-one. What round robin completes at most decides what all are offered.
+front of four ``vllm serve``. As many as there is memory for start at the same time, spread over the
+GPUs. Of those on one GPU each plays a round alone, in random order: an idle engine takes no time of
+it. No round has a prompt of another one. What round robin completes at most decides what all are
+offered.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from benchmarks.h200.server import (
     Server,
     application,
     bare,
+    gpu_memory_mib,
     serve_run,
     until,
     visible_gpus,
@@ -51,7 +53,8 @@ _MOST_TOKENS = 600
 _PORTS = 20
 """For each contender: its own, vllm-router's for metrics, and those of the servers behind it."""
 
-_SHARE = 0.23
+_ENGINE_GIB = 8.4
+"""Of a GPU, for one engine: the planner says 7.2 of what :data:`GPU` has."""
 
 _START_S = 330.0
 """Where no kernel is compiled yet."""
@@ -61,41 +64,37 @@ _START_S = 330.0
 class Setup:
     """What four engines are, and what is asked of them."""
 
-    traces: tuple[Trace, ...]
+    traces: Mapping[Trace, tuple[float, ...]]
+    """And the loads of each, as multiples of what round robin completes."""
+
     engine: Mapping[str, Any]
     model: Mapping[str, Any]
     """A model's further ``args``."""
 
-    bare: Mapping[str, Any]
-    """What ``vllm serve`` has beside ``engine``."""
-
     clients: int
     """That each ask as soon as they are answered, to see how much can be done."""
 
-    loads: tuple[float, ...] = (1.0, 1.5)
-    warm_s: float = 8.0
-    measured_s: float = 20.0
+    warm_s: float
+    measured_s: float
 
 
 GPU = Setup(
-    (traces.QUARTER, traces.TRACES["reasoning"]),
+    {traces.QUARTER: (1.0, 1.5), traces.TRACES["reasoning"]: (1.0,)},
     # 114,000 tokens of a 1B shape each, a quarter of an 8B's on the whole GPU.
-    {"max_model_len": 16384, "kv_cache_memory_bytes": round(3.5 * 2**30)},
-    {"resources": {"gpu_share": _SHARE}},
-    {"gpu_memory_utilization": _SHARE},
+    {"max_model_len": 16384, "kv_cache_memory_bytes": round(3.5 * 2**30), "max_num_seqs": 128},
+    {"resources": {"gpu_memory_gib": _ENGINE_GIB, "num_cpus": 0.5}},
     clients=256,
-    warm_s=6.0,
-    measured_s=15.0,
+    warm_s=5.0,
+    measured_s=12.0,
 )
 CPU = Setup(
-    (traces.SMALL,),
+    {traces.SMALL: (1.0,)},
     # 9,000 tokens of SmolLM2-135M each: less than all customers' prompts.
     {"max_model_len": 2048, "kv_cache_memory_bytes": 200 << 20, "enforce_eager": True},
     {"resources": {"device": "cpu", "num_cpus": 0}},
-    {},
     clients=16,
-    loads=(1.0,),
     warm_s=15.0,
+    measured_s=20.0,
 )
 
 _TURNS = 3
@@ -105,7 +104,7 @@ def measure(
     setup: Setup, model: Path, folder: Path, port: int, deadline: float,
     names: Sequence[str] = CONTENDERS, capacities: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Contenders, on as many GPUs at once as there are.
+    """Contenders, as many at the same time as there is memory for.
 
     Args:
         deadline: by ``time.monotonic``. What does not fit before it is left out.
@@ -114,16 +113,19 @@ def measure(
     lifeline.tie_children()  # the clients
     left_out = {ROUTER: why} if (why := others.absent("vllm-router", "vllm-router")) else {}
     names = [name for name in names if name not in left_out]
-    gpus = visible_gpus() if setup is GPU else [""]
+    gpus, on_each = [""], 1
+    if setup is GPU:
+        gpus = visible_gpus()
+        on_each = max(1, int(min(gpu_memory_mib("total")) / 1024 / _ENGINE_GIB / REPLICAS))
     capacities = dict(capacities or {})
     records: list[dict[str, Any]] = []
-    for first in range(0, len(names), len(gpus)):
-        at_once = names[first : first + len(gpus)]
+    for first in range(0, len(names), len(gpus) * on_each):
+        at_once = names[first : first + len(gpus) * on_each]
         if records and time.monotonic() + 200 > deadline:
             left_out |= dict.fromkeys(at_once, "the step's time was over")
             continue
         with contextlib.ExitStack() as stack:
-            places = dict(zip(at_once, gpus, strict=False))
+            places = dict(zip(at_once, itertools.cycle(gpus), strict=False))
             ports, failed = _started(setup, model, folder, port, places, stack, deadline)
             left_out |= failed
             if ROUND_ROBIN not in ports and {it.name for it in setup.traces} - capacities.keys():
@@ -132,21 +134,24 @@ def measure(
                 continue
             if not ports:
                 continue
-            clients = stack.enter_context(ProcessPoolExecutor(len(ports), get_context("spawn")))
+            clients = stack.enter_context(ProcessPoolExecutor(len(gpus), get_context("spawn")))
             for trace in setup.traces:
                 if trace.name not in capacities:
                     most = clients.submit(_most, ports[ROUND_ROBIN], trace, setup.clients)
                     capacities[trace.name] = most.result()
             print("requests/s of round robin", json.dumps(capacities), flush=True)
-            for seed, trace, load in itertools.product(SEEDS, setup.traces, setup.loads):
-                if time.monotonic() + 2 * (setup.warm_s + setup.measured_s) > deadline:
+            on = [[name for name in ports if places[name] == gpu] for gpu in gpus]
+            loads = [(trace, load) for trace, its in setup.traces.items() for load in its]
+            for seed, (trace, load) in itertools.product(SEEDS, loads):
+                took = max(map(len, on)) * (setup.warm_s + setup.measured_s)
+                if time.monotonic() + 1.5 * took > deadline:
                     break
                 rate = load * capacities[trace.name]
-                asked = {it: clients.submit(_round, setup, at, trace, rate, seed)
-                         for it, at in ports.items()}  # fmt: skip
-                for contender, answered in asked.items():
+                asked = [clients.submit(_in_turn, setup, {it: ports[it] for it in its}, trace,
+                                        rate, seed) for its in on]  # fmt: skip
+                for contender, found in itertools.chain(*(it.result() for it in asked)):
                     records.append({"trace": trace.name, "load": load, "round": seed,
-                                    "contender": contender, **answered.result()})  # fmt: skip
+                                    "contender": contender, **found})  # fmt: skip
                     print(json.dumps(records[-1]), flush=True)
     return {"replicas": REPLICAS, "gpus_at_once": len(gpus), "left_out": left_out,
             "requests_per_s of round robin": capacities, "records": records,
@@ -169,7 +174,10 @@ def _started(
         if name == ROUTER:
             ports, commands = range(at + 2, at + 2 + REPLICAS), []
             for own in ports:
-                flags = {**setup.engine, **setup.bare, "load_format": "dummy"}
+                flags = {**setup.engine, "load_format": "dummy"}
+                if gpu:
+                    gib = min(gpu_memory_mib("total")) / 1024
+                    flags["gpu_memory_utilization"] = round(_ENGINE_GIB / gib, 3)
                 eager = flags.pop("enforce_eager", False)
                 command = bare(model, own, **flags) + ["--enforce-eager"] * eager
                 commands.append([*command, "--enable-prompt-tokens-details"])
@@ -229,10 +237,15 @@ def _most(port: int, trace: Trace, clients: int) -> float:
     return max(0.5, float(said["requests_per_s"]))
 
 
-def _round(setup: Setup, port: int, trace: Trace, rate: float, seed: int) -> dict[str, Any]:
-    end = setup.warm_s + setup.measured_s
-    answered = _play(port, trace.at(rate, end, seed), f"{seed} {rate}")
-    return client.measured(answered, setup.warm_s, end)
+def _in_turn(
+    setup: Setup, ports: Mapping[str, int], trace: Trace, rate: float, seed: int
+) -> list[tuple[str, dict[str, Any]]]:
+    """A round of each contender at these ports, one after the other in random order."""
+    end, found = setup.warm_s + setup.measured_s, []
+    for name in random.sample(list(ports), len(ports)):
+        answered = _play(ports[name], trace.at(rate, end, seed), f"{seed} {rate}")
+        found.append((name, client.measured(answered, setup.warm_s, end)))
+    return found
 
 
 def _play(port: int, sessions: Sequence[Session], salt: str) -> list[client.Answered]:
