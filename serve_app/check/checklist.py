@@ -29,7 +29,7 @@ from serve_app.kuberay.validate.manifests import Document, Manifests, get, mappi
 from serve_app.kuberay.validate.serving import CONFIG
 from serve_app.local import gateway_needs
 from serve_app.local import judge as on_this_machine
-from serve_app.planner import check_machine, check_model, swap
+from serve_app.planner import check_machine, check_model, swap, together
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.model import runner, templates
 from serve_app.planner.vllm import defaults
@@ -115,6 +115,7 @@ def static(path: Path, documents: list[Document] | None) -> list[Finding]:
     if for_here:
         findings += check_machine.lacks(fleet, on_this_machine.limits(fleet, all_memory=True))
     findings += swap.problems(fleet)
+    findings += together.problems(fleet)
     if fleet.gateway is None:
         fix = "add an application with import_path serve_app.gateway:app and route_prefix /"
         findings.append(Finding("gateway", "fail", str(path), "no client can reach a model", fix))
@@ -174,7 +175,7 @@ def _shared_gpus(fleet: Fleet) -> Iterator[Finding]:
         for gpu in packed(models):
             parts = " + ".join(f"{part.name} {part.fraction:g}" for part in gpu.parts)
             said = f"{parts} of {kind or 'a GPU'}, {gpu.free:g} left"
-            yield Finding("shared GPU", "ok", str(fleet.path), said)
+            yield Finding(together.CHECK, "ok", str(fleet.path), said)
 
 
 def _engine_arguments(document: Document) -> Iterator[Finding]:

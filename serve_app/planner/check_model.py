@@ -16,7 +16,16 @@ from serve_app.config.document import Fleet, answering
 from serve_app.config.engine_args import count
 from serve_app.config.settings import NO_FALLBACK, ModelConfig, ids_of
 from serve_app.errors import ConfigError, UserError
-from serve_app.planner import check_machine, choose, ec2, front_ends, hardware, swap, verdict
+from serve_app.planner import (
+    check_machine,
+    choose,
+    ec2,
+    front_ends,
+    hardware,
+    swap,
+    together,
+    verdict,
+)
 from serve_app.planner.check_machine import Limits
 from serve_app.planner.finding import Finding, Status
 from serve_app.planner.hardware import GIB, GPU
@@ -59,7 +68,8 @@ def _reasons(fleet: Fleet, here: Limits | None) -> Iterator[tuple[str, str]]:
     for finding in check_machine.lacks(fleet, here) if here else ():
         yield finding.about, finding.text
     gpu = max(here.gpus, key=lambda one: one.memory_bytes) if here and here.gpus else None
-    for finding in swap.problems(fleet, gpu, anywhere=here is None):
+    anywhere = () if here else together.problems(fleet)
+    for finding in (*swap.problems(fleet, gpu, anywhere=here is None), *anywhere):
         if finding.status == "fail":
             yield finding.about, finding.text
     for name, config, model in models:

@@ -84,7 +84,7 @@ def plan(
     priced = ec2.read_prices(prices) if prices else None
     targets = _targets(target, only, engine_arguments(overrides))
     of_groups = swap.gpu_names(load(Path(target))) if is_config(target) else {}
-    shared_gpu = together.one_gpu((model, config) for _, model, config, _ in targets)
+    shared_gpu = together.one_gpu({name: (it, config) for name, it, config, _ in targets})
     reports = []
     for found in targets:
         name, _, config, _ = found
@@ -93,8 +93,13 @@ def plan(
             reports.append(
                 _report(*found, gpu_name=gpu, typical_length=typical_length, prices=priced)
             )
-    groups = swap.of_config(Path(target), gpu_name) if is_config(target) and not only else []
-    fits = all(one.plan.fits for one in reports) and all(it.status != "fail" for it in groups)
+    groups, crowded = [], []
+    if is_config(target) and not only:
+        fleet, instead = load(Path(target)), hardware.find(gpu_name)[0] if gpu_name else None
+        groups = list(swap.problems(fleet, instead=instead))
+        crowded = list(together.problems(fleet, instead=instead))
+    together_fit = all(it.status != "fail" for it in (*groups, *crowded))
+    fits = together_fit and all(one.plan.fits for one in reports)
     shared = together.of_fleet(reports)
     if json_:
         models = [report.as_json(one) for one in reports]
@@ -103,9 +108,11 @@ def plan(
             both["shared_gpus"] = together.as_json(shared)
         if groups:
             both["swap_groups"] = [it.text for it in groups]
+        if crowded:
+            both["on_no_machine"] = [it.text for it in crowded]
         click.echo(json.dumps(models[0] if len(models) == 1 else both, indent=2))
     else:
-        whole = Text(totals.verdict(reports, groups), "bold green" if fits else "bold red")
+        whole = Text(totals.verdict(reports, together_fit), "bold green" if fits else "bold red")
         if len(reports) > 1:
             console.print(whole)
             console.rule()
@@ -113,7 +120,7 @@ def plan(
             if index:
                 console.rule()
             report.show(one, console)
-        together.show(shared, console)
+        together.show(shared, crowded, console)
         swap.show(groups, console)
         if len(reports) > 1:  # again: the first line has scrolled away
             console.rule()

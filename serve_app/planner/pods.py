@@ -35,9 +35,14 @@ def fits(
 ) -> bool:
     """Whether ``gpus`` of the machine come with cores and memory for a replica of each model."""
     cpu, memory = share(instance, gpus, kept_cpu_m, kept_memory_mib)
-    return cpu >= sum(cpus(model, gpus) for model in models) and (
-        memory >= BASE_GIB + sum(memory_gib(model, gpus, cpu) - BASE_GIB for model in models)
-    )
+    cores, gib = of_all(models, gpus, cpu)
+    return cpu >= cores and memory >= gib
+
+
+def of_all(models: Sequence[ModelConfig], gpus: int, cores: int) -> tuple[int, int]:
+    """The cores and GiB of one pod with a replica of each model, where it has so many cores."""
+    gib = BASE_GIB + sum(memory_gib(model, gpus, cores) - BASE_GIB for model in models)
+    return sum(cpus(model, gpus) for model in models), gib
 
 
 def share(

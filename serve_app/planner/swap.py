@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
-from serve_app.config.document import Fleet, load
+from serve_app.config.document import Fleet
 from serve_app.config.settings import ModelConfig, SwapGroup
 from serve_app.errors import UserError, did_you_mean
 from serve_app.planner import hardware, pods
@@ -114,11 +113,6 @@ def gpu_names(fleet: Fleet) -> dict[str, str]:
         if gpu := smallest(group, configs, terms(fleet, group).awake):
             found |= dict.fromkeys(configs, gpu.name)
     return found
-
-
-def of_config(path: Path, gpu_name: str | None) -> list[Finding]:
-    """Whether the groups of a config fit; ``gpu_name`` as ``serve-app plan --gpu`` has it."""
-    return list(problems(load(path), instead=hardware.find(gpu_name)[0] if gpu_name else None))
 
 
 def show(groups: Iterable[Finding], console: Console) -> None:

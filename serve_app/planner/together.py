@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from serve_app.config.document import Fleet
 from serve_app.config.settings import ModelConfig
 from serve_app.errors import UserError
-from serve_app.planner import choose, hardware, shares
+from serve_app.planner import choose, hardware, pods, shares
+from serve_app.planner.finding import Finding
 from serve_app.planner.hardware import CONTEXT_BYTES, GIB, GPU
 from serve_app.planner.model.checkpoint import Model
 from serve_app.planner.report import Report
 from serve_app.planner.vllm.memory import Plan
 from serve_app.planner.vllm.share import KEY
+
+CHECK = "shared GPU"
 
 
 @dataclass(frozen=True)
@@ -92,18 +98,22 @@ def of_fleet(reports: Iterable[Report]) -> list[Shared]:
     return [gpu for kind, parts in found.items() for gpu in packed(parts, kind)]
 
 
-def one_gpu(models: Iterable[tuple[Model, ModelConfig]]) -> GPU | None:
-    """The smallest GPU for the models with parts of one of which no type is said; None without
-    any."""
-    parts = [
-        (model, choose.arguments_of(config))
-        for model, config in models
+def one_gpu(models: Mapping[str, tuple[Model, ModelConfig]]) -> GPU | None:
+    """The smallest GPU for the models with parts of one of which no type is said, that a machine
+    holds with all that shares it; without such a machine the smallest, and None without any."""
+    parts = {
+        name: (model, config)
+        for name, (model, config) in models.items()
         if config.resources.part_of_gpu and not config.resources.accelerator_type
-    ]
+    }
+    configs = {name: config for name, (_, config) in parts.items()}
+    smallest = None
     for gpu in hardware.gpus().values() if parts else ():
-        if all(choose.plan_on(model, arguments, gpu).fits for model, arguments in parts):
-            return gpu
-    return None
+        if all(choose.plan_on(it, choose.arguments_of(of), gpu).fits for it, of in parts.values()):
+            smallest = smallest or gpu
+            if not _too_much(configs, gpu):
+                return gpu
+    return smallest
 
 
 def name_of(gpu: GPU | None, config: ModelConfig) -> str | None:
@@ -112,7 +122,59 @@ def name_of(gpu: GPU | None, config: ModelConfig) -> str | None:
     return gpu.name if gpu and resources.part_of_gpu and not resources.accelerator_type else None
 
 
-def show(gpus: list[Shared], console: Console) -> None:
+def problems(fleet: Fleet, *, instead: GPU | None = None) -> Iterator[Finding]:
+    """GPUs of which no EC2 machine has the host memory and cores for all that shares one.
+
+    Args:
+        instead: plan on this GPU, whatever the config says.
+    """
+    kinds: dict[str, dict[str, ModelConfig]] = {}
+    for name, config in fleet.models.items():
+        kind = instead.name if instead else config.resources.accelerator_type or ""
+        kinds.setdefault(kind, {})[name] = config
+    for kind, configs in kinds.items():
+        try:
+            gpu = hardware.find(kind)[0] if kind else None
+        except UserError:
+            continue  # for which there is another finding
+        if found := _too_much(configs, gpu):
+            yield found
+
+
+def _too_much(configs: Mapping[str, ModelConfig], gpu: GPU | None) -> Finding | None:
+    """What shares a GPU, at the most replicas, and has too little host memory or cores on any
+    machine with one (None: of any type)."""
+    offered = [it for it in hardware.instances().values() if gpu in (None, it.gpu)]
+    parts = [
+        part
+        for name, config in configs.items()
+        if (part := part_of(name, config, gpu))
+        for _ in range(config.replica_range[1])
+    ]
+    for shared in packed(parts) if offered else ():
+        sharing = [configs[part.name] for part in shared.parts]
+        if not any(pods.fits(it, 1, sharing) for it in offered):
+            return _on_no_machine(shared, sharing, offered, gpu.name if gpu else "GPU")
+    return None
+
+
+def _on_no_machine(
+    shared: Shared, sharing: list[ModelConfig], offered: list[hardware.Instance], kind: str
+) -> Finding:
+    largest = max(offered, key=lambda it: pods.share(it, 1)[::-1])
+    cores, memory = pods.share(largest, 1)
+    count = Counter(part.name for part in shared.parts)
+    names = ", ".join(f"{number} × {it}" if number > 1 else it for it, number in count.items())
+    needed, asked = pods.of_all(sharing, 1, cores)
+    said = (
+        f"{names} share a GPU, and need a pod with {needed} cores and {asked} GiB of host memory; "
+        f"of EC2's machines {largest.name} gives the most to one {kind}, {cores} and {memory}"
+    )
+    fix = "lower their resources.num_cpus or memory_gib, or give them larger parts"
+    return Finding(CHECK, "fail", shared.parts[0].name, said, fix)
+
+
+def show(gpus: list[Shared], crowded: Iterable[Finding], console: Console) -> None:
     """Print each shared GPU as a table, in GiB; of several alike, what they are asked for."""
     alike: dict[str, list[Shared]] = {}
     for gpu in gpus:
@@ -125,6 +187,8 @@ def show(gpus: list[Shared], console: Console) -> None:
                 f"\n[bold]What shares {which}{f' ({kind})' if kind else ''}[/], in GiB{asked}"
             )
             console.print(_table(gpu))
+    for finding in crowded:
+        console.print(f"\n[bold]does not fit[/]: {escape(finding.text)}", soft_wrap=True)
 
 
 def _table(gpu: Shared) -> Table:

@@ -8,7 +8,6 @@ from typing import Any
 
 from serve_app.config.settings import ModelConfig
 from serve_app.planner import hardware, pods, together
-from serve_app.planner.finding import Finding
 from serve_app.planner.report import Report
 
 
@@ -77,17 +76,16 @@ def _whole(total: dict[str, float]) -> dict[str, int]:
     return {name: count for name in named if (count := math.ceil(round(total[name], 6)))}
 
 
-def verdict(reports: list[Report], groups: Iterable[Finding]) -> str:
+def verdict(reports: list[Report], together_fit: bool) -> str:
     """Whether all fit, and the machines for all together, in a sentence.
 
-    ``groups`` are the findings on the swap groups. Which machines one takes that does not fit has
-    no answer.
+    Which machines are taken by what shares a GPU and does not fit (``together_fit``) has no answer.
     """
     not_fitting = [one.name for one in reports if not one.plan.fits]
     if not_fitting:
         fit = f"{len(not_fitting)} of {len(reports)} models do not fit: {', '.join(not_fitting)}"
-    elif any(it.status == "fail" for it in groups):
-        return "each model fits, but a swap group does not: see below"
+    elif not together_fit:
+        return "each model fits, but what shares a GPU does not: see below"
     else:
         fit = f"all {len(reports)} models fit"
     fewest, most = machines(reports)

@@ -345,5 +345,5 @@ def test_plan_tells_of_the_groups_and_counts_one_machine_for_each(tmp_path: Path
     )
     done = CliRunner().invoke(cli, ["plan", str(full)])
     assert done.exit_code == 1 and "swap group does not fit: " in done.output
-    assert done.output.startswith("each model fits, but a swap group does not: see below\n")
+    assert done.output.startswith("each model fits, but what shares a GPU does not: see below\n")
     assert "together:" not in done.output  # there is no machine for what does not fit

@@ -113,7 +113,7 @@ def _service(service: Document, manifests: Manifests) -> Iterator[Finding]:
     impossible = [
         *serving.models(fleet),
         *serving.fallbacks(fleet),
-        *serving.swap_groups(fleet),
+        *serving.sharing(fleet),
     ]
     yield from impossible
     if any(finding.status == "fail" for finding in impossible):

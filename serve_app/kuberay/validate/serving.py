@@ -28,7 +28,7 @@ from serve_app.kuberay.validate.manifests import (
     workers_of,
 )
 from serve_app.kuberay.validate.rule import Found, check, fail, warn
-from serve_app.planner import check_model, front_ends, hardware, swap
+from serve_app.planner import check_model, front_ends, hardware, swap, together
 from serve_app.planner.loading import load_known
 
 CONFIG = "spec.serveConfigV2"
@@ -130,9 +130,9 @@ def models(fleet: Fleet) -> Found:
 
 
 @check("model")
-def swap_groups(fleet: Fleet) -> Found:
-    """Do the models of each swap group go together, and fit their GPU?"""
-    for finding in swap.problems(fleet):
+def sharing(fleet: Fleet) -> Found:
+    """Do models that share a GPU, in turn or in parts, fit it and a machine that has it?"""
+    for finding in (*swap.problems(fleet), *together.problems(fleet)):
         if finding.status == "fail":
             yield fail(CONFIG, finding.message, finding.fix)
 

@@ -221,9 +221,46 @@ def test_parts_that_take_several_gpus_are_told_with_what_they_ask_for(tmp_path: 
 
 
 def test_parts_without_a_type_are_planned_on_one_gpu() -> None:
-    models = [(load_model(one), one) for one in (config(gpu_share=0.5), config(gpu_share=0.9))]
+    of = {"half": config(gpu_share=0.5), "most": config(gpu_share=0.9)}
+    models = {name: (load_model(one), one) for name, one in of.items()}
     assert together.one_gpu(models) is hardware.gpus()["A100-40G"]
-    assert together.one_gpu([(load_model(config()), config())]) is None
+    assert together.one_gpu({"whole": (load_model(config()), config())}) is None
+    # No machine has 170 GiB for one A100 of 40 GB.
+    of = {name: config(gpu_share=0.5, memory_gib=80) for name in ("a", "b")}
+    models = {name: (load_model(one), one) for name, one in of.items()}
+    assert together.one_gpu(models) is L40S
+
+
+def test_what_shares_a_gpu_and_no_machine_holds_is_told(tmp_path: Path) -> None:
+    large = tmp_path / "large.yaml"
+    text = ONE_GPU.read_text()
+    large.write_text(text.replace("gpu_share: 0.1}", "gpu_share: 0.1, memory_gib: 250}"))
+    done = CliRunner().invoke(plan, [str(large)])
+    assert done.exit_code == 1
+    assert done.output.startswith("each model fits, but what shares a GPU does not: see below\n")
+    said = (
+        "chat, embeddings, reranker share a GPU, and need a pod with 6 cores and 524 GiB of host "
+        "memory; of EC2's machines g6e.16xlarge gives the most to one L40S, 62 and 463; lower "
+        "their resources.num_cpus or memory_gib, or give them larger parts"
+    )
+    assert f"does not fit: {said}\n" in done.output
+    told = yaml.safe_load(CliRunner().invoke(plan, [str(large), "--json"]).output)
+    assert told["fits"] is False and told["on_no_machine"] == [said]
+    with pytest.raises(ConfigError, match="application 'chat': chat, embeddings, reranker share"):
+        check_model.refuse(load(large))
+    check_model.refuse(load(large), machine())  # this one may have the memory: another check's
+
+
+def test_the_most_replicas_are_what_a_machine_must_hold() -> None:
+    document = yaml.safe_load(ONE_GPU.read_text())
+    small = document["applications"][1]["args"]
+    small["resources"]["memory_gib"] = 70
+    small["autoscaling"] = {"min_replicas": 1, "max_replicas": 2}
+    assert not [*together.problems(parse_document(document, Path("f.yaml")))]
+    small["autoscaling"]["max_replicas"] = 9
+    [finding] = together.problems(parse_document(document, Path("f.yaml")))
+    # The largest parts first: the chat model's with two of the small ones, then the others.
+    assert finding.message.startswith("7 × embeddings, reranker share a GPU, and need a pod with")
 
 
 def test_a_machine_runs_what_its_gpu_holds() -> None:
