@@ -83,6 +83,9 @@ class Policy(Protocol):
 
     def ended(self, asked: Asked, request: Request) -> None: ...
 
+    def heard(self, replica: Replica, asked: Asked) -> None:
+        """Another gateway has sent this request to a replica."""
+
 
 class Gateway:
     """One gateway: its view of the replicas, and its line."""
@@ -204,6 +207,12 @@ class Fleet:
         self._due = [[False] * replicas for _ in self.gateways]
         """By gateway and replica: whether a report is on its way."""
 
+        self._sent: list[list[Asked]] = [[] for _ in self.engines]
+        """What each replica was sent."""
+
+        self._heard = [[0] * replicas for _ in self.gateways]
+        """By gateway and replica: how many of these it has been told of."""
+
         self._ends = [float("inf")] * replicas
         self._left = self._gone = 0
         self._silent: dict[Asked, None] = {}
@@ -258,6 +267,7 @@ class Fleet:
             turn = asked.turn
             request = Request(turn.prompt_tokens, turn.output_tokens, asked.blocks, owner=asked)
             number = asked.front_end.port
+            self._sent[number].append(asked)
             self.engines[number].add(request, self.now)
             self._look(number)
 
@@ -325,9 +335,15 @@ class Fleet:
             engine.running, len(engine.waiting), engine.speed.most_seqs, engine.kv_cache_usage,
             gateways=len(self.gateways), prefix_cache_tokens=engine.speed.kv_tokens,
         )  # fmt: skip
-        self._at(self.now + _REPORT_S, self._hear, gateway, number, load)
+        sent = self._sent[number][self._heard[gateway.number][number] :]
+        self._heard[gateway.number][number] += len(sent)
+        others = [it for it in sent if it.gateway is not gateway]
+        self._at(self.now + _REPORT_S, self._hear, gateway, number, load, others)
         self._at(self.now + HOLD_S, self._report, gateway, number)
 
-    def _hear(self, gateway: Gateway, number: int, load: Load) -> None:
-        gateway.front_ends[number].replica.report(load)
+    def _hear(self, gateway: Gateway, number: int, load: Load, others: list[Asked]) -> None:
+        replica = gateway.front_ends[number].replica
+        replica.report(load)
+        for asked in others:
+            gateway.policy.heard(replica, asked)
         self._give(gateway)

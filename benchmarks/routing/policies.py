@@ -28,6 +28,8 @@ class _Told:
 
     def ended(self, asked: Asked, request: Request) -> None: ...
 
+    def heard(self, replica: Replica, asked: Asked) -> None: ...
+
 
 class RoundRobin(_Told):
     def __init__(self, seed: int, now: Callable[[], float]) -> None:
@@ -73,6 +75,9 @@ class CacheAware:
         usage = Usage(request.prompt_tokens, request.cached_tokens, request.output_tokens)
         if believed := self._policy.used(str(asked.rank), usage):
             asked.predicted_tokens = round(believed.cached)
+
+    def heard(self, replica: Replica, asked: Asked) -> None:
+        self._policy.heard(replica, _prompt(asked).blocks)
 
 
 def _prompt(asked: Asked) -> prefix.Prompt:

@@ -18,6 +18,10 @@ PATH = "/-/serve_app/exchange"
 CALL_HEADER = b"x-serve-app-call"
 """Request header that carries a :class:`Called` from the gateway to a front end."""
 
+PROMPT_HEADER = b"x-serve-app-prompt"
+"""Request header from a gateway that chooses by what is cached: its key of the prompt, as text. The
+front end passes it on to the other gateways, which so know what its replica has."""
+
 HOLD_S = 1.0
 """Seconds after which a front end answers though it has nothing to report."""
 
@@ -134,6 +138,9 @@ class Question:
     waited_s: float = 0.0
     """Seconds for which the oldest of these has waited."""
 
+    heard: int = 0
+    """The ``heard`` of the last answer: it has all ``prompts`` up to there."""
+
     def encode(self) -> bytes:
         return _encode(self)
 
@@ -155,6 +162,12 @@ class Answer:
     reports: list[Report] = field(default_factory=list)
     load: Load | None = None
     """From the front end that is in the engine's replica process; None from further ones."""
+
+    prompts: list[str] = field(default_factory=list)
+    """Of requests that other gateways have sent there: each one's :data:`PROMPT_HEADER`."""
+
+    heard: int = 0
+    """The number of the last of ``prompts``; also by the name ``of``."""
 
     def encode(self) -> bytes:
         return _encode(self)

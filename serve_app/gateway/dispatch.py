@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+from serve_app.cluster.exchange import PROMPT_HEADER
 from serve_app.gateway.errors import Unavailable, unavailable
 from serve_app.gateway.queue import Queue
 from serve_app.gateway.relay import Answer, Asleep, NotStarted, Relay, Request
@@ -35,7 +36,7 @@ class Dispatcher:
             GatewayError: no replica was available, or their answers were lost.
         """
         name = call.model.name
-        request = _with_priority(call)
+        request = of_call = _with_priority(call)
         failed: set[str] = set()
         while True:
             waits = time.perf_counter()
@@ -44,6 +45,9 @@ class Dispatcher:
             finally:
                 outcome.queued_s += time.perf_counter() - waits
             outcome.front_end = front_end.id
+            if key := self._queue.key(call):
+                told = [*of_call.ours, (PROMPT_HEADER, key)]
+                request = replace(of_call, ours=told)
             answer.first_byte = partial(self._queue.first_byte, call)
             try:
                 return await self._relay.send(front_end, request, answer)

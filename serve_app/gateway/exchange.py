@@ -73,7 +73,12 @@ class Exchange:
             wanted.clear()
             waiting = self._board.waiting(model)
             question = Question(
-                GATEWAY, said.of, said.last, waiting.requests, round(waiting.longest_s, 3)
+                GATEWAY,
+                said.of,
+                said.last,
+                waiting.requests,
+                round(waiting.longest_s, 3),
+                said.heard,
             )
             try:
                 if front_end.replica.sleeps_for_now:
@@ -89,6 +94,8 @@ class Exchange:
                 continue
             for report in said.reports:
                 self._ledger.report(report, front_end.id)
+            for key in said.prompts:
+                self._board.heard(model, front_end.replica, key)
             if said.load:
                 self._board.report(front_end.replica.id, said.load)
 

@@ -113,7 +113,7 @@ class Metrics:
             registry,
             "serve_app_gateway_routing_choices_total",
             "Choices among several replicas, by why one was chosen (docs/routing.md): warm, "
-            "overflow, cold, hash, session, short; least_loaded or round_robin where that decides.",
+            "overflow, cold, session, short; least_loaded or round_robin where that decides.",
             ("model", "reason"),
         )
         self._routed_tokens = Counter(

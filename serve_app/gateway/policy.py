@@ -33,6 +33,10 @@ class Policy(Protocol):
         """
         return None
 
+    def key(self, call: Call) -> bytes:
+        """What other gateways are told of its prompt; empty where nothing."""
+        return b""
+
     def first_byte(self, call: Call) -> None:
         """The answer has begun."""
         return

@@ -218,6 +218,10 @@ class Queue:
         """The call's answer has begun."""
         self._policy.first_byte(call)
 
+    def key(self, call: Call) -> bytes:
+        """What other gateways are told of its prompt; empty where nothing."""
+        return self._policy.key(call)
+
     def entered(self, entry: Entry) -> None:
         """Take what a call took, as a listener of the ledger."""
         if (charged := self._charged.pop(entry.id, None)) and entry.usage:

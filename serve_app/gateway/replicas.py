@@ -195,6 +195,10 @@ class Board:
         self.waiting: Callable[[str], Waiting] = lambda application: Waiting(0, 0.0)
         """Tells what waits here for a replica of an application."""
 
+        self.heard: Callable[[str, Replica, str], None] = lambda *told: None
+        """Called with an application, its replica, and the key of a prompt that another gateway has
+        sent there."""
+
         self.wanted: Callable[[str], None] = lambda application: None
         """Called with an application when requests begin to wait for it."""
 

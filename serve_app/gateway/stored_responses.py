@@ -62,6 +62,9 @@ class StoredResponses(Policy):
     ) -> tuple[Replica, float] | None:
         return self._policy.waits_for(live, call, full) if call.front_end is None else None
 
+    def key(self, call: Call) -> bytes:
+        return self._policy.key(call)
+
     def first_byte(self, call: Call) -> None:
         self._policy.first_byte(call)
 

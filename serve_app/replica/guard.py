@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from serve_app.cluster.credential import ASLEEP_HEADER, CREDENTIAL_HEADER
-from serve_app.cluster.exchange import CALL_HEADER, PATH, Called, Question
+from serve_app.cluster.exchange import CALL_HEADER, PATH, PROMPT_HEADER, Called, Question
 from serve_app.errors import envelope
 from serve_app.replica import meter
 from serve_app.replica.meter import Meter
@@ -56,12 +56,14 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        given, called = b"", b""
+        given = called = prompt = b""
         for name, value in scope["headers"]:
             if name == CREDENTIAL_HEADER:
                 given = value
             elif name == CALL_HEADER:
                 called = value
+            elif name == PROMPT_HEADER:
+                prompt = value
         if not hmac.compare_digest(given, self._credential):
             await _refusal(scope, 401, _NOT_THE_GATEWAY)(scope, receive, send)
             return
@@ -86,6 +88,8 @@ class Guard:
 
         metered = Meter(Called.read(called), self._reports) if called else None
         meter.current.set(metered)
+        if metered and prompt:
+            self._reports.prompts.add(metered.called.gateway, prompt.decode("ascii"))
         self.running += 1
         try:
             await self._app(scope, receive, send_unless_dead)

@@ -20,7 +20,7 @@ class Meter:
     """What one HTTP request took so far."""
 
     def __init__(self, called: Called, reports: Reports) -> None:
-        self._called = called
+        self.called = called
         self._reports = reports
         self._open = 1  # the HTTP request itself
         self._prompt = self._cached = self._completion = 0
@@ -48,13 +48,13 @@ class Meter:
 
     def _still_open(self) -> None:
         if self._open:
-            self._reports.add(Report(self._called, None))
+            self._reports.add(Report(self.called, None))
 
     def _end_one(self) -> None:
         self._open -= 1
         if not self._open:
             usage = Usage(self._prompt, self._cached, self._completion)
-            self._reports.add(Report(self._called, usage))
+            self._reports.add(Report(self.called, usage))
 
 
 current: ContextVar[Meter | None] = ContextVar("meter", default=None)

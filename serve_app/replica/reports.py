@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from serve_app.cluster.exchange import HOLD_S, IDLE_HOLD_S, Answer, Load, Question, Report
+from serve_app.replica.prompts import Prompts
 
 SILENT_S = 15.0
 """Seconds without a question after which a gateway counts as gone."""
@@ -51,6 +52,9 @@ class _Box:
     load: Load | None = None
     """As it was told last."""
 
+    heard: int = 0
+    """The number of the last prompt of others that it has been told of."""
+
     waiting: int = 0
     waits_since: float = 0.0
     """When the oldest of these began to wait."""
@@ -63,6 +67,7 @@ class Reports:
 
     def __init__(self, load: Callable[[], Load | None]) -> None:
         self._load = load
+        self.prompts = Prompts()
         self._boxes: dict[str, _Box] = {}
 
     def add(self, report: Report) -> None:
@@ -79,6 +84,7 @@ class Reports:
         while question.of == box.id and box.reports and box.first <= question.taken:
             box.reports.popleft()
             box.first += 1
+        box.heard = question.heard if question.of == box.id else 0
         self._take_over(box)
         if not box.reports:
             box.news.clear()
@@ -93,7 +99,10 @@ class Reports:
         if load:
             gateways = sum(not _silent(it) for it in self._boxes.values())
             load = replace(load, gateways=gateways)
-        return Answer(box.id, box.first + len(told) - 1, told, load)
+        prompts = self.prompts.after(box.heard, question.gateway)
+        return Answer(
+            box.id, box.first + len(told) - 1, told, load, prompts, heard=self.prompts.last
+        )
 
     @property
     def due(self) -> int:
@@ -124,7 +133,8 @@ class Reports:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(each_s, left_s)):
                     await box.news.wait()
-            idle = _idle(load := self._load()) and load == box.load and not box.waiting
+            nothing = not box.waiting and box.heard == self.prompts.last
+            idle = nothing and _idle(load := self._load()) and load == box.load
             if box.news.is_set() or not idle:
                 return
 

@@ -16,9 +16,10 @@ from harness.scripted import Exchange, GatewayProcess, Upstream, ok, reported, t
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.cluster.exchange import CALL_HEADER, Called, Load, Usage
+from serve_app.cluster.exchange import CALL_HEADER, PROMPT_HEADER, Called, Load, Usage
 from serve_app.config import keys
 from serve_app.gateway.queue import AT_ONCE, Queue
+from serve_app.gateway.routing import prefix
 from serve_app.gateway.routing.router import Router
 
 CHAT = "/v1/chat/completions"
@@ -222,7 +223,7 @@ async def test_after_a_failed_replica_another_one_has_the_conversation() -> None
         )
 
 
-async def test_gateways_agree_where_a_new_conversation_begins() -> None:
+async def test_gateways_know_what_others_have_sent() -> None:
     async with (
         replicas(4) as them,
         them.gateway(gateways=2) as one,
@@ -230,12 +231,25 @@ async def test_gateways_agree_where_a_new_conversation_begins() -> None:
     ):
         for it in (one, two):
             it.ups_got = them.got  # type: ignore[attr-defined]
-        busy(two, "r0", 1)  # by their load they would not
         first = [await chat(one, f"{n} {LONG}") for n in range(12)]
+        for number, up in enumerate(them.ups):
+            for exchange in up.exchanges:
+                [key] = exchange.header(PROMPT_HEADER.decode())
+                two.board.heard("m", two.front_ends[number].replica, key)
+        busy(two, first[0], 1)  # by their load it would go elsewhere
         then = [await chat(two, f"{n} {LONG}") for n in range(12)]
-        assert sum(a == b for a, b in zip(first, then, strict=True)) >= 12 - first.count("r0")
-        assert len(set(first)) > 1
-        assert counted(one, "routing_choices_total", "reason") == {"hash": 12}
+        assert first == then and len(set(first)) > 1
+        assert counted(one, "routing_choices_total", "reason") == {"cold": 12}
+        assert counted(two, "routing_choices_total", "reason") == {"warm": 12}
+
+
+async def test_a_client_tells_gateways_nothing_of_prompts() -> None:
+    async with fleet(2) as (them, gateway):
+        await chat(gateway, LONG, headers={PROMPT_HEADER.decode(): "bm90IHRydWU="})
+        await chat(gateway, "short", headers={PROMPT_HEADER.decode(): "bm90IHRydWU="})
+        told = [it.header(PROMPT_HEADER.decode()) for up in them.ups for it in up.exchanges]
+        [key] = [key for its in told for key in its]  # the short one has no whole block
+        assert len(prefix.blocks_of(key)) == 9
 
 
 # --- a replica without room ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 
 import httpx
@@ -17,9 +18,9 @@ CUSTOMERS, QUESTIONS = 6, 5
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two replicas of the chat model behind one gateway."""
+    """Two replicas of the chat model behind two gateways, which get requests in no order."""
     model = servers.application(CHAT, **servers.demo_args("smollm2-135m") | {"replicas": 2})
-    config = servers.document(free_port(), model)
+    config = servers.document(free_port(), model, gateways=2)
     with servers.running(config, tmp_path_factory.mktemp("routing"), "python") as cluster:
         assert eventually(lambda: len(cluster.replicas(CHAT)) == 2, 180, 0.5)
         yield cluster
@@ -33,12 +34,23 @@ def manual_of(customer: int) -> str:
 
 
 def counted(page: str, name: str, label: str) -> dict[str, float]:
-    return {
-        sample.labels[label]: sample.value
+    """At all gateways together."""
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.name == f"serve_app_gateway_{name}":
+                found[sample.labels[label]] += sample.value  # type: ignore[assignment]
+    return dict(found)
+
+
+def gateways_of(page: str) -> int:
+    """How many have chosen replicas."""
+    return len({
+        sample.labels["gateway"]
         for family in text_string_to_metric_families(page)
         for sample in family.samples
-        if sample.name == f"serve_app_gateway_{name}"
-    }
+        if sample.name == "serve_app_gateway_routing_choices_total"
+    })  # fmt: skip
 
 
 def test_the_hits_that_are_predicted_are_those_that_vllm_reports(two: Cluster) -> None:
@@ -66,6 +78,7 @@ def test_the_hits_that_are_predicted_are_those_that_vllm_reports(two: Cluster) -
             lambda: sum(counted(page(), "routing_choices_total", "reason").values()) == sent
         )
         assert eventually(lambda: "cached" in counted(page(), "routing_tokens_total", "kind"), 10)
+        assert gateways_of(page()) == 2
         reasons = counted(page(), "routing_choices_total", "reason")
         tokens = counted(page(), "routing_tokens_total", "kind")
     print(f"\nMEASURED routing with real engines: {reasons}, tokens {tokens}")

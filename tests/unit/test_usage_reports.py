@@ -20,6 +20,7 @@ from serve_app.gateway.relay import Request
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Outcome
 from serve_app.replica import reports
+from serve_app.replica.prompts import KEPT, KEPT_S, Prompts
 from serve_app.replica.reports import Reports
 
 CALLED = Called("1", "g", "team-a", "m", "alias", "/v1/completions", 12.0)
@@ -36,7 +37,9 @@ def test_messages_arrive_as_they_were_sent() -> None:
     assert Called.read(CALLED.header()) == CALLED
     odd = replace(CALLED, key="é", path='/v1/responses/"\n世')
     assert Called.read(odd.header()) == odd and b"\n" not in odd.header()
-    question = Question("g", "p", 3, 2)
+    answer = Answer("p", 3, prompts=["bm90=", ""], heard=7)
+    assert Answer.decode(answer.encode()) == answer
+    question = Question("g", "p", 3, 2, heard=7)
     assert Question.decode(question.encode()) == question
 
 
@@ -53,6 +56,53 @@ async def test_a_report_stays_until_it_was_taken() -> None:
     last = await kept.answer(Question("g", first.of, first.last))
     assert [it.called.id for it in last.reports] == ["3"]
     assert kept.due == 1
+
+
+async def test_a_gateway_is_told_of_what_others_have_sent_and_once() -> None:
+    kept = Reports(lambda: Load(1, 0, 8, 0.1))
+    for gateway, key in (("g", "mine"), ("other", "a"), ("third", "b"), ("g", "mine too")):
+        kept.prompts.add(gateway, key)
+    kept.add(report("1"))
+    first = await kept.answer(Question("g"))
+    assert first.prompts == ["a", "b"]
+    assert (await kept.answer(Question("g"))).prompts == ["a", "b"]  # the answer was lost
+    kept.prompts.add("other", "c")
+    then = await kept.answer(Question("g", first.of, heard=first.heard))
+    assert then.prompts == ["c"]
+    again = await kept.answer(Question("g", "the one before", heard=500))
+    assert again.prompts == ["a", "b", "c"]  # the front end was started again
+    kept.add(report("2", "new"))
+    new = await kept.answer(Question("new"))
+    assert new.prompts == ["mine", "a", "b", "mine too", "c"]
+
+
+async def test_what_others_have_sent_is_told_though_the_engine_is_another_front_ends(
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(reports, "HOLD_S", 0.001)
+    monkeypatch.setattr(reports, "IDLE_HOLD_S", float("inf"))
+    kept = Reports(lambda: None)
+    first = await kept.answer(Question("g"))
+    asked = asyncio.create_task(kept.answer(Question("g", first.of, heard=first.heard)))
+    await asyncio.sleep(0.05)
+    assert not asked.done()  # it holds a gateway that knows all
+    kept.prompts.add("other", "a")
+    assert (await asked).prompts == ["a"]
+
+
+def test_old_prompts_and_the_first_of_too_many_are_told_no_more() -> None:
+    at = [0.0]
+    kept = Prompts(lambda: at[0])
+    kept.add("other", "old")
+    at[0] += KEPT_S
+    kept.add("other", "new")
+    assert kept.after(0, "g") == ["old", "new"]
+    at[0] += 1
+    assert kept.after(0, "g") == ["new"]
+    for n in range(3):
+        kept.add("other", str(n) * (KEPT // 2))
+    assert [it[0] for it in kept.after(0, "g")] == ["1", "2"]
+    assert kept.after(4, "g") == kept.after(3, "g")[1:] and kept.after(5, "g") == []
 
 
 async def test_numbers_of_another_process_take_nothing() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import random
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from serve_app.gateway.routing.prefix import BLOCK, MOST, Prompt
 from serve_app.gateway.routing.work import Backlog, Mean, Rate
 from serve_app.gateway.standing import OUT
 
-Reason = Literal["warm", "overflow", "cold", "hash", "session", "short"]
+Reason = Literal["warm", "overflow", "cold", "session", "short"]
 """Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
 it, and too much to do. ``cold``: none that can be had has it; this one has the least to do.
-``hash``: none has it, and other gateways choose the same one. ``session``: the client named its
-session. ``short``: the prompt has no whole block; the replica has the least to do."""
+``session``: the client named its session. ``short``: the prompt has no whole block; the replica has
+the least to do."""
 
 WARM = 0.8
 """Part of what the best replica has cached from which on another is as good."""
@@ -47,17 +46,9 @@ SCARCE_BOUND = 1.5
 alone, beside the mean and beside all that another replica has. What everybody sends is computed
 once on each replica, which is nothing."""
 
-HASH_BOUND = 1.25
-"""The same for a prompt that is nowhere, which has nothing to lose: as in Mirrokni et al.,
-"Consistent Hashing with Bounded Loads", 2016."""
-
-FOUND = 0.2
-"""Part of the prompts sent by their hash that another gateway must have sent there before, for the
-hash to be followed: below it, what is found is worth less than the uneven load costs."""
-
-SAMPLE = 16
-"""One in so many prompts goes by its hash in any case, the same ones in all gateways: so it is seen
-when there is something to find again."""
+SESSION_BOUND = 1.25
+"""The same for a client's session: as in Mirrokni et al., "Consistent Hashing with Bounded Loads",
+2016."""
 
 SOONER = 2.0
 """How many times sooner another replica must answer at least: where all have much to do, some have
@@ -76,10 +67,6 @@ UNKNOWN_TOKENS = 2**16
 _BYTES_PER_TOKEN = 4.0
 _COMPLETION_TOKENS = 256.0
 """Before the accounting has told."""
-
-_OPTIMISM = 400.0
-"""Prompts that count as found before any was sent by its hash: the first of each beginning find
-nothing. Where none is ever found, the hash is given up after 170."""
 
 _LEAST_TRUST = 0.1
 """So that what is not believed at all can be tried again."""
@@ -136,9 +123,6 @@ class Sent:
     beginning: Block | None
     """The last block of the prompt that was known there."""
 
-    hashed: bool
-    """Whether it went where its hash says, unknown to this gateway."""
-
 
 class _Seen:
     """What is known of one replica."""
@@ -177,20 +161,16 @@ class CacheAware:
         slack: float = SLACK,
         sooner: float = SOONER,
         remembered: float = REMEMBERED,
-        found: float = FOUND,
     ) -> None:
         self.config = config or RoutingConfig()
         self._now = now
         self._warm, self._patience = warm, patience
         self._bound, self._slack, self._sooner = bound, slack, sooner
-        self._remembered, self._enough = remembered, found
+        self._remembered = remembered
         self.index = Index()
         self._rate = Rate()
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
         self._completion = Mean(_COMPLETION_TOKENS, 4.0)
-        self._found = Mean(1.0, _OPTIMISM)
-        """Part of the prompts sent by their hash that another gateway had sent there."""
-
         self._seen: dict[str, _Seen] = {}
         self._sent: dict[str, Sent] = {}
         """By call that is not accounted for yet: where it was sent last."""
@@ -270,10 +250,6 @@ class CacheAware:
         if seen and sent.blocks:
             believed = _part(sent.blocks, sent.prompt) * known.prompt_tokens
             seen.trust.add(min(known.cached_tokens, believed), believed)
-        if sent.hashed:
-            # Less than its first block is what all prompts have in common: a chat template's text.
-            cached = known.cached_tokens / known.prompt_tokens * sent.prompt.size
-            self._found.add(cached >= BLOCK, 1)
         return sent
 
     def keep(self, replicas: set[str]) -> None:
@@ -293,13 +269,11 @@ class CacheAware:
         # One with faults has the fewest requests, since its errors come at once.
         options = [it for it in options if it.weight > OUT] or options
         if prompt.session is not None:
-            return self._by_hash(prompt.session.encode(), options), "session"
+            return self._of_session(prompt.session, options), "session"
         if not prompt.blocks:
             return _least(options), "short"
         best = max(it.cached for it in options)
         if not best:
-            if self._goes_by_hash(prompt.blocks[0], options):
-                return self._by_hash(prompt.blocks[0], options), "hash"
             return _least(options), "cold"
         fitting = self._fitting(options, now)
         enough = self._warm * best
@@ -313,12 +287,6 @@ class CacheAware:
         if better:
             return self._next_home(prompt, better, first), "overflow"
         return first, "warm"
-
-    def _goes_by_hash(self, first: Block, options: list[Option]) -> bool:
-        """Whether another gateway may have sent what begins so where its hash says."""
-        if self.index.knows(first) or not _several_gateways(options):
-            return False
-        return self._found.value >= self._enough or zlib.crc32(first) % SAMPLE == 0
 
     def _is_worth(self, cold: Option, warm: Option) -> bool:
         """Whether a call would be answered so much sooner there that its prompt may be computed
@@ -354,10 +322,10 @@ class CacheAware:
             and it.alike + 1 <= scarce
         ] or options
 
-    def _by_hash(self, key: bytes, options: list[Option]) -> Option:
-        """The first with room, in an order that all gateways have for this key."""
-        ordered = _in_order(key, options)
-        most = math.ceil(HASH_BOUND * _mean(options))
+    def _of_session(self, name: str, options: list[Option]) -> Option:
+        """The first with room, in an order that all gateways have for this session."""
+        ordered = _in_order(name.encode(), options)
+        most = math.ceil(SESSION_BOUND * _mean(options))
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
 
     def _options(
@@ -421,8 +389,7 @@ class CacheAware:
             before.backlog.used(id, None)  # that attempt has failed
         seen = self._seen[replica.id]
         beginning = prompt.blocks[option.blocks - 1] if option.blocks else None
-        hashed = self.reason == "hash"
-        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached, beginning, hashed)
+        self._sent[id] = Sent(prompt, replica.id, option.blocks, option.cached, beginning)
         if beginning is not None:
             seen.alike[beginning] += 1
         uncached = prompt.size / self._bytes_per_token.value - option.cached
@@ -432,10 +399,15 @@ class CacheAware:
             id, uncached, option.ahead, now, streams=prompt.streams, measures=not waits
         )
         if prompt.blocks:
-            told = replica.load.prefix_cache_tokens if replica.load else None
-            tokens = UNKNOWN_TOKENS if told is None else told
-            size = tokens * self._bytes_per_token.value * self._remembered
-            self.index.add(replica.id, prompt.blocks, int(size / BLOCK))
+            self.heard(replica, prompt.blocks)
+
+    def heard(self, replica: Replica, blocks: Sequence[Block]) -> None:
+        """A replica was sent a prompt with these blocks, by this gateway or by another one."""
+        self._look_at(replica)
+        told = replica.load.prefix_cache_tokens if replica.load else None
+        tokens = UNKNOWN_TOKENS if told is None else told
+        size = tokens * self._bytes_per_token.value * self._remembered
+        self.index.add(replica.id, blocks, int(size / BLOCK))
 
     def _seconds_for(self, calls: int, replica: Replica, now: float) -> float:
         """How long it takes until so many calls have ended at a replica."""
@@ -500,7 +472,3 @@ def _is_scarce(replica: Replica, now: float) -> bool:
     if load is None or now >= replica.load_until:
         return False
     return load.waiting > 0 or load.kv_cache_usage >= KV_CACHE_FULL
-
-
-def _several_gateways(options: list[Option]) -> bool:
-    return any(it.replica.load and it.replica.load.gateways > 1 for it in options)

@@ -39,10 +39,6 @@ class Index:
         part = self._parts.get(replica)
         return len(part.blocks) if part else 0
 
-    def knows(self, block: Block) -> bool:
-        """Whether any replica has this block."""
-        return block in self._holders
-
     def match(self, blocks: Sequence[Block]) -> dict[str, int]:
         """How many of a prompt's leading blocks each replica has; only those with at least one.
 

@@ -9,7 +9,8 @@ the same messages.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from binascii import a2b_base64, b2a_base64
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -21,6 +22,9 @@ from serve_app.gateway.stages import Call
 BLOCK = 1024
 """Bytes of a block, about 250 tokens. Smaller ones cost more time and find little more: what is in
 the cache of a prompt is known up to one block."""
+
+BYTES = 8
+"""Of a block's hash: gateways tell each other of prompts, a hundredth of what these are."""
 
 MOST = 512 * BLOCK
 """Bytes of a prompt that are looked at, 128k tokens of English. It takes 0.15 ms per 100 kB on the
@@ -124,9 +128,20 @@ def of(call: Call, *, session: bool = False, media: bool = True) -> Prompt:
     return Prompt(tuple(blocks), size, streams, answers, named)
 
 
+def key(blocks: Sequence[Block]) -> bytes:
+    """A prompt's blocks as text: what gateways tell each other of it."""
+    return b2a_base64(b"".join(blocks), newline=False)
+
+
+def blocks_of(key: str) -> list[Block]:
+    """The inverse of :func:`key`."""
+    all = a2b_base64(key)
+    return [all[at : at + BYTES] for at in range(0, len(all), BYTES)]
+
+
 def hashed(parts: Iterable[bytes], seed: bytes) -> tuple[list[Block], int]:
     """The hashes of a text's whole blocks, and its bytes. ``seed`` belongs to no block."""
-    hash = blake2b(seed, digest_size=16)
+    hash = blake2b(seed, digest_size=BYTES)
     blocks: list[Block] = []
     size, held = 0, b""
     for part in parts:

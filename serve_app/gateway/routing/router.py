@@ -54,6 +54,7 @@ class Router(Policy):
         self._default = default
         self._fewest, self._in_turn = FewestRequests(), RoundRobin()
         self._routed: dict[str, _Routed] = {}
+        board.heard = self._heard
 
         self.chose: Callable[[str, str], None] = lambda model, reason: None
         """Told of each choice among several replicas: the model, and why."""
@@ -87,6 +88,11 @@ class Router(Policy):
             return None
         return routed.choice.waits_for(self._prompt(routed, call), live, full)
 
+    def key(self, call: Call) -> bytes:
+        routed = self._routed.get(call.model.name)
+        prompt = routed.prompts.get(call.id) if routed else None
+        return prefix.key(prompt.blocks) if prompt else b""
+
     def first_byte(self, call: Call) -> None:
         if routed := self._routed.get(call.model.name):
             routed.choice.first_byte(call.id)
@@ -109,13 +115,21 @@ class Router(Policy):
         model = call.model
         if model.config and model.config.engine.get("enable_prefix_caching") is False:
             return None
-        routed = self._routed.get(model.name)
+        routed = self._routed_of(model.name)
+        routed.choice.config = config
+        return routed
+
+    def _routed_of(self, model: str) -> _Routed:
+        routed = self._routed.get(model)
         if routed is None:
             for name in [it for it in self._routed if not self._board.replicas_of(it)]:
                 del self._routed[name]  # nothing of what is known is left there
-            routed = self._routed[model.name] = _Routed(CacheAware(config))
-        routed.choice.config = config
+            routed = self._routed[model] = _Routed(CacheAware())
         return routed
+
+    def _heard(self, model: str, replica: Replica, key: str) -> None:
+        """Another gateway has sent a prompt, and so chooses for this model by what is cached."""
+        self._routed_of(model).choice.heard(replica, prefix.blocks_of(key))
 
     def _config(self, model: Model) -> RoutingConfig:
         own = model.config.routing if model.config else None
