@@ -2,10 +2,10 @@
 
 Each gateway has a view of its own, as in a deployment: the gateway's own classes of a replica
 (:class:`serve_app.gateway.replicas.Replica`) with what it has sent and what replicas have reported.
-A replica reports to a gateway when a request of that gateway has ended, at most every 10 ms, and
-else every second (:mod:`serve_app.replica.reports`). Where no replica has room by
-:meth:`~serve_app.gateway.replicas.Replica.room`, requests wait in the gateway, first come first
-served: the queue of :mod:`serve_app.gateway.queue` for one caller.
+A replica reports to a gateway when a request of that gateway has ended, at most every 10 ms, soon
+after another gateway has sent something, and else every second (:mod:`serve_app.replica.reports`).
+Where no replica has room by :meth:`~serve_app.gateway.replicas.Replica.room`, requests wait in the
+gateway, first come first served: the queue of :mod:`serve_app.gateway.queue` for one caller.
 
 What it leaves out: the gateways' own time, networks (a report takes 1 ms), failures, and all that
 :mod:`benchmarks.routing.engine` does.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,7 @@ from benchmarks.routing import traces
 from benchmarks.routing.engine import BLOCK, Engine, Request, Speed
 from benchmarks.routing.traces import Session, Turn
 from serve_app.cluster.exchange import HOLD_S, Load
+from serve_app.gateway.exchange import soon_s
 from serve_app.gateway.replicas import FrontEnd, Replica
 from serve_app.gateway.routing.held import MOST, Held
 from serve_app.replica.reports import _SOONEST_S
@@ -204,8 +206,8 @@ class Fleet:
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self._told = [[0.0] * replicas for _ in self.gateways]
-        self._due = [[False] * replicas for _ in self.gateways]
-        """By gateway and replica: whether a report is on its way."""
+        self._due = [[math.inf] * replicas for _ in self.gateways]
+        """By gateway and replica: when a report that it waits for is due."""
 
         self._sent: list[list[Asked]] = [[] for _ in self.engines]
         """What each replica was sent."""
@@ -268,6 +270,9 @@ class Fleet:
             request = Request(turn.prompt_tokens, turn.output_tokens, asked.blocks, owner=asked)
             number = asked.front_end.port
             self._sent[number].append(asked)
+            for other in self.gateways:
+                if other is not gateway:
+                    self._soon(other, number, soon_s(len(self.engines)))
             self.engines[number].add(request, self.now)
             self._look(number)
 
@@ -318,18 +323,19 @@ class Fleet:
             pause = asked.session.turns[following].pause_s
             self._at(self.now + pause, self._arrive, asked.session, following)
 
-    def _soon(self, gateway: Gateway, engine: int) -> None:
-        """A request of the gateway has ended there: it is told, at most every 10 ms."""
-        if not self._due[gateway.number][engine]:
-            self._due[gateway.number][engine] = True
-            when = max(self.now, self._told[gateway.number][engine] + _SOONEST_S)
+    def _soon(self, gateway: Gateway, engine: int, after_s: float = 0.0) -> None:
+        """A request of the gateway has ended there, or one of another gateway has begun: it is
+        told, at most every 10 ms."""
+        when = max(self.now + after_s, self._told[gateway.number][engine] + _SOONEST_S)
+        if when < self._due[gateway.number][engine]:
+            self._due[gateway.number][engine] = when
             self._at(when, self._report, gateway, engine)
 
     def _report(self, gateway: Gateway, number: int) -> None:
-        told = self._told[gateway.number]
-        if not self._due[gateway.number][number] and self.now < told[number] + HOLD_S - 1e-9:
+        told, due = self._told[gateway.number], self._due[gateway.number]
+        if self.now < min(due[number], told[number] + HOLD_S) - 1e-9:
             return  # told meanwhile
-        told[number], self._due[gateway.number][number] = self.now, False
+        told[number], due[number] = self.now, math.inf
         engine = self.engines[number]
         load = Load(
             engine.running, len(engine.waiting), engine.speed.most_seqs, engine.kv_cache_usage,

@@ -76,10 +76,10 @@ def goals(runs: list[Run]) -> str:
 
 def several(data: dict[str, Any]) -> str:
     """Ours over each other policy, of the same seed, where there are several gateways."""
-    before: list[Run] = data.get("always_hashed", [])
+    before: list[Run] = data.get("alone", [])
     others = {p: data["runs"] for p in POLICIES if p != OURS}
     header = ["trace", "replicas", "gateways", "TTFT p90 at ×1, s",
-              *(f"÷ {name}" for name in others), "÷ always hashing",
+              *(f"÷ {name}" for name in others), "÷ each knows its own",
               "tokens/s ÷ best other", "hit rate"]  # fmt: skip
     rows = []
     for trace in TRACES:

@@ -141,6 +141,9 @@ class Question:
     heard: int = 0
     """The ``heard`` of the last answer: it has all ``prompts`` up to there."""
 
+    soon_s: float = HOLD_S
+    """Seconds within which it wants to be told what others have sent there."""
+
     def encode(self) -> bytes:
         return _encode(self)
 

@@ -89,7 +89,7 @@ class Guard:
         metered = Meter(Called.read(called), self._reports) if called else None
         meter.current.set(metered)
         if metered and prompt:
-            self._reports.prompts.add(metered.called.gateway, prompt.decode("ascii"))
+            self._reports.sent(metered.called.gateway, prompt.decode("ascii"))
         self.running += 1
         try:
             await self._app(scope, receive, send_unless_dead)

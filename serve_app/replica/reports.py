@@ -52,14 +52,16 @@ class _Box:
     load: Load | None = None
     """As it was told last."""
 
-    heard: int = 0
-    """The number of the last prompt of others that it has been told of."""
-
     waiting: int = 0
     waits_since: float = 0.0
     """When the oldest of these began to wait."""
 
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when it is to be answered; cleared by the answer."""
+
+    soon_s: float = HOLD_S
+    soon: asyncio.TimerHandle | None = None
+    """When that is set because others have sent something that it does not know."""
 
 
 class Reports:
@@ -76,33 +78,42 @@ class Reports:
         box.reports.append(report)
         box.news.set()
 
+    def sent(self, gateway: str, key: str) -> None:
+        """A gateway has sent a request whose prompt has this key: the others are told soon."""
+        self.prompts.add(gateway, key)
+        for id, box in self._boxes.items():
+            if id != gateway and box.soon is None and not _silent(box):
+                box.soon = asyncio.get_running_loop().call_later(box.soon_s, box.news.set)
+
     async def answer(self, question: Question) -> Answer:
         """What a gateway is told: at once if there is a report for it, else after a while."""
         box = self._boxes.setdefault(question.gateway, _Box())
         box.asked, box.waiting = time.monotonic(), question.waiting
-        box.waits_since = box.asked - question.waited_s
+        box.waits_since, box.soon_s = box.asked - question.waited_s, question.soon_s
         while question.of == box.id and box.reports and box.first <= question.taken:
             box.reports.popleft()
             box.first += 1
-        box.heard = question.heard if question.of == box.id else 0
         self._take_over(box)
         if not box.reports:
-            box.news.clear()
             part = random.uniform(1 - _APART, 1 + _APART)
             most_s = IDLE_HOLD_S if question.of == box.id else HOLD_S
             await self._news(box, HOLD_S * part, most_s * part)
         if (early := box.told + _SOONEST_S - time.monotonic()) > 0:
             await asyncio.sleep(early)
         box.asked = box.told = time.monotonic()
+        box.news.clear()
+        if box.soon:
+            box.soon.cancel()
+            box.soon = None
         told = [box.reports[i] for i in range(min(len(box.reports), _AT_ONCE))]
         box.load = load = self._load()
         if load:
             gateways = sum(not _silent(it) for it in self._boxes.values())
             load = replace(load, gateways=gateways)
-        prompts = self.prompts.after(box.heard, question.gateway)
-        return Answer(
-            box.id, box.first + len(told) - 1, told, load, prompts, heard=self.prompts.last
-        )
+        heard = question.heard if question.of == box.id else 0
+        prompts = self.prompts.after(heard, question.gateway)
+        last = box.first + len(told) - 1
+        return Answer(box.id, last, told, load, prompts, self.prompts.last)
 
     @property
     def due(self) -> int:
@@ -133,9 +144,8 @@ class Reports:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(each_s, left_s)):
                     await box.news.wait()
-            nothing = not box.waiting and box.heard == self.prompts.last
-            idle = nothing and _idle(load := self._load()) and load == box.load
-            if box.news.is_set() or not idle:
+            idle = _idle(load := self._load()) and load == box.load and not box.waiting
+            if box.news.is_set() or box.reports or not idle:
                 return
 
     def _take_over(self, box: _Box) -> None:

@@ -86,8 +86,38 @@ async def test_what_others_have_sent_is_told_though_the_engine_is_another_front_
     asked = asyncio.create_task(kept.answer(Question("g", first.of, heard=first.heard)))
     await asyncio.sleep(0.05)
     assert not asked.done()  # it holds a gateway that knows all
-    kept.prompts.add("other", "a")
+    kept.sent("other", "a")
     assert (await asked).prompts == ["a"]
+
+
+async def test_what_others_have_sent_is_told_within_the_time_that_a_gateway_says(
+    monkeypatch: Any,
+) -> None:
+    monkeypatch.setattr(reports, "HOLD_S", 60.0)
+    kept = Reports(lambda: Load(1, 0, 8, 0.1))
+    kept.tell_now()
+    kept.add(report("1"))
+    first = await kept.answer(Question("g"))
+    question = Question("g", first.of, first.last, heard=first.heard, soon_s=0.05)
+    for key in ("a", "b"):  # the second time the first one is known
+        asked = asyncio.create_task(kept.answer(question))
+        await asyncio.sleep(0)
+        kept.sent("g", "mine")
+        await asyncio.sleep(0.1)
+        assert not asked.done()
+        kept.sent("other", key)
+        kept.sent("other", key + "2")
+        answer = await asyncio.wait_for(asked, 5)
+        assert answer.prompts == [key, key + "2"]
+        question = replace(question, of=answer.of, heard=answer.heard)
+    kept.sent("other", "c")  # while it does not ask
+    await asyncio.sleep(0.1)
+    assert (await asyncio.wait_for(kept.answer(question), 5)).prompts == ["c"]
+
+
+def test_a_gateway_is_told_sooner_by_few_front_ends_than_by_many() -> None:
+    assert gateway_exchange.soon_s(4) == gateway_exchange.soon_s(50) == 0.1
+    assert gateway_exchange.soon_s(250) == 0.5  # 500 answers a second, of all together
 
 
 def test_old_prompts_and_the_first_of_too_many_are_told_no_more() -> None:
