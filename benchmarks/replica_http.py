@@ -10,7 +10,15 @@ from typing import cast
 
 from httptools import HttpRequestParser
 
-from serve_app.cluster.exchange import CALL_HEADER, PATH, Called, Question, Report, Usage
+from serve_app.cluster.exchange import (
+    CALL_HEADER,
+    PATH,
+    PROMPT_HEADER,
+    Called,
+    Question,
+    Report,
+    Usage,
+)
 from serve_app.replica.reports import Reports
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\n"
@@ -50,7 +58,7 @@ class Connection(asyncio.Protocol):
         self._parser.feed_data(data)
 
     def on_message_begin(self) -> None:
-        self._target, self._call = b"", b""
+        self._target = self._call = self._prompt = b""
         self._body: list[bytes] = []
 
     def on_url(self, url: bytes) -> None:
@@ -59,6 +67,8 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if name.lower() == CALL_HEADER:
             self._call = value
+        elif name.lower() == PROMPT_HEADER:
+            self._prompt = value
 
     def on_body(self, data: bytes) -> None:
         self._body.append(data)
@@ -68,6 +78,8 @@ class Connection(asyncio.Protocol):
         if path == PATH:
             self._exchanging = asyncio.create_task(self._exchange(Question.decode(body)))
         else:
+            if self._call and self._prompt:
+                self._reports.sent(Called.read(self._call).gateway, self._prompt.decode())
             self.asked(path, body)
 
     async def _exchange(self, question: Question) -> None:

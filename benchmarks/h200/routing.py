@@ -249,8 +249,8 @@ def _in_turn(
 
 
 def _play(port: int, sessions: Sequence[Session], salt: str) -> list[client.Answered]:
-    url, body = f"http://127.0.0.1:{port}", partial(completion, salt)
-    return asyncio.run(client.play(url, sessions, MODEL, body, "/v1/completions"))
+    urls, body = [f"http://127.0.0.1:{port}"], partial(completion, salt)
+    return asyncio.run(client.play(urls, sessions, MODEL, body, "/v1/completions"))
 
 
 def completion(salt: str, turn: Turn, model: str) -> dict[str, Any]:

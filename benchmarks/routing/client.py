@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -49,10 +50,11 @@ def chat(turn: Turn, model: str) -> dict[str, Any]:
 
 
 async def play(
-    url: str, sessions: Sequence[Session], model: str = MODEL,
+    urls: Sequence[str], sessions: Sequence[Session], model: str = MODEL,
     body: Callable[[Turn, str], dict[str, Any]] = chat, path: str = "/v1/chat/completions",
 ) -> list[Answered]:  # fmt: skip
-    """Send the trace's requests, each when it is due; what became of them."""
+    """Send the trace's requests when each is due, to the gateways in turn; what became of them."""
+    turns = itertools.cycle(urls)
     answered: list[Answered] = []
     began = time.monotonic() + 0.5
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S)
@@ -68,7 +70,7 @@ async def play(
                 one = Answered(time.monotonic() - began)
                 answered.append(one)
                 try:
-                    await _ask(client, url + path, data, one)
+                    await _ask(client, next(turns) + path, data, one)
                 except (TimeoutError, aiohttp.ClientError, ValueError) as error:
                     one.error = f"{type(error).__name__}: {error}"[:200]
                 one.ended = time.monotonic() - began

@@ -33,7 +33,8 @@ TRACES = {
 
 WARM_S, MEASURED_S = 12.0, 25.0
 
-OURS = ("cache_aware", "least_loaded", "round_robin")
+TWO = ", two gateways"
+OURS = ("cache_aware", f"cache_aware{TWO}", "least_loaded", "round_robin")
 THEIRS = ("vllm-router cache_aware", "vllm-router round_robin")
 CONTENDERS = (*OURS, *THEIRS)
 
@@ -73,19 +74,24 @@ def _one(port: int, name: str, trace: str, seed: int, work: Path) -> dict[str, A
         running.enter_context(processes.process(replicas, path, log))
         for at in range(REPLICAS):
             _up(port + 2 + at)
-        running.enter_context(processes.process(_command(name, port, work), path, log))
-        _up(port)
-        answered = asyncio.run(client.play(f"http://127.0.0.1:{port}", sessions))
+        ports = [port, port + 2 + REPLICAS] if name.endswith(TWO) else [port]
+        for at in ports:
+            command = _command(name.removesuffix(TWO), at, port + 2, work)
+            running.enter_context(processes.process(command, path, log))
+        for at in ports:
+            _up(at)
+        answered = asyncio.run(client.play([f"http://127.0.0.1:{at}" for at in ports], sessions))
     return client.measured(answered, WARM_S, end)
 
 
-def _command(name: str, port: int, work: Path) -> list[Any]:
+def _command(name: str, port: int, first: int, work: Path) -> list[Any]:
+    """The command of a gateway at this port; ``first`` is the first replica's."""
     if name in OURS:
         config = work / f"{name}.json"
         config.write_text(json.dumps({"routing": {"policy": name}}))
         module = [sys.executable, "-m", "benchmarks.gateway.server"]
-        return [*module, port, port + 2, config, REPLICAS, 1]
-    return vllm_router(name.split()[1], port, range(port + 2, port + 2 + REPLICAS))
+        return [*module, port, first, config, REPLICAS, 1]
+    return vllm_router(name.split()[1], port, range(first, first + REPLICAS))
 
 
 def vllm_router(policy: str, port: int, workers: range | list[int]) -> list[Any]:
