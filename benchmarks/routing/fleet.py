@@ -71,6 +71,9 @@ class Policy(Protocol):
     waits: bool
     """Whether requests wait in the gateway while no replica has room."""
 
+    tells: bool
+    """Whether other gateways are told of what it sends."""
+
     def choose(self, live: list[FrontEnd], asked: Asked) -> FrontEnd:
         """One of ``live``; sets the request's ``reason`` and ``predicted_tokens``."""
         ...
@@ -270,7 +273,7 @@ class Fleet:
             request = Request(turn.prompt_tokens, turn.output_tokens, asked.blocks, owner=asked)
             number = asked.front_end.port
             self._sent[number].append(asked)
-            for other in self.gateways:
+            for other in self.gateways if gateway.policy.tells else ():
                 if other is not gateway:
                     self._soon(other, number, soon_s(len(self.engines)))
             self.engines[number].add(request, self.now)

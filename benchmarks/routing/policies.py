@@ -18,6 +18,7 @@ class _Told:
     """A policy that learns nothing from what becomes of its requests."""
 
     waits = True
+    tells = False
 
     def waits_for(
         self, live: list[FrontEnd], asked: Asked, full: Mapping[Replica, int]
@@ -52,7 +53,7 @@ class LeastLoaded(_Told):
 class CacheAware:
     """The gateway's own."""
 
-    waits = True
+    waits = tells = True
 
     def __init__(self, seed: int, now: Callable[[], float], **constants: Any) -> None:
         self._policy = choice.CacheAware(now=now, **constants)
