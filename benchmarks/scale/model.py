@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from benchmarks import report
 from serve_app.gateway.directory import PART, REFRESH_S, SELDOM_S
+from serve_app.gateway.exchange import TOLD_PER_S
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Costs:
     front_end_s: float = 75e-6
     """Of a gateway for each front end that idles, each second: a third of a question and its
     answer."""
+
+    heard_s: float = 225e-6
+    """A question and its answer, which tells what other gateways have sent."""
 
     look_model_s: float = 19e-6
     """Of a gateway for each model, each look at Serve's report; with its replicas, five each."""
@@ -130,6 +134,9 @@ def plan(fleet: Fleet, costs: Costs = COSTS, slower: float = 1.0, files: int = F
         raise ValueError("a gateway is busy with knowing the replicas alone")
     by_files = 2 * fleet.streams / max(1, files - front_ends)
     gateways = max(1, math.ceil(max(relaying / (BUSY - knowing), by_files)))
+    if gateways > 1:
+        knowing += slower * min(fleet.requests, TOLD_PER_S) * costs.heard_s
+        gateways = max(gateways, math.ceil(relaying / (BUSY - knowing)))
     late = slower * (fleet.requests * each + events * costs.late_event_s) / (1 - knowing)
     return Plan(
         gateways=gateways,

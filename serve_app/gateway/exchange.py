@@ -24,8 +24,8 @@ GATEWAY = uuid.uuid4().hex
 _SOON_S = 0.1
 """Seconds after which it wants to know what others have sent, at the soonest."""
 
-_TOLD_PER_S = 500
-"""Answers a second that tell of this, of all front ends together."""
+TOLD_PER_S = 500
+"""Answers a second that tell of this, of all front ends together: a tenth of a core."""
 
 _LOOK_S = 0.2
 """Seconds between two looks for new front ends."""
@@ -45,8 +45,8 @@ def called(id: str, key: str, model: str, model_id: str, path: str) -> tuple[byt
 
 def soon_s(front_ends: int) -> float:
     """Within how many seconds it is to be told what other gateways have sent, by each of so many
-    front ends: an answer costs 0.1 to 0.2 ms."""
-    return max(_SOON_S, front_ends / _TOLD_PER_S)
+    front ends."""
+    return max(_SOON_S, front_ends / TOLD_PER_S)
 
 
 class Exchange:
