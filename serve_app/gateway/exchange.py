@@ -24,8 +24,8 @@ GATEWAY = uuid.uuid4().hex
 _SOON_S = 0.1
 """Seconds after which it wants to know what others have sent, at the soonest."""
 
-TOLD_PER_S = 500
-"""Answers a second that tell of this, of all front ends together: a tenth of a core."""
+TOLD_PER_S = 200
+"""Answers a second that tell of this, of all front ends together: a twentieth of a core."""
 
 _LOOK_S = 0.2
 """Seconds between two looks for new front ends."""
