@@ -52,6 +52,7 @@ def speed() -> str:
         _on_gpu("one H100, 1B model, four front ends", runs, "front_ends_1b"),
         _on_gpu("one H100, 8B model, four front ends", runs, "front_ends_8b"),
         _on_gpu("two H100s, 8B model, TP 2, four front ends", runs, "front_ends_tp2"),
+        *_among_contenders("contenders_1b", "1B model, four front ends"),
         _on_cpu(),
     ]
     header = ["", "64 clients", "256 clients", "of bare with four front ends, 256 clients"]
@@ -69,6 +70,26 @@ def _on_gpu(title: str, runs: list[dict[str, Any]], step: str) -> list[str]:
         return f"{statistics.median(pairs):.2f}" if pairs else DASH
 
     return [title, over("bare-1", "c64"), over("bare-1", "c256"), over("bare-4", "c256")]
+
+
+def _among_contenders(step: str, title: str) -> list[list[str]]:
+    """The row of a step of ``make bench-gpu``, where it has been measured."""
+    found = newest("bench-gpu*.json")
+    if found is None or not found.get(step, {}).get("rounds"):
+        return []
+    rounds, gpu = found[step]["rounds"], found[step]["gpus"][0].split(",")[0].split()[-1]
+
+    def over(arm: str, other: str, load: str) -> str:
+        pairs = [it[arm][load]["tokens_per_s"] / it[other][load]["tokens_per_s"] for it in rounds]
+        return f"{statistics.median(pairs):.2f}"
+
+    def beside_others(load: str) -> str:
+        theirs = ", ".join(f"{name}: {over(arm, 'bare-1', load)}"
+                           for arm, name in _THEIRS.items() if arm in rounds[0])  # fmt: skip
+        return f"{over('ours-4', 'bare-1', load)} ({theirs})"
+
+    cells = beside_others("c64"), beside_others("c256"), over("ours-4", "bare-4", "c256")
+    return [[f"one {gpu}, {title}, {len(rounds)} rounds", *cells]]
 
 
 def _on_cpu() -> list[str]:
@@ -191,6 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "routing-fleets": _routing(lambda found: tables.fleets(found["runs"])),
     "routing-real-time": _routing(tables.real_time_of),
     "routing-engines": _routing(tables.engines_of),
+    "routing-gpu": _routing(lambda found: tables.engines_of(found, "gpu")),
     "speed": speed,
     "bench": bench,
     "ngram_texts": ngram_texts,

@@ -33,7 +33,7 @@ TRACES = {
 
 WARM_S, MEASURED_S = 12.0, 25.0
 
-TWO = ", two gateways"
+TWO = " by two gateways"
 OURS = ("cache_aware", f"cache_aware{TWO}", "least_loaded", "round_robin")
 THEIRS = ("vllm-router cache_aware", "vllm-router round_robin")
 CONTENDERS = (*OURS, *THEIRS)

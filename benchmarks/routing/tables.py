@@ -156,14 +156,17 @@ def real_time(found: dict[str, Any]) -> str:
     return f"{about}\n\n{_contenders(found['records'])}"
 
 
-def engines_of(data: dict[str, Any]) -> str:
-    """The table of the runs with real engines, where the file has any: of :mod:`h200.routing`."""
-    if "engines" not in data:
+def engines_of(data: dict[str, Any], where: str = "engines") -> str:
+    """The table of the runs with real engines, where the file has any: of :mod:`h200.routing`, on a
+    CPU or on a ``gpu``.
+    """
+    if where not in data:
         return "Not measured yet."
-    found = data["engines"]
+    found = data[where]
     rates = found["requests_per_s of round robin"]
     offered = ", ".join(f"{rate:.1f} ({trace})" for trace, rate in rates.items())
-    about = f"{found['replicas']} engines, {found['model']}, {found['date']}, vllm-router " \
+    gpus = f" on parts of one {found['gpus'][0].split(',')[0]}" if "gpus" in found else ""
+    about = f"{found['replicas']} engines{gpus}, {found['model']}, {found['date']}, vllm-router " \
             f"{found['vllm-router']}; requests/s at ×1: {offered}."  # fmt: skip
     records = [it | {"trace": f"{it['trace']} ×{it['load']:g}"} for it in found["records"]]
     return f"{about}\n\n{_contenders(records)}"
