@@ -7,11 +7,24 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
+import uvicorn
 from harness.processes import free_port
 from harness.scripted import until
+from starlette.responses import PlainTextResponse
 
-from serve_app.cluster.exchange import Answer, Called, Load, Question, Report, Usage
+from serve_app.cluster.credential import CREDENTIAL_HEADER
+from serve_app.cluster.exchange import (
+    CALL_HEADER,
+    PROMPT_HEADER,
+    Answer,
+    Called,
+    Load,
+    Question,
+    Report,
+    Usage,
+)
 from serve_app.gateway import exchange as gateway_exchange
 from serve_app.gateway import ledger
 from serve_app.gateway.exchange import Exchange
@@ -20,6 +33,7 @@ from serve_app.gateway.relay import Request
 from serve_app.gateway.replicas import Board
 from serve_app.gateway.stages import Call, Outcome
 from serve_app.replica import reports
+from serve_app.replica.guard import Guard
 from serve_app.replica.prompts import KEPT, KEPT_S, Prompts
 from serve_app.replica.reports import Reports
 
@@ -327,6 +341,34 @@ async def test_what_a_lost_front_end_still_worked_on_is_entered_without_a_report
     board.publish("m", {})
     assert await until(lambda: [it.usage for it in heard.entries] == [None])
     asking.cancel()
+
+
+async def test_what_another_gateway_sends_to_a_front_end_is_heard(book: Ledger) -> None:
+    port, kept = free_port(), Reports(lambda: Load(0, 0, 8, 0.0))
+    guard = Guard(PlainTextResponse("ok"), b"secret", kept, lambda: False, lambda: False)
+    server = uvicorn.Server(uvicorn.Config(guard, port=port, log_level="error", lifespan="off"))
+    serving = asyncio.create_task(server.serve())
+    board, told = Board(), list[tuple[str, str, str]]()
+    board.heard = lambda model, replica, key: told.append((model, replica.id, key))
+    board.publish("m", {"f": ("127.0.0.1", port)})
+    assert await until(lambda: server.started)
+    asking = asyncio.create_task(Exchange(board, book, b"secret").run())
+    [front_end] = board.live("m")
+    assert await until(lambda: front_end.replica.load is not None)
+    headers = {CREDENTIAL_HEADER: b"secret", PROMPT_HEADER: b"a2V5IDEyMw=="}
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        for gateway in ("other", gateway_exchange.GATEWAY):
+            called = replace(CALLED, gateway=gateway).header()
+            answer = await client.get("/", headers=headers | {CALL_HEADER: called})
+            assert answer.text == "ok"
+        refused = await client.get("/", headers=headers | {CREDENTIAL_HEADER: b"guessed"})
+        assert refused.status_code == 401
+    assert await until(lambda: bool(told))
+    assert told == [("m", "f", "a2V5IDEyMw==")]
+    assert kept.prompts.last == 2  # its own is for the other one
+    asking.cancel()
+    server.should_exit = True
+    await serving
 
 
 async def test_a_gateway_that_ends_waits_for_reports(book: Ledger, heard: Listener) -> None:
