@@ -138,8 +138,9 @@ class Question:
     waited_s: float = 0.0
     """Seconds for which the oldest of these has waited."""
 
-    heard: int = 0
-    """The ``heard`` of the last answer: it has all ``prompts`` up to there."""
+    heard: int | None = None
+    """The ``heard`` of the last answer: it has all ``prompts`` up to there. None where a gateway of
+    an earlier version does not listen."""
 
     soon_s: float = HOLD_S
     """Seconds within which it wants to be told what others have sent there."""

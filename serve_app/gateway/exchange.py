@@ -7,6 +7,7 @@ import logging
 import time
 import uuid
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any
 
 from serve_app.cluster.credential import CREDENTIAL_HEADER
@@ -94,10 +95,11 @@ class Exchange:
                 soon_s(len(self._asking)),
             )
             try:
+                asking = self._once(front_end, question)
                 if front_end.replica.sleeps_for_now:
-                    said = await _unless(wanted, self._once(front_end, question)) or said
+                    answer = await _unless(wanted, asking)
                 else:
-                    said = await self._once(front_end, question)
+                    answer = await asking
             except (UpstreamError, ValueError) as error:
                 if not self._board.has(front_end):
                     self._ledger.lost(front_end.id)
@@ -105,12 +107,18 @@ class Exchange:
                 logger.debug(f"no exchange with {front_end.id}: {error!r}")
                 await asyncio.sleep(_PAUSE_S)
                 continue
+            if answer is None:
+                continue
+            said = answer
             for report in said.reports:
                 self._ledger.report(report, front_end.id)
-            for key in said.prompts:
-                self._board.heard(model, front_end.replica, key)
             if said.load:
                 self._board.report(front_end.replica.id, said.load)
+            if front_end.replica.load is None:  # nor how much it keeps: it tells them again
+                said = replace(said, heard=0)
+                continue
+            for key in said.prompts:
+                self._board.heard(model, front_end.replica, key)
 
     def _wanted_of(self, application: str) -> asyncio.Event:
         return self._wanted.setdefault(application, asyncio.Event())

@@ -57,8 +57,12 @@ def part_of(
     """A replica's part of ``gpu``; None with whole GPUs, and where it is not known of which."""
     if not config.resources.part_of_gpu:
         return None
+    named = config.resources.accelerator_type
     try:
-        fraction = shares.fraction(config)
+        if gpu and named and named not in (gpu.name, gpu.ray_name):  # planned on another one
+            fraction = shares.fraction_of(config, gpu)
+        else:
+            fraction = shares.fraction(config)
     except UserError:
         fraction = shares.fraction_of(config, gpu) if gpu else None
     fraction = fraction and round(fraction, 4)  # as Ray counts it

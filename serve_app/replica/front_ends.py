@@ -163,16 +163,23 @@ class FrontEnds:
     async def asleep(self, asleep: bool) -> None:
         """Refuse new requests on all front ends, or take them again."""
         self._engine.asleep = asleep
-        self._engine.cache_drops += asleep
         await self._tell_all("asleep", asleep)
+        if asleep:
+            await self.dropped()
 
     async def forget(self, adapter: str) -> None:
         """Have all front ends ask again for an adapter before they use it.
 
         The prefix cache is dropped next: it knows adapters by name only.
         """
-        self._engine.cache_drops += 1
+        await self.dropped()
         await self._tell_all("forget", adapter)
+
+    async def dropped(self) -> None:
+        """The prefix cache is dropped: gateways are told so, and of no prompt that was sent."""
+        self._engine.cache_drops += 1
+        self.first.reports.prompts.forget()
+        await self._tell_all("dropped")
 
     async def drain(self, timeout_s: float) -> None:
         """Wait until no request is in flight and the gateways know of all that ended.

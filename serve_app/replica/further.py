@@ -114,6 +114,7 @@ async def _serve(
             "asleep": sleep,
             "learn": learn,
             "forget": forget,
+            "dropped": front_end.reports.prompts.forget,
         }
         channel = Channel(pipe, handlers, lost=lambda: os._exit(1))
 

@@ -15,7 +15,7 @@ KEPT = 2**17
 """Characters of keys that are kept: those of 12 MB of prompts."""
 
 KEPT_S = 300.0
-"""Seconds for which they are kept: what the engine has dropped meanwhile is not told for ever."""
+"""Seconds for which they are kept: by then the engine may have other things in its cache."""
 
 
 class _Sent(NamedTuple):
@@ -49,6 +49,11 @@ class Prompts:
         # From the end: most of what is kept has been told.
         latest = list(islice(reversed(self._sent), max(0, self.last - number)))
         return [it.key for it in reversed(latest) if it.gateway != gateway]
+
+    def forget(self) -> None:
+        """The engine has dropped its cache."""
+        self._sent.clear()
+        self._characters = 0
 
     def _forget_first(self) -> None:
         self._characters -= len(self._sent.popleft().key)

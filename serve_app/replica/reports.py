@@ -59,7 +59,12 @@ class _Box:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it is to be answered; cleared by the answer."""
 
-    soon_s: float = HOLD_S
+    questions: int = 0
+    """How many it has asked."""
+
+    soon_s: float | None = None
+    """Within which time it wants to know what others have sent; None: not at all."""
+
     soon: asyncio.TimerHandle | None = None
     """When that is set because others have sent something that it does not know."""
 
@@ -82,14 +87,17 @@ class Reports:
         """A gateway has sent a request whose prompt has this key: the others are told soon."""
         self.prompts.add(gateway, key)
         for id, box in self._boxes.items():
-            if id != gateway and box.soon is None and not _silent(box):
+            if id != gateway and box.soon_s is not None and not (box.soon or _silent(box)):
                 box.soon = asyncio.get_running_loop().call_later(box.soon_s, box.news.set)
 
     async def answer(self, question: Question) -> Answer:
         """What a gateway is told: at once if there is a report for it, else after a while."""
         box = self._boxes.setdefault(question.gateway, _Box())
         box.asked, box.waiting = time.monotonic(), question.waiting
-        box.waits_since, box.soon_s = box.asked - question.waited_s, question.soon_s
+        box.waits_since = box.asked - question.waited_s
+        box.soon_s = None if question.heard is None else question.soon_s
+        box.questions += 1
+        number = box.questions
         while question.of == box.id and box.reports and box.first <= question.taken:
             box.reports.popleft()
             box.first += 1
@@ -100,6 +108,8 @@ class Reports:
             await self._news(box, HOLD_S * part, most_s * part)
         if (early := box.told + _SOONEST_S - time.monotonic()) > 0:
             await asyncio.sleep(early)
+        if number != box.questions:  # it was broken off: what there is is for the next one
+            return Answer(question.of, question.taken, heard=question.heard or 0)
         box.asked = box.told = time.monotonic()
         box.news.clear()
         if box.soon:
@@ -110,8 +120,10 @@ class Reports:
         if load:
             gateways = sum(not _silent(it) for it in self._boxes.values())
             load = replace(load, gateways=gateways)
-        heard = question.heard if question.of == box.id else 0
-        prompts = self.prompts.after(heard, question.gateway)
+        prompts: list[str] = []
+        if question.heard is not None:
+            heard = question.heard if question.of == box.id else 0
+            prompts = self.prompts.after(heard, question.gateway)
         last = box.first + len(told) - 1
         return Answer(box.id, last, told, load, prompts, self.prompts.last)
 

@@ -47,7 +47,7 @@ class Sleep:
             return "awake"
         if action == "reset-prefix-cache":
             if done := await llm.reset_prefix_cache():
-                self._engine.cache_drops += 1
+                await self._front_ends.dropped()
             return "prefix cache reset" if done else "not reset: requests still hold blocks of it"
         raise UserError(f"there is no action '{action}'{did_you_mean(action, ACTIONS)}")
 

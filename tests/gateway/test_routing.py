@@ -243,6 +243,21 @@ async def test_gateways_know_what_others_have_sent() -> None:
         assert counted(two, "routing_choices_total", "reason") == {"warm": 12}
 
 
+async def test_a_gateway_that_only_hears_forgets_replicas_that_are_gone() -> None:
+    async with fleet(2) as (_, gateway):
+        board = gateway.board
+        key = prefix.key([b"8 bytes."] * 4).decode()
+        before = {it.id: (it.host, it.port) for it in gateway.front_ends}
+        for n in range(5):
+            board.publish("m", {f"new{n}": ("127.0.0.1", 1), f"other{n}": ("127.0.0.1", 2)})
+            for front_end in gateway.front_ends + board.live("m"):
+                board.heard("m", front_end.replica, key)
+                board.heard("m", front_end.replica, "no base64!")
+        choice = router_of(gateway)._routed["m"].choice
+        assert set(choice.index.replicas) == {"new4", "other4"} and choice.replicas == 2
+        board.publish("m", before)
+
+
 async def test_a_client_tells_gateways_nothing_of_prompts() -> None:
     async with fleet(2) as (them, gateway):
         await chat(gateway, LONG, headers={PROMPT_HEADER.decode(): "bm90IHRydWU="})

@@ -77,17 +77,46 @@ async def test_a_gateway_is_told_of_what_others_have_sent_and_once() -> None:
     for gateway, key in (("g", "mine"), ("other", "a"), ("third", "b"), ("g", "mine too")):
         kept.prompts.add(gateway, key)
     kept.add(report("1"))
-    first = await kept.answer(Question("g"))
+    first = await kept.answer(Question("g", heard=0))
     assert first.prompts == ["a", "b"]
-    assert (await kept.answer(Question("g"))).prompts == ["a", "b"]  # the answer was lost
+    assert (await kept.answer(Question("g", heard=0))).prompts == ["a", "b"]  # that one was lost
     kept.prompts.add("other", "c")
     then = await kept.answer(Question("g", first.of, heard=first.heard))
     assert then.prompts == ["c"]
     again = await kept.answer(Question("g", "the one before", heard=500))
     assert again.prompts == ["a", "b", "c"]  # the front end was started again
     kept.add(report("2", "new"))
-    new = await kept.answer(Question("new"))
+    new = await kept.answer(Question("new", heard=0))
     assert new.prompts == ["mine", "a", "b", "mine too", "c"]
+    kept.add(report("3", "of an earlier version"))
+    assert (await kept.answer(Question("of an earlier version"))).prompts == []
+    kept.sent("g", "d")
+    timers = {id: box.soon is not None for id, box in kept._boxes.items()}
+    assert timers == {"g": False, "new": True, "of an earlier version": False}
+
+
+async def test_a_question_that_was_broken_off_takes_nothing_from_the_next_one() -> None:
+    """A front end goes on with it: its server does not see that the connection has ended."""
+    kept = Reports(lambda: Load(0, 0, 8, 0.0))
+    kept.add(report("1"))
+    first = await kept.answer(Question("g", heard=0))
+    question = Question("g", first.of, first.last, heard=first.heard, soon_s=0.01)
+    broken_off, asked = (asyncio.create_task(kept.answer(question)) for _ in range(2))
+    await asyncio.sleep(0.05)
+    kept.sent("other", "a")
+    assert (await asyncio.wait_for(asked, 0.5)).prompts == ["a"]
+    last = await asyncio.wait_for(broken_off, 0.5)
+    assert (last.of, last.last, last.heard, last.prompts) == (first.of, first.last, 0, [])
+
+
+def test_prompts_are_forgotten_with_the_cache_and_their_numbers_go_on() -> None:
+    kept = Prompts()
+    for key in ("a", "b"):
+        kept.add("other", key)
+    kept.forget()
+    assert kept.after(0, "g") == []
+    kept.add("other", "c")
+    assert kept.after(2, "g") == ["c"] and kept.last == 3
 
 
 async def test_what_others_have_sent_is_told_though_the_engine_is_another_front_ends(
@@ -369,6 +398,57 @@ async def test_what_another_gateway_sends_to_a_front_end_is_heard(book: Ledger) 
     asking.cancel()
     server.should_exit = True
     await serving
+
+
+class _Told(Exchange):
+    """Asks no front end: it is given these answers."""
+
+    def __init__(self, board: Board, book: Ledger, *answers: Answer) -> None:
+        super().__init__(board, book, b"")
+        self.answers = list(answers)
+        self.questions: list[Question] = []
+
+    async def _once(self, front_end: Any, question: Question) -> Answer:
+        self.questions.append(question)
+        if not self.answers:
+            await asyncio.Event().wait()
+        return self.answers.pop(0)
+
+
+async def test_what_others_have_sent_waits_until_it_is_known_how_much_a_replica_keeps(
+    book: Ledger,
+) -> None:
+    """Else most of it would be forgotten at once, or all: it has dropped its cache before."""
+    board, told = Board(), list[str]()
+    board.heard = lambda model, replica, key: told.append(key)
+    board.publish("m", {"f": ("127.0.0.1", 1)})
+    load = Load(0, 0, 8, 0.0, prefix_cache_tokens=10**6, cache_drops=3)
+    exchange = _Told(
+        board, book, Answer("x", 0, prompts=["a"], heard=1),
+        Answer("x", 0, load=load, prompts=["a", "b"], heard=2),
+    )  # fmt: skip
+    asking = asyncio.create_task(exchange.run())
+    assert await until(lambda: len(exchange.questions) == 3)
+    assert [it.heard for it in exchange.questions] == [0, 0, 2]
+    assert told == ["a", "b"]
+    asking.cancel()
+
+
+async def test_what_was_told_counts_once_though_the_next_question_is_broken_off(
+    book: Ledger, heard: Listener
+) -> None:
+    board, told = Board(), list[str]()
+    board.heard = lambda model, replica, key: told.append(key)
+    board.publish("m", {"f": ("127.0.0.1", 1)})
+    sleeps = Load(0, 0, 8, 0.0, asleep=True, wakes=True)
+    exchange = _Told(board, book, Answer("x", 1, [report("9", "gone")], sleeps, ["a"], 1))
+    asking = asyncio.create_task(exchange.run())
+    assert await until(lambda: len(exchange.questions) == 2)
+    for number in range(3, 6):
+        board.wanted("m")
+        assert await until(lambda n=number: len(exchange.questions) == n)  # type: ignore[misc]
+    assert len(heard.entries) == 1 and told == ["a"]
+    asking.cancel()
 
 
 async def test_a_gateway_that_ends_waits_for_reports(book: Ledger, heard: Listener) -> None:

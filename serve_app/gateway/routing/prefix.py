@@ -134,8 +134,11 @@ def key(blocks: Sequence[Block]) -> bytes:
 
 
 def blocks_of(key: str) -> list[Block]:
-    """The inverse of :func:`key`."""
-    all = a2b_base64(key)
+    """The inverse of :func:`key`. What is none has no blocks."""
+    try:
+        all = a2b_base64(key, strict_mode=True)
+    except ValueError:
+        return []
     return [all[at : at + BYTES] for at in range(0, len(all), BYTES)]
 
 
