@@ -285,6 +285,10 @@ class Board:
         application, _ = self._replicas.get(front_end.replica.id, ("", None))
         return self._front_ends.get(application, {}).get(front_end.id) is front_end
 
+    def knows(self, replica: Replica) -> bool:
+        """The same of a replica."""
+        return self._replicas.get(replica.id, ("", None))[1] is replica
+
     def find(self, application: str, front_end: str) -> FrontEnd | None:
         """An application's front end by its id."""
         return self._front_ends.get(application, {}).get(front_end)

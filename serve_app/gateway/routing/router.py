@@ -129,13 +129,13 @@ class Router(Policy):
 
     def _heard(self, model: str, replica: Replica, key: str) -> None:
         """Another gateway has sent a prompt, and so chooses for this model by what is cached."""
-        replicas = {it.id for it in self._board.replicas_of(model)}
-        if replica.id not in replicas:
+        if not self._board.knows(replica):
             return  # it drains
         choice = self._routed_of(model).choice
+        before = choice.replicas
         choice.heard(replica, prefix.blocks_of(key))
-        if choice.replicas > len(replicas):
-            choice.keep(replicas)
+        if choice.replicas > before:  # others may have gone since the last one came
+            choice.keep({it.id for it in self._board.replicas_of(model)})
 
     def _config(self, model: Model) -> RoutingConfig:
         own = model.config.routing if model.config else None
