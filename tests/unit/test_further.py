@@ -14,6 +14,7 @@ from harness.scripted import until
 
 from serve_app.replica import further
 from serve_app.replica.channel import Channel
+from serve_app.replica.prompts import Prompts
 
 
 class Process:
@@ -23,7 +24,7 @@ class Process:
         self.engine = SimpleNamespace(asleep=False, busy=False)
         self.front_end = SimpleNamespace(
             running=0,
-            reports=SimpleNamespace(due=0),
+            reports=SimpleNamespace(due=0, prompts=Prompts()),
             port=1,
             serving_models=SimpleNamespace(lora_requests={}),
             listen=_nothing,
@@ -77,9 +78,12 @@ async def test_what_it_is_busy_with_is_told_before_it_says_that_it_refuses(
         )
         await reported.wait()
         process.front_end.running = 1
+        process.front_end.reports.prompts.add("gateway", "key")
         await channel.ask("asleep", True)
+        await channel.ask("dropped")
         channel.close()
     assert process.engine.asleep
+    assert process.front_end.reports.prompts.after(0, "another") == []
     assert heard == [(0, False), (1, False)]
 
 

@@ -94,6 +94,15 @@ def test_two_writers_with_one_process_number_in_one_second_have_files_of_their_o
     assert sorted(lines(tmp_path)) == [b"first", b"second"]
 
 
+def test_a_file_of_which_the_writer_was_killed_as_it_made_it_is_removed(tmp_path: Path) -> None:
+    made, left = (tmp_path / f".{name}.jsonl.new" for name in "ab")
+    made.touch()
+    left.touch()
+    os.utime(left, (0, 0))
+    assert list(journal.closed(tmp_path)) == []
+    assert os.listdir(tmp_path) == [made.name]
+
+
 def test_a_line_that_was_cut_off_is_no_line(tmp_path: Path) -> None:
     (tmp_path / "dead.jsonl").write_bytes(b"a\nb\nhalf of")
     assert lines(tmp_path) == [b"a", b"b"]

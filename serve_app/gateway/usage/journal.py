@@ -20,6 +20,10 @@ from pathlib import Path
 
 SUFFIX = ".jsonl"
 
+_NEW = ".new"
+_MADE_S = 60.0
+"""Seconds after which a file without a name is that of a process that was killed as it made it."""
+
 
 class Journal:
     """Appends lines to a file, and to the next one once that is full or old. Any thread may."""
@@ -86,7 +90,7 @@ class Journal:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         name = f"{stamp}-{self._name}-{next(self._number)}{SUFFIX}"
         # It gets its name when it is locked: nobody may take it for one of a dead process.
-        made = self.folder / f".{name}.new"
+        made = self.folder / f".{name}{_NEW}"
         file = os.open(made, os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_WRONLY, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -119,7 +123,14 @@ class Closed:
 
 
 def closed(folder: Path) -> Iterator[Closed]:
-    """Each file of the folder that has no writer and no other reader, the oldest first."""
+    """Each file of the folder that has no writer and no other reader, the oldest first.
+
+    Those that never got a name, and so nothing in them, are removed.
+    """
+    for path in folder.glob(f".*{SUFFIX}{_NEW}"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > _MADE_S:
+                path.unlink()
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         try:
             file = os.open(path, os.O_RDONLY)
