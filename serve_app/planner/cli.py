@@ -83,7 +83,8 @@ def plan(
         raise click.UsageError("name a config file or a model")
     priced = ec2.read_prices(prices) if prices else None
     targets = _targets(target, only, engine_arguments(overrides))
-    of_groups = swap.gpu_names(load(Path(target))) if is_config(target) else {}
+    fleet = load(Path(target)) if is_config(target) else None
+    of_groups = swap.gpu_names(fleet) if fleet else {}
     shared_gpu = together.one_gpu({name: (it, config) for name, it, config, _ in targets})
     reports = []
     for found in targets:
@@ -94,8 +95,8 @@ def plan(
                 _report(*found, gpu_name=gpu, typical_length=typical_length, prices=priced)
             )
     groups, crowded = [], []
-    if is_config(target) and not only:
-        fleet, instead = load(Path(target)), hardware.find(gpu_name)[0] if gpu_name else None
+    if fleet and not only:
+        instead = hardware.find(gpu_name)[0] if gpu_name else None
         groups = list(swap.problems(fleet, instead=instead))
         crowded = list(together.problems(fleet, instead=instead))
     together_fit = all(it.status != "fail" for it in (*groups, *crowded))

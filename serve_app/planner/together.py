@@ -91,6 +91,17 @@ def packed(parts: Iterable[Part], kind: str = "") -> list[Shared]:
     return gpus
 
 
+def on_gpus(configs: Mapping[str, ModelConfig], gpu: GPU | None, which: int) -> list[Shared]:
+    """The GPUs of this type that models with parts of one share, at their fewest (0) or most (1)
+    replicas."""
+    return packed(
+        part
+        for name, config in configs.items()
+        if (part := part_of(name, config, gpu))
+        for _ in range(config.replica_range[which])
+    )
+
+
 def of_fleet(reports: Iterable[Report]) -> list[Shared]:
     """The shared GPUs of planned models, at the fewest replicas of each, one at least."""
     found: dict[str, list[Part]] = {}
@@ -149,13 +160,7 @@ def _too_much(configs: Mapping[str, ModelConfig], gpu: GPU | None) -> Finding | 
     """What shares a GPU, at the most replicas, and has too little host memory or cores on any
     machine with one (None: of any type)."""
     offered = [it for it in hardware.instances().values() if gpu in (None, it.gpu)]
-    parts = [
-        part
-        for name, config in configs.items()
-        if (part := part_of(name, config, gpu))
-        for _ in range(config.replica_range[1])
-    ]
-    for shared in packed(parts) if offered else ():
+    for shared in on_gpus(configs, gpu, 1) if offered else ():
         sharing = [configs[part.name] for part in shared.parts]
         if not any(pods.fits(it, 1, sharing) for it in offered):
             return _on_no_machine(shared, sharing, offered, gpu.name if gpu else "GPU")

@@ -43,15 +43,10 @@ def machines(reports: Iterable[Report]) -> tuple[dict[str, int], dict[str, int]]
 
 
 def _pods(sharing: list[Report], which: int) -> list[list[ModelConfig]]:
-    """The replicas on each GPU that parts share, at the fewest (0) or most (1) replicas."""
+    """The replicas on each GPU that parts of one type share, at the fewest (0) or most (1)."""
     configs = {report.name: report.config for report in sharing}
-    parts = [
-        part
-        for report in sharing
-        if (part := together.part_of(report.name, report.config, report.plan.gpu))
-        for _ in range(report.config.replica_range[which])
-    ]
-    return [[configs[part.name] for part in gpu.parts] for gpu in together.packed(parts)]
+    shared = together.on_gpus(configs, sharing[0].plan.gpu, which)
+    return [[configs[part.name] for part in gpu.parts] for gpu in shared]
 
 
 def _add(
