@@ -37,13 +37,19 @@ TOKENS = 128
 CONCURRENCY = {64: 4.0, 256: 6.0}
 """Requests at once, and the least seconds to measure for."""
 
+SLOW = 2000.0
+"""Tokens/s: with fewer of them, what follows takes one request of each client, in place of two."""
+
+BEFORE_ANOTHER = ("vllm-router", "litellm")
+"""Arms without an engine of their own: in front of ``bare-1``, which is warm without them."""
+
 Command = tuple[list[str], dict[str, str]]
 
 
 def arms(model: Path, folder: Path, port: int, engine: dict[str, Any]) -> dict[str, Command]:
     """Commands and environments, by name; the ports count up from ``port``.
 
-    vllm-router and LiteLLM stand in front of ``bare-1``, the first.
+    Those of :data:`BEFORE_ANOTHER` stand in front of ``bare-1``, the first.
     """
     loaded = {"load_format": "dummy", **engine}
     found: dict[str, Command] = {}
@@ -127,8 +133,9 @@ def measure(
                 servers.pop(name)
         starts = {name: server.seconds for name, server in servers.items()}
         print("started", json.dumps(starts), "left out", json.dumps(left_out), flush=True)
-        for server in servers.values():  # kernels, connections
-            _wrk(server.port, folder, most, 2.0, words, waves=1)
+        for name, server in servers.items():  # kernels, connections
+            few = name in BEFORE_ANOTHER
+            _wrk(server.port, folder, 8 if few else most, 2.0, words, waves=1)
         rounds: list[dict[str, Any]] = []
         longest = 0.0
         while len(rounds) < 5 and (not rounds or time.monotonic() + longest < deadline):
@@ -138,7 +145,9 @@ def measure(
             found: dict[str, Any] = {name: {} for name in servers}
             for concurrency, seconds in loads.items():
                 for name in order:
-                    one = _wrk(servers[name].port, folder, concurrency, seconds, words)
+                    slow = any(it["tokens_per_s"] < SLOW for it in found[name].values())
+                    waves = 1 if slow else 2
+                    one = _wrk(servers[name].port, folder, concurrency, seconds, words, waves)
                     found[name][f"c{concurrency}"] = one
                     print(len(rounds) + 1, name, concurrency, json.dumps(one), flush=True)
             found["c1"] = first_tokens.measure(servers, folder, words)

@@ -9,7 +9,6 @@ offered.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -22,6 +21,8 @@ from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from benchmarks import others
 from benchmarks.h200 import failures
@@ -254,7 +255,7 @@ def _in_turn(
 
 def _play(port: int, sessions: Sequence[Session], salt: str) -> list[client.Answered]:
     urls, body = [f"http://127.0.0.1:{port}"], partial(completion, salt)
-    return asyncio.run(client.play(urls, sessions, MODEL, body, "/v1/completions"))
+    return uvloop.run(client.play(urls, sessions, MODEL, body, "/v1/completions"))
 
 
 def completion(salt: str, turn: Turn, model: str) -> dict[str, Any]:

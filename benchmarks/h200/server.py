@@ -38,6 +38,9 @@ _TOOK = re.compile(
 # Lines of our replicas' log: the phase that begins, and the seconds since the start.
 _PHASE = re.compile(r"start: (.*) \(after (\d+) s\)")
 
+_NO_GATEWAY = re.compile(r"the gateway cannot start: .*")
+"""In our gateway's log. Serve tries again and again, and the engines would start for nothing."""
+
 RAY = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # loopback only
     "RAY_ADDRESS": "local",
@@ -132,6 +135,8 @@ class Server:
                 broken = ready(self.port).get("models", {}).get(self.model, {})
                 if broken.get("status") == "DEPLOY_FAILED":
                     raise SystemExit(f"failed: {broken['message']}\n{self.text()[-6000:]}")
+                if why := _NO_GATEWAY.search(self.text()):
+                    raise SystemExit(why[0])
                 if self.process.poll() is not None or time.monotonic() - self._began > limit_s:
                     raise SystemExit(f"no server: {self.text()[-6000:]}")
                 time.sleep(0.5)

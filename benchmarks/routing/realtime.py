@@ -7,7 +7,6 @@ empty caches: the replicas are started anew.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -17,6 +16,8 @@ import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import uvloop
 
 from benchmarks import others, processes
 from benchmarks.gateway.arms import TREE
@@ -80,7 +81,7 @@ def _one(port: int, name: str, trace: str, seed: int, work: Path) -> dict[str, A
             running.enter_context(processes.process(command, path, log))
         for at in ports:
             _up(at)
-        answered = asyncio.run(client.play([f"http://127.0.0.1:{at}" for at in ports], sessions))
+        answered = uvloop.run(client.play([f"http://127.0.0.1:{at}" for at in ports], sessions))
     return client.measured(answered, WARM_S, end)
 
 
