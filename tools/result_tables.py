@@ -144,23 +144,28 @@ def _contenders(step: str) -> Callable[[], str]:
         for name in names:
             cells = []
             for at in loads:
-                mine = [r[name][at]["tokens_per_s"] for r in rounds]
-                base = [r[names[0]][at]["tokens_per_s"] for r in rounds]
-                over = [a / b for a, b in zip(mine, base, strict=True)]
-                cells += [report.spread(mine, "{:.0f}"), report.spread(over, "{:.2f}")]
-            ttft = [r["c1"][name]["ttft_ms"][1] for r in rounds]
-            errors = sum(r[name][at]["errors"] for r in rounds for at in loads)
-            rows.append([name, *cells, report.spread(ttft, "{:.1f}"), str(errors)])
+                both = [(r[name][at], r[names[0]][at]) for r in rounds if at in r[name]]
+                mine = [its["tokens_per_s"] for its, _ in both]
+                over = [its["tokens_per_s"] / base["tokens_per_s"] for its, base in both]
+                cells += [_spread(mine, "{:.0f}"), _spread(over, "{:.2f}")]
+            ttft = [r["c1"][name]["ttft_ms"][1] for r in rounds if "c1" in r]
+            errors = sum(its["errors"] for r in rounds for its in r[name].values())
+            rows.append([name, *cells, _spread(ttft, "{:.1f}"), str(errors)])
         header = ["", *(it for at in loads for it in (f"tokens/s, {at}", f"÷ {names[0]}")),
                   "TTFT p50, c1, ms", "errors"]  # fmt: skip
         absent = "".join(f"\n\nLeft out: {who}: {why}" for who, why in one["left_out"].items())
         about = (
             f"{one['date']}, {', '.join(one['gpus'])}, {one['machine']['cores']} cores, "
-            f"{len(rounds)} rounds ([raw](../benchmarks/results/{found['file']}), `{step}`)."
+            f"{len(rounds)} round{'s' * (len(rounds) > 1)} "
+            f"([raw](../benchmarks/results/{found['file']}), `{step}`). {one.get('note', '')}"
         )
-        return f"{about}\n\n{report.table(header, rows)}{absent}"
+        return f"{about.rstrip()}\n\n{report.table(header, rows)}{absent}"
 
     return table
+
+
+def _spread(values: list[float], form: str) -> str:
+    return report.spread(values, form) if values else DASH
 
 
 def ngram_texts() -> str:

@@ -217,7 +217,11 @@ async def test_after_a_failed_replica_another_one_has_the_conversation() -> None
         assert await chat_anyhow(gateway, LONG) == 200  # the first is avoided for a while
         them.ups[int(home[1])].script = ok
         gateway.board._front_ends["m"][home].replica.avoid_until.clear()
-        assert counted(gateway, "routing_choices_total", "reason") == {"cold": 2, "warm": 2}
+        assert counted(gateway, "routing_choices_total", "reason") == {
+            "cold": 1,
+            "warm": 2,
+            "overflow": 1,
+        }
         assert not any(
             it.backlog.tokens for it in router_of(gateway)._routed["m"].choice._seen.values()
         )

@@ -378,6 +378,65 @@ def test_a_prompt_that_all_have_in_common_is_soon_where_it_is_needed(replicas: i
     assert sum(it.cached == 0 for it in fleet.policy._sent.values()) == len(went)
 
 
+@pytest.mark.parametrize(("own", "together"), [(1, True), (30, False)])
+def test_what_several_have_is_asked_for_at_one_of_them_while_few_ask(
+    own: int, together: bool
+) -> None:
+    """Elsewhere it makes room for others; unless it is the smaller part of the prompt."""
+    homes = set()
+    for _ in range(4):  # each is another gateway, and they agree
+        fleet = Fleet(4)
+        copies = fleet.live[:2]
+        for it in copies:
+            fleet.answer(text("a", 20), live=[it])
+        went = [fleet.answer(text("a", 20 + own, own), cached=20 * BLOCK // 4) for _ in range(12)]
+        homes |= set(went)
+    assert homes == ({went[0]} if together else {"r0", "r1"})
+
+
+def test_a_home_with_much_to_do_is_relieved_by_others_that_have_the_prompt() -> None:
+    fleet = Fleet(2)
+    for it in fleet.live:
+        fleet.answer(text("a", 20), live=[it])
+    went = Counter(fleet.send(text("a", 20)) for _ in range(40))
+    assert set(went.values()) == {20}  # of as many as ask for it each has its part
+    fleet = Fleet(2)
+    for it in fleet.live:
+        fleet.answer(text("a", 20), live=[it])
+    home = fleet.answer(text("a", 20))
+    for n in range(6):
+        fleet.send(text(f"b{n}", 1), [it for it in fleet.live if it.id == home])
+    assert fleet.answer(text("a", 20)) != home
+    assert fleet.policy.reason == "warm"
+
+
+@pytest.mark.parametrize(
+    "load", [{}, {"waiting": 1}, {"kv_cache_usage": 0.9}], ids=["room", "waits", "full"]
+)
+def test_a_prompt_moves_to_no_replica_that_lacks_room_itself(load: dict[str, Any]) -> None:
+    """It would push out another prompt, which then moves too, until no replica has any."""
+    fleet = Fleet(2)
+    home = fleet.answer(text("a", 40))
+    fleet.report(**load)
+    fleet.send(text("b", 300), [it for it in fleet.live if it.id == home])  # 10 s of work
+    assert (fleet.send(text("a", 40)) == home) == bool(load)
+
+
+def test_while_its_home_has_no_room_a_prompt_has_one_more_home_for_all_gateways() -> None:
+    next_homes = set()
+    for _ in range(8):
+        fleet = Fleet(4)
+        fleet.answer(text("a", 20), live=[fleet.live[0]])
+        next_homes.add(fleet.send(text("a", 20), fleet.live[1:]))
+        assert fleet.policy.reason == "overflow"
+    (next_home,) = next_homes
+    fleet = Fleet(4)
+    fleet.answer(text("a", 20), live=[fleet.live[0]])
+    for n in range(2):
+        fleet.send(text(f"b{n}", 20), [it for it in fleet.live if it.id == next_home])
+    assert fleet.send(text("a", 20), fleet.live[1:]) != next_home  # it has more to do
+
+
 def test_a_replica_that_comes_gets_its_part_of_what_everybody_sends() -> None:
     fleet = Fleet(8)
     before, new = fleet.live[:-1], fleet.live[-1]
@@ -487,9 +546,12 @@ def test_only_replicas_that_are_there_are_chosen_and_others_are_forgotten() -> N
     fleet = Fleet(3)
     home = fleet.answer(text("a", 20))
     fleet.live = [it for it in fleet.live if it.id != home]
-    assert fleet.answer(text("a", 20)) != home
-    assert fleet.policy.reason == "cold"
+    next_home = fleet.answer(text("a", 20))
+    assert next_home != home
+    assert fleet.policy.reason == "overflow"  # it may come back
     fleet.policy.keep({it.id for it in fleet.live})
+    assert fleet.answer(text("a", 20)) == next_home
+    assert fleet.policy.reason == "warm"
     assert fleet.policy.replicas == 2
     assert home not in fleet.policy.index.replicas
 

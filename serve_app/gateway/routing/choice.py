@@ -25,9 +25,9 @@ from serve_app.gateway.standing import OUT
 
 Reason = Literal["warm", "overflow", "cold", "session", "short"]
 """Why a replica was chosen. ``warm``: it has the beginning of the prompt. ``overflow``: others have
-it, and too much to do. ``cold``: none that can be had has it; this one has the least to do.
-``session``: the client named its session. ``short``: the prompt has no whole block; the replica has
-the least to do."""
+it, and too much to do, or can be sent nothing now. ``cold``: none has it; this one has the least to
+do. ``session``: the client named its session. ``short``: the prompt has no whole block; the replica
+has the least to do."""
 
 WARM = 0.8
 """Part of what the best replica has cached from which on another is as good."""
@@ -49,6 +49,17 @@ once on each replica, which is nothing."""
 SESSION_BOUND = 1.25
 """The same for a client's session: as in Mirrokni et al., "Consistent Hashing with Bounded Loads",
 2016."""
+
+HOME_BOUND = 2.0
+"""Times the work of the one with the least that a prompt's home may have, of those that have the
+prompt. What is asked for at several is kept at several, and pushes out others."""
+
+FEW = 8
+"""Requests of one beginning, of this gateway, that its home may have. What more ask for at the same
+time is well kept at several."""
+
+NEXT_BOUND = 1.25
+"""Times the work of the one with the least that the replica may have where calls overflow to."""
 
 SOONER = 2.0
 """How many times sooner another replica must answer at least: where all have much to do, some have
@@ -161,12 +172,16 @@ class CacheAware:
         slack: float = SLACK,
         sooner: float = SOONER,
         remembered: float = REMEMBERED,
+        home: float = HOME_BOUND,
+        few: int = FEW,
+        next_home: float = NEXT_BOUND,
     ) -> None:
         self.config = config or RoutingConfig()
         self._now = now
         self._warm, self._patience = warm, patience
         self._bound, self._slack, self._sooner = bound, slack, sooner
         self._remembered = remembered
+        self._home_bound, self._few, self._next_bound = home, few, next_home
         self.index = Index()
         self._rate = Rate()
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
@@ -274,19 +289,42 @@ class CacheAware:
             return _least(options), "short"
         best = max(it.cached for it in options)
         if not best:
+            known = max(self.index.match(prompt.blocks).values(), default=0)
+            if known:  # at one without room
+                return self._next_home(prompt, known, self._fitting(options, now)), "overflow"
             return _least(options), "cold"
         fitting = self._fitting(options, now)
         enough = self._warm * best
         warm = [it for it in fitting if it.cached >= enough]
         cold = [it for it in fitting if it.cached < enough]
         if not warm:
-            return self._next_home(prompt, cold, max(options, key=lambda it: it.cached)), "overflow"
+            blocks = max(it.blocks for it in options)
+            return self._next_home(prompt, blocks, cold), "overflow"
         # A place at one that has it is had now: what all have in common is waited for nowhere.
-        first = _least([it for it in warm if not it.full] or warm)
-        better = [it for it in cold if self._is_worth(it, first) or self._is_idle(it, first)]
+        first = self._home(prompt, [it for it in warm if not it.full] or warm)
+        better = [
+            it
+            for it in cold
+            if (self._is_worth(it, first) or self._is_idle(it, first))
+            and not _is_scarce(it.replica, now)  # what it has would be pushed out there
+        ]
         if better:
-            return self._next_home(prompt, better, first), "overflow"
+            return self._next_home(prompt, first.blocks, better), "overflow"
         return first, "warm"
+
+    def _home(self, prompt: Prompt, warm: list[Option]) -> Option:
+        """Of those that have it: the one where it stays, until that has much more to do.
+
+        Where what they have is the smaller part of the prompt, or many ask for it, that is worth
+        less than that all have as much to do.
+        """
+        least = _least(warm)
+        blocks = min(it.blocks for it in warm)
+        if len(warm) == 1 or 2 * blocks < len(prompt.blocks):
+            return least
+        home = min(warm, key=_order(prompt.blocks[blocks - 1]))
+        is_it = home.work <= self._home_bound * least.work and home.alike < self._few
+        return home if is_it else least
 
     def _is_worth(self, cold: Option, warm: Option) -> bool:
         """Whether a call would be answered so much sooner there that its prompt may be computed
@@ -303,12 +341,14 @@ class CacheAware:
         """
         return warm.alike > SCARCE_BOUND * cold.requests + self._slack
 
-    def _next_home(self, prompt: Prompt, cold: list[Option], warm: Option) -> Option:
-        """Where calls go that share a beginning and overflow: all to the same one.
+    def _next_home(self, prompt: Prompt, blocks: int, cold: list[Option]) -> Option:
+        """Where calls go that share a beginning, of so many blocks, and overflow: all to the same.
 
         Else each makes a copy at another replica, and the copies push each other out.
         """
-        return _in_order(prompt.blocks[warm.blocks - 1], cold)[0]
+        most = self._next_bound * min(it.work for it in cold)
+        fitting = [it for it in cold if it.work <= most]
+        return min(fitting, key=_order(prompt.blocks[blocks - 1]))
 
     def _fitting(self, options: list[Option], now: float) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
@@ -324,7 +364,7 @@ class CacheAware:
 
     def _of_session(self, name: str, options: list[Option]) -> Option:
         """The first with room, in an order that all gateways have for this session."""
-        ordered = _in_order(name.encode(), options)
+        ordered = sorted(options, key=_order(name.encode()))
         most = math.ceil(SESSION_BOUND * _mean(options))
         return next((it for it in ordered if it.requests + 1 <= most), ordered[0])
 
@@ -449,14 +489,14 @@ def _mean(options: list[Option]) -> float:
     return (sum(it.requests * it.weight for it in options) + 1) / sum(it.weight for it in options)
 
 
-def _in_order(key: bytes, options: list[Option]) -> list[Option]:
-    """In an order that all gateways have for this key.
+def _order(key: bytes) -> Callable[[Option], bytes]:
+    """Sorts options in an order that all gateways have for this key.
 
     Rendezvous hashing (Thaler and Ravishankar, 1998): a replica that comes or goes moves only the
     keys that are or were its own.
     """
     start = blake2b(key, digest_size=16).digest()
-    return sorted(options, key=lambda it: blake2b(it.replica.id.encode(), key=start).digest())
+    return lambda it: blake2b(it.replica.id.encode(), key=start).digest()
 
 
 def _part(blocks: int, prompt: Prompt) -> float:
