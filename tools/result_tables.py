@@ -139,16 +139,21 @@ def _contenders(step: str) -> Callable[[], str]:
             return NOT_YET
         one = found[step]
         rounds, names = one["rounds"], [name for name in one["rounds"][0] if name != "c1"]
-        loads = list(rounds[0][names[0]])
+        loads = dict.fromkeys(at for r in rounds for name in names for at in r[name])
         rows = []
         for name in names:
             cells = []
             for at in loads:
-                both = [(r[name][at], r[names[0]][at]) for r in rounds if at in r[name]]
-                mine = [its["tokens_per_s"] for its, _ in both]
-                over = [its["tokens_per_s"] / base["tokens_per_s"] for its, base in both]
-                cells += [_spread(mine, "{:.0f}"), _spread(over, "{:.2f}")]
-            ttft = [r["c1"][name]["ttft_ms"][1] for r in rounds if "c1" in r]
+                mine = {
+                    n: r[name][at]["tokens_per_s"] for n, r in enumerate(rounds) if at in r[name]
+                }
+                base = {
+                    n: r[names[0]].get(at, {}).get("tokens_per_s") for n, r in enumerate(rounds)
+                }
+                over = [its / base[n] for n, its in mine.items() if base[n]]
+                cells += [_spread([*mine.values()], "{:.0f}"), _spread(over, "{:.2f}")]
+            firsts = [r.get("c1", {}).get(name, {}).get("ttft_ms") for r in rounds]
+            ttft = [first[1] for first in firsts if first]
             errors = sum(its["errors"] for r in rounds for its in r[name].values())
             rows.append([name, *cells, _spread(ttft, "{:.1f}"), str(errors)])
         header = ["", *(it for at in loads for it in (f"tokens/s, {at}", f"÷ {names[0]}")),

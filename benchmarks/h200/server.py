@@ -135,8 +135,8 @@ class Server:
                 broken = ready(self.port).get("models", {}).get(self.model, {})
                 if broken.get("status") == "DEPLOY_FAILED":
                     raise SystemExit(f"failed: {broken['message']}\n{self.text()[-6000:]}")
-                if why := _NO_GATEWAY.search(self.text()):
-                    raise SystemExit(why[0])
+                if len(why := _NO_GATEWAY.findall(self.text())) > 1:
+                    raise SystemExit(why[-1])
                 if self.process.poll() is not None or time.monotonic() - self._began > limit_s:
                     raise SystemExit(f"no server: {self.text()[-6000:]}")
                 time.sleep(0.5)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,28 +94,31 @@ async def _ask(client: aiohttp.ClientSession, url: str, body: bytes, one: Answer
             one.error = f"{answer.status} {(await answer.text())[:200]}"
             return
         chunks: list[bytes] = []
+        rest = b""
         async for chunk in answer.content.iter_any():
             chunks.append(chunk)
-            if not one.ttft_s and any(map(_has_text, _events(b"".join(chunks)))):
-                one.ttft_s = time.monotonic() - sent
+            if not one.ttft_s:
+                *lines, rest = (rest + chunk).split(b"\n")
+                if any(map(_has_text, _events(lines))):
+                    one.ttft_s = time.monotonic() - sent
         body = b"".join(chunks)
-        for event in _events(body[-_TAIL:]):
+        lines = body[-_TAIL:].split(b"\n")
+        for event in _events(lines if len(body) <= _TAIL else lines[1:]):
             one.error = str(event.get("error") or "")[:200] or one.error
             one.usage = event.get("usage") or one.usage
         if not one.error and (not body.rstrip().endswith(b"data: [DONE]") or not one.usage):
             one.error = "the stream was cut off"
 
 
-def _events(text: bytes) -> list[dict[str, Any]]:
-    """The whole events in a piece of a stream."""
-    lines = text.split(b"\n")[:-1]  # what the last line break ends
-    return [json.loads(line[6:]) for line in lines
-            if line.startswith(b"data: {") and line.rstrip().endswith(b"}")]  # fmt: skip
+def _events(lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    """Those in whole lines of a stream."""
+    return [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
 
 
 def _has_text(event: dict[str, Any]) -> bool:
     """Whether it brings a token; a completion's first event always does, though it may be empty."""
-    return any("text" in it or it["delta"].get("content") for it in event.get("choices", ()))
+    choices = event.get("choices") or ()
+    return any("text" in it or (it.get("delta") or {}).get("content") for it in choices)
 
 
 def measured(answered: Sequence[Answered], begin: float, end: float) -> dict[str, Any]:

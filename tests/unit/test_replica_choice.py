@@ -378,63 +378,120 @@ def test_a_prompt_that_all_have_in_common_is_soon_where_it_is_needed(replicas: i
     assert sum(it.cached == 0 for it in fleet.policy._sent.values()) == len(went)
 
 
-@pytest.mark.parametrize(("own", "together"), [(1, True), (30, False)])
-def test_what_several_have_is_asked_for_at_one_of_them_while_few_ask(
-    own: int, together: bool
-) -> None:
-    """Elsewhere it makes room for others; unless it is the smaller part of the prompt."""
-    homes = set()
-    for _ in range(4):  # each is another gateway, and they agree
-        fleet = Fleet(4)
-        copies = fleet.live[:2]
-        for it in copies:
-            fleet.answer(text("a", 20), live=[it])
-        went = [fleet.answer(text("a", 20 + own, own), cached=20 * BLOCK // 4) for _ in range(12)]
-        homes |= set(went)
-    assert homes == ({went[0]} if together else {"r0", "r1"})
+def shared_by(fleet: Fleet, name: str, ids: str) -> None:
+    """These replicas have the prompt of that name, of 20 KiB."""
+    for id in ids.split():
+        fleet.answer(text(name, 20), live=[it for it in fleet.live if it.id == id])
 
 
-def test_a_home_with_much_to_do_is_relieved_by_others_that_have_the_prompt() -> None:
-    fleet = Fleet(2)
-    for it in fleet.live:
-        fleet.answer(text("a", 20), live=[it])
-    went = Counter(fleet.send(text("a", 20)) for _ in range(40))
-    assert set(went.values()) == {20}  # of as many as ask for it each has its part
-    fleet = Fleet(2)
-    for it in fleet.live:
-        fleet.answer(text("a", 20), live=[it])
-    home = fleet.answer(text("a", 20))
-    for n in range(6):
-        fleet.send(text(f"b{n}", 1), [it for it in fleet.live if it.id == home])
-    assert fleet.answer(text("a", 20)) != home
-    assert fleet.policy.reason == "warm"
+def home_of(name: str, ids: str, replicas: int = 4, own: int = 1) -> set[str]:
+    """Where 12 requests go, one after the other, that share a prompt which some have; it is the
+    same for another gateway."""
+    went = set()
+    for _ in range(2):
+        fleet = Fleet(replicas)
+        shared_by(fleet, name, ids)
+        asked = [text(name, 20 + own, own) for _ in range(12)]
+        went |= {fleet.answer(prompt, cached=20 * BLOCK // 4) for prompt in asked}
+    return went
+
+
+def test_what_two_have_is_asked_for_at_one_of_them_and_each_has_its_part() -> None:
+    """Elsewhere it makes room for others."""
+    homes = [home_of(name, "r0 r1") for name in "abcdefghijklmnop"]
+    assert all(len(it) == 1 for it in homes)
+    assert set.union(*homes) == {"r0", "r1"}
 
 
 @pytest.mark.parametrize(
-    "load", [{}, {"waiting": 1}, {"kv_cache_usage": 0.9}], ids=["room", "waits", "full"]
+    ("ids", "replicas", "own"),
+    [("r0 r1", 4, 30), ("r0 r1 r2", 4, 1), ("r0 r1", 2, 1)],
+    ids=["the smaller part of the prompt", "most have it", "both have it"],
 )
-def test_a_prompt_moves_to_no_replica_that_lacks_room_itself(load: dict[str, Any]) -> None:
+def test_what_is_everybodys_is_asked_for_where_least_is_to_do(
+    ids: str, replicas: int, own: int
+) -> None:
+    """Else what all prompts begin with would send all new conversations to one replica."""
+    assert home_of("a", ids, replicas, own) == set(ids.split())
+
+
+def test_new_conversations_with_one_system_prompt_are_spread_evenly() -> None:
+    fleet = Fleet(8)
+    for it in fleet.live:
+        fleet.answer(text("system", 24), live=[it])
+    went = Counter(fleet.send(text("system", 28, own=4)) for _ in range(80))
+    assert set(went.values()) == {10}
+
+
+def test_a_home_with_much_to_do_is_relieved_by_another_that_has_the_prompt() -> None:
+    (home,) = home_of("a", "r0 r1")
+    fleet = Fleet(4)
+    shared_by(fleet, "a", "r0 r1")
+    at_home = [it for it in fleet.live if it.id == home]
+    for busy in (False, True):
+        id = fleet.answer(text("a", 20), cached=20 * BLOCK // 4)
+        assert fleet.policy.reason == "warm"
+        assert (id == home) != busy
+        for n in range(3):
+            fleet.send(text(f"b{n}", 1), at_home)
+
+
+def test_a_conversation_stays_where_the_most_of_it_is() -> None:
+    for name in "abcdefghijklmnop":
+        fleet = Fleet(4)
+        fleet.answer(text(name, 17), live=[fleet.live[0]])
+        fleet.answer(text(name, 20), live=[fleet.live[1]])
+        assert fleet.answer(text(name, 21)) == "r1"
+
+
+@pytest.mark.parametrize(
+    ("load", "moves"),
+    [({}, True), ({"running": 2, "waiting": 1}, False), ({"kv_cache_usage": 0.9}, False)],
+    ids=["room", "waits", "full"],
+)
+def test_a_prompt_moves_to_no_replica_that_lacks_room_itself(
+    load: dict[str, Any], moves: bool
+) -> None:
     """It would push out another prompt, which then moves too, until no replica has any."""
-    fleet = Fleet(2)
-    home = fleet.answer(text("a", 40))
-    fleet.report(**load)
-    fleet.send(text("b", 300), [it for it in fleet.live if it.id == home])  # 10 s of work
-    assert (fleet.send(text("a", 40)) == home) == bool(load)
+
+    def went(tokens_ahead: int) -> bool:
+        fleet = Fleet(2)
+        home = fleet.answer(text("a", 10))
+        for it in fleet.live:
+            for n in range(3):
+                fleet.send(text(f"{it.id}{n}", 1), [it])
+        fleet.report(**load)
+        fleet.send(text("b", tokens_ahead // 256), [it for it in fleet.live if it.id == home])
+        return fleet.send(text("a", 10)) != home
+
+    assert not went(tokens_ahead=2_000)
+    assert went(tokens_ahead=16_000) == moves  # 1.7 s; four times what its cache saves are 1.3
+    assert went(tokens_ahead=60_000)  # longer than max_wait_for_cache_s
 
 
 def test_while_its_home_has_no_room_a_prompt_has_one_more_home_for_all_gateways() -> None:
-    next_homes = set()
-    for _ in range(8):
+    def next_home(shared: int, live: slice, busy: str = "", full: str = "") -> str:
         fleet = Fleet(4)
+        for it in fleet.live:  # what all prompts begin with
+            fleet.answer(Prompt(blocks("a", shared), shared * BLOCK), live=[it])
         fleet.answer(text("a", 20), live=[fleet.live[0]])
-        next_homes.add(fleet.send(text("a", 20), fleet.live[1:]))
+        for it in fleet.live:
+            for n in range(2 * (it.id == busy)):
+                fleet.send(text(f"b{n}", 20), [it])
+            if it.id == full:
+                it.replica.report(
+                    Load(it.replica.inflight, 0, 64, 0.9, prefix_cache_tokens=100_000)
+                )
+        it = fleet.send(text("a", 20), fleet.live[live])
         assert fleet.policy.reason == "overflow"
-    (next_home,) = next_homes
-    fleet = Fleet(4)
-    fleet.answer(text("a", 20), live=[fleet.live[0]])
-    for n in range(2):
-        fleet.send(text(f"b{n}", 20), [it for it in fleet.live if it.id == next_home])
-    assert fleet.send(text("a", 20), fleet.live[1:]) != next_home  # it has more to do
+        return it
+
+    for shared in (0, 4, 12):
+        homes = {next_home(shared, slice(1, None)) for _ in range(8)}
+        assert len(homes) == 1
+    (home,) = homes
+    assert next_home(12, slice(1, None), busy=home) != home
+    assert next_home(12, slice(1, None), full=home) != home
 
 
 def test_a_replica_that_comes_gets_its_part_of_what_everybody_sends() -> None:

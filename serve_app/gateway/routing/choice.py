@@ -54,10 +54,6 @@ HOME_BOUND = 2.0
 """Times the work of the one with the least that a prompt's home may have, of those that have the
 prompt. What is asked for at several is kept at several, and pushes out others."""
 
-FEW = 8
-"""Requests of one beginning, of this gateway, that its home may have. What more ask for at the same
-time is well kept at several."""
-
 NEXT_BOUND = 1.25
 """Times the work of the one with the least that the replica may have where calls overflow to."""
 
@@ -173,7 +169,6 @@ class CacheAware:
         sooner: float = SOONER,
         remembered: float = REMEMBERED,
         home: float = HOME_BOUND,
-        few: int = FEW,
         next_home: float = NEXT_BOUND,
     ) -> None:
         self.config = config or RoutingConfig()
@@ -181,7 +176,7 @@ class CacheAware:
         self._warm, self._patience = warm, patience
         self._bound, self._slack, self._sooner = bound, slack, sooner
         self._remembered = remembered
-        self._home_bound, self._few, self._next_bound = home, few, next_home
+        self._home_bound, self._next_bound = home, next_home
         self.index = Index()
         self._rate = Rate()
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
@@ -287,65 +282,65 @@ class CacheAware:
             return self._of_session(prompt.session, options), "session"
         if not prompt.blocks:
             return _least(options), "short"
-        best = max(it.cached for it in options)
-        if not best:
-            known = max(self.index.match(prompt.blocks).values(), default=0)
-            if known:  # at one without room
-                return self._next_home(prompt, known, self._fitting(options, now)), "overflow"
+        known = max(self.index.match(prompt.blocks).values(), default=0)
+        if not known:
             return _least(options), "cold"
         fitting = self._fitting(options, now)
-        enough = self._warm * best
+        most = max(it.blocks for it in options)
+        enough = self._warm * max(it.cached for it in options)
         warm = [it for it in fitting if it.cached >= enough]
         cold = [it for it in fitting if it.cached < enough]
+        if most < self._warm * known:  # who has it can be sent nothing now
+            return self._next_home(prompt, known, warm or cold, now), "overflow"
         if not warm:
-            blocks = max(it.blocks for it in options)
-            return self._next_home(prompt, blocks, cold), "overflow"
+            return self._next_home(prompt, most, cold, now), "overflow"
         # A place at one that has it is had now: what all have in common is waited for nowhere.
-        first = self._home(prompt, [it for it in warm if not it.full] or warm)
+        first = self._home(prompt, [it for it in warm if not it.full] or warm, len(options))
         better = [
-            it
-            for it in cold
-            if (self._is_worth(it, first) or self._is_idle(it, first))
-            and not _is_scarce(it.replica, now)  # what it has would be pushed out there
+            it for it in cold if self._is_worth(it, first, now) or self._is_idle(it, first, now)
         ]
         if better:
-            return self._next_home(prompt, first.blocks, better), "overflow"
+            return self._next_home(prompt, first.blocks, better, now), "overflow"
         return first, "warm"
 
-    def _home(self, prompt: Prompt, warm: list[Option]) -> Option:
-        """Of those that have it: the one where it stays, until that has much more to do.
+    def _home(self, prompt: Prompt, warm: list[Option], replicas: int) -> Option:
+        """Of those that have most of it: the one where it stays, until that has much more to do.
 
-        Where what they have is the smaller part of the prompt, or many ask for it, that is worth
-        less than that all have as much to do.
+        Where more than half of the replicas have it, as what all prompts begin with, or what they
+        have is the smaller part of the prompt, that is worth less than that all have as much to do.
         """
         least = _least(warm)
-        blocks = min(it.blocks for it in warm)
-        if len(warm) == 1 or 2 * blocks < len(prompt.blocks):
+        most = max(it.blocks for it in warm)
+        if len(warm) > (replicas + 1) // 2 or 2 * most < len(prompt.blocks):
             return least
-        home = min(warm, key=_order(prompt.blocks[blocks - 1]))
-        is_it = home.work <= self._home_bound * least.work and home.alike < self._few
-        return home if is_it else least
+        homes = [it for it in warm if it.blocks == most]
+        home = min(homes, key=_order(prompt.blocks[most - 1]))
+        return home if home.work <= self._home_bound * least.work else least
 
-    def _is_worth(self, cold: Option, warm: Option) -> bool:
+    def _is_worth(self, cold: Option, warm: Option, now: float) -> bool:
         """Whether a call would be answered so much sooner there that its prompt may be computed
-        again."""
-        saved_s = (warm.cached - cold.cached) / warm.rate
-        patience_s = min(self.config.max_wait_for_cache_s, self._patience * saved_s)
+        again: where there is no room, it would push out another one, which then moves too."""
+        patience_s = self.config.max_wait_for_cache_s
+        if not _is_scarce(cold.replica, now):
+            saved_s = (warm.cached - cold.cached) / warm.rate
+            patience_s = min(patience_s, self._patience * saved_s)
         return warm.ttft_s - cold.ttft_s > patience_s and warm.ttft_s > self._sooner * cold.ttft_s
 
-    def _is_idle(self, cold: Option, warm: Option) -> bool:
+    def _is_idle(self, cold: Option, warm: Option, now: float) -> bool:
         """Whether it has few requests of all kinds beside those of one beginning alone at another.
 
         Without this a replica that comes gets nothing of what everybody sends until the others lack
         room: they have little more than the mean.
         """
-        return warm.alike > SCARCE_BOUND * cold.requests + self._slack
+        much = SCARCE_BOUND * cold.requests + self._slack
+        return warm.alike > much and not _is_scarce(cold.replica, now)
 
-    def _next_home(self, prompt: Prompt, blocks: int, cold: list[Option]) -> Option:
+    def _next_home(self, prompt: Prompt, blocks: int, cold: list[Option], now: float) -> Option:
         """Where calls go that share a beginning, of so many blocks, and overflow: all to the same.
 
         Else each makes a copy at another replica, and the copies push each other out.
         """
+        cold = [it for it in cold if not _is_scarce(it.replica, now)] or cold
         most = self._next_bound * min(it.work for it in cold)
         fitting = [it for it in cold if it.work <= most]
         return min(fitting, key=_order(prompt.blocks[blocks - 1]))
