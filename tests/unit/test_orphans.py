@@ -22,7 +22,7 @@ def orphaned(title: str, **env: str) -> int:
     script = "bash -c 'exec -a \"$TITLE\" sleep 300' >/dev/null & echo $!"
     made = subprocess.run(
         ["bash", "-c", script],
-        env={"PATH": os.environ["PATH"], "TITLE": title, **env},
+        env={"PATH": os.defpath, "TITLE": title, **env},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
