@@ -168,15 +168,12 @@ class CacheAware:
         slack: float = SLACK,
         sooner: float = SOONER,
         remembered: float = REMEMBERED,
-        home: float = HOME_BOUND,
-        next_home: float = NEXT_BOUND,
     ) -> None:
         self.config = config or RoutingConfig()
         self._now = now
         self._warm, self._patience = warm, patience
         self._bound, self._slack, self._sooner = bound, slack, sooner
         self._remembered = remembered
-        self._home_bound, self._next_bound = home, next_home
         self.index = Index()
         self._rate = Rate()
         self._bytes_per_token = Mean(_BYTES_PER_TOKEN, 1000.0)
@@ -197,8 +194,8 @@ class CacheAware:
             id: the call's; each further attempt has the same.
         """
         now = self._now()
-        options = self._options(prompt, dict.fromkeys(it.replica for it in live), now)
-        option, self.reason = self._pick(prompt, options, now)
+        options, known = self._options(prompt, dict.fromkeys(it.replica for it in live), now)
+        option, self.reason = self._pick(prompt, options, known, now)
         self._send(id, prompt, option, now)
         return least_busy([it for it in live if it.replica is option.replica])
 
@@ -219,7 +216,8 @@ class CacheAware:
         now = self._now()
         waits = {it: self._seconds_for(calls, it, now) for it, calls in full.items()}
         replicas = dict.fromkeys(it.replica for it in live) | waits
-        option, reason = self._pick(prompt, self._options(prompt, replicas, now, waits), now)
+        options, known = self._options(prompt, replicas, now, waits)
+        option, reason = self._pick(prompt, options, known, now)
         if option.replica in full and reason in ("warm", "session"):
             return option.replica, self.config.max_wait_for_cache_s
         return None
@@ -275,14 +273,15 @@ class CacheAware:
 
     # --- the choice ----------------------------------------------------------------------------
 
-    def _pick(self, prompt: Prompt, options: list[Option], now: float) -> tuple[Option, Reason]:
+    def _pick(
+        self, prompt: Prompt, options: list[Option], known: int, now: float
+    ) -> tuple[Option, Reason]:
         # One with faults has the fewest requests, since its errors come at once.
         options = [it for it in options if it.weight > OUT] or options
         if prompt.session is not None:
             return self._of_session(prompt.session, options), "session"
         if not prompt.blocks:
             return _least(options), "short"
-        known = max(self.index.match(prompt.blocks).values(), default=0)
         if not known:
             return _least(options), "cold"
         fitting = self._fitting(options, now)
@@ -315,7 +314,7 @@ class CacheAware:
             return least
         homes = [it for it in warm if it.blocks == most]
         home = min(homes, key=_order(prompt.blocks[most - 1]))
-        return home if home.work <= self._home_bound * least.work else least
+        return home if home.work <= HOME_BOUND * least.work else least
 
     def _is_worth(self, cold: Option, warm: Option, now: float) -> bool:
         """Whether a call would be answered so much sooner there that its prompt may be computed
@@ -341,7 +340,7 @@ class CacheAware:
         Else each makes a copy at another replica, and the copies push each other out.
         """
         cold = [it for it in cold if not _is_scarce(it.replica, now)] or cold
-        most = self._next_bound * min(it.work for it in cold)
+        most = NEXT_BOUND * min(it.work for it in cold)
         fitting = [it for it in cold if it.work <= most]
         return min(fitting, key=_order(prompt.blocks[blocks - 1]))
 
@@ -369,11 +368,15 @@ class CacheAware:
         replicas: Collection[Replica],
         now: float,
         waits: Mapping[Replica, float] = MappingProxyType({}),
-    ) -> list[Option]:
+    ) -> tuple[list[Option], int]:
         """What is to be expected of each replica. It runs for each of them at each call.
 
         Args:
             waits: by replica without room, seconds until it has a place.
+
+        Returns:
+            The options, and how many blocks of the prompt the one has that has most of it, which
+            may be none of them.
         """
         tokens = prompt.size / self._bytes_per_token.value
         completion = self._completion.value
@@ -416,7 +419,7 @@ class CacheAware:
                     replica in waits,
                 )
             )
-        return options
+        return options, max(found.values(), default=0)
 
     def _send(self, id: str, prompt: Prompt, option: Option, now: float) -> None:
         replica = option.replica
