@@ -50,8 +50,7 @@ MORE: dict[str, tuple[Figure, str]] = {
 
 def table(step: str, found: Result) -> str:
     """Each variant under each load, lowest-median-highest of the rounds."""
-    rounds, base = found["rounds"], BASES[step]
-    live = list(rounds[0])
+    rounds, base, live = found["rounds"], BASES[step], _live(found)
     more = {
         title: (figure, form)
         for title, (figure, form) in MORE.items()
@@ -60,7 +59,7 @@ def table(step: str, found: Result) -> str:
     rows = []
     for load in found["loads"]:
         for name in live:
-            mine = [r[name][load] for r in rounds]
+            mine = [r[name][load] for r in rounds if name in r]
             cells = [report.spread([one[key] for one in mine if key in one], "{:.0f}")
                      if key == "output_throughput" else
                      report.spread([one[key] for one in mine if key in one], "{:.1f}")
@@ -75,13 +74,18 @@ def table(step: str, found: Result) -> str:
     return f"{_about(found)}\n\n{report.table(header, rows)}"
 
 
+def _live(found: Result) -> list[str]:
+    """The variants that were measured: not all of them in each round, if a run was added."""
+    return list(dict.fromkeys(name for one in found["rounds"] for name in one))
+
+
 def ratios(rounds: list[dict[str, Any]], name: str, base: str, load: str,
            key: str = "output_throughput") -> list[float]:  # fmt: skip
     """A figure over the base's in the same round."""
     return [
         r[name][load][key] / r[base][load][key]
         for r in rounds
-        if base in r and r[base][load].get(key) and key in r[name][load]
+        if base in r and r[base][load].get(key) and key in r.get(name, {}).get(load, {})
     ]
 
 
@@ -97,6 +101,7 @@ def _about(found: Result) -> str:
         f"Tokens of KV cache: {', '.join(tokens)}." if tokens else "",
         *(f"`{name}` was left out: {one['left_out']}" for name, one in variants
           if "left_out" in one),
+        found.get("note", ""),
     ]  # fmt: skip
     return " ".join(part for part in parts if part)
 
@@ -105,19 +110,21 @@ def chart(step: str, found: Result) -> Any:
     """Tokens/s over the base's, and the step's second figure, by load."""
     plt = charts.plots()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
-    rounds, base = found["rounds"], BASES[step]
+    rounds, base, live = found["rounds"], BASES[step], _live(found)
     charts.bars(left, {
-        _lines(load): {name: spread(ratios(rounds, name, base, load)) for name in rounds[0]}
+        _lines(load): {name: spread(ratios(rounds, name, base, load)) for name in live}
         for load in found["loads"]
     }, f"output tokens/s ÷ {base}")  # fmt: skip
     left.axhline(1, color="#333333", linewidth=0.8)
     handles, labels = left.get_legend_handles_labels()
     key = SECOND[step]
     if key == "accepted":
-        _against_acceptance(right, found, [name for name in rounds[0] if name != base], base)
+        _against_acceptance(right, found, [name for name in live if name != base], base)
     else:
         charts.bars(right, {
-            _lines(load): {name: spread([r[name][load][key] for r in rounds]) for name in rounds[0]}
+            _lines(load): {
+                name: spread([r[name][load][key] for r in rounds if name in r]) for name in live
+            }
             for load in found["loads"]
         }, TITLES[key])  # fmt: skip
     for axes in (left, right):
@@ -138,13 +145,16 @@ def _against_acceptance(axes: Any, found: Result, others: list[str], base: str) 
     """How much faster, by the share of proposed tokens that were accepted."""
     accepted, _ = MORE["proposed tokens accepted"]
     clients = dict.fromkeys(load["concurrency"] for load in found["loads"].values())
-    lines: dict[str, dict[float, charts.Spread]] = {f"c={c}": {} for c in clients}
+    lines: dict[str, dict[float, charts.Spread]] = {
+        f"{name}, c={c}": {} for name in others for c in clients
+    }
     for load, about in found["loads"].items():
         for name in others:
-            shares = [v for r in found["rounds"] if (v := accepted(r[name][load])) is not None]
+            mine = [r[name][load] for r in found["rounds"] if name in r]
+            shares = [v for one in mine if (v := accepted(one)) is not None]
             if shares:
                 faster = spread(ratios(found["rounds"], name, base, load))
-                lines[f"c={about['concurrency']}"][statistics.median(shares)] = faster
+                lines[f"{name}, c={about['concurrency']}"][statistics.median(shares)] = faster
     charts.lines(axes, lines, "share of proposed tokens accepted", f"output tokens/s ÷ {base}")
     axes.axhline(1, color="#333333", linewidth=0.8)
     axes.legend()

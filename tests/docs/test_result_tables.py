@@ -81,6 +81,16 @@ def test_a_step_is_told_by_load_with_paired_ratios_and_what_was_left_out() -> No
     assert "1,234" in text
 
 
+def test_a_variant_that_only_one_round_has_is_told_by_that_round() -> None:
+    step = _step() | {"note": "The second round is of another machine."}
+    step["rounds"][1]["late"] = step["rounds"][1]["on"]
+    text = tuning_page.table("tune_prefix", step)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    assert ["much", "late", "600", "5.00"] in [row[:4] for row in rows]
+    assert ["much", "on", "400-500-600", "4.00-4.50-5.00"] in [row[:4] for row in rows]
+    assert "The second round is of another machine." in text
+
+
 def test_contenders_on_a_gpu_are_told_beside_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
