@@ -80,7 +80,8 @@ def _among_contenders(step: str, title: str) -> list[list[str]]:
     rounds, gpu = found[step]["rounds"], found[step]["gpus"][0].split(",")[0].split()[-1]
 
     def over(arm: str, other: str, load: str) -> str:
-        pairs = [it[arm][load]["tokens_per_s"] / it[other][load]["tokens_per_s"] for it in rounds]
+        pairs = [it[arm][load]["tokens_per_s"] / it[other][load]["tokens_per_s"] for it in rounds
+                 if load in it[arm] and load in it[other]]  # fmt: skip
         return f"{statistics.median(pairs):.2f}"
 
     def beside_others(load: str) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -138,27 +137,37 @@ def measure(
             _wrk(server.port, folder, 8 if few else most, 2.0, words, waves=1)
         rounds: list[dict[str, Any]] = []
         longest = 0.0
-        while len(rounds) < 5 and (not rounds or time.monotonic() + longest < deadline):
-            began = time.monotonic()
-            order = list(servers)
-            random.shuffle(order)
-            found: dict[str, Any] = {name: {} for name in servers}
-            for concurrency, seconds in loads.items():
-                for name in order:
-                    slow = any(it["tokens_per_s"] < SLOW for it in found[name].values())
-                    waves = 1 if slow else 2
-                    one = _wrk(servers[name].port, folder, concurrency, seconds, words, waves)
-                    found[name][f"c{concurrency}"] = one
-                    print(len(rounds) + 1, name, concurrency, json.dumps(one), flush=True)
-            found["c1"] = first_tokens.measure(servers, folder, words)
-            rounds.append(found)
-            print(len(rounds), "c1", json.dumps(found["c1"]), flush=True)
-            longest = time.monotonic() - began
+        try:
+            while len(rounds) < 5 and (not rounds or time.monotonic() + longest < deadline):
+                began = time.monotonic()
+                rounds.append({name: {} for name in servers})
+                _play(rounds[-1], servers, loads, folder, words)
+                print(len(rounds), json.dumps(rounds[-1]), flush=True)
+                longest = time.monotonic() - began
+        except SystemExit as why:  # what was measured so far is worth having
+            left_out["the rest of the last round"] = str(why)
+            if not any(rounds[-1][name] for name in servers):
+                rounds.pop()
         return {
             "date": str(datetime.date.today()), "machine": report.machine(), "engine": engine,
             "left_out": left_out, "starts_s": starts, "rounds": rounds,
-            "summary": _summary(rounds),
         }  # fmt: skip
+
+
+def _play(
+    found: dict[str, Any], servers: dict[str, Server], loads: dict[int, float], folder: Path,
+    words: bool,
+) -> None:  # fmt: skip
+    """A round of all, in random order; slow ones last, since they may take what time is left."""
+    found["c1"] = first_tokens.measure(servers, folder, words)
+    order = random.sample(list(servers), len(servers))
+    for concurrency, seconds in loads.items():
+        slow = {it for it in order if any(run["tokens_per_s"] < SLOW for run in found[it].values())}
+        for name in sorted(order, key=slow.__contains__):
+            waves = 1 if name in slow else 2
+            one = _wrk(servers[name].port, folder, concurrency, seconds, words, waves)
+            found[name][f"c{concurrency}"] = one
+            print(name, concurrency, json.dumps(one), flush=True)
 
 
 def request_body(prompt: object) -> dict[str, Any]:
@@ -190,32 +199,3 @@ def _wrk(
         "events_per_request": round(run.events_per_request, 1),
         "client_cores": round(run.client_cores, 2),
     }
-
-
-def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Min, median and max of each arm, and of its ratio to each bare one in the same round."""
-
-    def spread(values: list[float]) -> list[float]:
-        return [round(v, 3) for v in (min(values), statistics.median(values), max(values))]
-
-    def figure(load: str, arm: str) -> Callable[[dict[str, Any]], float]:
-        return lambda one: float(one[arm][load]["tokens_per_s"])
-
-    found: dict[str, Any] = {}
-    names = [name for name in rounds[0] if name != "c1"]
-    bares = [name for name in names if name.startswith("bare")]
-    for name in names:
-        its: dict[str, Any] = found.setdefault(name, {})
-        for load_ in rounds[0][name]:
-            its[load_] = spread([figure(load_, name)(one) for one in rounds])
-            for other in bares:
-                if other != name:
-                    ratios = [figure(load_, name)(o) / figure(load_, other)(o) for o in rounds]
-                    its[f"{load_} over {other}"] = spread(ratios)
-        its["errors"] = sum(load["errors"] for one in rounds for load in one[name].values())
-    found["c1"] = {
-        hop: {of: spread([one["c1"][hop][of][1] for one in rounds]) for of in figures}
-        for hop, figures in rounds[0]["c1"].items()
-        if all("failed" not in one["c1"][hop] for one in rounds)
-    }
-    return found
