@@ -213,6 +213,23 @@ def test_a_replica_forgets_what_it_has_not_used_for_longest_and_of_a_prompt_the_
     assert (index.blocks("r0"), index.match(blocks("c", 4))) == (3, {"r0": 3})
 
 
+def test_it_is_counted_how_many_prompts_went_on_from_a_block() -> None:
+    index = Index()
+
+    def ask(replica: str, *last: str, capacity: int = 100) -> int:
+        index.add(replica, blocks("a", 4) + tuple(it.encode() for it in last), capacity)
+        return index.went_on(replica, blocks("a", 4)[-1])
+
+    assert ask("r0", "x") == 0  # the first one
+    assert ask("r0", "x", "y") == 0  # the same conversation, longer
+    assert index.went_on("r0", b"x") == 1
+    assert [ask("r0", "z"), ask("r0", "w")] == [1, 2]
+    assert ask("r1", "x") == 0  # each replica has its own
+    index.add("r0", blocks("b", 10), 10)
+    assert index.went_on("r0", blocks("a", 4)[-1]) == 0, "forgotten with the block"
+    assert index.went_on("r9", b"x") == 0
+
+
 def test_a_replica_that_is_gone_leaves_nothing_behind() -> None:
     index = Index()
     for n in range(200):  # more than there are at a time: a rolling update every day
@@ -528,6 +545,26 @@ def test_conversations_stay_together_until_their_replica_lacks_room(
     fleet.report(**load)
     went = {fleet.send(prompt) for prompt in crowd}
     assert (went != {"r0"}) == moves
+
+
+@pytest.mark.parametrize(
+    ("before", "own", "requests", "moves"),
+    [(1, 4, 10, True), (2, 4, 10, False), (2, 12, 10, True), (2, 4, 14, True)],
+    ids=["a conversation", "what several begin with", "the smaller part", "far more than others"],
+)
+def test_what_several_begin_with_stays_though_its_replica_lacks_room(
+    before: int, own: int, requests: int, moves: bool
+) -> None:
+    """It takes little room there. A conversation takes as much anywhere, and goes as a whole."""
+    fleet = Fleet(4)
+    for _ in range(before):
+        fleet.answer(text("a", 20, own), live=[fleet.live[0]])
+    for it in fleet.live:
+        for n in range(requests if it.id == "r0" else 4):
+            fleet.send(text(f"{it.id}{n}", 1), [it])
+    fleet.report(kv_cache_usage=0.9)
+    assert (fleet.send(text("a", 20, own)) != "r0") == moves
+    assert fleet.policy.reason == ("overflow" if moves else "warm")
 
 
 def test_a_call_goes_elsewhere_when_its_replica_has_much_more_to_read() -> None:

@@ -42,9 +42,13 @@ it has what it needs: a request more costs a step of many little, and a prompt t
 again much."""
 
 SCARCE_BOUND = 1.5
-"""The same where its KV cache is full or requests wait in it; and for the requests of one beginning
-alone, beside the mean and beside all that another replica has. What everybody sends is computed
-once on each replica, which is nothing."""
+"""The same where its KV cache is full or requests wait in it, for a conversation that is alone with
+its beginning; and for the requests of one beginning alone, beside the mean and beside all that
+another replica has. What everybody sends is computed once on each replica, which is nothing."""
+
+SHARED_BOUND = 2.0
+"""The same where it lacks room, for a beginning that several conversations have: what they need
+beside it is little, and elsewhere it would be one more copy for all of them."""
 
 SESSION_BOUND = 1.25
 """The same for a client's session: as in Mirrokni et al., "Consistent Hashing with Bounded Loads",
@@ -112,6 +116,9 @@ class Option(NamedTuple):
 
     alike: int
     """Requests of this gateway there that have as much of this prompt in common."""
+
+    shared: bool
+    """Whether most of the prompt is there, and is where other prompts began, too."""
 
     full: bool
     """Whether it has no place for the call now."""
@@ -347,13 +354,14 @@ class CacheAware:
     def _fitting(self, options: list[Option], now: float) -> list[Option]:
         """Those that do not have many more requests than the others. There is always one."""
         mean = _mean(options)
-        least = mean + self._slack
-        most, scarce = max(self._bound * mean, least), max(SCARCE_BOUND * mean, least)
+        bounds = (self._bound, SCARCE_BOUND, SHARED_BOUND)
+        most, scarce, shared = (max(bound * mean, mean + self._slack) for bound in bounds)
         return [
             it
             for it in options
-            if it.requests + 1 <= (scarce if _is_scarce(it.replica, now) else most)
-            and it.alike + 1 <= scarce
+            if it.alike + 1 <= scarce
+            and it.requests + 1
+            <= (most if not _is_scarce(it.replica, now) else shared if it.shared else scarce)
         ] or options
 
     def _of_session(self, name: str, options: list[Option]) -> Option:
@@ -403,7 +411,12 @@ class CacheAware:
             if waits:
                 ttft_s += waits.get(replica, 0.0)
             work = (ahead + (requests + 1) * completion) / weight
-            alike = seen.alike[prompt.blocks[blocks - 1]] if blocks else 0
+            alike, shared = 0, False
+            if blocks:
+                beginning = prompt.blocks[blocks - 1]
+                alike = seen.alike[beginning]
+                most = 2 * blocks >= len(prompt.blocks)
+                shared = most and self.index.went_on(replica.id, beginning) > 0
             options.append(
                 Option(
                     replica,
@@ -416,6 +429,7 @@ class CacheAware:
                     ttft_s,
                     work,
                     alike,
+                    shared,
                     replica in waits,
                 )
             )

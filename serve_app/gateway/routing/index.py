@@ -18,7 +18,9 @@ class _Part:
     def __init__(self, bit: int) -> None:
         self.bit = bit
         self.capacity = 0
-        self.blocks: OrderedDict[Block, None] = OrderedDict()
+        self.blocks: OrderedDict[Block, int] = OrderedDict()
+        """With each, how many prompts came that had all up to it in common with what was here, and
+        no more."""
 
 
 class Index:
@@ -77,13 +79,23 @@ class Index:
         part.capacity = capacity
         # The last block first: of one prompt the beginning is then forgotten last.
         its, holders, bit = part.blocks, self._holders, part.bit
+        new = True
         for block in reversed(blocks[:capacity]):
-            if block in its:
-                its.move_to_end(block)
-            else:
-                its[block] = None
+            if block not in its:
+                its[block] = 0
                 holders[block] = holders.get(block, 0) | bit
+                continue
+            its.move_to_end(block)
+            if new:
+                its[block] += 1
+                new = False
         self._trim(part)
+
+    def went_on(self, replica: str, block: Block) -> int:
+        """How many prompts have gone on from this block otherwise than what was there: more than
+        one conversation begins so."""
+        part = self._parts.get(replica)
+        return part.blocks.get(block, 0) if part else 0
 
     def clear(self, replica: str) -> None:
         """Forget what a replica had: it has dropped its cache, or is gone."""
