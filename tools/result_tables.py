@@ -82,7 +82,7 @@ def _among_contenders(step: str, title: str) -> list[list[str]]:
     def over(arm: str, other: str, load: str) -> str:
         pairs = [it[arm][load]["tokens_per_s"] / it[other][load]["tokens_per_s"] for it in rounds
                  if load in it[arm] and load in it[other]]  # fmt: skip
-        return f"{statistics.median(pairs):.2f}"
+        return f"{statistics.median(pairs):.2f}" if pairs else DASH
 
     def beside_others(load: str) -> str:
         theirs = ", ".join(f"{name}: {over(arm, 'bare-1', load)}"

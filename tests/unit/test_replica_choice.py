@@ -223,7 +223,7 @@ def test_it_is_counted_how_many_prompts_went_on_from_a_block() -> None:
     assert ask("r0", "x") == 0  # the first one
     assert ask("r0", "x", "y") == 0  # the same conversation, longer
     assert index.went_on("r0", b"x") == 1
-    assert [ask("r0", "z"), ask("r0", "w")] == [1, 2]
+    assert [ask("r0", "z"), ask("r0", "w"), ask("r0", "w"), ask("r0")] == [1, 2, 2, 2]
     assert ask("r1", "x") == 0  # each replica has its own
     index.add("r0", blocks("b", 10), 10)
     assert index.went_on("r0", blocks("a", 4)[-1]) == 0, "forgotten with the block"
@@ -548,22 +548,35 @@ def test_conversations_stay_together_until_their_replica_lacks_room(
 
 
 @pytest.mark.parametrize(
-    ("before", "own", "requests", "moves"),
-    [(1, 4, 10, True), (2, 4, 10, False), (2, 12, 10, True), (2, 4, 14, True)],
-    ids=["a conversation", "what several begin with", "the smaller part", "far more than others"],
-)
+    ("before", "prompt", "requests", "moves"),
+    [
+        ([(20, 4), (20, 4)], (20, 4), 10, False),
+        ([(20, 10), (20, 10)], (20, 10), 10, False),
+        ([(20, 4)], (20, 4), 10, True),
+        ([(20, 4), (20, 4)], (20, 4), 14, True),
+        ([(20, 12), (20, 12)], (20, 12), 10, True),
+        ([(16, 0), (20, 0)], (24, 0), 10, True),
+        ([(20, 0), (20, 0)], (24, 0), 10, True),
+        ([(20, 0), (22, 0), (20, 0), (22, 0)], (22, 0), 10, True),
+    ],
+    ids=["the third of several", "half of it", "the second", "far more than others",
+         "less than half", "a conversation", "sent again", "told again"],
+)  # fmt: skip
 def test_what_several_begin_with_stays_though_its_replica_lacks_room(
-    before: int, own: int, requests: int, moves: bool
+    before: list[tuple[int, int]], prompt: tuple[int, int], requests: int, moves: bool
 ) -> None:
-    """It takes little room there. A conversation takes as much anywhere, and goes as a whole."""
+    """It takes little room there. A conversation takes as much anywhere, and goes as a whole.
+
+    Prompts are as many KiB in all, and of their own.
+    """
     fleet = Fleet(4)
-    for _ in range(before):
-        fleet.answer(text("a", 20, own), live=[fleet.live[0]])
+    for kib, own in before:
+        fleet.answer(text("a", kib, own), live=[fleet.live[0]])
     for it in fleet.live:
         for n in range(requests if it.id == "r0" else 4):
             fleet.send(text(f"{it.id}{n}", 1), [it])
     fleet.report(kv_cache_usage=0.9)
-    assert (fleet.send(text("a", 20, own)) != "r0") == moves
+    assert (fleet.send(text("a", *prompt)) != "r0") == moves
     assert fleet.policy.reason == ("overflow" if moves else "warm")
 
 

@@ -19,8 +19,8 @@ class _Part:
         self.bit = bit
         self.capacity = 0
         self.blocks: OrderedDict[Block, int] = OrderedDict()
-        """With each, how many prompts came that had all up to it in common with what was here, and
-        no more."""
+        """With each, how many prompts had all up to it in common with what was here, and then
+        something new."""
 
 
 class Index:
@@ -79,11 +79,12 @@ class Index:
         part.capacity = capacity
         # The last block first: of one prompt the beginning is then forgotten last.
         its, holders, bit = part.blocks, self._holders, part.bit
-        new = True
+        new = False
         for block in reversed(blocks[:capacity]):
             if block not in its:
                 its[block] = 0
                 holders[block] = holders.get(block, 0) | bit
+                new = True
                 continue
             its.move_to_end(block)
             if new:
@@ -92,8 +93,11 @@ class Index:
         self._trim(part)
 
     def went_on(self, replica: str, block: Block) -> int:
-        """How many prompts have gone on from this block otherwise than what was there: more than
-        one conversation begins so."""
+        """How many prompts have gone on from this block otherwise than what was there.
+
+        If any has, more than one conversation begins so: the next turn of one goes on from its
+        own last block. A turn of less than a block, and a prompt that is sent again, add nothing.
+        """
         part = self._parts.get(replica)
         return part.blocks.get(block, 0) if part else 0
 
