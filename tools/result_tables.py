@@ -65,11 +65,16 @@ def _on_gpu(title: str, runs: list[dict[str, Any]], step: str) -> list[str]:
               for it in run["rounds"]]  # fmt: skip
 
     def over(other: str, load: str) -> str:
-        pairs = [it["ours-4"][load]["tokens_per_s"] / it[other][load]["tokens_per_s"]
-                 for it in rounds if other in it]  # fmt: skip
+        pairs = _ratios(rounds, "ours-4", other, load)
         return f"{statistics.median(pairs):.2f}" if pairs else DASH
 
     return [title, over("bare-1", "c64"), over("bare-1", "c256"), over("bare-4", "c256")]
+
+
+def _ratios(rounds: list[dict[str, Any]], arm: str, other: str, load: str) -> list[float]:
+    """Tokens/s of an arm over another's, of each round that has both."""
+    return [it[arm][load]["tokens_per_s"] / it[other][load]["tokens_per_s"] for it in rounds
+            if load in it.get(arm, {}) and load in it.get(other, {})]  # fmt: skip
 
 
 def _among_contenders(step: str, title: str) -> list[list[str]]:
@@ -80,8 +85,7 @@ def _among_contenders(step: str, title: str) -> list[list[str]]:
     rounds, gpu = found[step]["rounds"], found[step]["gpus"][0].split(",")[0].split()[-1]
 
     def over(arm: str, other: str, load: str) -> str:
-        pairs = [it[arm][load]["tokens_per_s"] / it[other][load]["tokens_per_s"] for it in rounds
-                 if load in it[arm] and load in it[other]]  # fmt: skip
+        pairs = _ratios(rounds, arm, other, load)
         return f"{statistics.median(pairs):.2f}" if pairs else DASH
 
     def beside_others(load: str) -> str:
@@ -145,14 +149,9 @@ def _contenders(step: str) -> Callable[[], str]:
         for name in names:
             cells = []
             for at in loads:
-                mine = {
-                    n: r[name][at]["tokens_per_s"] for n, r in enumerate(rounds) if at in r[name]
-                }
-                base = {
-                    n: r[names[0]].get(at, {}).get("tokens_per_s") for n, r in enumerate(rounds)
-                }
-                over = [its / base[n] for n, its in mine.items() if base[n]]
-                cells += [_spread([*mine.values()], "{:.0f}"), _spread(over, "{:.2f}")]
+                mine = [r[name][at]["tokens_per_s"] for r in rounds if at in r[name]]
+                over = _ratios(rounds, name, names[0], at)
+                cells += [_spread(mine, "{:.0f}"), _spread(over, "{:.2f}")]
             firsts = [r.get("c1", {}).get(name, {}).get("ttft_ms") for r in rounds]
             ttft = [first[1] for first in firsts if first]
             errors = sum(its["errors"] for r in rounds for its in r[name].values())
