@@ -7,6 +7,8 @@ import os
 import platform
 import statistics
 import subprocess
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +69,18 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def gpus(each: Sequence[str]) -> str:
+    """``2 × NVIDIA H200, 580.159.04``: their names and drivers, those that are alike counted."""
+    counts = Counter(each)
+    return ", ".join(f"{n} × {gpu}" if n > 1 else gpu for gpu, n in counts.items())
+
+
 def facts(machine: dict[str, Any]) -> str:
     """The machine in two lines."""
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
-    gpus = "".join(f", {gpu}" for gpu in machine.get("gpus", ()))
+    has = f", {gpus(machine['gpus'])}" if machine.get("gpus") else ""
     return (
-        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB{gpus}, "
+        f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB{has}, "
         f"{machine['system']}, Python {machine['python']}, commit {machine['commit']}\n{packages}"
     )
 

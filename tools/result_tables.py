@@ -160,7 +160,7 @@ def _contenders(step: str) -> Callable[[], str]:
                   "TTFT p50, c1, ms", "errors"]  # fmt: skip
         absent = "".join(f"\n\nLeft out: {who}: {why}" for who, why in one["left_out"].items())
         about = (
-            f"{one['date']}, {', '.join(one['gpus'])}, {one['machine']['cores']} cores, "
+            f"{one['date']}, {report.gpus(one['gpus'])}, {one['machine']['cores']} cores, "
             f"{len(rounds)} round{'s' * (len(rounds) > 1)} "
             f"([raw](../benchmarks/results/{found['file']}), `{step}`). {one.get('note', '')}"
         )

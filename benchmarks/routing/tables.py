@@ -167,8 +167,9 @@ def engines_of(data: dict[str, Any], where: str = "engines") -> str:
     offered = ", ".join(f"{rate:.1f} ({trace})" for trace, rate in rates.items())
     gpus = ""
     if "gpus" in found:
-        each = " for each contender" if found.get("gpus_at_once", 1) > 1 else ""
-        gpus = f" on parts of one {found['gpus'][0].split(',')[0]}{each}"
+        many = found.get("gpus_at_once", 1)
+        played = f", {many} contenders at a time on as many GPUs" if many > 1 else ""
+        gpus = f" on parts of one {found['gpus'][0].split(',')[0]}{played}"
     about = f"{found['replicas']} engines{gpus}, {found['model']}, {found['date']}, vllm-router " \
             f"{found['vllm-router']}; requests/s at ×1: {offered}."  # fmt: skip
     records = [it | {"trace": f"{it['trace']} ×{it['load']:g}"} for it in found["records"]]
