@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,9 @@ def plan(
         if shared:
             both["shared_gpus"] = together.as_json(shared)
         if groups:
-            both["swap_groups"] = [it.text for it in groups]
+            both["swap_groups"] = [asdict(it) for it in groups]
         if crowded:
-            both["on_no_machine"] = [it.text for it in crowded]
+            both["on_no_machine"] = [asdict(it) for it in crowded]
         click.echo(json.dumps(models[0] if len(models) == 1 else both, indent=2))
     else:
         whole = Text(totals.verdict(reports, together_fit), "bold green" if fits else "bold red")

@@ -304,7 +304,8 @@ def test_a_group_of_which_no_type_is_said_is_planned_on_one_gpu(tmp_path: Path) 
     assert done.exit_code == 0
     planned = json.loads(done.output)
     assert len({it["gpu"] for it in planned["models"]}) == 1
-    assert "1 of 3 awake on one " in planned["swap_groups"][0]
+    assert planned["swap_groups"][0]["status"] == "ok"
+    assert "1 of 3 awake on one " in planned["swap_groups"][0]["message"]
 
 
 def test_a_group_on_the_cpu_is_not_said_not_to_fit() -> None:

@@ -245,7 +245,9 @@ def test_what_shares_a_gpu_and_no_machine_holds_is_told(tmp_path: Path) -> None:
     )
     assert f"does not fit: {said}\n" in done.output
     told = yaml.safe_load(CliRunner().invoke(plan, [str(large), "--json"]).output)
-    assert told["fits"] is False and told["on_no_machine"] == [said]
+    (found,) = told["on_no_machine"]
+    assert told["fits"] is False and found["status"] == "fail"
+    assert f"{found['message']}; {found['fix']}" == said
     with pytest.raises(ConfigError, match="application 'chat': chat, embeddings, reranker share"):
         check_model.refuse(load(large))
     check_model.refuse(load(large), machine())  # this one may have the memory: another check's
