@@ -37,22 +37,24 @@ ROOMS := $(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
 AT_A_SERVER := tests/docs/test_at_a_server.py
 
-ALONE := tests/cluster/test_second_terminal.py tests/cluster/test_placement_cluster.py tests/cluster/test_swap_cluster.py
+ON_FAKE_NODES := tests/cluster/test_placement_cluster.py tests/cluster/test_swap_cluster.py
+ALONE := tests/cluster/test_second_terminal.py
 
 test: venv  ## lint, types and every test that a CPU can run
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(ROOMS)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/serve-app fetch demo
 	@mkdir -p .cache && rm -f .cache/left-out
-	@# One process alone would leave a core idle; tests/kube waits more than it works.
-	@$(TESTS) tests/kube > .cache/kube.log 2>&1 & kube=$$!; \
-	  $(TESTS) tests/gateway tests/page > .cache/gateway.log 2>&1 & gateway=$$!; \
+	@# Three at a time: each of them waits for a third of its time.
+	@$(TESTS) tests/gateway $(ON_FAKE_NODES) > .cache/gateway.log 2>&1 & gateway=$$!; \
+	  $(TESTS) tests/kube tests/page > .cache/kube.log 2>&1 & kube=$$!; \
 	  trap "kill $$kube $$gateway 2> /dev/null" EXIT INT TERM; \
+	  $(BIN)/mypy && $(ROOMS) || exit 1; \
 	  $(TESTS) tests/unit tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
 	  wait $$kube; kube=$$?; wait $$gateway; gateway=$$?; cat .cache/kube.log .cache/gateway.log; \
 	  exit $$((others || kube || gateway))
 	@# The documentation's server first: it is gone when the one of tests/cluster starts.
-	@$(TESTS) $(AT_A_SERVER) tests/cluster $(ALONE:%=--ignore %)  # connected to a Ray
-	@$(TESTS) $(ALONE)  # beside one on Ray's usual port; then connected to another
+	@$(TESTS) $(AT_A_SERVER) tests/cluster $(patsubst %,--ignore %,$(ON_FAKE_NODES) $(ALONE))  # connected to a Ray
+	@$(TESTS) $(ALONE)  # beside one on Ray's usual port
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
 
 test-unit: venv  ## the tests without Ray, engines and network (about a minute)
@@ -61,7 +63,7 @@ test-unit: venv  ## the tests without Ray, engines and network (about a minute)
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
 	@$(BIN)/python -m pytest tests/slow
-	@$(BIN)/python -m pytest tests/cluster --both-proxies -k python $(ALONE:%=--ignore %)
+	@$(BIN)/python -m pytest tests/cluster --both-proxies -k python $(patsubst %,--ignore %,$(ON_FAKE_NODES) $(ALONE))
 
 test-kube: venv  ## day two on a real cluster with KubeRay (CONTEXT=…, and IMAGE=… where it has no faked GPUs)
 	@[ -n "$(CONTEXT)" ] || { echo "make test-kube: name a context of your kubeconfig: make test-kube CONTEXT=kind-test" >&2; exit 1; }
