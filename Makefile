@@ -47,7 +47,7 @@ test: venv  ## lint, types and every test that a CPU can run
 	@# Three at a time: each of them waits for a third of its time.
 	@$(TESTS) tests/gateway $(ON_FAKE_NODES) > .cache/gateway.log 2>&1 & gateway=$$!; \
 	  $(TESTS) tests/kube tests/page > .cache/kube.log 2>&1 & kube=$$!; \
-	  trap "kill $$kube $$gateway 2> /dev/null" EXIT INT TERM; \
+	  trap "kill $$kube $$gateway 2> /dev/null; wait" EXIT INT TERM; \
 	  $(BIN)/mypy && $(ROOMS) || exit 1; \
 	  $(TESTS) tests/unit tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
 	  wait $$kube; kube=$$?; wait $$gateway; gateway=$$?; cat .cache/kube.log .cache/gateway.log; \

@@ -6,6 +6,7 @@ about a minute on two cores. Tests that take ``cluster`` run behind HAProxy; tho
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # As at Ctrl-C, which the processes that `make test` has in the background do not get: servers
+    # that fixtures have started are ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Else each `serve-app run` of the tests writes into the usage of whoever runs them.
     state = tempfile.TemporaryDirectory()
     os.environ["XDG_STATE_HOME"] = state.name
