@@ -44,13 +44,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # As at Ctrl-C, which the processes that `make test` has in the background do not get: servers
-    # that fixtures have started are ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Else each `serve-app run` of the tests writes into the usage of whoever runs them.
     state = tempfile.TemporaryDirectory()
     os.environ["XDG_STATE_HOME"] = state.name
     config.add_cleanup(state.cleanup)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    _end_at_sigterm(session)
+
+
+def pytest_runtest_call(item: pytest.Item) -> None:
+    _end_at_sigterm(item.session)  # ray.init in a fixture may have put Ray's own handler there
+
+
+def _end_at_sigterm(session: pytest.Session) -> None:
+    """As at Ctrl-C, which the processes that `make test` has in the background do not get: what
+    fixtures have started is ended."""
+
+    def end(number: int, frame: object) -> None:
+        session.shouldstop = "SIGTERM"  # where what is tested catches the exception
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
