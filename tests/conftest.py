@@ -51,22 +51,21 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    _end_at_sigterm(session)
-
-
-def pytest_runtest_call(item: pytest.Item) -> None:
-    _end_at_sigterm(item.session)  # ray.init in a fixture may have put Ray's own handler there
-
-
-def _end_at_sigterm(session: pytest.Session) -> None:
     """As at Ctrl-C, which the processes that `make test` has in the background do not get: what
-    fixtures have started is ended."""
+    fixtures have started is ended at SIGTERM."""
 
     def end(number: int, frame: object) -> None:
         session.shouldstop = "SIGTERM"  # where what is tested catches the exception
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    # ray.init puts a handler of its own in place of the one above: sys.exit(SIGTERM).
+    raised = call.excinfo.value if call.excinfo else None
+    if isinstance(raised, SystemExit) and raised.code == signal.SIGTERM:
+        item.session.shouldstop = "SIGTERM"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

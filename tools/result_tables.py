@@ -53,6 +53,7 @@ def speed() -> str:
         _on_gpu("one H100, 8B model, four front ends", runs, "front_ends_8b"),
         _on_gpu("two H100s, 8B model, TP 2, four front ends", runs, "front_ends_tp2"),
         *_among_contenders("contenders_1b", "1B model, four front ends"),
+        *_among_contenders("contenders_8b", "8B model, four front ends"),
         _on_cpu(),
     ]
     header = ["", "64 clients", "256 clients", "of bare with four front ends, 256 clients"]
@@ -113,7 +114,7 @@ def _on_cpu() -> list[str]:
 
 
 _THEIRS = {
-    "rayllm": "Ray Serve LLM", "rayllm-direct": "its path for one model",
+    "rayllm": "Ray Serve LLM", "rayllm-direct": "Ray Serve LLM's for one model",
     "vllm-router": "vllm-router", "litellm": "LiteLLM",
 }  # fmt: skip
 

@@ -105,14 +105,17 @@ def plan(
     shared = together.of_fleet(reports)
     if json_:
         models = [report.as_json(one) for one in reports]
-        both = {"fits": fits, "machines": totals.as_json(reports), "models": models}
-        if shared:
-            both["shared_gpus"] = together.as_json(shared)
+        if len(models) == 1:
+            body = models[0] | {"fits": fits}
+        else:
+            body = {"fits": fits, "machines": totals.as_json(reports), "models": models}
+            if shared:
+                body["shared_gpus"] = together.as_json(shared)
         if groups:
-            both["swap_groups"] = [asdict(it) for it in groups]
+            body["swap_groups"] = [asdict(it) for it in groups]
         if crowded:
-            both["on_no_machine"] = [asdict(it) for it in crowded]
-        click.echo(json.dumps(models[0] if len(models) == 1 else both, indent=2))
+            body["on_no_machine"] = [asdict(it) for it in crowded]
+        click.echo(json.dumps(body, indent=2))
     else:
         whole = Text(totals.verdict(reports, together_fit), "bold green" if fits else "bold red")
         if len(reports) > 1:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -306,6 +307,20 @@ def test_a_group_of_which_no_type_is_said_is_planned_on_one_gpu(tmp_path: Path) 
     assert len({it["gpu"] for it in planned["models"]}) == 1
     assert planned["swap_groups"][0]["status"] == "ok"
     assert "1 of 3 awake on one " in planned["swap_groups"][0]["message"]
+
+
+def test_one_model_is_planned_with_what_is_wrong_with_the_groups(tmp_path: Path) -> None:
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs/swap.yaml").read_text())
+    model, door = config["applications"][0], config["applications"][-1]
+    model["args"]["resources"].pop("swap_group")
+    door["args"]["swap_groups"] = {"nobody": {}}
+    file = tmp_path / "one.yaml"
+    file.write_text(yaml.safe_dump(config | {"applications": [model, door]}))
+    done = CliRunner().invoke(cli, ["plan", "--json", str(file)])
+    planned = json.loads(done.output)
+    assert done.exit_code == 1 and planned["fits"] is False
+    assert planned["name"] == model["name"] and planned["swap_groups"][0]["status"] == "fail"
+    assert "terms of 'nobody', of which no model is" in planned["swap_groups"][0]["message"]
 
 
 def test_a_group_on_the_cpu_is_not_said_not_to_fit() -> None:
