@@ -35,25 +35,28 @@ demo: venv  ## a real small model on this CPU, behind one OpenAI endpoint (PORT=
 
 ROOMS := $(BIN)/lint-imports --no-logo --cache-dir .cache/import-linter
 TESTS := $(BIN)/python -m pytest --left-out .cache/left-out
+# What a shell starts in the background ignores it.
+HEARS_INT := env --default-signal=INT
 AT_A_SERVER := tests/docs/test_at_a_server.py
 
 ON_FAKE_NODES := tests/cluster/test_placement_cluster.py tests/cluster/test_swap_cluster.py
 ALONE := tests/cluster/test_second_terminal.py
+REST_OF_CLUSTER := tests/cluster $(patsubst %,--ignore %,$(ON_FAKE_NODES) $(ALONE))
 
 test: venv  ## lint, types and every test that a CPU can run
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/serve-app fetch demo
 	@mkdir -p .cache && rm -f .cache/left-out
 	@# Three at a time: each of them waits for a third of its time.
-	@$(TESTS) tests/gateway $(ON_FAKE_NODES) > .cache/gateway.log 2>&1 & gateway=$$!; \
-	  $(TESTS) tests/kube tests/page > .cache/kube.log 2>&1 & kube=$$!; \
-	  trap "kill $$kube $$gateway 2> /dev/null; wait" EXIT INT TERM; \
+	@$(HEARS_INT) $(TESTS) tests/gateway $(ON_FAKE_NODES) > .cache/gateway.log 2>&1 & gateway=$$!; \
+	  $(HEARS_INT) $(TESTS) tests/kube tests/page > .cache/kube.log 2>&1 & kube=$$!; \
+	  trap "kill -INT $$kube $$gateway 2> /dev/null; wait" EXIT INT TERM; \
 	  $(BIN)/mypy && $(ROOMS) || exit 1; \
 	  $(TESTS) tests/unit tests/vllm tests/setup tests/docs --ignore $(AT_A_SERVER); others=$$?; \
 	  wait $$kube; kube=$$?; wait $$gateway; gateway=$$?; cat .cache/kube.log .cache/gateway.log; \
 	  exit $$((others || kube || gateway))
 	@# The documentation's server first: it is gone when the one of tests/cluster starts.
-	@$(TESTS) $(AT_A_SERVER) tests/cluster $(patsubst %,--ignore %,$(ON_FAKE_NODES) $(ALONE))  # connected to a Ray
+	@$(TESTS) $(AT_A_SERVER) $(REST_OF_CLUSTER)  # connected to a Ray
 	@$(TESTS) $(ALONE)  # beside one on Ray's usual port
 	@if [ -s .cache/left-out ]; then echo "left out: $$(sort -u .cache/left-out | paste -sd ';')"; else echo "nothing was left out"; fi
 
@@ -63,7 +66,7 @@ test-unit: venv  ## the tests without Ray, engines and network (about a minute)
 test-slow: venv  ## the tests that kill, drain and trace
 	@$(BIN)/serve-app fetch demo
 	@$(BIN)/python -m pytest tests/slow
-	@$(BIN)/python -m pytest tests/cluster --both-proxies -k python $(patsubst %,--ignore %,$(ON_FAKE_NODES) $(ALONE))
+	@$(BIN)/python -m pytest $(REST_OF_CLUSTER) --both-proxies -k python
 
 test-kube: venv  ## day two on a real cluster with KubeRay (CONTEXT=…, and IMAGE=… where it has no faked GPUs)
 	@[ -n "$(CONTEXT)" ] || { echo "make test-kube: name a context of your kubeconfig: make test-kube CONTEXT=kind-test" >&2; exit 1; }
@@ -78,7 +81,7 @@ test-python: venv  ## the tests without engines on each supported Python that is
 	  for p in python3.$$minor "$$HOME"/.pyenv/versions/3.$$minor.*/bin/python ""; do "$$p" -c '' 2>/dev/null && break; done; \
 	  [ -n "$$p" ] || { echo "there is no Python 3.$$minor here"; continue; }; \
 	  "$$p" requirements/install.py .cache/python3.$$minor && .cache/python3.$$minor/bin/serve-app fetch demo && \
-	  .cache/python3.$$minor/bin/python -m pytest -q -m "not slow and not engine" --ignore tests/cluster/test_placement_cluster.py --ignore tests/cluster/test_swap_cluster.py || exit 1; \
+	  .cache/python3.$$minor/bin/python -m pytest -q -m "not slow and not engine" $(ON_FAKE_NODES:%=--ignore %) || exit 1; \
 	done
 
 # Clients that want other versions than the engine: each has a folder of its own.

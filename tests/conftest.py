@@ -19,6 +19,8 @@ import pytest
 from harness import processes, servers
 from harness.servers import BareVllm, Cluster, ModelPort
 
+from serve_app import lifeline
+
 _ENGINES = {"cluster", "bare_chat", "bare_embed", "other", "demo_server"}
 """Fixtures of tests/cluster and tests/docs that start Ray or real engines."""
 
@@ -51,21 +53,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """As at Ctrl-C, which the processes that `make test` has in the background do not get: what
-    fixtures have started is ended at SIGTERM."""
+    """A Ctrl-C, and the end of the process that started this one, end what fixtures have started:
+    also in the background of `make test`, where it would not be heard."""
+    lifeline.interrupt_with_parent()
 
     def end(number: int, frame: object) -> None:
-        session.shouldstop = "SIGTERM"  # where what is tested catches the exception
-        raise KeyboardInterrupt
+        if not session.shouldstop:  # a second one would end fixtures within their own end
+            session.shouldstop = "interrupted"  # where what is tested catches the exception
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, end)
-
-
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    # ray.init puts a handler of its own in place of the one above: sys.exit(SIGTERM).
-    raised = call.excinfo.value if call.excinfo else None
-    if isinstance(raised, SystemExit) and raised.code == signal.SIGTERM:
-        item.session.shouldstop = "SIGTERM"
+    signal.signal(signal.SIGINT, end)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

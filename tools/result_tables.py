@@ -114,7 +114,7 @@ def _on_cpu() -> list[str]:
 
 
 _THEIRS = {
-    "rayllm": "Ray Serve LLM", "rayllm-direct": "Ray Serve LLM's for one model",
+    "rayllm": "Ray Serve LLM", "rayllm-direct": "Ray Serve LLM's path for one model",
     "vllm-router": "vllm-router", "litellm": "LiteLLM",
 }  # fmt: skip
 
